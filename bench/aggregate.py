@@ -1,0 +1,227 @@
+"""From records to the numbers of the tables: ratios to the reference, their medians, the gain of the paper."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from statistics import fmean, median
+from typing import Any
+
+from bench.records import SCHEMA_VERSION, Record
+
+
+EXACT = "exact"
+UPPER_KINDS = ("proved", "probable")
+# The bound with the paper's g_1 and its variants with other values for the softmax norm, for the paper's gain alone.
+GAIN_FAMILIES = ("yudin2025.biased", "yudin2025.theorem3")
+BlockId = tuple[int, str]  # layer and input
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Reference:
+    """What a bound at one block is compared with: the exact norm, or else the largest lower bound."""
+
+    value: float
+    name: str
+    kind: str
+
+
+def aggregate(
+    records: Iterable[Record],
+    environments: dict[str, dict[str, Any]],
+    *,
+    command: str,
+    records_path: str,
+    problems: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """Everything the tables and figures show, ready for JSON.
+
+    Args:
+        records: of one run; several versions of one bound must not be mixed.
+        environments: environment lines by id, at least those that the records name.
+        command: that makes these tables again.
+        records_path: where the records are, for the reader.
+        problems: models that are incomplete, with the reason.
+    """
+    by_model: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        by_model[record.question.model].append(record)
+    used = {record.environment for group in by_model.values() for record in group}
+    lines = [line for name, line in environments.items() if name in used]
+    methods: dict[str, Any] = {}
+    descriptions: dict[str, str] = {}
+    for line in lines:  # a later run describes what it used best
+        methods |= line.get("methods", {})
+        descriptions |= line.get("models", {})
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "command": command,
+        "records": records_path,
+        "environments": [line.get("environment", {}) for line in lines],
+        "methods": {name: methods[name] for name in sorted({r.question.bound for g in by_model.values() for r in g})},
+        "models": {name: _model(group) | {"description": descriptions[name]} for name, group in by_model.items()},
+        "problems": problems or {},
+    }
+
+
+def ratio_statistics(ratios: Sequence[float], kind: str) -> dict[str, Any]:
+    """Median, worst, best and number of ratios; worst is the largest for upper bounds and the smallest for lower ones.
+
+    Args:
+        ratios: to the reference.
+        kind: of the promise.
+    """
+    worst, best = (min(ratios), max(ratios)) if kind == "lower" else (max(ratios), min(ratios))
+    return {"median": median(ratios), "worst": worst, "best": best, "count": len(ratios)}
+
+
+def references(records: Iterable[Record]) -> dict[BlockId, Reference]:
+    """The reference of each block of one model; blocks where nothing measured the norm have none."""
+    found: dict[BlockId, Reference] = {}
+    for record in records:
+        block, value = (record.question.layer, record.question.input), record.value
+        if value is None or not (record.question.bound == EXACT or record.kind == "lower"):
+            continue
+        known = found.get(block)
+        is_exact = record.question.bound == EXACT
+        if known is None or is_exact or (known.name != EXACT and value > known.value):
+            found[block] = Reference(value=value, name=record.question.bound, kind=record.kind)
+    return found
+
+
+def ratio(value: float, reference: float) -> float:
+    """Value over reference; where the reference is 0, 1 for a 0 and infinity for the rest."""
+    if reference > 0:
+        return value / reference
+    return 1.0 if value == reference else math.inf
+
+
+def _model(records: list[Record]) -> dict[str, Any]:
+    found = references(records)
+    answered = [record for record in records if record.value is not None]
+    ratios: dict[str, dict[BlockId, float]] = defaultdict(dict)
+    kinds: dict[str, str] = {}
+    for record in answered:
+        block = (record.question.layer, record.question.input)
+        if block in found and record.question.bound != found[block].name:
+            assert record.value is not None
+            ratios[record.question.bound][block] = ratio(record.value, found[block].value)
+            kinds[record.question.bound] = record.kind
+    scopes = {record.question.bound: record.scope for record in answered}
+    return {
+        "inputs": len({record.question.input for record in records}),
+        "layers": len({record.question.layer for record in records}),
+        "tokens": [min(record.tokens for record in records), max(record.tokens for record in records)],
+        "references": dict(Counter(reference.name for reference in found.values())),
+        "unmeasured": len({(record.question.layer, record.question.input) for record in records} - found.keys()),
+        "bracket": _bracket(answered, found),
+        "overall": [
+            {"bound": name, "kind": kinds[name], "scope": scopes[name], **ratio_statistics([*of.values()], kinds[name])}
+            for name, of in sorted(ratios.items(), key=lambda item: median(item[1].values()))
+        ],
+        "per_layer": _per_layer(records, found, ratios),
+        "gain": [row for family in GAIN_FAMILIES for row in _gain(answered, family)],
+        "not_answered": _not_answered(records),
+        "violations": _violations(answered),
+    }
+
+
+def _per_layer(
+    records: list[Record], found: dict[BlockId, Reference], ratios: dict[str, dict[BlockId, float]]
+) -> list[dict[str, Any]]:
+    """Per layer the median of the reference and of each method's ratio to it."""
+    modules = {record.question.layer: record.question.module for record in records}
+    rows = []
+    for layer in sorted(modules):
+        values = [reference.value for block, reference in found.items() if block[0] == layer]
+        medians = {
+            name: median(chosen)
+            for name, of in ratios.items()
+            if (chosen := [value for block, value in of.items() if block[0] == layer])
+        }
+        rows.append(
+            {
+                "layer": layer,
+                "module": modules[layer],
+                "reference": median(values) if values else None,
+                "median": medians,
+            }
+        )
+    return rows
+
+
+def _bracket(answered: list[Record], found: dict[BlockId, Reference]) -> dict[str, Any] | None:
+    """How well the truth is known: the largest ratio, over blocks, of the smallest upper bound to the reference.
+
+    Its kind is `probable` if at any block the smallest upper bound is.
+    """
+    smallest: dict[BlockId, tuple[float, str]] = {}
+    for record in answered:
+        block = (record.question.layer, record.question.input)
+        if record.kind in UPPER_KINDS and block in found and record.value is not None:
+            smallest[block] = min((record.value, record.kind), smallest.get(block, (math.inf, "")))
+    if not smallest:
+        return None
+    spans = [ratio(value, found[block].value) for block, (value, _) in smallest.items()]
+    kinds = {kind for _, kind in smallest.values()}
+    return {"ratio": max(spans), "kind": "probable" if "probable" in kinds else "proved"}
+
+
+def _gain(answered: list[Record], family: str) -> list[dict[str, Any]]:
+    """Per layer what the constants 1, 1/2, g_1 and the exact softmax norm make of one and the same bound.
+
+    The gains are medians over inputs of ratios of bounds; `g_1` and `exact_norm` are means over heads and inputs of the
+    largest value over the rows of the attention map.
+    """
+    tables: dict[str, dict[BlockId, Record]] = defaultdict(dict)
+    for record in answered:
+        tables[record.question.bound][record.question.layer, record.question.input] = record
+    with_g, half, exact, one = (tables[family + ending] for ending in ("", "_half", "_exact", "_one"))
+    rows = []
+    for layer in sorted({block[0] for block in with_g}):
+        blocks = [b for b in with_g if b[0] == layer and b in half and b in exact and b in one]
+        if not blocks:
+            continue
+        row: dict[str, Any] = {"bound": family, "layer": layer, "module": with_g[blocks[0]].question.module}
+        for name, (upper, lower) in {
+            "one_over_half": (one, half),
+            "half_over_g_1": (half, with_g),
+            "half_over_exact": (half, exact),
+            "g_1_over_exact": (with_g, exact),
+        }.items():
+            row[name] = median(ratio(upper[b].value or 0.0, lower[b].value or 0.0) for b in blocks)
+        for name, table in {"g_1": with_g, "exact_norm": exact}.items():
+            norms = [table[b].details["softmax_norm"] for b in blocks if "softmax_norm" in table[b].details]
+            row[name] = fmean(norms) if norms else None
+        rows.append(row)
+    return rows
+
+
+def _not_answered(records: list[Record]) -> list[dict[str, Any]]:
+    """Each way in which an evaluation gave no number, with its count; nothing is dropped."""
+    reasons = Counter((r.question.bound, r.status, r.error) for r in records if r.status != "ok")
+    return [
+        {"bound": bound, "status": status, "error": error, "count": count}
+        for (bound, status, error), count in sorted(reasons.items())
+    ]
+
+
+def _violations(answered: list[Record]) -> list[dict[str, Any]]:
+    """Upper bounds below a lower bound of the same block: one of the two is wrong."""
+    lowers: dict[BlockId, Record] = {}
+    for record in answered:
+        block = (record.question.layer, record.question.input)
+        if record.kind == "lower" and (block not in lowers or (record.value or 0.0) > (lowers[block].value or 0.0)):
+            lowers[block] = record
+    found = []
+    for record in answered:
+        lower = lowers.get((record.question.layer, record.question.input))
+        if record.kind not in UPPER_KINDS or lower is None or lower.value is None or record.value is None:
+            continue
+        if not record.value >= lower.value:  # `not >=`: nan is a violation
+            place = {"layer": record.question.layer, "input": record.question.input}
+            names = {"bound": record.question.bound, "kind": record.kind, "lower_bound": lower.question.bound}
+            found.append({**place, **names, "value": record.value, "reached": lower.value})
+    return found

@@ -1,0 +1,138 @@
+"""One evaluation of one bound at one block, whatever comes of it, as a record."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.records import Question, Record, Status
+from lipbounds.errors import Unsupported
+from lipbounds.registry import BoundSpec
+from lipbounds.targets.attention import Attention
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One attention block of one model at one input.
+
+    Args:
+        model: name of the model.
+        model_hash: content hash of its weights.
+        input: name of the input.
+        input_hash: content hash of the input.
+        layer: number of the block among those of the model, from 0.
+        module: qualified name of the module, or what else tells the blocks apart.
+        block: the block, without batch dimensions, in the dtype to be bounded in.
+    """
+
+    model: str
+    model_hash: str
+    input: str
+    input_hash: str
+    layer: int
+    module: str
+    block: Attention
+
+
+class TimeLimitReached(BaseException):
+    """The evaluation ran past its limit; not an Exception, so that no handler inside a bound swallows it."""
+
+
+def question(
+    task: str, case: Case, spec: BoundSpec, options: dict[str, Any] | None = None, radius: float | None = None
+) -> Question:
+    """What is asked when `spec` is evaluated at `case`.
+
+    Args:
+        task: name of the benchmark task.
+        case: the block.
+        spec: the bound or estimator.
+        options: its options that differ from the defaults; all of them end up in the key.
+        radius: in the l2 norm, for the scopes that need one.
+    """
+    everything = {**spec.defaults, **(options or {})}
+    seed = everything.pop("seed", None)
+    places = {field.name: getattr(case, field.name) for field in dc.fields(Case) if field.name != "block"}
+    return Question(
+        **places,
+        task=task,
+        bound=spec.name,
+        bound_version=spec.version,
+        norm=spec.claim.norm,
+        radius=radius,
+        dtype=str(case.block.dtype).removeprefix("torch."),
+        device=case.block.device.type,
+        seed=seed,
+        options=everything,
+    )
+
+
+def evaluate(asked: Question, block: Attention, spec: BoundSpec, *, time_limit: float, environment: str) -> Record:
+    """Evaluate and describe what happened; a failure is a record, too. Only an interrupt by the user gets out.
+
+    Args:
+        asked: what `question` returned for this block and spec.
+        block: the block.
+        spec: the bound or estimator.
+        time_limit: seconds; it ends the evaluation between two operations of torch, not inside one. Not on Windows.
+        environment: id of the environment line.
+    """
+    options = {**asked.options, **({} if asked.seed is None else {"seed": asked.seed})}
+    fresh = block.replace()  # without the cached queries, keys and logits of the bound before, which would flatter it
+    answer: dict[str, Any] = {}
+    status: Status = "ok"
+    start = time.perf_counter()
+    try:
+        with torch.no_grad(), _limited(time_limit):
+            result = spec(fresh, asked.radius, **options)
+            if fresh.device.type == "cuda":
+                torch.cuda.synchronize(fresh.device)
+        answer = {
+            "value": result.value.item(),
+            "terms": _means(result.terms),
+            "details": _means(result.details),
+            "delta": result.delta,
+        }
+    except Unsupported as error:
+        status, answer = "unsupported", {"error": str(error)}
+    except TimeLimitReached:
+        status, answer = "timeout", {"error": f"no result within {time_limit:g} s; raise --time-limit to wait longer."}
+    except Exception as error:
+        status, answer = "failed", {"error": f"{type(error).__name__}: {error}"}
+    seconds = round(time.perf_counter() - start, 6)  # the clock tells no more
+    claim = {"kind": spec.claim.kind, "scope": spec.claim.scope}
+    sizes = {"tokens": block.tokens, "heads": block.heads}
+    return Record(question=asked, **sizes, **claim, **answer, seconds=seconds, status=status, environment=environment)
+
+
+def _means(parts: dict[str, Tensor]) -> dict[str, float]:
+    """Numbers as they are; of a part with one entry a head or row the mean, to keep the records small."""
+    return {name: torch.as_tensor(part).detach().double().mean().item() for name, part in parts.items()}
+
+
+@contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """Raise TimeLimitReached after so many seconds; signals exist on POSIX and in the main thread only."""
+    if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise TimeLimitReached
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

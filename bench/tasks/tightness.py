@@ -1,0 +1,173 @@
+"""How far above the true local Lipschitz constant each bound is: every bound at every block, and the reference.
+
+The reference is the exact norm of the Jacobian where the block is small enough, and everywhere a lower bound and a
+probable upper bound from Lanczos, which bracket the truth.
+"""
+
+from __future__ import annotations
+
+import dataclasses as dc
+from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+from bench.evaluate import Case, evaluate, question
+from bench.machine import environment
+from bench.models import Model
+from bench.records import Record
+from bench.store import RecordStore
+from lipbounds import registry
+from lipbounds.registry import BoundSpec
+
+
+TASK = "tightness"
+SMALL = 1200  # largest dimension of a block that is measured by every estimator, the dense Jacobian included
+LOWER = "lanczos"
+CERTIFICATE = "lanczos_certificate"
+STEPS = (30, 60, 120, 240)  # of Lanczos from below: the next number is tried while the residual is too large
+LARGEST_RESIDUAL = 1e-6
+CERTIFICATE_OPTIONS = {"delta": 1e-9, "steps": 60}  # 2 to 3 % above the truth in dimensions up to 50 000
+
+
+@dc.dataclass
+class Outcome:
+    """What a run did.
+
+    Args:
+        keys: of all records that belong to the run, evaluated now or found.
+        evaluated: number of evaluations made now.
+        reused: number of records found.
+        problems: models that could not be loaded or captured to the end, with the reason.
+    """
+
+    keys: list[str] = dc.field(default_factory=list)
+    evaluated: int = 0
+    reused: int = 0
+    problems: dict[str, str] = dc.field(default_factory=dict)
+
+
+def run(
+    store: RecordStore,
+    models: Iterable[Model],
+    *,
+    quick: bool = False,
+    force: bool = False,
+    time_limit: float = 120.0,
+    command: str = "",
+    advance: Callable[[Case, float], None] = lambda case, seconds: None,
+) -> Outcome:
+    """Evaluate everything that is not in the store yet.
+
+    Args:
+        store: where records come from and go to.
+        models: whose blocks are bounded.
+        quick: few inputs.
+        force: evaluate what is in the store again, too.
+        time_limit: seconds for one evaluation.
+        command: the command line, for the environment line.
+        advance: called after each block with the seconds it was expected to take.
+    """
+    outcome = Outcome()
+    models = list(models)
+    session = _Session(store, models, force=force, time_limit=time_limit, command=command, outcome=outcome)
+    for model in models:
+        for case in _cases(model, model.count(quick), outcome.problems):
+            session.bound(case)
+            advance(case, model.seconds)
+    return outcome
+
+
+def _cases(model: Model, count: int, problems: dict[str, str]) -> Iterator[Case]:
+    """The blocks of a model up to where it breaks: one broken model must not cost the others their numbers."""
+    try:
+        yield from model.cases(count)
+    except Exception as error:
+        problems[model.name] = f"{type(error).__name__}: {error}"
+
+
+@dc.dataclass
+class _Session:
+    """A run under way: evaluates, or takes from the store."""
+
+    store: RecordStore
+    models: list[Model]
+    force: bool
+    time_limit: float
+    command: str
+    outcome: Outcome
+    _environment: str = ""
+
+    def bound(self, case: Case) -> None:
+        """Every method at one block."""
+        for spec, options in methods(case):
+            self.answer(case, spec, options)
+        self._lanczos(case)
+
+    def _lanczos(self, case: Case) -> None:
+        """The lower bound, with more steps until the Ritz vector is an eigenvector for all that matters."""
+        for steps in STEPS:
+            record = self.answer(case, registry.get(LOWER), {"steps": steps})
+            if record.status != "ok" or record.details.get("residual", 0.0) <= LARGEST_RESIDUAL:
+                return
+
+    def answer(self, case: Case, spec: BoundSpec, options: dict[str, Any]) -> Record:
+        """The record of one evaluation, from the store if it is settled there."""
+        asked = question(TASK, case, spec, options)
+        self.outcome.keys.append(asked.key)
+        known = self.store.records.get(asked.key)
+        if known is not None and known.settled and not self.force:
+            self.outcome.reused += 1
+            return known
+        record = evaluate(asked, case.block, spec, time_limit=self.time_limit, environment=self.environment())
+        self.store.append(record)
+        self.outcome.evaluated += 1
+        return record
+
+    def environment(self) -> str:
+        """The id of this run's environment line, written with the first record: a run that adds nothing leaves none."""
+        if not self._environment:
+            self._environment = self.store.add_environment(
+                {
+                    "started": datetime.now(UTC).isoformat(timespec="milliseconds"),
+                    "command": self.command,
+                    "environment": environment(),
+                    "methods": {spec.name: declaration(spec) for spec in registry.select(scope="point")},
+                    "models": {model.name: model.description for model in self.models},
+                }
+            )
+        return self._environment
+
+
+def methods(case: Case) -> Iterator[tuple[BoundSpec, dict[str, Any]]]:
+    """Every registered bound at a point, and the estimators this block is small enough for, save Lanczos from below.
+
+    Bounds that do not support the block are among them: what they say is recorded.
+
+    Args:
+        case: the block.
+    """
+    for spec in registry.select(scope="point"):
+        if spec.name == CERTIFICATE:
+            yield spec, CERTIFICATE_OPTIONS
+        elif spec.name != LOWER and (spec.role == "bound" or is_small(case)):
+            yield spec, {}
+
+
+def is_small(case: Case) -> bool:
+    """Whether the dense Jacobian is cheap."""
+    block = case.block
+    return max(block.moving_input.numel(), block.tokens * block.w_o.shape[-1]) <= SMALL
+
+
+def declaration(spec: BoundSpec) -> dict[str, Any]:
+    """What a table says about a method, as it stands in the environment line."""
+    return {
+        "role": spec.role,
+        "version": spec.version,
+        "kind": spec.claim.kind,
+        "scope": spec.claim.scope,
+        "norm": spec.claim.norm,
+        "summary": spec.summary,
+        "source": str(spec.source),
+        "cost": spec.cost,
+    }

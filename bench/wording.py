@@ -1,0 +1,42 @@
+"""How numbers and names are written, in tables and figures alike."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+
+def figure(value: float | None) -> str:
+    """A number with about three digits; near and below 1, where the fourth matters, with more.
+
+    Args:
+        value: None is a dash.
+    """
+    if value is None:
+        return "-"
+    if not math.isfinite(value):
+        return str(value)
+    size = abs(value)
+    if 0 < size < 1e-3:
+        return f"{value:.2e}"
+    if size >= 1000:
+        return f"{value:,.0f}"
+    limits = ((0.99, 4), (1.0, 6), (2.0, 3), (10.0, 2), (100.0, 1), (1000.0, 0))
+    decimals = next(decimals for limit, decimals in limits if size < limit)
+    return f"{value:.{decimals}f}"
+
+
+def summary_words(summary: str) -> str:
+    """The first clause of a method's summary: up to a colon, a comma or the end of the sentence."""
+    clause = re.split(r"[:;]\s|,\s(?=from|above)|\.(?:\s|$)", summary, maxsplit=1)[0]
+    return clause[:1].upper() + clause[1:]
+
+
+def module_words(row: dict[str, Any]) -> str:
+    """The name of a row that is a layer: what tells it apart, if that is in words, or else its number.
+
+    Args:
+        row: with the keys `layer` and `module`.
+    """
+    return row["module"] if " " in row["module"] else str(row["layer"])

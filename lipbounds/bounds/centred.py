@@ -1,0 +1,84 @@
+r"""Theorem 3's proof with centred keys and values, ours: bounds.md D1 (`centred.products`) and D4 (`centred.weights`).
+
+J(p) 1 = 0, so in row i of dP V = (J(P_i) dS_i)^T V a constant row may be taken off V, and a constant vector off dS_i.
+In dS_i = s (K W_Q^T dx_i + dX W_K q_i) the first term loses a constant when a constant row is taken off K. The second
+does not involve a common row. Any row may be taken off; here the mean over the keys. Biases of keys and values are
+such rows: they drop out. So, V_c = V - 1 v^T, K_c = K - 1 k^T,
+
+    products:  ||W_V|| ||P|| + max_i ||J(P_i)|| s ||V_c|| ( ||K_c W_Q^T|| + ||Q W_K^T|| )
+    weights:   ||W_V|| ||P|| + max_i ||J(P_i)|| s ||V_c|| ( ||W_Q|| ||K|| + ||W_K|| ||Q|| )
+
+The second form survives a rotation of each query and key (rotary positions), since it needs only their norms.
+Where only the query moves, the terms with W_V and W_K are absent; where only the memory moves, that with W_Q is.
+max_i ||J(P_i)|| is exact here. Heads: ||W_O|| sqrt(sum_h L_h^2).
+
+Numerics: float64; V_c and K_c are products of the given floats [X 1] and [W; -mean(X) W], so their rounding is
+covered as that of any product.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lipbounds.claims import Claim, Source
+from lipbounds.ops.spectral import product_norm_upper, spectral_norm_upper
+from lipbounds.registry import Terms, bound
+from lipbounds.rounding import cast_up, inflate
+from lipbounds.targets.attention import Attention
+from lipbounds.targets.attention_norms import combine_heads, largest_softmax_norm, map_norm
+
+
+@bound(
+    name="centred.products",
+    claim=Claim(kind="proved", scope="point", norm="l2"),
+    source=Source(title="lipbounds", statement="centred form of Theorem 3 of Yudin et al. 2025, derived here (D1)"),
+    supports=("heads", "biases", "mask", "cross"),
+    cost="O(H n^2 (d + n) + H D d^2)",
+)
+def products(block: Attention) -> tuple[Tensor, Terms]:
+    """Theorem 3 with keys and values centred: never above the bias-aware form for centred data, often far below."""
+    wide = block.double
+    change = torch.zeros_like(wide.logits[..., 0, 0])
+    if wide.query_moves:
+        change = change + product_norm_upper(*_centred_factors(wide.source_input, wide.w_k), wide.w_q.mT)
+    if wide.memory_moves:
+        change = change + product_norm_upper(*wide.query_factors, wide.w_k.mT)
+    return _finish(block, change)
+
+
+@bound(
+    name="centred.weights",
+    claim=Claim(kind="proved", scope="point", norm="l2"),
+    source=Source(title="lipbounds", statement="centred form with separate norms, derived here (D4)"),
+    supports=("heads", "biases", "mask", "cross"),
+    cost="O(H n^2 (d + n) + H D d^2)",
+)
+def weights(block: Attention) -> tuple[Tensor, Terms]:
+    """Centred values, and the norms of W_Q, W_K, Q and K apart: the form that rotary positions leave valid."""
+    wide = block.double
+    change = torch.zeros_like(wide.logits[..., 0, 0])
+    if wide.query_moves:
+        change = change + spectral_norm_upper(wide.w_q) * product_norm_upper(*wide.key_factors)
+    if wide.memory_moves:
+        change = change + spectral_norm_upper(wide.w_k) * product_norm_upper(*wide.query_factors)
+    return _finish(block, inflate(change, 4))
+
+
+def _finish(block: Attention, change: Tensor) -> tuple[Tensor, Terms]:
+    wide = block.double
+    values = product_norm_upper(*_centred_factors(wide.source_input, wide.w_v))
+    softmax_part = abs(wide.scale_value) * largest_softmax_norm(wide) * values * change
+    mixing = torch.zeros_like(change)
+    if wide.memory_moves:
+        mixing = spectral_norm_upper(wide.w_v) * map_norm(wide)
+    value = inflate(combine_heads(wide, mixing + softmax_part), 8)
+    return cast_up(value, block.dtype), {"detail.mixing": mixing, "detail.softmax_part": softmax_part}
+
+
+def _centred_factors(tokens: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """[X 1] and [W; -mean(X) W]: their product is X W without its mean row."""
+    tokens = tokens.unsqueeze(-3)
+    row = -tokens.mean(-2, keepdim=True) @ weights
+    with_row = torch.cat([weights.expand(*row.shape[:-2], *weights.shape[-2:]), row], -2)
+    return torch.cat([tokens, torch.ones_like(tokens[..., :1])], -1), with_row

@@ -1,0 +1,122 @@
+r"""Yudin, Gaponov, Kudriashov, Rakhuba 2025: Pay Attention to Attention Distribution (arXiv 2507.07814).
+
+| paper | here |
+|---|---|
+| X, n x D | `block.x` |
+| W_Q, W_K, W_V of a head; A = W_Q W_K^T / sqrt(d) | `w_q[h]`, `w_k[h]`, `w_v[h]`; `scale * w_q[h] @ w_k[h].T` |
+| P, g_1(P_i) | `block.probabilities`, lipbounds.ops.softmax |
+
+Theorem 3 (one head, no biases): ||dY/dX||_2 <= ||W_V|| ( ||P|| + 2 ||X||^2 ||A|| max_i g_1(P_i) ).
+
+Proof. dY = P dX W_V + dP V, V = X W_V, and row i of dP V is (J(P_i) dS_i)^T V with dS = dX A X^T + X A dX^T. The first
+term has norm at most ||P|| ||W_V||. The rows of the second are at most ||V|| ||J(P_i)|| ||dS_i||, so its Frobenius
+norm is at most ||V|| max_i ||J(P_i)|| ||dS||_F, and ||dS||_F <= 2 ||A|| ||X|| ||dX||_F, ||V|| <= ||X|| ||W_V||,
+||J(P_i)|| <= g_1(P_i). A logit bias or mask is constant and drops out of dS.
+
+With biases Q = X W_Q + 1 b_Q^T and so on, and the formula as printed is not a bound (bounds.md, section 2, finding
+3). The same proof with the real Q, K, V gives, with dS = s (dX W_Q K^T + Q W_K^T dX^T),
+
+    ||W_V|| ||P|| + ||V|| max_i ||J(P_i)|| s ( ||K W_Q^T|| + ||Q W_K^T|| ).
+
+Where only the query input moves, the first and the last term are 0; where only the memory moves, ||K W_Q^T|| is.
+
+Heads (ours: the theorem is stated for one): the concatenation of heads with constants L_h has sqrt(sum_h L_h^2), and
+the output projection multiplies by ||W_O||.
+
+Baselines: the same proofs with max_i ||J(P_i)|| replaced by its exact value, by the constant 1/2 (Nair 2025, arXiv
+2510.23012, Theorem 1: ||J|| <= 1/2 for every p) and by the naive constant 1 (J is the difference of diag(p) <= I and a
+positive semidefinite matrix).
+
+Numerics: float64, logits with the error analysis of lipbounds.targets.attention_rounding, norms of products rounded up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lipbounds.claims import Claim, Source
+from lipbounds.ops.spectral import product_norm_upper, spectral_norm_upper
+from lipbounds.registry import BoundSpec, Terms, bound
+from lipbounds.rounding import cast_up
+from lipbounds.targets.attention import Attention
+from lipbounds.targets.attention_norms import combine_heads, largest_g_1, largest_softmax_norm, map_norm, output_norm
+
+
+SoftmaxNorm = Callable[[Attention], Float[Tensor, "*batch heads"]]
+PAPER = "Pay Attention to Attention Distribution"
+AUTHORS = "Yudin, Gaponov, Kudriashov, Rakhuba"
+
+
+def one_half(block: Attention) -> Float[Tensor, "*batch heads"]:
+    """The constant 1/2 >= ||J(p)|| for every p (Nair 2025, Theorem 1)."""
+    return torch.full_like(block.logits[..., 0, 0], 0.5)
+
+
+def one(block: Attention) -> Float[Tensor, "*batch heads"]:
+    """The constant 1 >= ||J(p)|| for every p."""
+    return torch.ones_like(block.logits[..., 0, 0])
+
+
+def _literal(block: Attention, softmax_norm: SoftmaxNorm) -> tuple[Tensor, Terms]:
+    """Theorem 3 as printed, heads combined as the top of this file says."""
+    inputs = spectral_norm_upper(block.x).unsqueeze(-1)
+    products = abs(block.scale_value) * product_norm_upper(block.w_q, block.w_k.mT)
+    norms = softmax_norm(block)
+    values = spectral_norm_upper(block.w_v)
+    return _combine(block, values * map_norm(block), values * 2 * inputs.square() * products * norms, norms)
+
+
+def _with_biases(block: Attention, softmax_norm: SoftmaxNorm) -> tuple[Tensor, Terms]:
+    """The same proof with the real queries, keys and values."""
+    norms = softmax_norm(block)
+    logit_change = torch.zeros_like(norms)
+    mixing = torch.zeros_like(norms)
+    if block.query_moves:
+        logit_change = logit_change + product_norm_upper(*block.key_factors, block.w_q.mT)
+    if block.memory_moves:
+        logit_change = logit_change + product_norm_upper(*block.query_factors, block.w_k.mT)
+        mixing = spectral_norm_upper(block.w_v) * map_norm(block)
+    values = product_norm_upper(*block.value_factors)
+    return _combine(block, mixing, values * norms * abs(block.scale_value) * logit_change, norms)
+
+
+def _combine(block: Attention, mixing: Tensor, softmax_part: Tensor, norms: Tensor) -> tuple[Tensor, Terms]:
+    terms = {
+        "output_weights": output_norm(block).expand(block.batch_shape),
+        "detail.mixing": mixing,
+        "detail.softmax_part": softmax_part,
+        "detail.softmax_norm": norms,
+    }
+    return combine_heads(block, mixing + softmax_part), terms
+
+
+def _declare(name: str, formula: Callable[..., tuple[Tensor, Terms]], factor: SoftmaxNorm, statement: str) -> BoundSpec:
+    literal = formula is _literal
+
+    def compute(block: Attention) -> tuple[Tensor, Terms]:
+        value, terms = formula(block.double, factor)
+        return cast_up(value, block.dtype), terms
+
+    compute.__doc__ = statement
+    compute.__qualname__ = name
+    return bound(
+        name=f"yudin2025.{name}",
+        claim=Claim(kind="proved", scope="point", norm="l2"),
+        source=Source(title=PAPER, authors=AUTHORS, year=2025, arxiv="2507.07814", statement=statement),
+        supports=("heads", "mask") if literal else ("heads", "biases", "mask", "cross"),
+        cost="O(H n^2 (d + n) + H D d^2)",
+    )(compute)
+
+
+theorem3 = _declare("theorem3", _literal, largest_g_1, "Theorem 3 as printed")
+theorem3_exact = _declare("theorem3_exact", _literal, largest_softmax_norm, "Theorem 3 with the exact softmax norm")
+theorem3_half = _declare("theorem3_half", _literal, one_half, "Theorem 3 with 1/2 for the softmax norm (Nair 2025)")
+theorem3_one = _declare("theorem3_one", _literal, one, "Theorem 3 with 1 for the softmax norm (naive)")
+biased = _declare("biased", _with_biases, largest_g_1, "proof of Theorem 3 with the real Q, K, V")
+biased_exact = _declare("biased_exact", _with_biases, largest_softmax_norm, "real Q, K, V and the exact softmax norm")
+biased_half = _declare("biased_half", _with_biases, one_half, "real Q, K, V and 1/2 for the softmax norm (Nair 2025)")
+biased_one = _declare("biased_one", _with_biases, one, "real Q, K, V and 1 for the softmax norm (naive)")

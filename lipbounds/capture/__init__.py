@@ -1,0 +1,10 @@
+"""The attention blocks of any torch model, found by watching it run once.
+
+No code here knows a model architecture. The steps between a projection and an attention call are recorded, and run
+again on the numbers of tokens and features to learn which weight belongs to which head.
+"""
+
+from __future__ import annotations
+
+from lipbounds.capture.blocks import CapturedAttention as CapturedAttention
+from lipbounds.capture.run import capture as capture

@@ -1,0 +1,73 @@
+"""Calls of `scaled_dot_product_attention`, and what they share with attention written out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lipbounds.capture.blocks import Call
+from lipbounds.capture.masks import additive, for_layout
+from lipbounds.capture.operands import Layout, Operand, check_constant, parts_and_layout, trace
+from lipbounds.capture.recorder import Recorder
+from lipbounds.capture.trouble import dropout_error
+
+
+_FUSED_DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
+
+
+def fused_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `scaled_dot_product_attention` by name."""
+    return _FUSED_DEFAULTS | dict(zip(("query", "key", "value", *_FUSED_DEFAULTS), args, strict=False)) | kwargs
+
+
+def fused_call(recorder: Recorder, given: dict[str, Any]) -> tuple[Call, Layout]:
+    """A call of `scaled_dot_product_attention`, traced back to tokens and weights."""
+    if given["dropout_p"] > 0:
+        raise dropout_error(recorder.module)
+    query, key, value = (given[name] for name in ("query", "key", "value"))
+    repeats = query.shape[-3] // key.shape[-3] if given["enable_gqa"] else 1
+    operands = [
+        trace(recorder, query, "queries"),
+        trace(recorder, key, "keys", repeats=repeats),
+        trace(recorder, value, "values", repeats=repeats),
+    ]
+    scale = query.shape[-1] ** -0.5 if given["scale"] is None else float(given["scale"])
+    mask = None if given["attn_mask"] is None else additive(given["attn_mask"], query.dtype)
+    return traced_call(recorder, operands, scale, mask, (given["attn_mask"],), causal=given["is_causal"])
+
+
+def traced_call(
+    recorder: Recorder,
+    operands: list[Operand],
+    scale: float,
+    mask: Tensor | None,
+    mask_sources: Iterable[Any],
+    causal: bool = False,
+) -> tuple[Call, Layout]:
+    """The call with these queries, keys and values.
+
+    Args:
+        recorder: of the run.
+        operands: queries, keys and values.
+        scale: factor of the logits.
+        mask: additive, broadcasts to the logits.
+        mask_sources: the model's own tensors that the mask was read from.
+        causal: queries see no later keys.
+    """
+    lead = torch.broadcast_shapes(*(operand.lead for operand in operands))
+    parts, layout = parts_and_layout(recorder, [operand.expand(lead) for operand in operands])
+    area = parts[0].tokens.shape[-2], parts[1].tokens.shape[-2]
+    for part in parts:
+        check_constant(recorder, part.source, "mask", mask_sources)
+    call = Call(
+        module=recorder.module,
+        parts=parts,
+        scale=scale,
+        logit_bias=None if mask is None else for_layout(mask.to(parts[0].tokens.dtype), lead, area, layout),
+        causal=causal,
+        start=recorder.common_start([operand.invocations for operand in operands]),
+    )
+    return call, layout

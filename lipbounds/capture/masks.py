@@ -1,0 +1,50 @@
+"""The masks of models as the logit bias of an `Attention`: 0 and -inf, finite where the model adds something finite."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lipbounds.capture.operands import Layout
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask (True = keep) or an additive one, as an additive one with -inf where a key is hidden.
+
+    Models write the most negative float for -inf. Half of it and less is taken as such: its exponential is zero.
+    """
+    if mask.dtype == torch.bool:
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
+    hidden = mask <= torch.finfo(mask.dtype).min / 2
+    return mask.to(dtype).masked_fill(hidden, -torch.inf)
+
+
+def future(queries: int, keys: int, like: Tensor) -> Tensor:
+    """The causal mask of torch: query i sees the keys 0 .. i, counted from the first key."""
+    hidden = torch.ones(queries, keys, dtype=torch.bool, device=like.device).triu(1)
+    return torch.zeros(queries, keys, dtype=like.dtype, device=like.device).masked_fill(hidden, -torch.inf)
+
+
+def for_layout(mask: Tensor, lead: torch.Size, area: tuple[int, int], layout: Layout) -> Tensor | None:
+    """An additive mask that broadcasts to the logits of a call, sorted into batch items and heads.
+
+    Args:
+        mask: broadcasts to `*lead n m`.
+        lead: the leading dimensions of the call.
+        area: the number of queries n and of keys m.
+        layout: which leading index is which batch item and head.
+
+    Returns:
+        A logit bias with no more batch items and heads than differ; None if it is zero throughout.
+    """
+    if not bool((mask != 0).any()):
+        return None
+    if not any(size > 1 for size in mask.shape[:-2]):
+        return mask.reshape(mask.shape[-2:]).expand(area).clone()
+    mask = mask.expand(*lead, *mask.shape[-2:]).reshape(-1, *mask.shape[-2:])[layout.cell]
+    if bool((mask == mask[:, :1]).all()):
+        mask = mask[:, :1]
+    mask = mask.expand(*mask.shape[:2], *area)
+    if bool((mask == mask[:1]).all()):
+        return mask[0] if mask.shape[1] > 1 else mask[0, 0]
+    return mask.reshape(*layout.batch_shape, *mask.shape[1:])

@@ -1,0 +1,205 @@
+"""From the queries, keys and values of an attention call back to tokens, weights and heads."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lipbounds.capture.projections import Projection, projection_of
+from lipbounds.capture.recorder import Invocation, Recorder
+from lipbounds.capture.steps import MOVES_AND_SCALES, factor, reindex
+from lipbounds.capture.trouble import check_dropout, origin_in_words, unsupported
+
+
+@dc.dataclass(frozen=True, eq=False, slots=True, kw_only=True)
+class Part:
+    """One of queries, keys, values as `tokens @ weight + bias` a head.
+
+    Args:
+        tokens: shape `*batch n in`.
+        weight: shape `heads in width`.
+        bias: shape `heads width`.
+        source: the model's own tensor that holds the tokens.
+    """
+
+    tokens: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    source: Tensor
+
+
+@dc.dataclass(frozen=True, eq=False, slots=True, kw_only=True)
+class Operand:
+    """Queries, keys or values, one matrix for each leading index, traced back to their projection.
+
+    Args:
+        projection: the call that made them.
+        rows: the number of the token that each row belongs to; shape `*lead n`.
+        features: the number of the output feature that each column is; shape `*lead width`.
+        factor: what they were multiplied by after the projection.
+        constants: the model's own tensors that weights and factor were read from.
+        invocations: the modules that were running during the projection.
+    """
+
+    projection: Projection
+    rows: Tensor
+    features: Tensor
+    factor: float | Tensor
+    constants: tuple[Tensor, ...]
+    invocations: tuple[Invocation, ...]
+
+    def expand(self, lead: torch.Size) -> Operand:
+        """Broadcast the leading dimensions to `lead` and flatten them."""
+        rows, features = (t.expand(*lead, t.shape[-1]).reshape(-1, t.shape[-1]) for t in (self.rows, self.features))
+        return dc.replace(self, rows=rows, features=features)
+
+    def take(self, lead: Tensor) -> Operand:
+        """The entries of a flat leading dimension that the index tensor `lead` names."""
+        return dc.replace(self, rows=self.rows[lead], features=self.features[lead])
+
+    def times(self, gain: Tensor, read_from: Iterable[Tensor]) -> Operand:
+        """Multiplied by one more number, which was computed from the tensors `read_from`."""
+        return dc.replace(self, factor=self.factor * gain, constants=(*self.constants, *read_from))
+
+    @property
+    def lead(self) -> torch.Size:
+        return self.rows.shape[:-1]
+
+
+def trace(recorder: Recorder, tensor: Tensor, role: str, *, transposed: bool = False, repeats: int = 1) -> Operand:
+    """Find the projection behind the queries, keys or values of a call, and which token and feature went where.
+
+    The steps between projection and call are not interpreted: they are run again on the token numbers and on the
+    feature numbers. Whatever layout the model chose, the result says which weight belongs to which head.
+
+    Args:
+        recorder: of the run.
+        tensor: shape `*lead n width`.
+        role: "queries", "keys" or "values", for messages.
+        transposed: `tensor` has the shape `*lead width n` instead.
+        repeats: how often each head is used (grouped-query attention).
+    """
+    root, chain = recorder.walk(tensor, MOVES_AND_SCALES)
+    found = projection_of(recorder, root)
+    if found is None:
+        raise unsupported(
+            recorder.module,
+            f"the {role} must come from a linear projection of the tokens through re-indexing and scaling only, "
+            f"got {origin_in_words(recorder, root)} in between",
+        )
+    check_dropout(recorder.module, chain)
+    index = [reindex(chain, table) for table in (found.row_index(), found.feature_index())]
+    index = [table.mT if transposed else table for table in index]
+    rows, features = (t.repeat_interleave(repeats, -3) if repeats > 1 else t for t in index)
+    mixed = (rows != rows[..., :1]).any() | (features != features[..., :1, :]).any()
+    if bool(mixed) or rows.shape[-2:] != (tensor.mT if transposed else tensor).shape[-2:]:
+        raise unsupported(
+            recorder.module, f"each row of the {role} of a head must hold features of one token, got tokens mixed"
+        )
+    record = recorder.record(root)
+    return Operand(
+        projection=found,
+        rows=rows[..., 0],
+        features=features[..., 0, :],
+        factor=factor(chain),
+        constants=(*found.constants, *(other for step in chain if step.kind == "scale" for other in step.others)),
+        invocations=() if record is None else record.invocations,
+    )
+
+
+@dc.dataclass(frozen=True, eq=False, slots=True, kw_only=True)
+class Layout:
+    """Which leading index of a call is which batch item and which head.
+
+    Args:
+        cell: the flat leading index of each batch item and head; shape `batch heads`.
+        batch_shape: the batch dimensions of the block, `batch` entries in all.
+        queries: the number of queries n.
+    """
+
+    cell: Tensor
+    batch_shape: tuple[int, ...]
+    queries: int
+
+    @property
+    def heads(self) -> int:
+        return self.cell.shape[1]
+
+    def locate(self) -> tuple[Tensor, Tensor]:
+        """For each flat leading index, the number of its batch item and of its head."""
+        batch, head = (torch.empty_like(self.cell.flatten()) for _ in range(2))
+        numbers = torch.arange(self.cell.numel(), device=self.cell.device)
+        batch[self.cell.flatten()] = numbers // self.heads
+        head[self.cell.flatten()] = numbers % self.heads
+        return batch, head
+
+
+def parts_and_layout(recorder: Recorder, operands: list[Operand]) -> tuple[list[Part], Layout]:
+    """Sort the leading indices into batch items (equal tokens) and heads (equal features), and collect each part.
+
+    Args:
+        recorder: of the run.
+        operands: queries, keys and values, with one flat leading dimension of the same size.
+    """
+    batch = _numbered(torch.cat([operand.rows for operand in operands], dim=1))
+    head = _numbered(torch.cat([operand.features for operand in operands], dim=1))
+    batches, heads = int(batch.max()) + 1, int(head.max()) + 1
+    cell = batch.new_full((batches, heads), -1)
+    cell[batch, head] = torch.arange(len(batch), device=batch.device)
+    if batches * heads != len(batch) or bool((cell < 0).any()):
+        raise unsupported(
+            recorder.module,
+            f"every head must see every batch item once, got {len(batch)} matrices of queries for {batches} items "
+            f"and {heads} heads",
+        )
+    batch_shape = _batch_shape(operands, [operand.rows[cell[:, 0]] for operand in operands])
+    layout = Layout(cell=cell, batch_shape=batch_shape, queries=operands[0].rows.shape[-1])
+    return [_part(recorder, operand, layout) for operand in operands], layout
+
+
+def _part(recorder: Recorder, operand: Operand, layout: Layout) -> Part:
+    rows, features = operand.rows[layout.cell[:, 0]], operand.features[layout.cell[0]]
+    if bool((rows.sort(dim=-1).values.diff(dim=-1) == 0).any()):
+        raise unsupported(recorder.module, "each token must be used once in a block, got one that is repeated")
+    found = operand.projection
+    check_constant(recorder, found.tokens, "projection weights", operand.constants)
+    # Indexing copies, so later in-place changes of the model's tensors do not reach the block.
+    tokens = found.rows(found.tokens)[rows].view(*layout.batch_shape, rows.shape[-1], -1)
+    weight = found.weight[:, features].movedim(0, 1) * operand.factor
+    bias = None if found.bias is None else found.bias[features] * operand.factor
+    return Part(tokens=tokens, weight=weight, bias=bias, source=found.tokens)
+
+
+def check_constant(recorder: Recorder, tokens: Tensor, name: str, constants: Iterable[Any]) -> None:
+    """Refuse weights, masks or factors that were computed from the tokens: a block holds them fixed."""
+    for constant in constants:
+        if isinstance(constant, Tensor) and (recorder.is_stale(constant) or recorder.related(constant, tokens)):
+            raise unsupported(
+                recorder.module, f"the {name} must not depend on the tokens, got one that was computed from them"
+            )
+
+
+def _numbered(keys: Tensor) -> Tensor:
+    """Equal rows get equal numbers, counted in the order of first appearance."""
+    _, inverse = keys.unique(dim=0, return_inverse=True)
+    first = torch.full((int(inverse.max()) + 1,), len(inverse), device=keys.device)
+    first = first.scatter_reduce(0, inverse, torch.arange(len(inverse), device=keys.device), "amin")
+    return first.argsort().argsort()[inverse]
+
+
+def _batch_shape(operands: list[Operand], rows: list[Tensor]) -> tuple[int, ...]:
+    """The batch dimensions of the model's own tokens if these come in their own order; one dimension otherwise."""
+    shapes = set()
+    for operand, numbers in zip(operands, rows, strict=True):
+        lead = list(operand.projection.tokens.shape)
+        del lead[operand.projection.feature_dim]
+        in_order = torch.equal(numbers.flatten(), torch.arange(numbers.numel(), device=numbers.device))
+        fits = in_order and lead and lead[-1] == numbers.shape[-1] and operand.projection.feature_dim == -1
+        shapes.add(tuple(lead[:-1]) if fits else None)
+    (shape,) = shapes if len(shapes) == 1 else (None,)
+    batches = len(rows[0])
+    return shape if shape is not None and torch.Size(shape).numel() == batches else (batches,)

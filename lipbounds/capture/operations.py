@@ -1,0 +1,62 @@
+"""The torch functions that capture recognises, sorted by what they do to a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+
+Functions = frozenset[Callable[..., Any]]
+
+
+def _named(*names: str) -> Functions:
+    """The functions of torch and the methods of torch.Tensor of these names."""
+    found = (getattr(owner, name, None) for owner in (torch, torch.Tensor) for name in names)
+    return frozenset(function for function in found if callable(function))  # torch.half is no function but a dtype
+
+
+# Each entry of the result is an entry of the one tensor that comes in.
+REINDEX: Functions = _named(
+    *("view", "reshape", "view_as", "reshape_as", "flatten", "unflatten", "ravel", "squeeze", "unsqueeze"),
+    *("transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "adjoint", "flip", "roll"),
+    *("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "select", "narrow", "index_select"),
+    *("expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_interleave", "__getitem__"),
+) | frozenset(getattr(torch.Tensor, name).__get__ for name in ("T", "mT", "H", "mH"))
+# A view needs strides that fit; replayed on an index tensor of other strides only the reshape is sure to work.
+WITHOUT_STRIDES = {torch.Tensor.view: torch.Tensor.reshape, torch.Tensor.view_as: torch.Tensor.reshape_as}
+# Re-indexing if all but one of the tensors are empty, as in the first step of a key-value cache.
+JOIN: Functions = _named("cat", "concat", "concatenate")
+COPY: Functions = _named("contiguous", "clone", "detach")
+CAST: Functions = _named("to", "type", "type_as", "float", "double", "half", "bfloat16")
+DROPOUT: Functions = _named("dropout") | {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout}
+
+MULTIPLY: Functions = _named("mul", "multiply", "__mul__", "__rmul__")
+DIVIDE: Functions = _named("div", "divide", "true_divide", "__truediv__")
+ADD: Functions = _named("add", "__add__", "__radd__")
+SUBTRACT: Functions = _named("sub", "subtract", "__sub__")
+FILL: Functions = _named("masked_fill", "where")
+SOFTMAX: Functions = _named("softmax") | {F.softmax, torch.special.softmax}
+
+LINEAR: Functions = frozenset({F.linear})
+ADDMM: Functions = _named("addmm")
+CONVOLUTION: Functions = frozenset({F.conv1d, F.conv2d, F.conv3d})
+PRODUCT: Functions = _named("matmul", "mm", "bmm", "__matmul__")
+# Products that are not followed: meeting an attention map in one means that an attention would be missed.
+OTHER_PRODUCT: Functions = _named("einsum", "tensordot", "inner", "baddbmm", "addbmm", "mv", "dot")
+PROJECTION: Functions = LINEAR | ADDMM | CONVOLUTION | PRODUCT
+
+FUSED_ATTENTION: Functions = frozenset({F.scaled_dot_product_attention})
+MULTI_HEAD_ATTENTION: Functions = frozenset({F.multi_head_attention_forward})
+
+# They ask a tensor what it is and touch no values; about half of all calls.
+QUESTION: Functions = _named("size", "dim", "numel", "is_floating_point", "is_complex") | frozenset(
+    getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_nested", "requires_grad")
+)
+# They take the shape and dtype of a tensor, not its values.
+LIKE: Functions = _named(
+    *("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"),
+    *("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"),
+)

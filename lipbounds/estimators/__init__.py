@@ -1,0 +1,5 @@
+"""Methods that measure the local Lipschitz constant; importing this package registers them."""
+
+from lipbounds.estimators import exact as exact
+from lipbounds.estimators import lanczos as lanczos
+from lipbounds.estimators import power as power

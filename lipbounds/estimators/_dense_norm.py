@@ -1,0 +1,57 @@
+r"""The spectral norm of an explicit matrix, verified from above.
+
+With G = M^T M (the smaller side) and an eigenvalue theta from LAPACK, tau slightly above theta is verified: if the
+Cholesky factorisation of tau I - G runs to its end in floating point, tau I - G + Delta is positive semidefinite with
+||Delta|| <= gamma(N+1) / (1 - gamma(N+1)) trace(tau I - G) (Higham 2002, Theorem 10.3 and (10.7); Rump 2006), so that
+the largest eigenvalue is at most tau + ||Delta||. No trust in the eigensolver is needed; a bad theta only costs tries.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lipbounds.errors import InvalidInput
+from lipbounds.estimators._operator import power_of_two
+from lipbounds.rounding import UNIT_ROUNDOFF, gamma, inflate
+
+
+MAX_TRIES = 60
+
+
+def verified_norm(matrix: Float[Tensor, "*batch rows cols"]) -> Float[Tensor, "*batch"]:
+    """Upper bound on the spectral norm of the given floats; above the exact norm by a relative 1e-15 N^2 at most.
+
+    Args:
+        matrix: float64.
+
+    Raises:
+        InvalidInput: an entry is NaN or infinite.
+    """
+    if not bool(matrix.isfinite().all()):
+        raise InvalidInput("the Jacobian must be finite, got entries that are not; rescale the weights or the input.")
+    scale = power_of_two(matrix.abs().amax((-2, -1)))
+    scaled = matrix / scale[..., None, None]
+    rows, cols = matrix.shape[-2:]
+    gram = scaled @ scaled.mT if rows <= cols else scaled.mT @ scaled
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    # |fl(G) - G| <= gamma(length) |M|^T |M|, and the norm of that is at most the squared Frobenius norm of M.
+    product_error = 2 * gamma(max(rows, cols) + min(rows, cols)) * trace
+    square = inflate(_verified_eigenvalue(gram) + product_error, 4)
+    return torch.where(trace > 0, inflate(square.sqrt(), 4), 0.0) * scale
+
+
+def _verified_eigenvalue(gram: Float[Tensor, "*batch size size"]) -> Float[Tensor, "*batch"]:
+    """Upper bound on the largest eigenvalue of a symmetric matrix, whose lower triangle is read."""
+    size = gram.shape[-1]
+    theta = torch.linalg.eigvalsh(gram)[..., -1].clamp(min=torch.finfo(torch.float64).tiny)
+    excess = torch.full_like(theta, 8 * size * UNIT_ROUNDOFF)
+    identity = torch.eye(size, dtype=gram.dtype, device=gram.device)
+    for _ in range(MAX_TRIES):
+        tau = theta * (1 + excess)
+        failed = torch.linalg.cholesky_ex(tau[..., None, None] * identity - gram).info != 0
+        if not bool(failed.any()):
+            return tau * (1 + 2 * size * gamma(size + 2) + 4 * UNIT_ROUNDOFF)
+        excess = torch.where(failed, 2 * excess, excess)
+    raise InvalidInput("the norm of the Jacobian could not be verified; its entries span too many orders of magnitude.")

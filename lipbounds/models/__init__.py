@@ -1,0 +1,1 @@
+"""Reference models that bounds are compared on; each module needs the extra `lipbounds[models]`."""

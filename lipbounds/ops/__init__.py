@@ -1,0 +1,1 @@
+"""Mathematics owned by no paper."""

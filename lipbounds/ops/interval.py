@@ -1,0 +1,96 @@
+r"""Softmax rows whose logits are known up to an interval: |S'_j - S_j| <= r_j for every j.
+
+P_j = 1/(1 + sum_{l != j} exp(S'_l - S'_j)) is largest with S'_j = S_j + r_j and all others lowered, least with the
+signs swapped; both are attained. The sum over l != j is a sum of non-negative terms for the largest key and a
+difference that loses at most one digit for the others, so neither end cancels, nor does 1 - lower, which is returned
+beside it."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lipbounds.ops._rows import SMALLEST_NORMAL
+from lipbounds.rounding import EXP_ULPS, UNIT_ROUNDOFF
+
+
+@dc.dataclass(frozen=True, slots=True)
+class SoftmaxInterval:
+    """Entrywise enclosure of softmax rows: lower <= P <= upper, and 1 - lower <= complement."""
+
+    lower: Float[Tensor, "*batch n"]
+    upper: Float[Tensor, "*batch n"]
+    complement: Float[Tensor, "*batch n"]
+
+
+def softmax_interval(logits: Float[Tensor, "*batch n"], radius: Float[Tensor, "*batch n"]) -> SoftmaxInterval:
+    """Enclosure of softmax(S') over all |S'_j - S_j| <= radius_j, rounded outwards.
+
+    Args:
+        logits: float64, -inf where masked (such a key stays masked).
+        radius: float64, finite and >= 0, one for each logit.
+    """
+    visible = ~logits.isneginf()
+    high = torch.where(visible, logits + radius, -torch.inf)
+    low = torch.where(visible, logits - radius, -torch.inf)
+    # Log-odds of each key at its best and at its worst.
+    best = high - _log_sum_of_others(low)
+    worst = low - _log_sum_of_others(high)
+    slack = (4 * logits.shape[-1] + 4 * EXP_ULPS + 64) * UNIT_ROUNDOFF
+
+    def spread(odds: Tensor) -> Tensor:
+        """An absolute error of the log-odds is a relative error of the result."""
+        odds = odds.detach()
+        return torch.where(odds.isfinite(), odds.abs() * 4 * UNIT_ROUNDOFF + slack, slack)
+
+    upper = torch.sigmoid(best) * (1 + spread(best)) + SMALLEST_NORMAL
+    lower = torch.sigmoid(worst) * (1 - spread(worst)) - SMALLEST_NORMAL
+    complement = torch.sigmoid(-worst) * (1 + spread(worst)) + SMALLEST_NORMAL
+    return SoftmaxInterval(
+        lower=torch.where(visible, lower.clamp(min=0), 0.0),
+        upper=torch.where(visible, upper.clamp(max=1), 0.0),
+        complement=torch.where(visible, complement.clamp(max=1), 1.0),
+    )
+
+
+def g_interval_upper(interval: SoftmaxInterval) -> Float[Tensor, "*batch"]:
+    """Upper bound of g_1(p) over all probability rows p in the interval; equals g_1 where it is one point.
+
+    Let U and u be the two largest upper ends, L the largest lower end: p_(1) is in [L, U] and p_(2) <= min(u, p_(1),
+    1 - p_(1)). So g_1 <= f(p_(1)) with f(t) = t (1 - t + min(u, t, 1 - t)), which grows up to
+    t* = max(1/2, min(1 - u, (1 + u)/2)) and falls after it: the largest value on [L, U] is at t* moved into [L, U].
+
+    Args:
+        interval: enclosure of the rows, in float64.
+    """
+    top = interval.upper.topk(min(2, interval.upper.shape[-1]), -1).values
+    largest = top[..., 0]
+    second = top[..., 1] if top.shape[-1] > 1 else torch.zeros_like(largest)
+    least, index = interval.lower.max(-1)
+    rest = interval.complement.gather(-1, index.unsqueeze(-1)).squeeze(-1)  # 1 - L without a subtraction
+    peak = torch.clamp(torch.minimum(1 - second, (1 + second) / 2), min=0.5)
+    point = torch.minimum(peak, largest)
+    inside = _largest_g(point, 1 - point, second)
+    at_lower_end = _largest_g(least, rest, second)
+    value = torch.where(peak < least, at_lower_end, inside)
+    return torch.clamp(value * (1 + 16 * UNIT_ROUNDOFF), max=0.5)
+
+
+def _largest_g(first: Tensor, rest: Tensor, second: Tensor) -> Tensor:
+    return first * (rest + torch.minimum(second, torch.minimum(first, rest)))
+
+
+def _log_sum_of_others(logits: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
+    """log sum_{l != j} exp(logits_l) for every j; -inf where no other key is visible."""
+    largest, index = logits.max(-1, keepdim=True)
+    weights = (logits - largest).exp()
+    # Every weight but the largest is at most half of the total, so this difference keeps its digits ...
+    others = (weights.sum(-1, keepdim=True) - weights).scatter(-1, index, 1.0).log() + largest
+    # ... and for the largest the others are summed, relative to their own maximum.
+    rest = logits.scatter(-1, index, -torch.inf)
+    alone = rest.isneginf().all(-1, keepdim=True)
+    sum_of_rest = torch.logsumexp(rest.masked_fill(alone, 0.0), -1, keepdim=True).masked_fill(alone, -torch.inf)
+    return others.scatter(-1, index, sum_of_rest)

@@ -1,0 +1,1 @@
+"""What can be bounded: frozen data, validated once."""

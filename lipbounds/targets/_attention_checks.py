@@ -1,0 +1,164 @@
+"""Construction checks of `Attention`: one clear error for each way a block can be malformed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lipbounds.errors import InvalidInput
+
+
+if TYPE_CHECKING:
+    from lipbounds.targets.attention import Attention
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Number of trailing dimensions of each tensor field that are not batch dimensions.
+TRAILING = {
+    "x": 2,
+    "memory": 2,
+    "w_q": 3,
+    "w_k": 3,
+    "w_v": 3,
+    "w_o": 3,
+    "b_q": 2,
+    "b_k": 2,
+    "b_v": 2,
+    "b_o": 1,
+    "logit_bias": 3,
+}
+
+
+def check_attention(block: Attention) -> None:
+    """Raise InvalidInput for the first rule that `block` breaks."""
+    present = {name: getattr(block, name) for name in TRAILING if getattr(block, name) is not None}
+    _check_types(present)
+    _check_moves(block)
+    _check_shapes(block, present)
+    _check_batches(present)
+    _check_values(block, present)
+
+
+def expand_groups(block: Attention, name: str) -> Tensor | None:
+    """Repeat a key or value tensor so that it has one entry a query head (grouped-query attention)."""
+    tensor = getattr(block, name)
+    if tensor is None:
+        return None
+    dim = -3 if name.startswith("w") else -2
+    return (
+        tensor.repeat_interleave(block.heads // tensor.shape[dim], dim) if tensor.shape[dim] != block.heads else tensor
+    )
+
+
+def _check_types(present: dict[str, Tensor]) -> None:
+    for name, tensor in present.items():
+        if not isinstance(tensor, Tensor):
+            raise InvalidInput(f"{name} must be a torch tensor, got {type(tensor).__name__}; use torch.as_tensor.")
+        if tensor.dtype not in FLOAT_DTYPES:
+            allowed = [str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES]
+            hint = "; turn a boolean mask into 0 and -inf" if name == "logit_bias" else ""
+            raise InvalidInput(f"{name} must have one of the dtypes {allowed}, got {tensor.dtype}{hint}.")
+        if tensor.dim() < TRAILING[name] and name != "logit_bias":
+            raise InvalidInput(
+                f"{name} must have at least {TRAILING[name]} dimensions, got shape {tuple(tensor.shape)}; "
+                "weights have one matrix a head: add a leading dimension for a single head."
+            )
+    x = present["x"]
+    for name, tensor in present.items():
+        if tensor.dtype != x.dtype:
+            raise InvalidInput(
+                f"all tensors must share one dtype, got x={x.dtype} and {name}={tensor.dtype}; cast one."
+            )
+        if tensor.device != x.device:
+            raise InvalidInput(
+                f"all tensors must be on one device, got x on {x.device} and {name} on {tensor.device}; move one."
+            )
+
+
+def _check_moves(block: Attention) -> None:
+    allowed = ("self",) if block.memory is None else ("query", "memory")
+    if block.moves not in allowed:
+        kind = "self-attention (memory=None)" if block.memory is None else "cross-attention"
+        raise InvalidInput(f"moves must be one of {allowed} for {kind}, got moves={block.moves!r}.")
+    if block.causal and block.memory is not None:
+        raise InvalidInput(
+            "causal=True needs self-attention: a rectangular causal mask has no single convention; "
+            "pass the mask you mean as logit_bias (0 and -inf)."
+        )
+    if block.scale is not None and not (float("-inf") < block.scale < float("inf")):
+        raise InvalidInput(f"scale must be finite, got scale={block.scale}; leave it out for 1/sqrt(head width).")
+
+
+def _check_shapes(block: Attention, present: dict[str, Tensor]) -> None:
+    heads, dim, head_dim = block.w_q.shape[-3:]
+    groups, memory_dim, value_dim = block.w_v.shape[-3:]
+    out_dim = block.w_o.shape[-1]
+    source = block.x if block.memory is None else block.memory
+    n, m = block.x.shape[-2], source.shape[-2]
+    if 0 in (n, m, heads, groups, head_dim, value_dim, dim, memory_dim, out_dim):
+        empty = {name: tuple(tensor.shape) for name, tensor in present.items() if tensor.numel() == 0}
+        raise InvalidInput(f"need at least one token, head and feature, got the empty shapes {empty}.")
+    if heads % groups:
+        raise InvalidInput(
+            f"the number of key-value heads must divide the number of query heads, got {groups} and {heads}."
+        )
+    expected = {
+        "x": (n, dim),
+        "memory": (m, memory_dim),
+        "w_q": (heads, dim, head_dim),
+        "w_k": (groups, memory_dim, head_dim),
+        "w_v": (groups, memory_dim, value_dim),
+        "w_o": (heads, value_dim, out_dim),
+        "b_q": (heads, head_dim),
+        "b_k": (groups, head_dim),
+        "b_v": (groups, value_dim),
+        "b_o": (out_dim,),
+    }
+    if block.memory is None:
+        expected["x"] = (n, memory_dim) if memory_dim != dim else (n, dim)
+    for name, shape in expected.items():
+        if name in present and tuple(present[name].shape[-len(shape) :]) != shape:
+            raise InvalidInput(
+                f"{name} must end in the shape {shape} to fit the other tensors, got {tuple(present[name].shape)}."
+            )
+    if block.logit_bias is not None:
+        _check_logit_bias_shape(block.logit_bias, (heads, n, m))
+
+
+def _check_logit_bias_shape(bias: Tensor, full: tuple[int, int, int]) -> None:
+    if bias.dim() < 2 or any(
+        size not in (1, need) for size, need in zip(bias.shape[-3:][::-1], full[::-1], strict=False)
+    ):
+        raise InvalidInput(
+            f"logit_bias must broadcast to (heads, queries, keys) = {full}, got {tuple(bias.shape)}; "
+            "add a dimension of size 1 for the heads if it has batch dimensions."
+        )
+
+
+def _check_batches(present: dict[str, Tensor]) -> None:
+    leading = {name: tensor.shape[: -TRAILING[name]] for name, tensor in present.items()}
+    try:
+        torch.broadcast_shapes(*leading.values())
+    except RuntimeError:
+        shapes = {name: tuple(shape) for name, shape in leading.items() if shape}
+        raise InvalidInput(f"leading batch dimensions must broadcast against each other, got {shapes}.") from None
+
+
+def _check_values(block: Attention, present: dict[str, Tensor]) -> None:
+    for name, tensor in present.items():
+        bad = tensor.isnan() | tensor.isposinf() if name == "logit_bias" else ~tensor.isfinite()
+        if bool(bad.any()):
+            rule = "finite or -inf" if name == "logit_bias" else "finite"
+            raise InvalidInput(
+                f"{name} must be {rule}, got {int(bad.sum())} of {tensor.numel()} entries that are not; "
+                "check the checkpoint or the layer before this one."
+            )
+    mask = block.mask
+    if mask is not None:
+        hidden = mask.isneginf().all(-1) & torch.ones(block.tokens, dtype=torch.bool, device=mask.device)
+        if bool(hidden.any()):
+            raise InvalidInput(
+                f"every query must see at least one key, got {int(hidden.sum())} fully masked rows in logit_bias; "
+                "drop padded queries from x, or let them see themselves."
+            )

@@ -1,0 +1,289 @@
+"""One multi-head attention block at one input.
+
+| paper | here | shape |
+|---|---|---|
+| X | `x` | n tokens, D features |
+| W_Q, W_K, W_V, W_O of head h | `w_q[h]`, `w_k[h]`, `w_v[h]`, `w_o[h]` | D x d, D x d, D x d_v, d_v x D |
+| b_Q, b_K, b_V of head h, b_O | `b_q[h]`, `b_k[h]`, `b_v[h]`, `b_o` | d, d, d_v, D |
+| s | `scale` | 1/sqrt(d) unless given |
+| B | `logit_bias` | H x n x m, -inf where masked |
+| S, P | `logits`, `probabilities` | S = s Q K^T + B, P = row softmax of S; H x n x m |
+| Y | `forward()` | sum_h P_h V_h W_O^h + b_O, n x D |
+"""
+
+from __future__ import annotations
+
+import dataclasses as dc
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lipbounds.claims import Feature
+from lipbounds.targets._attention_checks import check_attention, expand_groups
+
+
+Moves = Literal["self", "query", "memory"]
+
+
+@dc.dataclass(frozen=True, eq=False, kw_only=True)
+class Attention:
+    """A multi-head attention block at one input, frozen; the function whose Jacobian is bounded.
+
+    All tensors share one floating dtype and device. Leading batch dimensions of inputs, weights and logit bias
+    broadcast against each other, so one block may hold many inputs, many weights, or both.
+
+    Args:
+        x: the tokens that give the queries, and for self-attention also the keys and values.
+        w_q: query weights, one matrix a head.
+        w_k: key weights; with fewer heads than `w_q` (grouped-query attention) each is repeated for its group.
+        w_v: value weights, grouped as `w_k`.
+        w_o: output weights, one matrix a head: the rows of the usual output projection that belong to the head.
+        b_q: query bias.
+        b_k: key bias.
+        b_v: value bias.
+        b_o: output bias; it does not move the Jacobian.
+        scale: factor s of the logits; 1/sqrt(d) if None.
+        logit_bias: added to the logits: a mask (-inf where a key is hidden), relative positions; constant in the input.
+        causal: hide the keys after each query; self-attention only (a rectangular mask has no single convention).
+        memory: the tokens that give keys and values in cross-attention (or with a key-value cache); None: `x` does.
+        moves: the input the Lipschitz constant is about: `self` (x, everywhere), or with a memory `query` or `memory`.
+
+    Raises:
+        InvalidInput: a shape, dtype or device does not fit; an entry is NaN or infinite; a query sees no key.
+    """
+
+    x: Float[Tensor, "*batch n dim"]
+    w_q: Float[Tensor, "*weights heads dim head_dim"]
+    w_k: Float[Tensor, "*weights groups memory_dim head_dim"]
+    w_v: Float[Tensor, "*weights groups memory_dim value_dim"]
+    w_o: Float[Tensor, "*weights heads value_dim out_dim"]
+    b_q: Float[Tensor, "*weights heads head_dim"] | None = None
+    b_k: Float[Tensor, "*weights groups head_dim"] | None = None
+    b_v: Float[Tensor, "*weights groups value_dim"] | None = None
+    b_o: Float[Tensor, "*weights out_dim"] | None = None
+    scale: float | None = None
+    logit_bias: Float[Tensor, "*mask n m"] | None = None
+    causal: bool = False
+    memory: Float[Tensor, "*memory m memory_dim"] | None = None
+    moves: Moves = "self"
+
+    def __post_init__(self) -> None:
+        check_attention(self)
+        if self.scale is None:
+            object.__setattr__(self, "scale", self.w_q.shape[-1] ** -0.5)
+        for name in ("w_k", "w_v", "b_k", "b_v"):
+            object.__setattr__(self, name, expand_groups(self, name))
+
+    # -- what it is ---------------------------------------------------------------------------------------------
+
+    @property
+    def heads(self) -> int:
+        """Number of heads H."""
+        return self.w_q.shape[-3]
+
+    @property
+    def tokens(self) -> int:
+        """Number of queries n."""
+        return self.x.shape[-2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.x.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.x.device
+
+    @property
+    def source_input(self) -> Tensor:
+        """The tokens that give keys and values: `memory`, or `x` in self-attention."""
+        return self.x if self.memory is None else self.memory
+
+    @property
+    def moving_input(self) -> Tensor:
+        """The input that the Lipschitz constant is about."""
+        return self.source_input if self.moves == "memory" else self.x
+
+    @property
+    def query_moves(self) -> bool:
+        return self.moves in ("self", "query")
+
+    @property
+    def memory_moves(self) -> bool:
+        return self.moves in ("self", "memory")
+
+    @cached_property
+    def batch_shape(self) -> torch.Size:
+        """The broadcast leading shape of inputs, weights and logit bias."""
+        leading = [self.x.shape[:-2], self.source_input.shape[:-2], self.w_q.shape[:-3]]
+        if self.logit_bias is not None:
+            leading.append(self.logit_bias.shape[:-3])
+        return torch.broadcast_shapes(*leading)
+
+    @cached_property
+    def features(self) -> frozenset[Feature]:
+        """What a bound must make a promise for to be evaluated here; a bias that is zero is not a feature."""
+        present: set[Feature] = set()
+        if self.heads > 1:
+            present.add("heads")
+        if any(b is not None and bool((b != 0).any()) for b in (self.b_q, self.b_k, self.b_v)):
+            present.add("biases")
+        if self.logit_bias is not None or self.causal:
+            present.add("mask")
+        if self.memory is not None:
+            present.add("cross")
+        return frozenset(present)
+
+    # -- its values ---------------------------------------------------------------------------------------------
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """Logit bias and causal mask in one, broadcastable to the logits; None if there is neither."""
+        if not self.causal:
+            return self.logit_bias
+        future = torch.ones(self.tokens, self.tokens, dtype=torch.bool, device=self.device).triu(1)
+        causal = torch.zeros(self.tokens, self.tokens, dtype=self.dtype, device=self.device)
+        causal = causal.masked_fill(future, -torch.inf)
+        return causal if self.logit_bias is None else self.logit_bias + causal
+
+    @cached_property
+    def queries(self) -> Float[Tensor, "*batch heads n head_dim"]:
+        return project(self.x, self.w_q, self.b_q)
+
+    @cached_property
+    def keys(self) -> Float[Tensor, "*batch heads m head_dim"]:
+        return project(self.source_input, self.w_k, self.b_k)
+
+    @cached_property
+    def values(self) -> Float[Tensor, "*batch heads m value_dim"]:
+        return project(self.source_input, self.w_v, self.b_v)
+
+    @cached_property
+    def logits(self) -> Float[Tensor, "*batch heads n m"]:
+        """S = s Q K^T + B."""
+        products = self.scale_value * self.queries @ self.keys.mT
+        return products if self.mask is None else products + self.mask
+
+    @cached_property
+    def probabilities(self) -> Float[Tensor, "*batch heads n m"]:
+        """The attention maps P."""
+        return self.logits.softmax(-1)
+
+    @property
+    def query_factors(self) -> tuple[Tensor, Tensor]:
+        """Matrices of given floats whose product is Q, biases included: what rounding analysis needs."""
+        return _affine_factors(self.x, self.w_q, self.b_q)
+
+    @property
+    def key_factors(self) -> tuple[Tensor, Tensor]:
+        """Matrices of given floats whose product is K."""
+        return _affine_factors(self.source_input, self.w_k, self.b_k)
+
+    @property
+    def value_factors(self) -> tuple[Tensor, Tensor]:
+        """Matrices of given floats whose product is V."""
+        return _affine_factors(self.source_input, self.w_v, self.b_v)
+
+    @property
+    def scale_value(self) -> float:
+        assert self.scale is not None  # set in __post_init__
+        return self.scale
+
+    def forward(self) -> Float[Tensor, "*batch n out_dim"]:
+        """Y, the output of the block."""
+        output = merge_heads(self.probabilities @ self.values, self.w_o)
+        return output if self.b_o is None else output + self.b_o[..., None, :]
+
+    # -- its Jacobian -------------------------------------------------------------------------------------------
+
+    def jvp(self, tangent: Float[Tensor, "*extra moving dim"]) -> Float[Tensor, "*out n out_dim"]:
+        """Jacobian times `tangent`, a change of the moving input; extra leading dimensions are directions."""
+        change = tangent.new_zeros(())
+        logit_change = tangent.new_zeros(())
+        if self.query_moves:
+            logit_change = logit_change + project(tangent, self.w_q) @ self.keys.mT
+        if self.memory_moves:
+            logit_change = logit_change + self.queries @ project(tangent, self.w_k).mT
+            change = change + self.probabilities @ project(tangent, self.w_v)
+        change = change + self._softmax_derivative(self.scale_value * logit_change) @ self.values
+        return merge_heads(change, self.w_o)
+
+    def vjp(self, cotangent: Float[Tensor, "*extra n out_dim"]) -> Float[Tensor, "*out moving dim"]:
+        """Transposed Jacobian times `cotangent`, a covector of the output; extra leading dimensions are directions."""
+        per_head = cotangent.unsqueeze(-3) @ self.w_o.mT
+        logit_change = self.scale_value * self._softmax_derivative(per_head @ self.values.mT)
+        result = cotangent.new_zeros(())
+        if self.query_moves:
+            result = result + (logit_change @ self.keys @ self.w_q.mT).sum(-3)
+        if self.memory_moves:
+            result = result + (logit_change.mT @ self.queries @ self.w_k.mT).sum(-3)
+            result = result + (self.probabilities.mT @ per_head @ self.w_v.mT).sum(-3)
+        return result
+
+    def _softmax_derivative(self, change: Tensor) -> Tensor:
+        """J(P_i) times each row i of `change`; J is symmetric, so this serves both directions."""
+        weighted = self.probabilities * change
+        return weighted - self.probabilities * weighted.sum(-1, keepdim=True)
+
+    # -- others like it -----------------------------------------------------------------------------------------
+
+    def at(self, moving: Tensor) -> Attention:
+        """The same block with the moving input replaced by `moving`."""
+        return self.replace(**{"memory" if self.moves == "memory" else "x": moving})
+
+    def replace(self, **changes: Any) -> Attention:
+        """The same block with some fields replaced, validated again."""
+        return dc.replace(self, **changes)
+
+    def to(self, target: torch.dtype | torch.device | str) -> Attention:
+        """The same block in another dtype or on another device."""
+        fields = {field.name: getattr(self, field.name) for field in dc.fields(self)}
+        return self.replace(**{name: value.to(target) for name, value in fields.items() if isinstance(value, Tensor)})
+
+    @cached_property
+    def double(self) -> Attention:
+        """The same block in float64, where bounds are evaluated: floats of every supported dtype are exact there."""
+        return self if self.dtype == torch.float64 else self.to(torch.float64)
+
+    def function(self) -> Callable[[Tensor], Tensor]:
+        """The block as a plain function of its moving input, without validation, for automatic differentiation."""
+
+        def call(moving: Tensor) -> Tensor:
+            x = self.x if self.moves == "memory" else moving
+            source = moving if self.memory_moves else self.source_input
+            logits = self.scale_value * project(x, self.w_q, self.b_q) @ project(source, self.w_k, self.b_k).mT
+            logits = logits if self.mask is None else logits + self.mask
+            output = merge_heads(logits.softmax(-1) @ project(source, self.w_v, self.b_v), self.w_o)
+            return output if self.b_o is None else output + self.b_o[..., None, :]
+
+        return call
+
+
+def project(
+    tokens: Float[Tensor, "*batch n dim"],
+    weights: Float[Tensor, "*weights heads dim head_dim"],
+    bias: Float[Tensor, "*weights heads head_dim"] | None = None,
+) -> Float[Tensor, "*out heads n head_dim"]:
+    """Tokens times the weights of each head, plus its bias."""
+    product = tokens.unsqueeze(-3) @ weights
+    return product if bias is None else product + bias.unsqueeze(-2)
+
+
+def merge_heads(
+    per_head: Float[Tensor, "*batch heads n value_dim"], w_o: Float[Tensor, "*weights heads value_dim out_dim"]
+) -> Float[Tensor, "*out n out_dim"]:
+    """Sum over heads of the head outputs times their output weights."""
+    return (per_head @ w_o).sum(-3)
+
+
+def _affine_factors(tokens: Tensor, weights: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """[tokens 1] and [weights; bias], or just tokens and weights."""
+    tokens = tokens.unsqueeze(-3)
+    if bias is None:
+        return tokens, weights
+    with_one = torch.cat([tokens, torch.ones_like(tokens[..., :1])], -1)
+    return with_one, torch.cat([weights, bias.unsqueeze(-2)], -2)

@@ -1,0 +1,52 @@
+"""Norms of the parts of an attention block, each rounded up: what the bounds are put together from.
+
+All take the block in float64 (`block.double`) and cover the rounding of its logits (attention_rounding).
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lipbounds.ops import softmax, softmax_spectrum
+from lipbounds.ops.spectral import spectral_norm_upper
+from lipbounds.rounding import inflate
+from lipbounds.targets.attention import Attention
+from lipbounds.targets.attention_rounding import logit_error
+
+
+def largest_g_1(block: Attention) -> Float[Tensor, "*batch heads"]:
+    """max_i g_1(P_i) of each head, at least the largest softmax Jacobian norm of its rows."""
+    return _largest_row(block, softmax.g_upper_from_logits(block.logits))
+
+
+def largest_softmax_norm(block: Attention) -> Float[Tensor, "*batch heads"]:
+    """max_i ||J(P_i)|| of each head, exact."""
+    return _largest_row(block, softmax_spectrum.spectral_norm_upper_from_logits(block.logits))
+
+
+def _largest_row(block: Attention, norms: Float[Tensor, "*batch heads n"]) -> Float[Tensor, "*batch heads"]:
+    """Largest row with the slack for rounded logits; never above 1/2, which always holds."""
+    return torch.clamp(norms * torch.exp(4 * logit_error(block)), max=0.5).amax(-1)
+
+
+def map_norm(block: Attention) -> Float[Tensor, "*batch heads"]:
+    """||P|| of each head; never above sqrt(n), which holds for n rows that sum to 1."""
+    slack = torch.exp(2 * logit_error(block).amax(-1))
+    norm = inflate(spectral_norm_upper(block.probabilities) * slack, block.logits.shape[-1] + 16)
+    return torch.clamp(norm, max=inflate(torch.tensor(float(block.tokens)).double().sqrt(), 2).item())
+
+
+def output_norm(block: Attention) -> Float[Tensor, "*weights"]:
+    """||W_O||, the spectral norm of the whole output projection."""
+    return spectral_norm_upper(block.w_o.flatten(-3, -2))
+
+
+def combine_heads(block: Attention, heads: Float[Tensor, "*batch heads"]) -> Float[Tensor, "*batch"]:
+    """||W_O|| sqrt(sum_h L_h^2), a bound of the block from bounds L_h of its heads.
+
+    The concatenation of functions with constants L_h has the constant sqrt(sum_h L_h^2); W_O multiplies by its norm.
+    """
+    value = output_norm(block) * heads.norm(dim=-1)  # norm, not a root of squares: its gradient at 0 is 0
+    return inflate(value, block.heads + 16).expand(block.batch_shape)

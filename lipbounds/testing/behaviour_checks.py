@@ -1,0 +1,92 @@
+"""How a bound behaves beyond one number: what it refuses, its gradient, its growth with the radius."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lipbounds.errors import UnsupportedAttention
+from lipbounds.registry import BoundSpec
+from lipbounds.targets.attention import Attention
+from lipbounds.testing.relation_checks import SAME, rounding_room
+from lipbounds.testing.value_checks import value as value_check
+from lipbounds.testing.verdict import Refuted, evaluate
+
+
+STEP = 1e-6  # of the finite differences, relative to the size of the input
+KINK = 1e-4  # one-sided differences further apart than this, relative to value / input, mean a kink in between
+GROWTH = (0.0, 1e-3, 0.25, 1.0, 1.5, 8.0)
+
+
+def unsupported(spec: BoundSpec, block: Attention, radius: float | None = None, seed: int = 0) -> None:
+    """A block with a feature the bound makes no promise for raises UnsupportedAttention."""
+    missing = spec.missing_features(block)
+    if not missing:
+        return
+    try:
+        found = repr(spec(block, radius).value.tolist())
+    except UnsupportedAttention:
+        return
+    except Exception as error:
+        found = f"{type(error).__name__}: {error}"
+    raise Refuted(
+        f"a block with {missing}, which the bound does not support, must raise UnsupportedAttention, got {found}",
+        check="unsupported", spec=spec, block=block, radius=radius, seed=seed,
+    )  # fmt: skip
+
+
+def gradient(spec: BoundSpec, block: Attention, radius: float | None = None, seed: int = 0) -> None:
+    """Where the value has a gradient for the moving input, it is that of finite differences; kinks are left out.
+
+    A value without a gradient passes: being differentiable is no promise of `BoundSpec`.
+    """
+    moving = block.moving_input.detach()
+    tracked = moving.clone().requires_grad_()
+    with torch.enable_grad():
+        total = evaluate("gradient", spec, block.at(tracked), radius, seed).sum()
+        if not total.requires_grad:
+            return
+        (slope,) = torch.autograd.grad(total, tracked)
+    direction = torch.randn(moving.shape, generator=torch.Generator().manual_seed(seed), dtype=moving.dtype).to(moving)
+    direction = direction / direction.norm()
+    size = float(moving.norm()) or 1.0
+    step = STEP * size
+
+    def at(shift: float) -> float:
+        return evaluate("gradient", spec, block.at(moving + shift * direction), radius, seed).sum().item()
+
+    middle, ahead, behind = at(0.0), at(step), at(-step)
+    right, left = (ahead - middle) / step, (middle - behind) / step
+    natural = abs(middle) / size + abs(right)
+    if abs(right - left) > KINK * natural:
+        return
+    expected, got = (right + left) / 2, float((slope * direction).sum())
+    if not abs(expected - got) <= 4 * KINK * natural:
+        raise Refuted(
+            f"the gradient must be that of finite differences, got {got!r} and {expected!r} along a random direction",
+            check="gradient", spec=spec, block=block, radius=radius, seed=seed, claimed=got, reached=expected,
+        )  # fmt: skip
+
+
+def monotone(spec: BoundSpec, block: Attention, radius: float | None = None, seed: int = 0) -> None:
+    """A bound on a ball does not fall as the radius grows, and at radius 0 it is not below the truth at the centre."""
+    assert radius is not None  # only bounds on a ball are checked
+    value_check(spec, block, 0.0, seed)
+    before: Tensor | None = None
+    for factor in GROWTH:
+        now = evaluate("monotone", spec, block, radius * factor, seed).detach()
+        if before is not None:
+            _check_growth(spec, block, radius, seed, before, now)
+        before = now
+
+
+def _check_growth(spec: BoundSpec, block: Attention, radius: float, seed: int, before: Tensor, now: Tensor) -> None:
+    room = rounding_room(block.double, before) + SAME * before
+    fall = torch.where(before == now, -1.0, before - now - room)
+    if not bool((fall <= 0).all()):
+        worst = fall.flatten().argmax()
+        claimed, reached = now.flatten()[worst].item(), before.flatten()[worst].item()
+        raise Refuted(
+            f"the bound on a larger ball must not be smaller, got {claimed!r} after {reached!r} at a smaller radius",
+            check="monotone", spec=spec, block=block, radius=radius, seed=seed, claimed=claimed, reached=reached,
+        )  # fmt: skip

@@ -1,0 +1,266 @@
+"""What every bound must pass, ours or a stranger's, and how to run it.
+
+    import my_package
+    from lipbounds.testing import contract
+    test_my_bound = contract.suite_for(my_package.MY_BOUND)      # pytest collects it
+
+`CHECKS` holds the checks by name; `run_check` runs one on blocks drawn by Hypothesis. A failure is a `Refuted` whose
+message ends with a Python snippet that shows it.
+"""
+
+from __future__ import annotations
+
+import dataclasses as dc
+from collections.abc import Callable, Iterable
+from typing import Protocol, runtime_checkable
+
+import hypothesis
+import torch
+from hypothesis import HealthCheck, Phase
+from hypothesis import strategies as st
+from hypothesis.database import ExampleDatabase
+from hypothesis.strategies import SearchStrategy
+
+from lipbounds.claims import FEATURES
+from lipbounds.errors import InvalidInput, Unsupported
+from lipbounds.registry import BoundSpec
+from lipbounds.targets.attention import Attention
+from lipbounds.testing import behaviour_checks, coverage_check, relation_checks, value_checks
+from lipbounds.testing.loading import load_spec as load_spec
+from lipbounds.testing.recipes import BATCHED, build
+from lipbounds.testing.strategies import attention_blocks, radii, recipes
+from lipbounds.testing.verdict import Refuted as Refuted
+
+
+FEWEST_EXAMPLES = 10
+# A block takes milliseconds to build and to judge, and a large one is a large example: neither is a mistake here.
+TOLERATED = (
+    HealthCheck.too_slow,
+    HealthCheck.data_too_large,
+    HealthCheck.large_base_example,
+    HealthCheck.filter_too_much,
+)
+
+
+@runtime_checkable
+class CheckFunction(Protocol):
+    """Raises `Refuted` if the bound breaks its promise at the block."""
+
+    def __call__(self, spec: BoundSpec, block: Attention, radius: float | None = None, seed: int = 0) -> None: ...
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Check:
+    """One property of a bound.
+
+    Args:
+        function: raises `Refuted` where the property fails.
+        applies: whether the property is promised by a bound.
+        blocks: the blocks to draw for a bound.
+        share: of the examples of the Hypothesis profile that this check gets.
+        fixed: blocks to run instead of drawing any.
+    """
+
+    function: CheckFunction
+    applies: Callable[[BoundSpec], bool] = lambda spec: True
+    blocks: Callable[[BoundSpec], SearchStrategy[Attention]] = lambda spec: attention_blocks(spec.supports)
+    share: float = 0.25
+    fixed: Callable[[], list[Attention]] | None = None
+
+    @property
+    def examples(self) -> int:
+        """Blocks to draw under the current Hypothesis profile."""
+        return max(FEWEST_EXAMPLES, round(self.share * hypothesis.settings().max_examples))
+
+    @property
+    def summary(self) -> str:
+        """First line of the documentation of the check."""
+        return (self.function.__doc__ or "").split("\n", 1)[0]
+
+
+def _proved(spec: BoundSpec) -> bool:
+    return spec.claim.kind == "proved"
+
+
+def _plain(spec: BoundSpec, dtype: torch.dtype = torch.float64) -> SearchStrategy[Attention]:
+    # Relations compare two numbers up to rounding; extreme blocks are for `value`, which tolerates none.
+    return attention_blocks(spec.supports, largest=8, extreme=False, dtype=dtype)
+
+
+def _single(spec: BoundSpec) -> SearchStrategy[Attention]:
+    return attention_blocks(spec.supports, largest=6, batches=False, extreme=False, dtype=torch.float64)
+
+
+def _batched(spec: BoundSpec) -> SearchStrategy[Attention]:
+    plain = recipes(spec.supports, largest=6, batches=False, extreme=False, dtype=torch.float64)
+    shapes, fields = st.sampled_from(((2,), (3,), (2, 2))), st.sampled_from(BATCHED)
+    return st.builds(lambda r, b, f: build(dc.replace(r, batch=b, batched=f)), plain, shapes, fields)
+
+
+def _short(spec: BoundSpec) -> SearchStrategy[Attention]:
+    return st.one_of(_plain(spec, torch.float32), _plain(spec, torch.bfloat16))
+
+
+def _beyond(spec: BoundSpec) -> SearchStrategy[Attention]:
+    return attention_blocks(largest=4).filter(lambda block: bool(spec.missing_features(block)))
+
+
+def _value_blocks(spec: BoundSpec) -> SearchStrategy[Attention]:
+    # A bound on a ball is compared at a dozen points of it.
+    return attention_blocks(spec.supports, largest=12 if spec.claim.scope != "point" else 32)
+
+
+CHECKS: dict[str, Check] = {
+    "value": Check(
+        function=value_checks.value,
+        applies=lambda spec: spec.claim.kind in ("proved", "lower"),
+        blocks=_value_blocks,
+        share=1.0,
+    ),
+    "returns": Check(function=value_checks.returns),
+    "finite": Check(
+        function=value_checks.finite,
+        applies=lambda spec: spec.claim.scope in ("point", "ball"),
+        blocks=_single,
+    ),
+    "coverage": Check(
+        function=coverage_check.coverage,
+        applies=lambda spec: spec.claim.kind == "probable",
+        fixed=coverage_check.hard_blocks,
+    ),
+    "unsupported": Check(
+        function=behaviour_checks.unsupported,
+        applies=lambda spec: bool(set(FEATURES) - spec.supports),
+        blocks=_beyond,
+    ),
+    "permutation": Check(function=relation_checks.permutation, applies=_proved, blocks=_plain),
+    "head_order": Check(
+        function=relation_checks.head_order,
+        applies=lambda spec: _proved(spec) and "heads" in spec.supports,
+        blocks=lambda spec: _plain(spec).filter(lambda block: block.heads > 1),
+    ),
+    "rotation": Check(function=relation_checks.rotation, applies=_proved, blocks=_plain),
+    "scaling": Check(function=relation_checks.scaling, applies=_proved, blocks=_plain),
+    "batch": Check(function=relation_checks.batch, applies=_proved, blocks=_batched),
+    "dtype": Check(function=relation_checks.dtype, applies=_proved, blocks=_short),
+    "gradient": Check(
+        function=behaviour_checks.gradient,
+        applies=lambda spec: _proved(spec) and spec.role == "bound",
+        blocks=_single,
+    ),
+    "monotone": Check(
+        function=behaviour_checks.monotone,
+        applies=lambda spec: _proved(spec) and spec.claim.scope == "ball",
+        blocks=_plain,
+    ),
+}
+
+
+def checks_for(spec: BoundSpec) -> list[str]:
+    """Names of the checks that apply to a bound."""
+    return [name for name, check in CHECKS.items() if check.applies(spec)]
+
+
+def run_check(spec: BoundSpec, name: str, *, max_examples: int | None = None, seed: int | None = None) -> int:
+    """Run one check on blocks drawn by Hypothesis, and shrink what fails.
+
+    Args:
+        spec: the bound.
+        name: of the check, in `CHECKS`.
+        max_examples: blocks to draw; None for the check's share of what the Hypothesis profile says.
+        seed: of the search; None for a new one, or for the one given to pytest by `--hypothesis-seed`.
+
+    Returns:
+        The number of blocks tried.
+
+    Raises:
+        Refuted: the bound failed; `examples` counts the blocks tried until the first failure.
+        InvalidInput: there is no check of that name.
+    """
+    if name not in CHECKS:
+        raise InvalidInput(f"the checks are {list(CHECKS)}, got name={name!r}.")
+    attempt = _Attempt(spec, CHECKS[name])
+    fixed = attempt.check.fixed
+    try:
+        if fixed is not None:
+            for block in fixed():
+                attempt(block, None, 0 if seed is None else seed)
+        else:
+            _search(attempt, name, max_examples, seed)
+    except Refuted as refuted:
+        refuted.examples = attempt.failed_after
+        raise
+    return attempt.tried
+
+
+def suite_for(spec: BoundSpec) -> Callable[..., None]:
+    """A pytest test function that runs every check that applies to `spec`, one test each.
+
+    Assign it to a name that pytest collects: `test_mine = suite_for(MINE)`. The number of examples and the seed are
+    those of the Hypothesis profile and of `--hypothesis-seed`.
+    """
+    import pytest  # only here: the kit can be used without it
+
+    @pytest.mark.parametrize("check", checks_for(spec))
+    def test_contract(check: str) -> None:
+        run_check(spec, check)
+
+    return test_contract
+
+
+class _Attempt:
+    """One check of one bound, counting the blocks it is given."""
+
+    def __init__(self, spec: BoundSpec, check: Check) -> None:
+        self.spec, self.check = spec, check
+        self.tried = 0
+        self.failed_after: int | None = None
+
+    def __call__(self, block: Attention, radius: float | None, seed: int) -> None:
+        self.tried += 1
+        try:
+            self.check.function(self.spec, block, radius, seed)
+        except Refuted:
+            self.failed_after = self.failed_after or self.tried
+            raise
+
+
+def _search(attempt: _Attempt, name: str, max_examples: int | None, seed: int | None) -> None:
+    spec = attempt.spec
+    radius = radii() if spec.needs_radius else st.none()
+
+    profile = hypothesis.settings()
+
+    @hypothesis.settings(
+        max_examples=max_examples or attempt.check.examples,
+        database=None if profile.database is None else _Drawer(profile.database, f"{spec.name} {name}"),
+        phases=[phase for phase in profile.phases if phase is not Phase.explain],  # the snippet explains better
+        deadline=None,
+        report_multiple_bugs=False,
+        suppress_health_check=TOLERATED,
+    )
+    @hypothesis.given(block=attempt.check.blocks(spec), radius=radius, seed=st.integers(0, 2**16))
+    def search(block: Attention, radius: float | None, seed: int) -> None:
+        try:
+            attempt(block, radius, seed)
+        except Unsupported:  # an honest refusal of a block is no broken promise
+            hypothesis.reject()
+
+    (search if seed is None else hypothesis.seed(seed)(search))()
+
+
+class _Drawer(ExampleDatabase):
+    """The failures of one bound and check: the tests are one function, so Hypothesis alone would mix them up."""
+
+    def __init__(self, shared: ExampleDatabase, name: str) -> None:
+        super().__init__()
+        self.shared, self.name = shared, name.encode()
+
+    def fetch(self, key: bytes) -> Iterable[bytes]:
+        return self.shared.fetch(self.name + key)
+
+    def save(self, key: bytes, value: bytes) -> None:
+        self.shared.save(self.name + key, value)
+
+    def delete(self, key: bytes, value: bytes) -> None:
+        self.shared.delete(self.name + key, value)

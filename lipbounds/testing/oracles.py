@@ -1,0 +1,231 @@
+r"""The truth a bound is judged by: the norm of the Jacobian of an attention block.
+
+This code shares nothing with the library that it judges.
+
+It reads the fields of an `Attention` and nothing else. Row i of head h is written relative to its most visible key
+t(i):
+
+    Y_i = sum_h [ V_t + sum_j P_ij (V_j - V_t) ] W_O,      P_ij ~ exp( s q_i . (K_j - K_t) + B_ij - B_it )
+
+so one-hot rows and a large common mean of the tokens cancel nothing: the differences are taken of the tokens
+themselves. Its Jacobian blocks are, with v_ij = (V_j - V_t) W_O, c_ij = v_ij - sum_l P_il v_il, k_ij = K_j - K_t,
+
+    dY_i/dx_j (keys, values) = sum_h P_ij [ (W_V W_O)^T + s c_ij (W_K q_i)^T ]
+    dY_i/dx_i (queries)      = sum_h s sum_j P_ij c_ij (k_ij - sum_l P_il k_il)^T W_Q^T.
+
+The unit tests compare them with torch.func.jacrev of `attention_output` and with arithmetic in 60 digits. Automatic
+differentiation itself will not do as the truth: its softmax rule cancels at rows that are nearly one-hot.
+
+How sure the float64 number is: `truth_slack` bounds its error, by the same formula on absolute values (Higham 2002,
+section 3.1) and the error of the logits. Where a claim lies within it, lipbounds.testing.extended decides with 60
+digits.
+"""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lipbounds.targets.attention import Attention
+
+
+UNIT = 2.0**-53
+SMALLEST = torch.finfo(torch.float64).tiny
+# Number of trailing dimensions of each tensor field that are not batch dimensions.
+_TRAILING = {"x": 2, "memory": 2, "w_q": 3, "w_k": 3, "w_v": 3, "w_o": 3, "b_q": 2, "b_k": 2, "b_v": 2, "b_o": 1}
+
+
+def attention_output(block: Attention, moving: Float[Tensor, "*batch moving dim"]) -> Float[Tensor, "*batch n out_dim"]:
+    """Output of `block` with its moving input replaced by `moving`, in float64, written out once more.
+
+    Args:
+        block: only its fields are read.
+        moving: replaces `x`, or `memory` where that is what moves.
+    """
+    f = _double(block)
+    moving = moving.to(torch.float64)
+    queries_from = f["x"] if block.moves == "memory" else moving
+    memory = moving if block.moves != "query" else f["memory"]
+    queries, keys, values = (
+        _with_bias(torch.einsum("...nd,...hde->...hne", tokens, f[f"w_{name}"]), f[f"b_{name}"])
+        for name, tokens in (("q", queries_from), ("k", memory), ("v", memory))
+    )
+    logits = float(block.scale or 0.0) * torch.einsum("...hne,...hme->...hnm", queries, keys)
+    maps = (logits + additive_mask(block)).softmax(-1)
+    output = torch.einsum("...hnm,...hme,...hef->...nf", maps, values, f["w_o"])
+    return output if f["b_o"] is None else output + f["b_o"].unsqueeze(-2)
+
+
+def jacobian(block: Attention) -> Float[Tensor, "*batch outputs inputs"]:
+    """Dense Jacobian of the flattened output by the flattened moving input, in float64, by the formulas above."""
+    return _assemble(_Parts.of(block), centre=-1.0)
+
+
+def jacobian_norm(block: Attention) -> Float[Tensor, "*batch"]:
+    """The local Lipschitz constant at the input: spectral norm of the dense Jacobian, in float64, rounded to nearest.
+
+    Neither an upper nor a lower bound by itself: it is off by at most `truth_slack`.
+    """
+    dense = jacobian(block)
+    size = dense.abs().amax((-2, -1), keepdim=True)
+    size = torch.where(size > 0, size, 1.0)
+    dense = dense / size
+    gram = dense @ dense.mT if dense.shape[-2] <= dense.shape[-1] else dense.mT @ dense
+    # The largest eigenvalue of a Gram matrix is accurate to rounding; only the small ones are not.
+    return torch.linalg.eigvalsh(gram)[..., -1].clamp(min=0).sqrt() * size[..., 0, 0]
+
+
+def truth_slack(block: Attention) -> Float[Tensor, "*batch"]:
+    """How far `jacobian_norm` can be from the exact norm, in absolute terms.
+
+    The rounding of each product and sum is at most gamma times the same formula on absolute values; an error of at
+    most d in the logits of a row moves each of its probabilities by a factor within exp(2 d), and a term holds up to
+    three of them; probabilities below the range of floats are lost. About 1e-13 of the norm on ordinary blocks.
+    """
+    parts = _Parts.of(block).absolute(block)
+    operations = sum(parts.dx.shape[-3:]) + parts.queries.shape[-1] + parts.w_v.shape[-1] + parts.w_q.shape[-2] + 32
+    logit_error = _logit_error(block, parts, operations).amax(-2)  # worst head of each row
+    relative = torch.expm1(6 * logit_error) + 8 * operations * UNIT
+    size = _assemble(parts, centre=1.0)
+    rounding = _frobenius(size * relative.repeat_interleave(size.shape[-2] // relative.shape[-1], -1).unsqueeze(-1))
+    spectrum = 8 * max(size.shape[-2:]) * UNIT * _frobenius(size)
+    lost = SMALLEST * _frobenius(_assemble(dc.replace(parts, maps=torch.ones_like(parts.maps)), centre=1.0))
+    return rounding + spectrum + lost
+
+
+def additive_mask(block: Attention) -> Float[Tensor, "*mask n m"]:
+    """Logit bias and causal mask together in float64, with at least the axes of head, query and key."""
+    n = block.x.shape[-2]
+    m = n if block.memory is None else block.memory.shape[-2]
+    mask = torch.zeros(1, n, m, dtype=torch.float64, device=block.x.device)
+    if block.causal:
+        positions = torch.arange(n, device=block.x.device)
+        mask = mask.masked_fill(positions.unsqueeze(-1) < positions, -math.inf)
+    return mask if block.logit_bias is None else mask + block.logit_bias.detach().to(torch.float64)
+
+
+def batch_item(block: Attention, index: tuple[int, ...]) -> Attention:
+    """One item of a batch of blocks, with the batch dimensions of every field removed.
+
+    Args:
+        block: a block whose fields may have different batch dimensions that broadcast.
+        index: position in `block.batch_shape`.
+    """
+    depth = len(block.batch_shape)
+    trailing = dict(_TRAILING) | {"logit_bias": 3 if depth else 0}
+    changes: dict[str, Tensor] = {}
+    for name, kept in trailing.items():
+        tensor = getattr(block, name)
+        if tensor is None or tensor.dim() <= kept or not depth:
+            continue
+        leading = tensor.shape[: tensor.dim() - kept]
+        own = index[depth - len(leading) :]
+        changes[name] = tensor[tuple(0 if size == 1 else i for i, size in zip(own, leading, strict=True))]
+    return block.replace(**changes)
+
+
+# -- the float64 formulas -------------------------------------------------------------------------------------------
+
+
+@dc.dataclass(frozen=True)
+class _Parts:
+    """What the Jacobian blocks are made of; `dx[h, i, j]` is x_j - x_t(i), the other axes are as in `Attention`."""
+
+    dx: Tensor
+    queries: Tensor
+    maps: Tensor
+    relative_logits: Tensor
+    w_q: Tensor
+    w_k: Tensor
+    w_v: Tensor
+    w_o: Tensor
+    scale: float
+    moves: str
+    batch: torch.Size
+
+    @classmethod
+    def of(cls, block: Attention) -> _Parts:
+        f = _double(block)
+        scale = float(block.scale or 0.0)
+        memory = f["x"] if f["memory"] is None else f["memory"]
+        mask = additive_mask(block)
+        queries = _with_bias(torch.einsum("...nd,...hde->...hne", f["x"], f["w_q"]), f["b_q"])
+        keys = torch.einsum("...nd,...hde->...hne", memory, f["w_k"])  # a key bias moves all logits of a row alike
+        rough = scale * torch.einsum("...hne,...hme->...hnm", queries, keys) + mask
+        top = torch.nn.functional.one_hot(rough.argmax(-1), rough.shape[-1]).to(torch.float64)
+        dx = memory.unsqueeze(-3).unsqueeze(-3) - torch.einsum("...hnm,...md->...hnd", top, memory).unsqueeze(-2)
+        visible = torch.where(mask.isneginf(), 0.0, mask)  # 0 * -inf would be nan
+        above = mask - (top * visible).sum(-1, keepdim=True)
+        relative = scale * torch.einsum("...hne,...hnmd,...hde->...hnm", queries, dx, f["w_k"]) + above
+        weights = relative.exp()
+        maps = weights / weights.sum(-1, keepdim=True)
+        names = ("w_q", "w_k", "w_v", "w_o")
+        return cls(
+            dx, queries, maps, relative, *(f[name] for name in names), scale=scale, moves=block.moves,
+            batch=block.batch_shape,
+        )  # fmt: skip
+
+    def absolute(self, block: Attention) -> _Parts:
+        """The same with every entry replaced by the sum of the absolute values it is computed from."""
+        f = _double(block)
+        queries = torch.einsum("...nd,...hde->...hne", f["x"].abs(), f["w_q"].abs())
+        if f["b_q"] is not None:
+            queries = queries + f["b_q"].abs().unsqueeze(-2)
+        weights = {name: getattr(self, name).abs() for name in ("w_q", "w_k", "w_v", "w_o")}
+        return dc.replace(self, dx=self.dx.abs(), queries=queries, scale=abs(self.scale), **weights)
+
+
+def _assemble(parts: _Parts, centre: float) -> Tensor:
+    """The dense Jacobian from its parts; `centre` is -1 for the formula, +1 for its form on absolute values."""
+    p, scale = parts.maps, parts.scale
+    through = torch.einsum("...hde,...hef->...hdf", parts.w_v, parts.w_o)
+    values = torch.einsum("...hnmd,...hdf->...hnmf", parts.dx, through)
+    centred = values + centre * torch.einsum("...hnm,...hnmf->...hnf", p, values).unsqueeze(-2)
+    weighted = p.unsqueeze(-1) * centred
+    n, m = p.shape[-2:]
+    dim_out = through.shape[-1]
+    if parts.moves == "query":
+        dense = p.new_zeros(*parts.batch, n, dim_out, n, parts.w_q.shape[-2])
+    else:
+        pull = scale * torch.einsum("...hne,...hde->...hnd", parts.queries, parts.w_k)
+        dense = torch.einsum("...hnm,...hdf->...nfmd", p, through)
+        dense = dense + torch.einsum("...hnmf,...hnd->...nfmd", weighted, pull)
+        dense = dense.expand(*parts.batch, n, dim_out, m, -1).clone()
+    if parts.moves != "memory":
+        keys = torch.einsum("...hnmd,...hde->...hnme", parts.dx, parts.w_k)
+        keys = keys + centre * torch.einsum("...hnm,...hnme->...hne", p, keys).unsqueeze(-2)
+        own = scale * torch.einsum("...hnmf,...hnme->...hnfe", weighted, keys)
+        own = torch.einsum("...hnfe,...hde->...nfd", own, parts.w_q).expand(*parts.batch, n, dim_out, -1)
+        dense.diagonal(dim1=-4, dim2=-2).add_(own.movedim(-3, -1))
+    return dense.reshape(*parts.batch, n * dim_out, -1)
+
+
+def _logit_error(block: Attention, parts: _Parts, operations: int) -> Tensor:
+    """Largest error of the relative logits of each row, over the keys that floats can see."""
+    size = parts.scale * torch.einsum("...hne,...hnmd,...hde->...hnm", parts.queries, parts.dx, parts.w_k)
+    mask = additive_mask(block)
+    finite = torch.where(mask.isneginf(), 0.0, mask).abs().amax(-1, keepdim=True)
+    error = 2 * UNIT * (operations * size + 2 * finite)
+    seen = parts.relative_logits > -750.0  # exp of anything lower is 0, exactly and in floats
+    return torch.where(seen, error, 0.0).amax(-1).clamp(max=10.0)
+
+
+def _double(block: Attention) -> dict[str, Any]:
+    """The tensor fields in float64, where the floats of every dtype are exact."""
+    fields = {name: getattr(block, name) for name in _TRAILING}
+    return {name: None if tensor is None else tensor.detach().to(torch.float64) for name, tensor in fields.items()}
+
+
+def _with_bias(product: Tensor, bias: Tensor | None) -> Tensor:
+    return product if bias is None else product + bias.unsqueeze(-2)
+
+
+def _frobenius(matrix: Tensor) -> Tensor:
+    """Frobenius norm without overflow or underflow of the squares."""
+    size = matrix.abs().amax((-2, -1), keepdim=True).clamp(min=SMALLEST)
+    return (matrix / size).square().sum((-2, -1)).sqrt() * size[..., 0, 0]

@@ -1,0 +1,184 @@
+"""Blocks that compute the same function must get the same number, up to rounding.
+
+Each check evaluates the bound at a block and at a rewritten one whose Jacobian has the same norm, or a known multiple.
+A sound formula in norms of the parts obeys these laws; one that has lost a head, a row or a power does not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lipbounds.registry import BoundSpec
+from lipbounds.targets.attention import Attention
+from lipbounds.testing.oracles import additive_mask, batch_item
+from lipbounds.testing.verdict import Refuted, evaluate
+
+
+EXPONENTS = 16  # scaling laws use powers of two up to 2^16, for which floats lose nothing
+# Relative difference that is put down to rounding: a bound may take the root of a slack of order 1e-16.
+SAME = 1e-6
+
+
+def permutation(spec: BoundSpec, block: Attention, radius: float | None = None, seed: int = 0) -> None:
+    """The order of tokens does not matter: queries and keys are permuted, and the logit bias with them."""
+    generator = torch.Generator().manual_seed(seed)
+    queries = torch.randperm(block.tokens, generator=generator)
+    keys = queries if block.memory is None else torch.randperm(block.memory.shape[-2], generator=generator)
+    changes: dict[str, Any] = {"x": block.x[..., queries, :]}
+    if block.memory is not None:
+        changes["memory"] = block.memory[..., keys, :]
+    if block.causal:
+        changes |= {"causal": False, "logit_bias": additive_mask(block)[..., queries, :][..., keys]}
+    elif block.logit_bias is not None:
+        full = block.logit_bias.expand(*block.logit_bias.shape[:-2], len(queries), len(keys))
+        changes["logit_bias"] = full[..., queries, :][..., keys]
+    _compare("permutation", spec, block, block.replace(**changes), radius, radius, 1.0, seed)
+
+
+def head_order(spec: BoundSpec, block: Attention, radius: float | None = None, seed: int = 0) -> None:
+    """The order of heads does not matter: it is reversed."""
+    changes = {name: getattr(block, name).flip(-3) for name in ("w_q", "w_k", "w_v", "w_o")}
+    changes |= {
+        name: getattr(block, name).flip(-2) for name in ("b_q", "b_k", "b_v") if getattr(block, name) is not None
+    }
+    if block.logit_bias is not None and block.logit_bias.dim() > 2:
+        changes["logit_bias"] = block.logit_bias.flip(-3)
+    _compare("head_order", spec, block, block.replace(**changes), radius, radius, 1.0, seed)
+
+
+def rotation(spec: BoundSpec, block: Attention, radius: float | None = None, seed: int = 0) -> None:
+    """An orthogonal change of basis inside each head, of queries and keys and of values, changes nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    inner = _rotations(block.heads, block.w_q.shape[-1], generator).to(block.x)
+    outer = _rotations(block.heads, block.w_v.shape[-1], generator).to(block.x)
+    changes = {
+        "w_q": block.w_q @ inner,
+        "w_k": block.w_k @ inner,
+        "w_v": block.w_v @ outer,
+        "w_o": outer.mT @ block.w_o,
+    }
+    for name, basis in (("b_q", inner), ("b_k", inner), ("b_v", outer)):
+        bias = getattr(block, name)
+        if bias is not None:
+            changes[name] = (bias.unsqueeze(-2) @ basis).squeeze(-2)
+    _compare("rotation", spec, block, block.replace(**changes), radius, radius, 1.0, seed)
+
+
+def scaling(spec: BoundSpec, block: Attention, radius: float | None = None, seed: int = 0) -> None:
+    """Scaling laws: input against weights, queries against keys, values against outputs, and the output itself.
+
+    With c, a, b, o powers of two: x -> c x with the weights it meets / c; W_Q -> a W_Q with W_K -> W_K / a;
+    W_V -> b W_V with W_O -> o W_O / b, biases alike. The norm becomes o / c times as large, on a ball of radius c times
+    as large. With biases c is 1: they would be small or large beside the scaled weights, and rounding slack with them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(-EXPONENTS, EXPONENTS + 1, (4,), generator=generator).tolist()
+    c, a, b, o = (2.0**exponent for exponent in drawn)
+    c = 1.0 if "biases" in block.features else c
+    queries = c if block.query_moves else 1.0
+    keys = c if block.memory_moves else 1.0
+    factors = {
+        "x": queries,
+        "memory": keys,
+        "w_q": a / queries,
+        "w_k": 1 / (a * keys),
+        "w_v": b / keys,
+        "w_o": o / b,
+        "b_q": a,
+        "b_k": 1 / a,
+        "b_v": b,
+        "b_o": o,
+    }
+    changes = {name: getattr(block, name) * f for name, f in factors.items() if getattr(block, name) is not None}
+    larger = None if radius is None else radius * c
+    _compare("scaling", spec, block, block.replace(**changes), radius, larger, o / c, seed)
+
+
+def batch(spec: BoundSpec, block: Attention, radius: float | None = None, seed: int = 0) -> None:
+    """A batch of blocks gets the numbers its items get one by one."""
+    together = evaluate("batch", spec, block, radius, seed).detach()
+    room = rounding_room(block, together)
+    for flat in range(together.numel()):
+        index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), together.shape))
+        alone = evaluate("batch", spec, batch_item(block, index), radius, seed).detach()
+        _same("batch", spec, block, radius, seed, alone, together[index], room[index], "alone, as in its batch")
+
+
+def dtype(spec: BoundSpec, block: Attention, radius: float | None = None, seed: int = 0) -> None:
+    """In a short dtype a block gets the number of the same floats in float64, up to the rounding of the short one."""
+    short = evaluate("dtype", spec, block, radius, seed).detach()
+    long = evaluate("dtype", spec, block.double, radius, seed).detach()
+    unit = torch.finfo(block.dtype).eps
+    room = rounding_room(block.double, long, unit) + 64 * unit * long
+    _same("dtype", spec, block, radius, seed, short, long, room, f"in {block.dtype}, as in float64")
+
+
+def rounding_room(block: Attention, value: Float[Tensor, "*batch"], unit: float = 2.0**-53) -> Float[Tensor, "*batch"]:
+    """Difference between two evaluations of a formula at `block` that rounding with unit `unit` explains.
+
+    The rounding of the logits, which the softmax turns into a relative error of everything after it, and cancellation
+    in products, measured by the same product of Frobenius norms; besides `SAME`.
+
+    Args:
+        block: in float64.
+        value: what the bound returned there.
+        unit: of the arithmetic.
+    """
+    sums = block.x.shape[-1] + block.source_input.shape[-1] + block.w_q.shape[-1]
+    sizes = [_size(tokens, weights, bias) for tokens, weights, bias in (
+        (block.x, block.w_q, block.b_q), (block.source_input, block.w_k, block.b_k),
+        (block.source_input, block.w_v, block.b_v),
+    )]  # fmt: skip
+    products = abs(block.scale_value) * sizes[0] * sizes[1]
+    mask = additive_mask(block)
+    bias = torch.where(mask.isneginf(), 0.0, mask).abs().max()
+    logits = unit * (2 * sums * products + 4 * bias)
+    naive = (sizes[2] * (1 + products) * block.w_o.square().sum((-2, -1)).sqrt()).sum(-1)
+    spread = torch.expm1((16 * logits).clamp(max=50.0)).amax(-1)
+    return (SAME + spread) * value + 2.0**14 * unit * naive + 1e-290
+
+
+def _size(tokens: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
+    """Frobenius norm of the tokens times that of the weights of each head; a bias is one more row, met by ones."""
+    left, right = tokens.square().sum((-2, -1)).unsqueeze(-1), weights.square().sum((-2, -1))
+    if bias is not None:
+        left, right = left + tokens.shape[-2], right + bias.square().sum(-1)
+    return (left * right).sqrt()
+
+
+def _rotations(heads: int, width: int, generator: torch.Generator) -> Tensor:
+    gaussian = torch.randn(heads, width, width, generator=generator, dtype=torch.float64)
+    return torch.linalg.qr(gaussian).Q
+
+
+def _compare(
+    check: str, spec: BoundSpec, block: Attention, other: Attention, radius: float | None, other_radius: float | None,
+    factor: float, seed: int,
+) -> None:  # fmt: skip
+    """Raise Refuted unless the bound at `other` is `factor` times the bound at `block`."""
+    value = evaluate(check, spec, block, radius, seed).detach() * factor
+    found = evaluate(check, spec, other, other_radius, seed).detach()
+    room = rounding_room(block, value / factor) * factor
+    law = f"at a block of the same function, as {factor:g} times the bound at this one"
+    _same(check, spec, block, radius, seed, found, value, room, law)
+
+
+def _same(
+    check: str, spec: BoundSpec, block: Attention, radius: float | None, seed: int, found: Tensor, expected: Tensor,
+    room: Tensor, law: str,
+) -> None:  # fmt: skip
+    # Two infinities are equal; their difference is NaN.
+    excess = torch.where(found == expected, -1.0, (found - expected).abs() - room)
+    if bool((excess <= 0).all()):
+        return
+    worst = excess.flatten().argmax()
+    claimed, reached = found.flatten()[worst].item(), expected.flatten()[worst].item()
+    raise Refuted(
+        f"the bound must be the same {law} (within {room.flatten()[worst].item():.2g}), "
+        f"got {claimed!r} and {reached!r}",
+        check=check, spec=spec, block=block, radius=radius, seed=seed, claimed=claimed, reached=reached,
+    )  # fmt: skip

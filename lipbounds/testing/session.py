@@ -1,0 +1,198 @@
+"""A verification session: every check and the ascent, within a time budget, as one report."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from lipbounds.registry import BoundSpec, select
+from lipbounds.testing import oracles
+from lipbounds.testing.contract import CHECKS, checks_for, run_check
+from lipbounds.testing.falsify import falsify_widely
+from lipbounds.testing.recipes import Recipe, build
+from lipbounds.testing.shrink import shrink
+from lipbounds.testing.snippet import snippet
+from lipbounds.testing.verdict import Refuted
+
+
+FIRST_ROUND = 20  # blocks for each check; every round doubles it
+SHARE_OF_ASCENT = 0.4
+COMPARED = 24  # blocks on which tightness is measured
+Progress = Callable[[str, float], None]
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """How far above the truth a bound is on the sample of `compare`.
+
+    Args:
+        name: of the bound.
+        median: median of value / truth over the blocks.
+        worst: the largest.
+        blocks: number of blocks it supports.
+    """
+
+    name: str
+    median: float
+    worst: float
+    blocks: int
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a verification session found.
+
+    Args:
+        name: of the bound.
+        kind: of its promise.
+        scope: of its promise.
+        seed: of the session.
+        seconds: it took.
+        examples: blocks tried by each check.
+        worst_ratio: largest true norm / claimed norm that ascent found; None where ascent does not apply.
+        refuted_by: the check that failed, `ascent`, or empty.
+        message: what was found; empty if nothing was.
+        snippet: Python source that shows it; empty if nothing was found.
+        comparisons: tightness beside all other bounds of the same kind and scope; empty for a refuted bound.
+    """
+
+    name: str
+    kind: str
+    scope: str
+    seed: int
+    seconds: float = 0.0
+    examples: dict[str, int] = dc.field(default_factory=dict)
+    worst_ratio: float | None = None
+    refuted_by: str = ""
+    message: str = ""
+    snippet: str = ""
+    comparisons: list[Comparison] = dc.field(default_factory=list)
+
+    @property
+    def sound_so_far(self) -> bool:
+        """Nothing was found; that is no proof."""
+        return not self.refuted_by
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, with a schema version."""
+        return {"schema_version": 1, "sound_so_far": self.sound_so_far, **dc.asdict(self)}
+
+
+def verify(spec: BoundSpec, *, seconds: float = 60.0, seed: int = 0, progress: Progress | None = None) -> Report:
+    """Attack a bound with every check that applies, in rounds of growing size, and then by ascent.
+
+    Each check runs at least once, so a session may take longer than asked.
+
+    Args:
+        spec: the bound.
+        seconds: time to spend.
+        seed: of all searches.
+        progress: called with what is being done and the share of the time that has passed.
+    """
+    begun = time.monotonic()
+    report = Report(name=spec.name, kind=spec.claim.kind, scope=spec.claim.scope, seed=seed)
+    examples: dict[str, int] = dict.fromkeys(checks_for(spec), 0)
+    climbs = spec.claim.kind == "proved" and spec.claim.scope in ("point", "ball") and spec.claim.norm == "l2"
+    until = seconds * (1 - SHARE_OF_ASCENT) if climbs else seconds
+
+    def elapsed() -> float:
+        return time.monotonic() - begun
+
+    def tell(what: str) -> None:
+        if progress is not None:
+            progress(what, min(1.0, elapsed() / seconds) if seconds > 0 else 1.0)
+
+    def done(**found: Any) -> Report:
+        return dc.replace(report, seconds=elapsed(), examples=examples, **found)
+
+    try:
+        for name in _rounds(list(examples), lambda: elapsed() < until):
+            tell(f"check {name[0]}")
+            check, size, round_seed = name
+            examples[check] += run_check(spec, check, max_examples=size, seed=seed + round_seed)
+    except Refuted as refuted:
+        examples[refuted.check] += refuted.examples or 0
+        return done(refuted_by=refuted.check, message=refuted.reason, snippet=refuted.snippet)
+    worst = None
+    if climbs:
+        tell("ascent")
+        found = falsify_widely(
+            spec, seed=seed, seconds=max(0.0, seconds - elapsed()), progress=lambda step, ratio: tell("ascent")
+        )
+        worst = found.ratio
+        if found.refuted:
+            found = shrink(spec, found)
+            reason = f"the truth must be <= the bound, got the bound {found.claimed!r} and the truth {found.reached!r}"
+            source = snippet(spec, found.block, found.radius, point=found.point)
+            return done(refuted_by="ascent", message=reason, snippet=source, worst_ratio=found.ratio)
+    tell("tightness")
+    return done(worst_ratio=worst, comparisons=compare(spec))
+
+
+def compare(spec: BoundSpec, *, radius: float = 0.1, seed: int = 0) -> list[Comparison]:
+    """Tightness of a bound and of all registered ones of its kind and scope, on a seeded sample, tightest first.
+
+    The truth is the norm at the point; for a bound on a ball, too, which is then never smaller than the true ratio to
+    the constant on the ball.
+
+    Args:
+        spec: an upper bound; for other kinds the list is empty.
+        radius: for a bound on a ball or a compact domain.
+        seed: of the sample.
+    """
+    if spec.claim.kind != "proved" or spec.claim.norm != "l2":
+        return []
+    rivals = [s for s in select(kind="proved", scope=spec.claim.scope, role="bound") if s.name != spec.name]
+    blocks = _sample(spec, seed)
+    truths = [oracles.jacobian_norm(block) for block in blocks]
+    found = []
+    for candidate in [spec, *rivals]:
+        ratios = [
+            float(candidate(block, radius if candidate.needs_radius else None).value.double() / truth)
+            for block, truth in zip(blocks, truths, strict=True)
+            if not candidate.missing_features(block) and float(truth) > 0
+        ]
+        if ratios:
+            values = torch.tensor(ratios, dtype=torch.float64)
+            worst = float(values.max())
+            found.append(
+                Comparison(name=candidate.name, median=float(values.quantile(0.5)), worst=worst, blocks=len(ratios))
+            )
+    return sorted(found, key=lambda comparison: comparison.median)
+
+
+def _rounds(checks: list[str], more: Callable[[], bool]) -> Any:
+    """(check, blocks, round) for one round at least, then while there is time."""
+    number = 0
+    while number == 0 or more():
+        for check in checks:
+            if number == 0 or (more() and CHECKS[check].fixed is None):
+                yield check, FIRST_ROUND * 2**number, number
+        number += 1
+        if all(CHECKS[check].fixed is not None for check in checks):
+            return
+
+
+def _sample(spec: BoundSpec, seed: int) -> list[Any]:
+    """Gaussian blocks of the features the bound supports, with logits from flat to peaked."""
+    heads = 2 if "heads" in spec.supports else 1
+    spreads = (0.1, 1.0, 3.0, 10.0)
+    return [
+        build(
+            Recipe(
+                seed=seed + index,
+                n=(2, 4, 8)[index % 3],
+                dim=(2, 4, 8)[index // 3 % 3],
+                heads=heads,
+                head_dim=2,
+                value_dim=2,
+                out_dim=(2, 4, 8)[index // 3 % 3],
+                spread=spreads[index % len(spreads)],
+            )
+        )
+        for index in range(COMPARED)
+    ]

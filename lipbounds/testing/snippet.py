@@ -1,0 +1,124 @@
+"""A counterexample as a Python file to run: exact numbers, the claim, the truth computed on the spot, an assert."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+
+import torch
+from torch import Tensor
+
+from lipbounds.registry import BoundSpec
+from lipbounds.targets.attention import Attention
+from lipbounds.testing.loading import expression, load_spec
+
+
+_HEAD = """import torch
+
+import lipbounds
+from lipbounds import Attention
+from lipbounds.testing.contract import CHECKS, load_spec
+
+inf = float("inf")
+spec = {spec}
+block = {block}
+"""
+_TRUTH = """claimed = spec(block{radius}).value.double().item()
+
+# The truth, by automatic differentiation of a forward pass written out here. Tokens are taken relative to the key
+# that a query sees best: the differences are exact, and rows that are nearly one-hot lose no digits.
+x, memory = block.x.double(), {memory}.double()
+w_q, w_k, w_v, w_o = (weights.double() for weights in (block.w_q, block.w_k, block.w_v, block.w_o))
+mask = torch.zeros(block.heads, len(x), len(memory)).double(){mask}
+scale = block.scale
+point = {point}.double()
+
+
+def forward(moving):
+    x_, memory_ = {inputs}
+    query = torch.einsum("nd,hde->hne", x_, w_q){query_bias}
+    logits = scale * torch.einsum("hne,md,hde->hnm", query, memory_, w_k) + mask  # a key bias would cancel
+    best = logits.argmax(-1)
+    away = memory_ - memory_[best].unsqueeze(-2)
+    above = scale * torch.einsum("hne,hnmd,hde->hnm", query, away, w_k) + mask - mask.gather(-1, best.unsqueeze(-1))
+    maps = above.exp() / above.exp().sum(-1, keepdim=True)
+    mixed = memory_[best] + torch.einsum("hnm,hnmd->hnd", maps, away)
+    return torch.einsum("hnd,hde,hef->nf", mixed, w_v, w_o)  # value and output biases are constants
+
+
+jacobian = torch.func.jacrev(forward)(point).reshape(-1, point.numel())
+truth = torch.linalg.matrix_norm(jacobian, 2).item()
+print(f"claimed {{claimed!r}}, truth {{truth!r}}")
+{assertion}
+"""
+
+
+def snippet(
+    spec: BoundSpec | str, block: Attention, radius: float | None = None, *, point: Tensor | None = None
+) -> str:
+    """Python source that evaluates the bound at `block`, computes the truth by itself and fails at an assert.
+
+    Args:
+        spec: the bound, its registered name or its path `package.module:attribute`.
+        block: the counterexample, without batch dimensions.
+        radius: of the ball, for the scopes that have one.
+        point: the input, within the scope, at which the truth is above the claim; None for the input of the block.
+    """
+    spec = load_spec(spec) if isinstance(spec, str) else spec
+    bias = "" if block.logit_bias is None else " + block.logit_bias.double()"
+    future = " + torch.full((len(x), len(x)), -inf).double().triu(1)" if block.causal else ""
+    moving = {"self": "moving, moving", "query": "moving, memory", "memory": "x, moving"}
+    text = _TRUTH.format(
+        radius="" if radius is None else f", radius={radius!r}",
+        memory="block.x" if block.memory is None else "block.memory",
+        mask=bias + future,
+        point="block.moving_input" if point is None else tensor_source(point, "    "),
+        inputs=moving[block.moves],
+        query_bias="" if block.b_q is None else " + block.b_q.double().unsqueeze(-2)",
+        assertion=_assertion(spec, radius, point is not None),
+    )
+    return _head(spec, block) + text
+
+
+def check_snippet(spec: BoundSpec, check: str, block: Attention, radius: float | None, seed: int) -> str:
+    """Python source that runs one check again at `block`, for properties that need more than one number."""
+    call = f'CHECKS["{check}"].function(spec, block, radius={radius!r}, seed={seed})'
+    return _head(spec, block) + call + "  # raises Refuted, which says what must hold\n"
+
+
+def tensor_source(tensor: Tensor, indent: str = "") -> str:
+    """Source of a tensor with exactly the same entries, dtype and shape; `inf` must be defined where it is used."""
+    tensor = tensor.detach().cpu()
+    entries = _nested(tensor.to(torch.float64), indent)
+    return f"torch.tensor({entries}, dtype={tensor.dtype})"
+
+
+def _nested(tensor: Tensor, indent: str) -> str:
+    flat = repr(tensor.tolist())
+    if tensor.dim() < 2 or len(flat) + len(indent) < 80:
+        return flat
+    inner = indent + "    "
+    return "[\n" + "".join(f"{inner}{_nested(row, inner)},\n" for row in tensor) + indent + "]"
+
+
+def _head(spec: BoundSpec, block: Attention) -> str:
+    lines = []
+    for field in dc.fields(block):
+        value = getattr(block, field.name)
+        default = field.default
+        if isinstance(value, Tensor):
+            lines.append(f"    {field.name}={tensor_source(value, '    ')},\n")
+        elif value != default:
+            lines.append(f"    {field.name}={value!r},\n")
+    found = expression(spec) or f"...  # {spec.name} cannot be imported by a path: put your BoundSpec here"
+    return _HEAD.format(spec=found, block="Attention(\n" + "".join(lines) + ")")
+
+
+def _assertion(spec: BoundSpec, radius: float | None, at_point: bool) -> str:
+    if spec.claim.kind == "lower":
+        return 'assert claimed <= truth, "the lower bound is above the truth"'
+    inside = {
+        "ball": f"assert (point - block.moving_input.double()).norm() <= {radius!r}\n",
+        "compact": f"assert point.norm(dim=-1).max() <= {radius!r}\n",
+    }
+    within = inside.get(spec.claim.scope, "") if at_point else ""
+    return within + 'assert truth <= claimed, "the bound is below the truth"'

@@ -1,0 +1,57 @@
+"""Fixtures, options and Hypothesis profiles shared by all tests."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import hypothesis
+import jaxtyping
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase
+
+
+# ci: the whole of `tox -e verify` under eight minutes on two cores; nightly: what a release is believed on.
+SHARED = {"deadline": None, "print_blob": True, "suppress_health_check": list(HealthCheck)}
+hypothesis.settings.register_profile("ci", max_examples=100, **SHARED)
+hypothesis.settings.register_profile("nightly", max_examples=10_000, **SHARED)
+hypothesis.settings.register_profile("quick", max_examples=40, phases=[Phase.reuse, Phase.generate], **SHARED)
+hypothesis.settings.load_profile("ci")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--bound",
+        action="append",
+        default=[],
+        metavar="package.module:attribute",
+        help="run the contract suite on this bound alone (a registered name will do, too); repeatable",
+    )
+
+
+@pytest.hookimpl(tryfirst=True)  # before the plugin of Hypothesis reads its seed
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)  # the blocks are small, and xdist takes the cores
+    if config.getoption("--hypothesis-seed") is None:  # a new search every time, but one that can be repeated
+        config.option.hypothesis_seed = str(random.SystemRandom().randrange(2**32))
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"the searches are repeated by --hypothesis-seed={config.getoption('--hypothesis-seed')}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --bound, nothing but the contract of that bound is run."""
+    if config.getoption("--bound"):
+        others = [item for item in items if item.path.parent.name != "contract"]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in others]
+
+
+@pytest.fixture
+def as_a_user_runs_it() -> Iterator[None]:
+    """Without the shape checks that only tests switch on: the library's own errors must come first for users."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -1,0 +1,37 @@
+"""The verifier refutes every planted fault and no sound bound."""
+
+from __future__ import annotations
+
+import pytest
+
+from lipbounds.registry import registry
+from verify.faults.catalogue import CONTROLS, FAULTS
+from verify.faults.hunt import hunt
+
+
+CONTROL_EXAMPLES = 5  # of each check; the ci profile of the suite gives the registered bounds more
+CONTROL_SECONDS = 1.0
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_caught(name: str) -> None:
+    fault = FAULTS[name]
+    assert hunt(fault.spec).caught_by is not None, fault.what
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_a_sound_bound_is_not_accused(name: str) -> None:
+    control = CONTROLS[name]
+    outcome = hunt(control.spec, max_examples=CONTROL_EXAMPLES, seconds=CONTROL_SECONDS)
+    assert outcome.caught_by is None, outcome.reason
+
+
+def test_faults_are_never_registered() -> None:
+    planted = {fault.spec.name for fault in (*FAULTS.values(), *CONTROLS.values())}
+    assert not planted & {spec.name for spec in registry}
+
+
+def test_names_are_unique_and_explained() -> None:
+    assert len({fault.spec.name for fault in FAULTS.values()}) == len(FAULTS) >= 45
+    assert not set(FAULTS) & set(CONTROLS)
+    assert all(fault.what.endswith(".") for fault in FAULTS.values())

@@ -1,0 +1,192 @@
+"""The bounds on rounding errors, against 60-digit arithmetic."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+import mpmath
+import pytest
+import torch
+
+from lipbounds import Attention
+from lipbounds.estimators._dense_norm import verified_norm
+from lipbounds.estimators._operator import sphere
+from lipbounds.estimators._roundoff import Roundoff
+from lipbounds.estimators.exact import exact
+from lipbounds.estimators.lanczos import lanczos, lanczos_certificate
+from lipbounds.estimators.power import power_iteration
+from lipbounds.rounding import UNIT_ROUNDOFF, cast_down
+from verify.unit.blocks import random_block, true_norm
+
+
+mp = mpmath.mp
+MAGNITUDES = [1e-3, 1.0, 30.0, 1e3, 1e5]
+
+
+@pytest.fixture(autouse=True)
+def sixty_digits() -> Any:
+    with mpmath.workdps(60):
+        yield
+
+
+def draw(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def cancelling_block(seed: int, magnitude: float) -> Attention:
+    """Logits of size magnitude squared with differences of order 1: the attention maps lose the most digits."""
+    block = random_block(seed, n=3, dim=3, heads=1)
+    first = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+    return block.replace(
+        w_q=block.w_q * (1 - first),
+        w_k=block.w_k / torch.where(first > 0, max(1.0, magnitude), 1.0),
+        b_q=magnitude * first[None],
+        b_k=magnitude * first[None],
+    )
+
+
+def exact_jacobian(block: Attention) -> Any:
+    """The Jacobian of a self-attention block with one head, biases and no mask, as an mpmath matrix."""
+
+    def matrix(tensor: torch.Tensor | None) -> Any:
+        assert tensor is not None
+        return mp.matrix(tensor.tolist())
+
+    x, w_q, w_k, w_v, w_o = (matrix(t) for t in (block.x, block.w_q[0], block.w_k[0], block.w_v[0], block.w_o[0]))
+    n, dim = block.x.shape
+    ones = mp.matrix([[1]] * n)
+    q, k, v = (x * w + ones * matrix(b) for w, b in ((w_q, block.b_q), (w_k, block.b_k), (w_v, block.b_v)))
+    scale = mp.mpf(block.scale_value)
+    exponentials = (scale * q * k.T).apply(mp.exp)
+    sums = [sum(exponentials[i, j] for j in range(n)) for i in range(n)]
+
+    def product(tangent: Any) -> Any:
+        change = scale * (tangent * w_q * k.T + q * (tangent * w_k).T)
+        maps, moved = mp.matrix(n, n), mp.matrix(n, n)
+        for i in range(n):
+            for j in range(n):
+                maps[i, j] = exponentials[i, j] / sums[i]
+            mean = sum(maps[i, j] * change[i, j] for j in range(n))
+            for j in range(n):
+                moved[i, j] = maps[i, j] * (change[i, j] - mean)
+        return (moved * v + maps * tangent * w_v) * w_o
+
+    jacobian = mp.matrix(n * dim, n * dim)
+    for column in range(n * dim):
+        unit = mp.matrix(n, dim)
+        unit[column // dim, column % dim] = 1
+        image = product(unit)
+        for row in range(n * dim):
+            jacobian[row, column] = image[row // dim, row % dim]
+    return jacobian
+
+
+def error(computed: torch.Tensor, exact: Any) -> torch.Tensor:
+    """|computed - exact|, subtracted before it is rounded."""
+    differences = [float(abs(mp.mpf(c) - e)) for c, e in zip(computed.flatten().tolist(), exact, strict=True)]
+    return torch.tensor(differences, dtype=torch.float64).reshape(computed.shape)
+
+
+@pytest.mark.parametrize("magnitude", MAGNITUDES)
+def test_rounding_errors_stay_below_their_bound(magnitude: float) -> None:
+    largest = 0.0
+    for seed in range(4):
+        block = cancelling_block(seed, magnitude)
+        jacobian, roundoff = exact_jacobian(block), Roundoff(block)
+        v, u = draw(3, 3, seed=seed + 1), draw(3, 3, seed=seed + 2)
+        errors = (
+            (error(block.jvp(v), jacobian * mp.matrix(v.flatten().tolist())), roundoff.jvp(v.abs())),
+            (error(block.vjp(u), jacobian.T * mp.matrix(u.flatten().tolist())), roundoff.vjp(u.abs())),
+        )
+        for committed, limit in errors:
+            assert bool((committed <= limit).all())
+            largest = max(largest, float((committed / limit).max()))
+    assert largest > 1e-4  # a vacuous bound would hold too
+
+
+def test_rounding_of_a_long_sum_stays_below_its_bound() -> None:
+    """1 and 4095 numbers just below the rounding unit of 1: each addition to the 1 loses one of them."""
+    size = 4096
+    zero, one = torch.zeros(1, size, 1, dtype=torch.float64), torch.ones(1, size, 1, dtype=torch.float64)
+    block = Attention(x=one.mT[0], w_q=zero, w_k=zero, w_v=one, w_o=one[:, :1])
+    tangent = torch.full((1, size), 0.9 * UNIT_ROUNDOFF, dtype=torch.float64)
+    tangent[0, 0] = 1
+    lost = abs(Fraction(float(block.jvp(tangent))) - sum(map(Fraction, tangent[0].tolist())))
+    assert 100 * UNIT_ROUNDOFF < lost <= float(Roundoff(block).jvp(tangent))
+
+
+@pytest.mark.parametrize("magnitude", MAGNITUDES)
+def test_estimators_stay_on_their_side_of_the_exact_norm(magnitude: float) -> None:
+    for seed in range(2):
+        block = cancelling_block(seed, magnitude)
+        norm = mpmath.svd_r(exact_jacobian(block), compute_uv=False)[0]
+        for spec in (lanczos, power_iteration):
+            assert mp.mpf(float(spec(block, steps=9).value)) <= norm
+        for spec in (exact, lanczos_certificate):
+            assert mp.mpf(float(spec(block).value)) >= norm
+
+
+def test_a_jacobian_that_is_zero_but_for_rounding_has_the_lower_bound_zero() -> None:
+    """With equal keys the query cannot move the output; the computed softmax derivative does not vanish."""
+    same = draw(1, 6, seed=3).expand(3, 6)
+    block = random_block(memory=same, moves="query", logit_bias=draw(4, 3, seed=4))
+    assert float(block.jvp(draw(4, 6, seed=5)).abs().max()) > 0
+    assert float(lanczos(block).value) == 0
+    assert float(power_iteration(block).value) == 0
+    assert 0 < float(exact(block).value) < 1e-10
+
+
+@pytest.mark.parametrize("finite_mask", [-1e4, torch.finfo(torch.float32).min])
+def test_a_finite_mask_costs_no_accuracy(finite_mask: float) -> None:
+    hidden = torch.ones(4, 4, dtype=torch.float64).triu(1)
+    block = random_block(logit_bias=finite_mask * hidden)
+    assert float(exact(block).value) == pytest.approx(float(true_norm(random_block(causal=True))), rel=1e-8)
+
+
+def test_logits_beyond_the_digits_of_float64_give_a_wide_but_finite_answer() -> None:
+    block = random_block(n=3, x=1e9 * draw(3, 6, seed=1))
+    assert float(lanczos(block).value) <= float(exact(block).value) < float("inf")
+
+
+HADAMARD = torch.tensor([[1.0]], dtype=torch.float64)
+for _ in range(6):
+    HADAMARD = torch.cat([torch.cat([HADAMARD, HADAMARD], 1), torch.cat([HADAMARD, -HADAMARD], 1)])
+KNOWN_NORMS = [
+    (torch.ones(64, 4, dtype=torch.float64), 16.0),
+    (torch.ones(9, 4, dtype=torch.float64), 6.0),
+    (HADAMARD, 8.0),
+    (HADAMARD[:, :5], 8.0),
+    (torch.diag(torch.tensor([3e-200, 1e-250], dtype=torch.float64)), 3e-200),
+    (torch.zeros(3, 2, dtype=torch.float64), 0.0),
+    (torch.full((1, 1), -7.0, dtype=torch.float64), 7.0),
+]
+
+
+def test_verified_norm_of_matrices_with_a_known_norm() -> None:
+    for matrix, norm in KNOWN_NORMS:
+        assert norm <= float(verified_norm(matrix)) <= norm * (1 + 1e-11)
+
+
+def test_verified_norm_does_not_trust_the_eigensolver(monkeypatch: pytest.MonkeyPatch) -> None:
+    solver = torch.linalg.eigvalsh
+    monkeypatch.setattr(torch.linalg, "eigvalsh", lambda matrix: 0.5 * solver(matrix))
+    for matrix, norm in KNOWN_NORMS:
+        assert norm <= float(verified_norm(matrix)) <= 2 * norm
+
+
+def test_start_vectors_have_the_moments_of_the_uniform_sphere() -> None:
+    vectors = sphere(torch.Size([4000]), 10, torch.Generator().manual_seed(0), torch.device("cpu"))
+    torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(4000, dtype=torch.float64), rtol=1e-14, atol=0)
+    assert float(vectors.mean(0).abs().max()) < 0.02
+    second = vectors.mT @ vectors / 4000
+    torch.testing.assert_close(second, torch.eye(10, dtype=torch.float64) / 10, rtol=0, atol=0.01)
+    assert float(vectors.pow(4).mean()) == pytest.approx(3 / (10 * 12), rel=0.05)
+
+
+def test_cast_down_takes_the_next_float_below() -> None:
+    value = torch.tensor([1.0, 1 + 1e-12, -1 - 1e-12, 1e300, 0.0], dtype=torch.float64)
+    down = cast_down(value, torch.float32)
+    assert bool((down.double() <= value).all())
+    expected = [1.0, 1.0, torch.nextafter(torch.tensor(-1.0), torch.tensor(-2.0)), torch.finfo(torch.float32).max, 0.0]
+    assert down.tolist() == expected
