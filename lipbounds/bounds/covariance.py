@@ -20,7 +20,7 @@ Biases of keys and values drop out of covariances. Where only the query moves, t
 memory moves, the other two. Heads: ||W_O|| sqrt(sum_h L_h^2).
 
 Numerics: float64. Covariances are differences of moments of centred data; the error of a moment is at most gamma
-times the moment of absolute values, that of P is in logit_error, and both are added by
+times the moment of absolute values, that of P follows from logit_error, and both are added by
 lipbounds.targets.attention_covariance.
 """
 
@@ -38,7 +38,7 @@ from lipbounds.targets.attention import Attention
 from lipbounds.targets.attention_covariance import (
     centred_projection,
     centred_tokens,
-    map_error,
+    map_upper,
     row_covariance,
     row_variance,
 )
@@ -98,8 +98,8 @@ def _key_part(block: Attention, spreads: Float[Tensor, "*batch heads n"]) -> Flo
     size = tokens.norm(dim=-1) * (weights.norm(dim=(-2, -1)) * block.w_k.norm(dim=(-2, -1))).unsqueeze(-1)
     operations = 2 * (weights.shape[-2] + weights.shape[-1] + 4)
     reach = (block.queries @ block.w_k.mT).norm(dim=-1) + gamma(operations) * size
-    weighted = reach.square() * spreads * (1 + map_error(block))
-    columns = (weighted.unsqueeze(-2) @ block.probabilities).squeeze(-2)
+    weighted = reach.square() * spreads
+    columns = (weighted.unsqueeze(-2) @ map_upper(block)).squeeze(-2)
     return abs(block.scale_value) * inflate(_root(columns.amax(-1)), block.tokens + block.w_k.shape[-2] + 16)
 
 

@@ -4,9 +4,12 @@ Cov_i(Y, Z) = sum_j P_ij y_j z_j^T - (sum_j P_ij y_j)(sum_j P_ij z_j)^T = Y^T J(
 constant row is taken off Y or Z, so both are centred first, by their mean over the keys.
 
 Rounding, as an absolute error in Frobenius norm, with R the largest row norm and r the largest error of a computed row:
-the moments cost 4 gamma(m + 8) R_Y R_Z, a relative error e of each P_ij (from the logits: e = exp(2 eta) - 1, and m +
-16 roundings of the softmax) at most 4 e R_Y R_Z, and since ||Cov_i(E, Z)|| <= max|e_j| max|z_j| the errors of the
-rows at most 2 (r_Y R_Z + r_Z R_Y).
+the moments cost 4 gamma(m + 8) R_Y R_Z; a row of P that is off by t in sum_j |.| at most 3 t R_Y R_Z (4 is taken), where
+t is at most the relative error e of each P_ij (from the logits: e = exp(2 eta) - 1, and m + 16 roundings of the
+softmax) and, both rows being probabilities, at most 2; and since ||Cov_i(E, Z)|| <= max|e_j| max|z_j| the errors of
+the rows at most 2 (r_Y R_Z + r_Z R_Y + r_Y r_Z).
+
+This slack carries no gradient.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lipbounds.rounding import UNIT_ROUNDOFF, gamma
+from lipbounds.rounding import EXP_ULPS, UNIT_ROUNDOFF, gamma, inflate
 from lipbounds.targets.attention import Attention
 from lipbounds.targets.attention_rounding import logit_error
 
@@ -58,13 +61,32 @@ def centred_tokens(tokens: Float[Tensor, "*batch m dim"]) -> CentredRows:
     return CentredRows(rows, rows.norm(dim=-1).amax(-1), error)
 
 
+@torch.no_grad()
 def map_error(block: Attention) -> Float[Tensor, "*batch heads n"]:
-    """Relative error of each computed P_ij of a row.
+    """Largest sum over j of |computed P_ij - P_ij| of each row, without a gradient.
 
     Args:
         block: in float64.
     """
-    return torch.expm1(2 * logit_error(block)) + (block.logits.shape[-1] + 16) * UNIT_ROUNDOFF
+    relative = torch.expm1(2 * logit_error(block)) + (block.logits.shape[-1] + 16) * UNIT_ROUNDOFF
+    return relative.clamp(max=2.0)
+
+
+def map_upper(block: Attention) -> Float[Tensor, "*batch heads n m"]:
+    """Each P_ij rounded up: never above 1, and 0 where the key is hidden.
+
+    In logarithms, so that it holds also where the rounding of large logits leaves nothing of P: log P is off by at most
+    2 eta, 4 u |log P| of the log-softmax, and m + 16 roundings; its gradient is that of P where it is below 1.
+
+    Args:
+        block: in float64.
+    """
+    hidden = block.logits.isneginf()
+    logs = torch.where(hidden, 0.0, block.logits.log_softmax(-1))
+    with torch.no_grad():
+        error = 2 * logit_error(block).unsqueeze(-1) + 4 * UNIT_ROUNDOFF * logs.abs()
+        error = error + (logs.shape[-1] + 16) * UNIT_ROUNDOFF
+    return torch.where(hidden, 0.0, inflate((logs + error).clamp(max=0.0).exp(), EXP_ULPS).clamp(max=1.0))
 
 
 def row_covariance(
@@ -100,7 +122,8 @@ def row_variance(block: Attention, centred: CentredRows) -> Float[Tensor, "*batc
     return variance.clamp(min=0) + error
 
 
+@torch.no_grad()
 def _moment_error(block: Attention, left: CentredRows, right: CentredRows) -> Float[Tensor, "*batch heads n"]:
     relative = 4 * gamma(block.logits.shape[-1] + 8) + 4 * map_error(block)
-    rows = 2 * (left.error * right.size + right.error * left.size)
+    rows = 2 * (left.error * right.size + right.error * left.size + left.error * right.error)
     return relative * (left.size * right.size).unsqueeze(-1) + rows.unsqueeze(-1)
