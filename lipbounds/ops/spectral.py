@@ -56,6 +56,18 @@ def product_norm_upper(*factors: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     return value + (stretch - stretch.detach())
 
 
+def vector_norm(values: Float[Tensor, "*batch length"]) -> Float[Tensor, "*batch"]:
+    """Euclidean norm whose squares neither overflow nor vanish; rounded to nearest, with gradient 0 at 0.
+
+    Scaled by a power of two, which costs no rounding: length + 1 of them remain.
+
+    Args:
+        values: float64, may be infinite.
+    """
+    scale = _power_of_two(values.detach().nan_to_num(posinf=1.0).unsqueeze(-1)).squeeze(-1)
+    return (values / scale).norm(dim=-1) * scale.squeeze(-1)
+
+
 def _scaled_norm(factors: Sequence[Tensor]) -> Tensor:
     """The norm rounded up, for factors with entries of order 1 (so that squares neither overflow nor vanish)."""
     left, right = _is_tall(factors), _is_wide(factors)

@@ -10,10 +10,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.ops import softmax, softmax_spectrum
-from lipbounds.ops.spectral import spectral_norm_upper
+from lipbounds.ops.spectral import spectral_norm_upper, vector_norm
 from lipbounds.rounding import inflate
 from lipbounds.targets.attention import Attention
 from lipbounds.targets.attention_rounding import logit_error
+
+
+LARGEST_EXPONENT = 600.0  # exp of it is finite; infinite slack would make the gradient NaN
 
 
 def largest_g_1(block: Attention) -> Float[Tensor, "*batch heads"]:
@@ -28,12 +31,16 @@ def largest_softmax_norm(block: Attention) -> Float[Tensor, "*batch heads"]:
 
 def _largest_row(block: Attention, norms: Float[Tensor, "*batch heads n"]) -> Float[Tensor, "*batch heads"]:
     """Largest row with the slack for rounded logits; never above 1/2, which always holds."""
-    return torch.clamp(norms * torch.exp(4 * logit_error(block)), max=0.5).amax(-1)
+    exponent = 4 * logit_error(block)
+    blurred = (exponent > LARGEST_EXPONENT) & (norms > 0)  # a norm of 0 is that of a single visible key: exact
+    slack = exponent.clamp(max=LARGEST_EXPONENT).exp()
+    return torch.where(blurred, 0.5, norms * slack).clamp(max=0.5).amax(-1)
 
 
 def map_norm(block: Attention) -> Float[Tensor, "*batch heads"]:
     """||P|| of each head; never above sqrt(n), which holds for n rows that sum to 1."""
-    slack = torch.exp(2 * logit_error(block).amax(-1))
+    # ||P|| >= sqrt(n / m), so a larger slack ends at sqrt(n), too.
+    slack = torch.exp((2 * logit_error(block).amax(-1)).clamp(max=LARGEST_EXPONENT))
     norm = inflate(spectral_norm_upper(block.probabilities) * slack, block.logits.shape[-1] + 16)
     return torch.clamp(norm, max=inflate(torch.tensor(float(block.tokens)).double().sqrt(), 2).item())
 
@@ -48,5 +55,5 @@ def combine_heads(block: Attention, heads: Float[Tensor, "*batch heads"]) -> Flo
 
     The concatenation of functions with constants L_h has the constant sqrt(sum_h L_h^2); W_O multiplies by its norm.
     """
-    value = output_norm(block) * heads.norm(dim=-1)  # norm, not a root of squares: its gradient at 0 is 0
+    value = output_norm(block) * vector_norm(heads)
     return inflate(value, block.heads + 16).expand(block.batch_shape)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 
 import lipbounds
+from lipbounds import Attention
+from lipbounds.testing.extended import jacobian_norm_extended
 from verify.unit.blocks import random_block, true_norm
 
 
@@ -58,6 +61,42 @@ def test_gradient(name: str) -> None:
     block = random_block(14, n=3)
     bound = lipbounds.get(name)
     assert torch.autograd.gradcheck(lambda x: bound(block.at(x)).value, block.x.clone().requires_grad_(), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_whose_rounding_leaves_nothing_of_the_map_give_a_number_and_a_gradient(name: str) -> None:
+    """One key: P = 1 whatever the logits, but their rounding error is large and exp of it infinite. Found by CI."""
+    one = torch.ones(1, 1, 1, dtype=torch.float64)
+    block = Attention(x=-3e4 * one[0], w_q=1e3 * one, w_k=one, w_v=one, w_o=one, b_k=2e4 * one[0], scale=4.0)
+    x = block.x.clone().requires_grad_()
+    value = lipbounds.get(name)(block.at(x)).value
+    assert value.isfinite()
+    assert value >= 1  # the truth: Y = X
+    assert torch.autograd.grad(value, x)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("name", [*NAMES, "yudin2025.biased", "yudin2025.biased_exact"])
+def test_squares_of_small_numbers_do_not_vanish(name: str) -> None:
+    """Two keys 384 apart in the logits: the norm is 2.6e-164, and its square is below the range. Found by CI."""
+    one = torch.ones(1, 1, 1, dtype=torch.float64)
+    memory = torch.tensor([[0.0], [16.0]], dtype=torch.float64)
+    block = Attention(
+        x=3 * one[0], w_q=-3 * one, w_k=2 * one, w_v=one, w_o=one, b_q=-3 * one[0], scale=1.0, memory=memory,
+        moves="query",
+    )  # fmt: skip
+    truth = 3 * 2 * 256 * math.exp(-384)  # s |w_q w_k| Var(memory) under p = (1 - e^-384, e^-384)
+    assert lipbounds.get(name)(block).value >= truth
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_that_round_to_equal_ones_keep_their_error(name: str) -> None:
+    """Keys and values 1e-17 apart: as computed they are equal, as given they are not."""
+    ones = torch.ones(1, 2, 1, dtype=torch.float64)
+    memory = torch.tensor([[0.0, 1.0], [1e-17, 1.0]], dtype=torch.float64)
+    block = Attention(x=ones[:, 0], w_q=ones[:, :1], w_k=ones, w_v=ones, w_o=ones[:, :1], memory=memory, moves="query")
+    truth = float(jacobian_norm_extended(block))
+    assert 2.4e-35 < truth < 2.6e-35  # p (1 - p) 1e-34
+    assert lipbounds.get(name)(block).value >= truth
 
 
 def test_covariance_beats_the_products_under_a_causal_mask() -> None:
