@@ -114,10 +114,8 @@ def _logit_change(block: Attention, radius: float) -> Float[Tensor, "*batch head
 
 def _map_norm(block: Attention, interval: SoftmaxInterval) -> Float[Tensor, "*batch heads"]:
     """sup ||P'|| over the ball, rounded up."""
-    maps = block.probabilities
-    slack = inflate(torch.exp(2 * logit_error(block).amax(-1)), maps.shape[-1] + 16)
-    rounding = maps * (slack[..., None, None] - 1)  # how far the computed P can be from the exact one
-    deviation = torch.maximum(interval.upper - maps, maps - interval.lower).clamp(min=0) + rounding
-    from_centre = spectral_norm_upper(maps) * slack + deviation.norm(dim=(-2, -1))
+    maps = block.probabilities  # as computed: the interval holds the exact ones, so their difference is in `deviation`
+    deviation = torch.maximum(interval.upper - maps, maps - interval.lower).clamp(min=0)
+    from_centre = spectral_norm_upper(maps) + deviation.norm(dim=(-2, -1))
     by_columns = interval.upper.sum(-2).amax(-1).sqrt()
     return inflate(torch.minimum(from_centre, by_columns), sum(maps.shape[-2:]) + 16)

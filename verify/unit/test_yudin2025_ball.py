@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import lipbounds
+from lipbounds import Attention
 from lipbounds.bounds.yudin2025_ball import logit_radius
+from lipbounds.targets.attention_rounding import logit_error
 from verify.unit.blocks import random_block, true_norm
 
 
@@ -71,3 +73,16 @@ def test_grows_with_the_radius(block: lipbounds.Attention) -> None:
 def test_gradient() -> None:
     block = random_block(8, n=3)
     assert torch.autograd.gradcheck(lambda x: BALL(block.at(x), 0.2).value, block.x.clone().requires_grad_(), atol=1e-5)
+
+
+def test_logits_whose_rounding_leaves_nothing_of_the_map_give_a_number() -> None:
+    """The rounding error of the logits is so large that exp of it is infinite, and hidden keys have P = 0."""
+    one = torch.ones(1, 1, 1, dtype=torch.float64)
+    block = Attention(
+        x=torch.full((2, 1), -2.5e4, dtype=torch.float64), w_q=one, w_k=one, w_v=one, w_o=one, b_q=2e4 * one[0],
+        b_k=2e4 * one[0], scale=1e4, causal=True,
+    )  # fmt: skip
+    assert logit_error(block).exp().isinf().any()
+    value = lipbounds.get("yudin2025_ball.biased")(block, radius=1.0).value
+    assert value.isfinite()
+    assert value >= true_norm(block)
