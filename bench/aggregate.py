@@ -122,6 +122,7 @@ def _model(records: list[Record]) -> dict[str, Any]:
             for name, of in sorted(ratios.items(), key=lambda item: median(item[1].values()))
         ],
         "per_layer": _per_layer(records, found, ratios),
+        "per_length": _per_length(records, ratios),
         "gain": [row for family in GAIN_FAMILIES for row in _gain(answered, family)],
         "not_answered": _not_answered(records),
         "violations": _violations(answered),
@@ -150,6 +151,26 @@ def _per_layer(
             }
         )
     return rows
+
+
+def _per_length(records: list[Record], ratios: dict[str, dict[BlockId, float]]) -> list[dict[str, Any]]:
+    """Per class of input lengths, each twice as wide as the one before, the median of each method's ratio."""
+    tokens = {(record.question.layer, record.question.input): record.tokens for record in records}
+    rows = []
+    for power in sorted({_power_of_two_from(count) for count in tokens.values()}):
+        blocks = {block for block, count in tokens.items() if _power_of_two_from(count) == power}
+        medians = {
+            name: median(chosen) for name, of in ratios.items() if (chosen := [of[b] for b in of if b in blocks])
+        }
+        lengths = [tokens[block] for block in blocks]
+        inputs = len({input_ for _, input_ in blocks})
+        rows.append({"tokens": [min(lengths), max(lengths)], "inputs": inputs, "median": medians})
+    return rows
+
+
+def _power_of_two_from(count: int) -> int:
+    """The smallest power of two that is not below `count`."""
+    return 1 << (count - 1).bit_length()
 
 
 def _bracket(answered: list[Record], found: dict[BlockId, Reference]) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bench.records import RecordError, check_schema
 from bench.store import write_atomically
-from bench.tables import HEADLINE_MODELS, headline
+from bench.tables import HEADLINE_MODELS, findings, headline
 
 
 BEGIN = "<!-- tightness:begin -->"
@@ -29,7 +29,8 @@ def block(aggregates_path: Path) -> str:
     check_schema(aggregates, str(aggregates_path))
     models = {name: model for name, model in aggregates["models"].items() if name in HEADLINE_MODELS}
     described = [f"- {name}: {model['description']}; {model['inputs']} inputs." for name, model in models.items()]
-    return "\n\n".join([headline(aggregates), "\n".join(described)]).rstrip()
+    found = findings(aggregates, HEADLINE_MODELS[0], "yudin2025.biased")
+    return "\n\n".join([headline(aggregates), "\n".join(described), *found]).rstrip()
 
 
 def insert(text: str, table: str) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from tabulate import tabulate
 
 from bench.machine import describe
-from bench.wording import figure, module_words, summary_words
+from bench.wording import figure, length_words, module_words, summary_words
 from lipbounds.claims import KINDS, SCOPES
 
 
@@ -137,6 +138,8 @@ def _model(name: str, model: Row, aggregates: Aggregates) -> list[str]:
             _table(["method", "median ratio", "worst", "best", "blocks", "kind", "scope"], body),
             _per_layer(model["per_layer"], [row["bound"] for row in rows]),
         ]
+        if kind == "proved" and len(model["per_length"]) > 1:
+            parts.append(_per_length(model["per_length"], [row["bound"] for row in rows]))
     return parts
 
 
@@ -146,6 +149,42 @@ def _per_layer(rows: list[Row], names: list[str]) -> str:
         for row in rows
     ]
     return "Median ratio, layer by layer:\n\n" + _table(["layer", "reference", *(f"`{name}`" for name in names)], body)
+
+
+def _per_length(rows: list[Row], names: list[str]) -> str:
+    body = [[length_words(row), row["inputs"], *(figure(row["median"].get(name)) for name in names)] for row in rows]
+    return "Median ratio by length of the input:\n\n" + _table(["tokens", "inputs", *(f"`{n}`" for n in names)], body)
+
+
+def findings(aggregates: Aggregates, model: str, bound: str) -> list[str]:
+    """What the tables say of one bound on one model, in two sentences: the gain of g_1, and the length of the input.
+
+    Args:
+        aggregates: what `bench.aggregate.aggregate` returned.
+        model: its name.
+        bound: of a family in `bench.aggregate.GAIN_FAMILIES`.
+    """
+    found = aggregates["models"].get(model, {"gain": [], "per_length": []})
+    sentences = []
+    gain = [row for row in found["gain"] if row["bound"] == bound]
+    if gain:
+        with_g_1 = _span(row["half_over_g_1"] for row in gain)
+        with_exact = _span(row["g_1_over_exact"] for row in gain)
+        sentences.append(
+            f"What the attention distribution gains on {model}: with g_1 of its rows `{bound}` is {with_g_1} times "
+            "smaller than with the constant 1/2 (medians of the layers); the exact softmax norm would make it "
+            f"{with_exact} times smaller still."
+        )
+    lengths = [row for row in found["per_length"] if bound in row["median"]]
+    if len(lengths) > 1:
+        listed = ", ".join(f"{figure(row['median'][bound])} at {length_words(row)}" for row in lengths)
+        sentences.append(f"By length of the input, the median ratio of `{bound}` on {model} is {listed} tokens.")
+    return sentences
+
+
+def _span(values: Iterable[float]) -> str:
+    listed = sorted(values)
+    return f"{figure(listed[0])} to {figure(listed[-1])}"
 
 
 def _gain(aggregates: Aggregates) -> list[str]:

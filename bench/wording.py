@@ -40,3 +40,12 @@ def module_words(row: dict[str, Any]) -> str:
         row: with the keys `layer` and `module`.
     """
     return row["module"] if " " in row["module"] else str(row["layer"])
+
+
+def length_words(row: dict[str, Any]) -> str:
+    """The lengths of the inputs behind a row, such as "17 to 32".
+
+    Args:
+        row: with the key `tokens`, the smallest and the largest number.
+    """
+    return " to ".join(str(count) for count in dict.fromkeys(row["tokens"]))

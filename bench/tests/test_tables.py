@@ -15,7 +15,7 @@ from bench.aggregate import aggregate, ratio
 from bench.figures import draw, spread
 from bench.records import RecordError
 from bench.store import read
-from bench.tables import headline, report
+from bench.tables import findings, headline, report
 from bench.tests.samples import environment_line, record, tiny_model
 from bench.wording import figure, summary_words
 from lipbounds import registry
@@ -143,12 +143,37 @@ def test_the_gain_of_the_paper_is_a_ratio_of_its_bounds() -> None:
     records = [record(name, value, details={"softmax_norm": norms[name]}) for name, value in values.items()]
     found = aggregate(records, {"here": environment_line(*values)}, command="", records_path="")
     (row,) = found["models"]["tiny"]["gain"]
+    (sentence,) = findings(found, "tiny", "yudin2025.biased")
+    assert "1.500 to 1.500 times smaller than with the constant 1/2" in sentence
     assert row["half_over_g_1"] == pytest.approx(1.5)
     assert row["half_over_exact"] == pytest.approx(2.0)
     assert row["one_over_half"] == pytest.approx(15 / 9)
     assert row["g_1_over_exact"] == pytest.approx(6 / 4.5)
     assert (row["g_1"], row["exact_norm"]) == (0.3, 0.2)
     assert "| 0       | 1.667        | 1.500          | 2.00" in report(found)
+
+
+def test_ratios_by_length_share_a_class_up_to_each_power_of_two() -> None:
+    values = {3: 4.0, 4: 8.0, 5: 20.0, 8: 40.0}  # tokens and the bound; the truth is 2
+    records = []
+    for tokens, value in values.items():
+        place = {"input": f"seed-{tokens}", "tokens": tokens}
+        records += [record("exact", 2.0, **place), record("paper.bound", value, **place)]
+    found = tables_of(*records)
+    rows = found["models"]["tiny"]["per_length"]
+    assert [(row["tokens"], row["inputs"], row["median"]["paper.bound"]) for row in rows] == [
+        ([3, 4], 2, 3.0),
+        ([5, 8], 2, 15.0),
+    ]
+    assert "| 3 to 4   | 2        | 3.00" in report(found)
+    (sentence,) = findings(found, "tiny", "paper.bound")
+    assert "is 3.00 at 3 to 4, 15.0 at 5 to 8 tokens" in sentence
+
+
+def test_one_length_gets_no_table_by_length(aggregates: dict[str, Any]) -> None:
+    assert "by length" not in report(aggregates)
+    assert findings(aggregates, "tiny", "paper.bound") == []
+    assert findings(aggregates, "no such model", "paper.bound") == []
 
 
 # -- pages -----------------------------------------------------------------------------------------------------------

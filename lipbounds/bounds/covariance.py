@@ -51,6 +51,7 @@ from lipbounds.targets.attention_norms import combine_heads, map_norm
     source=Source(title="lipbounds", statement="covariance form, derived here (D2)"),
     supports=("heads", "biases", "mask", "cross"),
     cost="O(H n^2 d^2 + H n d^3)",
+    version=2,
 )
 def exact(block: Attention) -> tuple[Tensor, Terms]:
     """Spectral norms of the covariances of keys and values under every attention row."""
@@ -76,6 +77,7 @@ def exact(block: Attention) -> tuple[Tensor, Terms]:
     source=Source(title="lipbounds", statement="trace form of the covariance bound, derived here (D3)"),
     supports=("heads", "biases", "mask", "cross"),
     cost="O(H n^2 + n D + H D d^2) beside the attention map",
+    version=2,
 )
 def trace(block: Attention) -> tuple[Tensor, Terms]:
     """Traces of the covariances of the tokens under every attention row: no matrix a row."""
