@@ -29,6 +29,7 @@ from lipbounds.testing import behaviour_checks, coverage_check, relation_checks,
 from lipbounds.testing.loading import load_spec as load_spec
 from lipbounds.testing.recipes import BATCHED, build
 from lipbounds.testing.strategies import attention_blocks, radii, recipes
+from lipbounds.testing.tight import tight_blocks
 from lipbounds.testing.verdict import Refuted as Refuted
 
 
@@ -116,6 +117,12 @@ CHECKS: dict[str, Check] = {
         applies=lambda spec: spec.claim.kind in ("proved", "lower"),
         blocks=_value_blocks,
         share=1.0,
+    ),
+    "tight": Check(
+        function=value_checks.tight,
+        applies=lambda spec: spec.claim.kind in ("proved", "lower"),
+        blocks=lambda spec: tight_blocks(spec.supports),
+        share=0.5,
     ),
     "returns": Check(function=value_checks.returns),
     "finite": Check(

@@ -55,15 +55,12 @@ def value(spec: BoundSpec, block: Attention, radius: float | None = None, seed: 
     Raises:
         Refuted: the promise is broken.
     """
-    lower = spec.claim.kind == "lower"
-    if lower and spec.needs_radius:
-        radius = 0.0
-    claimed = evaluate("value", spec, block, radius, seed).detach()
-    if lower:
-        _judge_lower(spec, block, radius, claimed)
-        return
-    for points in _points(spec, block, radius, seed):
-        _judge_upper(spec, block, radius, claimed, points)
+    _judge("value", spec, block, radius, seed)
+
+
+def tight(spec: BoundSpec, block: Attention, radius: float | None = None, seed: int = 0) -> None:
+    """As `value`, at blocks where sharp bounds equal the truth and rounding the wrong way shows at once."""
+    _judge("tight", spec, block, radius, seed)
 
 
 def attack_directions(
@@ -88,6 +85,18 @@ def attack_directions(
     return centre + radius * INSIDE * steps
 
 
+def _judge(check: str, spec: BoundSpec, block: Attention, radius: float | None, seed: int) -> None:
+    lower = spec.claim.kind == "lower"
+    if lower and spec.needs_radius:
+        radius = 0.0
+    claimed = evaluate(check, spec, block, radius, seed).detach()
+    if lower:
+        _judge_lower(check, spec, block, radius, claimed)
+        return
+    for points in _points(spec, block, radius, seed):
+        _judge_upper(check, spec, block, radius, claimed, points)
+
+
 def _points(spec: BoundSpec, block: Attention, radius: float | None, seed: int) -> list[Tensor | None]:
     """Inputs of the scope to try; None stands for the input of the block itself."""
     generator = torch.Generator().manual_seed(seed)
@@ -109,7 +118,7 @@ def _points(spec: BoundSpec, block: Attention, radius: float | None, seed: int) 
 
 
 def _judge_upper(
-    spec: BoundSpec, block: Attention, radius: float | None, claimed: Tensor, points: Tensor | None
+    check: str, spec: BoundSpec, block: Attention, radius: float | None, claimed: Tensor, points: Tensor | None
 ) -> None:
     at = block if points is None else block.double.at(points)
     truth = oracles.jacobian_norm(at)
@@ -129,7 +138,7 @@ def _judge_upper(
                 f"{_times(exact, claim)} times as large"
             )
             point = None if points is None else points[index]
-            raise _refuted(reason, spec, block, own, radius, claim, float(exact), point)
+            raise _refuted(check, reason, spec, block, own, radius, claim, float(exact), point)
 
 
 def _confirmed(block: Attention, claim: float) -> Decimal | None:
@@ -142,7 +151,7 @@ def _confirmed(block: Attention, claim: float) -> Decimal | None:
     return exact if Decimal(claim) + allowed < exact else None
 
 
-def _judge_lower(spec: BoundSpec, block: Attention, radius: float | None, claimed: Tensor) -> None:
+def _judge_lower(check: str, spec: BoundSpec, block: Attention, radius: float | None, claimed: Tensor) -> None:
     truth = oracles.jacobian_norm(block)
     if bool((claimed <= truth).all()):
         return
@@ -151,18 +160,18 @@ def _judge_lower(spec: BoundSpec, block: Attention, radius: float | None, claime
     if excess[index] > 0:
         claim, reached = claimed[index].item(), truth[index].item()
         reason = f"a lower bound must be <= the truth, got the bound {claim!r} and the truth {reached!r}"
-        raise _refuted(reason, spec, block, index, radius, claim, reached)
+        raise _refuted(check, reason, spec, block, index, radius, claim, reached)
 
 
 def _refuted(
-    reason: str, spec: BoundSpec, block: Attention, index: tuple[int, ...], radius: float | None, claimed: float,
-    reached: float, point: Tensor | None = None,
+    check: str, reason: str, spec: BoundSpec, block: Attention, index: tuple[int, ...], radius: float | None,
+    claimed: float, reached: float, point: Tensor | None = None,
 ) -> Refuted:  # fmt: skip
     """The verdict on one batch item, shown by the item alone if the bound gives the same number there."""
     single = oracles.batch_item(block, index)
-    alone = evaluate("value", spec, single, radius).item() == claimed
+    alone = evaluate(check, spec, single, radius).item() == claimed
     return Refuted(
-        reason, check="value", spec=spec, block=single if alone else block, radius=radius, claimed=claimed,
+        reason, check=check, spec=spec, block=single if alone else block, radius=radius, claimed=claimed,
         reached=reached, source=snippet(spec, single, radius, point=point) if alone else None,
     )  # fmt: skip
 

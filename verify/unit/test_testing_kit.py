@@ -105,6 +105,7 @@ WRONG: dict[str, tuple[str, BoundSpec]] = {
     "the centre of the ball": ("value", AT_CENTRE),
     "one point sold for all": ("value", spec(jacobian_norm, claim=Claim(kind="proved", scope="global"))),
     "not a number": ("value", spec(lambda block: jacobian_norm(block) * torch.nan)),
+    "cast to nearest": ("tight", spec(lambda block: jacobian_norm(block).to(block.dtype))),
     "an error": ("returns", spec(lambda block: torch.zeros(3, 1) @ torch.zeros(2, 1))),
     "negative": ("returns", spec(lambda block: jacobian_norm(block) - 1, claim=Claim(kind="estimate"))),
     "infinite": ("finite", spec(lambda block: torch.full(block.batch_shape, torch.inf))),
