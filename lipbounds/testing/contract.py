@@ -150,6 +150,11 @@ CHECKS: dict[str, Check] = {
     "scaling": Check(function=relation_checks.scaling, applies=_proved, blocks=_plain),
     "batch": Check(function=relation_checks.batch, applies=_proved, blocks=_batched),
     "dtype": Check(function=relation_checks.dtype, applies=_proved, blocks=_short),
+    "device": Check(
+        function=relation_checks.device,
+        applies=lambda spec: _proved(spec) and bool(relation_checks.accelerators()),
+        blocks=_plain,
+    ),
     "gradient": Check(
         function=behaviour_checks.gradient,
         applies=lambda spec: _proved(spec) and spec.role == "bound",

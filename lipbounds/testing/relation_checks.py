@@ -117,6 +117,20 @@ def dtype(spec: BoundSpec, block: Attention, radius: float | None = None, seed: 
     _same("dtype", spec, block, radius, seed, short, long, room, f"in {block.dtype}, as in float64")
 
 
+def device(spec: BoundSpec, block: Attention, radius: float | None = None, seed: int = 0) -> None:
+    """On every accelerator there is, the block gets the number it gets on the CPU."""
+    here = evaluate("device", spec, block, radius, seed).detach().cpu()
+    room = rounding_room(block, here)
+    for name in accelerators():
+        there = evaluate("device", spec, block.to(name), radius, seed).detach().cpu()
+        _same("device", spec, block, radius, seed, there, here, room, f"on {name}, as on the CPU")
+
+
+def accelerators() -> list[str]:
+    """Devices with float64 other than the CPU."""
+    return ["cuda"] if torch.cuda.is_available() else []
+
+
 def rounding_room(block: Attention, value: Float[Tensor, "*batch"], unit: float = 2.0**-53) -> Float[Tensor, "*batch"]:
     """Difference between two evaluations of a formula at `block` that rounding with unit `unit` explains.
 

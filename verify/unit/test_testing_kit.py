@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses as dc
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from torch import Tensor
 import lipbounds
 from lipbounds import Attention, BoundSpec, Claim, InvalidInput, UnsupportedAttention
 from lipbounds.claims import FEATURES
-from lipbounds.testing import contract, coverage_check
+from lipbounds.testing import contract, coverage_check, relation_checks
 from lipbounds.testing.contract import CHECKS, Refuted, checks_for, load_spec, run_check, suite_for
 from lipbounds.testing.oracles import jacobian_norm, truth_slack
 from lipbounds.testing.recipes import Recipe, build
@@ -85,6 +86,13 @@ def bad_gradient(block: Attention) -> Tensor:
     return (block.x.detach() * 2 + block.x).square().sum((-2, -1)).expand(block.batch_shape)
 
 
+TURNS = itertools.cycle((1, 2))  # the check evaluates a bound in pairs: here, and on the other device
+
+
+def every_other_time(block: Attention) -> Tensor:
+    return jacobian_norm(block) * next(TURNS)
+
+
 def lucky(block: Attention, *, delta: float = 1e-9, seed: int = 0) -> Tensor:
     draw = torch.rand((), generator=torch.Generator().manual_seed(seed)).item()
     return jacobian_norm(block) * (1.01 if draw > 2 * delta else 0.99)
@@ -118,6 +126,7 @@ WRONG: dict[str, tuple[str, BoundSpec]] = {
     "a small constant": ("scaling", spec(lambda block: jacobian_norm(block) + 1e-3)),
     "the largest of the batch": ("batch", spec(lambda block: jacobian_norm(block).max().expand(block.batch_shape))),
     "a short sum": ("dtype", spec(lambda block: jacobian_norm(block) * (1 + (block.dtype != torch.float64)))),
+    "another device": ("device", spec(every_other_time)),
     "half a gradient": ("gradient", spec(bad_gradient)),
     "falling with the radius": ("monotone", spec(radius_free, **BALL)),
 }  # fmt: skip
@@ -132,8 +141,19 @@ def without_shrinking() -> Iterator[None]:
     hypothesis.settings.load_profile(before)
 
 
+@pytest.fixture
+def the_cpu_as_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second device for machines that have none."""
+    monkeypatch.setattr(relation_checks, "accelerators", lambda: ["cpu"])
+
+
+def test_a_bound_may_be_the_same_on_every_device(the_cpu_as_accelerator: None) -> None:
+    assert "device" in checks_for(EXACT)
+    assert run_check(EXACT, "device", max_examples=12) == 12
+
+
 @pytest.mark.parametrize("case", WRONG, ids=lambda name: name.replace(" ", "-"))
-def test_each_check_finds_its_fault(case: str, without_shrinking: None) -> None:
+def test_each_check_finds_its_fault(case: str, without_shrinking: None, the_cpu_as_accelerator: None) -> None:
     check, wrong = WRONG[case]
     with pytest.raises(Refuted) as caught:
         run_check(wrong, check, max_examples=60, seed=1)
