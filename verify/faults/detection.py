@@ -88,9 +88,9 @@ def _report(record: dict[str, Any]) -> str:
         + ".",
         "",
         f"Order: `value`, `tight`, `falsify` (ascent) for {SHORT_SECONDS:.0f} s, the other checks in the order of",
-        f"`lipbounds.testing.contract.CHECKS`; for what survives `value` and `tight` with {DEEPER} times as many",
-        f"blocks and `falsify` for {record['falsify_seconds']:.0f} s. At most {record['max_examples']} blocks a check, "
-        f"seed {record['seed']}, no shrinking.",
+        f"`lipbounds.testing.contract.CHECKS`; for what survives `falsify` for {record['falsify_seconds']:.0f} s and",
+        f"`value` with {DEEPER} times as many blocks. At most {record['max_examples']} blocks a check, seed "
+        f"{record['seed']}, no shrinking.",
         "Examples: blocks that the catching check tried until the failure (for `falsify`: starting points), and in",
         "brackets those tried before it by others. Seconds: for all of it, wall time and CPU time; others used the",
         "machine, too.",

@@ -78,16 +78,16 @@ class _Found(Exception):
 def _plan(spec: BoundSpec, max_examples: int, seconds: float) -> list[tuple[str, float]]:
     """Checks with their blocks, the ascent with its seconds: what is likely to find something quickly comes first.
 
-    `value` and `tight`, a short ascent, the other checks in the order of `CHECKS`; for what survives `value` and
-    `tight` again with many more blocks, which takes seconds, and a long ascent.
+    `value` and `tight`, a short ascent, the other checks in the order of `CHECKS`; for what survives a long ascent and
+    `value` again with many more blocks.
     """
     checks = checks_for(spec)
     attackable = spec.claim.kind == "proved" and spec.claim.scope in ("point", "ball") and spec.role == "bound"
     value = [check for check in checks if check in ("value", "tight")]
     short, long = (((FALSIFY, time),) if attackable else () for time in (min(seconds, SHORT_SECONDS), seconds))
     others = [(check, max_examples) for check in checks if check not in value]
-    deeper = [(check, DEEPER * max_examples) for check in value]
-    return [*((check, max_examples) for check in value), *short, *others, *deeper, *long]
+    deeper = [("value", DEEPER * max_examples)] if "value" in checks else []
+    return [*((check, max_examples) for check in value), *short, *others, *long, *deeper]
 
 
 def _draw(spec: BoundSpec, check: str, max_examples: int, seed: int) -> int:
