@@ -28,6 +28,12 @@ SCOPES: dict[Scope, str] = {
     "compact": "the Lipschitz constant on the set of inputs whose tokens have norm at most the given radius",
     "global": "the Lipschitz constant on all inputs",
 }
+SCOPE_WORDS: dict[Scope, str] = {
+    "point": "at a point",
+    "ball": "on a ball",
+    "compact": "on a compact set",
+    "global": "everywhere",
+}
 FEATURES: dict[Feature, str] = {
     "heads": "more than one head",
     "biases": "query, key or value biases",
@@ -96,8 +102,8 @@ class BoundResult:
         shown = f"{value.item():.6g}" if value.numel() == 1 else f"[{value.min():.6g} .. {value.max():.6g}]"
         extra = f", radius={self.radius:g}" if self.radius is not None else ""
         extra += f", delta={self.delta:g}" if self.delta is not None else ""
-        dtype = str(value.dtype).removeprefix("torch.")
-        return f"BoundResult({self.name}: {shown}, {self.kind}, at a {self.scope}, {self.claim.norm}, {dtype}{extra})"
+        dtype, where = str(value.dtype).removeprefix("torch."), SCOPE_WORDS[self.scope]
+        return f"BoundResult({self.name}: {shown}, {self.kind}, {where}, {self.claim.norm}, {dtype}{extra})"
 
 
 def check_result(name: str, value: Tensor, batch_shape: torch.Size) -> None:

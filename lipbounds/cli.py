@@ -11,9 +11,10 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from lipbounds import registry
+from lipbounds.claims import SCOPE_WORDS
 from lipbounds.errors import LipboundsError
 
 
@@ -27,7 +28,7 @@ SOUND, COUNTEREXAMPLE, USAGE = 0, 1, 2
 @app.command()
 def bounds() -> None:
     """List the bounds and estimators: what each promises, and where it is from."""
-    table = Table("name", "kind", "scope", "norm", "supports", "source", title=None)
+    table = Table(Column("name", no_wrap=True), "kind", "scope", "norm", "supports", "source")
     for spec in registry.select():
         supports = ", ".join(sorted(spec.supports))
         table.add_row(spec.name, spec.claim.kind, spec.claim.scope, spec.claim.norm, supports, str(spec.source))
@@ -84,9 +85,8 @@ def _print_report(found: object) -> None:
         print(found.snippet)  # noqa: T201 - to be piped into a file: no wrapping, no markup
         return
     tried = sum(found.examples.values())
-    output.print(
-        f"[bold green]{found.name}: sound so far[/bold green] ({found.kind}, at a {found.scope})", highlight=False
-    )
+    promise = f"{found.kind}, {SCOPE_WORDS[found.scope]}"
+    output.print(f"[bold green]{found.name}: sound so far[/bold green] ({promise})", highlight=False)
     output.print(f"{tried} blocks in {len(found.examples)} checks, {found.seconds:.0f} s, seed {found.seed}.")
     if found.worst_ratio is not None:
         output.print(f"Largest true / claimed norm found by ascent: {found.worst_ratio:.6f}.", highlight=False)

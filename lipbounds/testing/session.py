@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lipbounds.claims import Kind, Scope
 from lipbounds.registry import BoundSpec, select
 from lipbounds.testing import oracles
 from lipbounds.testing.contract import CHECKS, checks_for, run_check
@@ -61,8 +62,8 @@ class Report:
     """
 
     name: str
-    kind: str
-    scope: str
+    kind: Kind
+    scope: Scope
     seed: int
     seconds: float = 0.0
     examples: dict[str, int] = dc.field(default_factory=dict)
