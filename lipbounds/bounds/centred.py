@@ -12,8 +12,8 @@ The second form survives a rotation of each query and key (rotary positions), si
 Where only the query moves, the terms with W_V and W_K are absent; where only the memory moves, that with W_Q is.
 max_i ||J(P_i)|| is exact here. Heads: ||W_O|| sqrt(sum_h L_h^2).
 
-Numerics: float64; V_c and K_c are products of the given floats [X 1] and [W; -mean(X) W], so their rounding is
-covered as that of any product.
+Numerics: float64; V_c and K_c are products of the given floats [X a] and [W; -mean(X) W / a], so their rounding is
+covered as that of any product. The slack is relative to the norms of the factors, so a is of the size of X.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lipbounds.claims import Claim, Source
-from lipbounds.ops.spectral import product_norm_upper, spectral_norm_upper
+from lipbounds.ops.spectral import power_of_two, product_norm_upper, spectral_norm_upper
 from lipbounds.registry import Terms, bound
 from lipbounds.rounding import cast_up, inflate
 from lipbounds.targets.attention import Attention
@@ -35,6 +35,7 @@ from lipbounds.targets.attention_norms import combine_heads, largest_softmax_nor
     source=Source(title="lipbounds", statement="centred form of Theorem 3 of Yudin et al. 2025, derived here (D1)"),
     supports=("heads", "biases", "mask", "cross"),
     cost="O(H n^2 (d + n) + H D d^2)",
+    version=2,
 )
 def products(block: Attention) -> tuple[Tensor, Terms]:
     """Theorem 3 with keys and values centred: never above the bias-aware form for centred data, often far below."""
@@ -53,6 +54,7 @@ def products(block: Attention) -> tuple[Tensor, Terms]:
     source=Source(title="lipbounds", statement="centred form with separate norms, derived here (D4)"),
     supports=("heads", "biases", "mask", "cross"),
     cost="O(H n^2 (d + n) + H D d^2)",
+    version=2,
 )
 def weights(block: Attention) -> tuple[Tensor, Terms]:
     """Centred values, and the norms of W_Q, W_K, Q and K apart: the form that rotary positions leave valid."""
@@ -77,8 +79,9 @@ def _finish(block: Attention, change: Tensor) -> tuple[Tensor, Terms]:
 
 
 def _centred_factors(tokens: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """[X 1] and [W; -mean(X) W]: their product is X W without its mean row."""
+    """[X a] and [W; -mean(X) W / a]: their product is X W without its mean row."""
     tokens = tokens.unsqueeze(-3)
-    row = -tokens.mean(-2, keepdim=True) @ weights
+    size = power_of_two(tokens.detach())
+    row = -tokens.mean(-2, keepdim=True) @ weights / size
     with_row = torch.cat([weights.expand(*row.shape[:-2], *weights.shape[-2:]), row], -2)
-    return torch.cat([tokens, torch.ones_like(tokens[..., :1])], -1), with_row
+    return torch.cat([tokens, size.expand_as(tokens[..., :1])], -1), with_row

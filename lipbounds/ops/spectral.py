@@ -44,7 +44,7 @@ def product_norm_upper(*factors: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """
     needs_gradient = torch.is_grad_enabled() and any(factor.requires_grad for factor in factors)
     detached = [factor.detach() for factor in factors]
-    scales = [_power_of_two(factor) for factor in detached]
+    scales = [power_of_two(factor) for factor in detached]
     scaled = [factor / scale for factor, scale in zip(detached, scales, strict=True)]
     value = _product([scale[..., 0, 0] for scale in scales]) * _scaled_norm(scaled)
     if not needs_gradient:
@@ -64,7 +64,7 @@ def vector_norm(values: Float[Tensor, "*batch length"]) -> Float[Tensor, "*batch
     Args:
         values: float64, may be infinite.
     """
-    scale = _power_of_two(values.detach().nan_to_num(posinf=1.0).unsqueeze(-1)).squeeze(-1)
+    scale = power_of_two(values.detach().nan_to_num(posinf=1.0).unsqueeze(-1)).squeeze(-1)
     return (values / scale).norm(dim=-1) * scale.squeeze(-1)
 
 
@@ -127,7 +127,11 @@ def _product(values: Sequence[Tensor]) -> Tensor:
     return functools.reduce(torch.mul, values)
 
 
-def _power_of_two(matrix: Tensor) -> Tensor:
-    """The power of two below the largest entry: dividing by it is exact; 1 for the zero matrix."""
+def power_of_two(matrix: Float[Tensor, "*batch rows cols"]) -> Float[Tensor, "*batch 1 1"]:
+    """The power of two below the largest entry: dividing by it is exact; 1 for the zero matrix.
+
+    Args:
+        matrix: finite entries.
+    """
     largest = matrix.abs().amax((-2, -1), keepdim=True)
     return torch.where(largest > 0, torch.exp2(torch.log2(torch.where(largest > 0, largest, 1.0)).floor()), 1.0)

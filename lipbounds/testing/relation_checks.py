@@ -110,9 +110,10 @@ def batch(spec: BoundSpec, block: Attention, radius: float | None = None, seed: 
 
 def dtype(spec: BoundSpec, block: Attention, radius: float | None = None, seed: int = 0) -> None:
     """In a short dtype a block gets the number of the same floats in float64, up to the rounding of the short one."""
-    short = evaluate("dtype", spec, block, radius, seed).detach()
-    long = evaluate("dtype", spec, block.double, radius, seed).detach()
-    unit = torch.finfo(block.dtype).eps
+    unit, largest = torch.finfo(block.dtype).eps, torch.finfo(block.dtype).max
+    # Above its range a short dtype has only infinity (and, rounded down, its largest float) for a number.
+    short = evaluate("dtype", spec, block, radius, seed).detach().clamp(max=largest)
+    long = evaluate("dtype", spec, block.double, radius, seed).detach().clamp(max=largest)
     room = rounding_room(block.double, long, unit) + 64 * unit * long
     _same("dtype", spec, block, radius, seed, short, long, room, f"in {block.dtype}, as in float64")
 

@@ -9,6 +9,7 @@ import torch
 
 import lipbounds
 from lipbounds import UnsupportedAttention
+from lipbounds.testing.contract import CHECKS
 from verify.unit.blocks import random_block, true_norm
 
 
@@ -65,3 +66,13 @@ def test_a_mask_is_refused_by_the_mean_field_forms() -> None:
     block = random_block(25, causal=True, biases=False)
     with pytest.raises(UnsupportedAttention, match="mask"):
         lipbounds.get("castin2024.mean_field")(block, radius=1.0)
+
+
+def test_above_the_range_of_a_short_dtype_the_number_is_infinite_and_no_fault() -> None:
+    """Found by the verifier: 2e65 in float64, infinity in float32."""
+    spec = lipbounds.get("castin2024.mean_field_finite")
+    block = random_block(26, biases=False).to(torch.float32)
+    radius = 10.0
+    assert spec(block.double, radius=radius).value > torch.finfo(torch.float32).max
+    assert spec(block, radius=radius).value.isposinf()
+    CHECKS["dtype"].function(spec, block, radius=radius, seed=0)

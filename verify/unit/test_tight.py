@@ -18,6 +18,17 @@ def test_bounds_equal_the_truth(name: str, block: Attention) -> None:
     torch.testing.assert_close(lipbounds.get(name)(block).value, jacobian_norm(block), rtol=1e-12, atol=0)
 
 
+def test_small_tokens_cost_the_centred_form_no_more_slack_than_others() -> None:
+    """Found by CI: a column of ones beside tokens of size 1/256 made the rounding slack 256 times larger."""
+    token = torch.full((1, 1), 2.0**-8, dtype=torch.float64)
+    shared = torch.tensor([[[0.5359, -1.2005]]], dtype=torch.float64)
+    values = torch.tensor([[[0.1517, 1.881, 0.0491, 1.0945, 0.9, -0.7948, 0.1211, 0.5257]]], dtype=torch.float64)
+    weights = {"w_q": shared, "w_k": shared, "w_v": values, "w_o": values.mT.contiguous()}
+    block = Attention(x=torch.zeros_like(token), memory=torch.cat([token, -token]), moves="query", **weights)
+    claimed = lipbounds.get("centred.products")(block).value
+    torch.testing.assert_close(claimed, jacobian_norm(block), rtol=5e-13, atol=0)
+
+
 @hypothesis.given(block=tight_blocks(features=()))
 def test_a_bound_without_cross_attention_gets_none(block: Attention) -> None:
     assert not block.features
