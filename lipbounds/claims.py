@@ -13,7 +13,8 @@ from lipbounds.errors import InvalidInput
 
 
 Kind = Literal["proved", "probable", "estimate", "lower"]
-Scope = Literal["point", "ball", "compact", "global"]
+Scope = Literal["point", "ball", "change", "compact", "global"]
+Norm = Literal["l2", "linf", "token"]
 Feature = Literal["heads", "biases", "mask", "cross"]
 
 KINDS: dict[Kind, str] = {
@@ -25,14 +26,22 @@ KINDS: dict[Kind, str] = {
 SCOPES: dict[Scope, str] = {
     "point": "the norm of the Jacobian at the given input, and nothing about its neighbours",
     "ball": "the Lipschitz constant on the Frobenius ball of the given radius around the input",
+    "change": "the largest |f(y) - f(x)| / |y - x| from the given input x to the points y of the ball of the given radius "
+    "around it, and nothing about two other points",
     "compact": "the Lipschitz constant on the set of inputs whose tokens have norm at most the given radius",
     "global": "the Lipschitz constant on all inputs",
 }
 SCOPE_WORDS: dict[Scope, str] = {
     "point": "at a point",
     "ball": "on a ball",
+    "change": "from the centre of a ball",
     "compact": "on a compact set",
     "global": "everywhere",
+}
+NORMS: dict[Norm, str] = {
+    "l2": "the Euclidean norm of all entries, for input and output",
+    "linf": "the largest entry, for input and output",
+    "token": "the largest Euclidean norm of a token, for input and output",
 }
 FEATURES: dict[Feature, str] = {
     "heads": "more than one head",
@@ -64,13 +73,15 @@ class Claim:
 
     kind: Kind
     scope: Scope = "point"
-    norm: str = "l2"
+    norm: Norm = "l2"
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise InvalidInput(f"kind must be one of {sorted(KINDS)}, got kind={self.kind!r}.")
         if self.scope not in SCOPES:
             raise InvalidInput(f"scope must be one of {sorted(SCOPES)}, got scope={self.scope!r}.")
+        if self.norm not in NORMS:
+            raise InvalidInput(f"norm must be one of {sorted(NORMS)}, got norm={self.norm!r}.")
 
 
 @dc.dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 from lipbounds.claims import FEATURES, BoundResult, Claim, Feature, Source, check_result
 from lipbounds.errors import InvalidInput, UnknownBound, UnsupportedAttention
 from lipbounds.targets.attention import Attention
+from lipbounds.targets.target import Target
 
 
 ENTRY_POINT_GROUP = "lipbounds.bounds"
@@ -28,8 +29,9 @@ Terms = dict[str, Tensor]
 class BoundSpec:
     """A registered bound or estimator: its declaration and the function that computes it.
 
-    Calling it on an `Attention` checks that the block is supported, runs `compute`, checks the shape and that no NaN
-    came out, and attaches the claim.
+    Calling it on a block checks that the block is supported, runs `compute`, checks the shape and that no NaN came out,
+    and attaches the claim. `target` is the class of the blocks: `Attention` unless the bound is about another kind of
+    attention, whose function is another one.
 
     `compute` takes the block (and, for the scopes `ball`, `compact`, a radius in the l2 norm) and returns the value,
     one number per batch item, or `(value, terms)` with the named parts of the value. Terms named `detail.*` are not
@@ -48,6 +50,7 @@ class BoundSpec:
     role: Role = "bound"
     status: Status = "standing"
     version: int = 1
+    target: type[Target] = Attention
     summary: str = ""
 
     def __post_init__(self) -> None:
@@ -62,18 +65,18 @@ class BoundSpec:
 
     @property
     def needs_radius(self) -> bool:
-        return self.claim.scope in ("ball", "compact")
+        return self.claim.scope in ("ball", "change", "compact")
 
-    def missing_features(self, block: Attention) -> list[Feature]:
+    def missing_features(self, block: Target) -> list[Feature]:
         """The features of `block` that this bound makes no promise for."""
         return sorted(block.features - self.supports)
 
-    def __call__(self, block: Attention, radius: float | None = None, **options: Any) -> BoundResult:
+    def __call__(self, block: Target, radius: float | None = None, **options: Any) -> BoundResult:
         """Evaluate at `block`.
 
         Args:
             block: the attention block at its input.
-            radius: l2 radius; required for the scopes `ball` and `compact`, refused otherwise.
+            radius: l2 radius; required for the scopes `ball`, `change` and `compact`, refused otherwise.
             **options: the method's own options, such as `delta` of a probable bound.
 
         Raises:
@@ -103,11 +106,12 @@ class BoundSpec:
         parameters = list(inspect.signature(self.compute).parameters.values())
         return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
 
-    def _check_call(self, block: Attention, radius: float | None, options: dict[str, Any]) -> None:
-        if not isinstance(block, Attention):
+    def _check_call(self, block: Target, radius: float | None, options: dict[str, Any]) -> None:
+        if not isinstance(block, self.target):
+            how = "Attention(...) or lipbounds.capture(model, inputs)" if self.target is Attention else "its constructor"
             raise InvalidInput(
-                f"{self.name} needs an Attention, got {type(block).__name__}; "
-                "build one with Attention(...) or lipbounds.capture(model, inputs)."
+                f"{self.name} needs {_with_article(self.target.__name__)}, got {type(block).__name__}; "
+                f"build one with {how}."
             )
         if self.needs_radius and radius is None:
             raise InvalidInput(f"{self.name} is a bound on a {self.claim.scope}: pass radius=.")
@@ -184,6 +188,10 @@ def _origin(spec: BoundSpec) -> str:
     return f"{spec.compute.__module__}.{spec.compute.__qualname__}"
 
 
+def _with_article(noun: str) -> str:
+    return f"an {noun}" if noun[0] in "AEIOL" else f"a {noun}"
+
+
 registry = Registry()
 
 
@@ -197,6 +205,7 @@ def bound(
     role: Role = "bound",
     status: Status = "standing",
     version: int = 1,
+    target: type[Target] = Attention,
 ) -> Callable[[Callable[..., Tensor | tuple[Tensor, Terms]]], BoundSpec]:
     """Decorator: turn a function of an `Attention` into a registered `BoundSpec`.
 
@@ -209,6 +218,7 @@ def bound(
         role: `estimator` for a method that measures the constant instead of bounding it by a formula.
         status: `refuted` for a published formula kept although a counterexample is known.
         version: raise it when the returned numbers change, so that stored records are not mixed.
+        target: class of the blocks the bound is about.
 
     Raises:
         InvalidInput: the name is taken or malformed, or `supports` holds an unknown feature.
@@ -225,6 +235,7 @@ def bound(
             role=role,
             status=status,
             version=version,
+            target=target,
         )
         return registry.add(spec)
 
@@ -245,20 +256,24 @@ def select(
     kind: str | None = None,
     scope: str | None = None,
     role: Role | None = None,
-    block: Attention | None = None,
+    target: type[Target] = Attention,
+    block: Target | None = None,
 ) -> list[BoundSpec]:
     """All registered specs that match every argument given, without the refuted ones, sorted by name.
 
     Args:
         kind: `proved`, `probable`, `estimate` or `lower`.
-        scope: `point`, `ball`, `compact` or `global`.
+        scope: `point`, `ball`, `change`, `compact` or `global`.
         role: `bound` or `estimator`.
+        target: class of the blocks the bound is about; not read where a block is given.
         block: only those whose promise covers this block.
     """
+    wanted = target if block is None else type(block)
     return [
         spec
         for spec in registry
         if spec.status == "standing"
+        and spec.target is wanted
         and (kind is None or spec.claim.kind == kind)
         and (scope is None or spec.claim.scope == scope)
         and (role is None or spec.role == role)

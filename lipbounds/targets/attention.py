@@ -24,13 +24,14 @@ from torch import Tensor
 
 from lipbounds.claims import Feature
 from lipbounds.targets._attention_checks import check_attention, expand_groups
+from lipbounds.targets.target import Target
 
 
 Moves = Literal["self", "query", "memory"]
 
 
 @dc.dataclass(frozen=True, eq=False, kw_only=True)
-class Attention:
+class Attention(Target):
     """A multi-head attention block at one input, frozen; the function whose Jacobian is bounded.
 
     All tensors share one floating dtype and device. Leading batch dimensions of inputs, weights and logit bias

@@ -1,0 +1,62 @@
+"""What every kind of attention block offers to bounds, estimators and the verifier."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lipbounds.claims import Feature
+
+
+class Target:
+    """One attention block at one input, frozen: the function whose Lipschitz constant is bounded, and where."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating dtype of all its tensors."""
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        raise NotImplementedError
+
+    @property
+    def moving_input(self) -> Tensor:
+        """The input that the Lipschitz constant is about."""
+        raise NotImplementedError
+
+    @cached_property
+    def batch_shape(self) -> torch.Size:
+        """The leading shape of inputs and weights together."""
+        raise NotImplementedError
+
+    @cached_property
+    def features(self) -> frozenset[Feature]:
+        """What a bound must make a promise for to be evaluated here."""
+        raise NotImplementedError
+
+    @cached_property
+    def double(self) -> Target:
+        """The same block in float64."""
+        raise NotImplementedError
+
+    def function(self) -> Callable[[Tensor], Tensor]:
+        """The block as a plain function of its moving input, for automatic differentiation."""
+        raise NotImplementedError
+
+    def at(self, moving: Tensor) -> Target:
+        """The same block with the moving input replaced."""
+        raise NotImplementedError
+
+    def replace(self, **changes: Any) -> Target:
+        """The same block with some fields replaced, validated again."""
+        raise NotImplementedError
+
+    def to(self, target: torch.dtype | torch.device | str) -> Target:
+        """The same block in another dtype or on another device."""
+        raise NotImplementedError
