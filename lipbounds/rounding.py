@@ -34,6 +34,17 @@ def inflate(value: Tensor, operations: int) -> Tensor:
     return value * (1 + 2 * gamma(operations + 2))
 
 
+def product(first: Tensor, second: Tensor) -> Tensor:
+    """Product of non-negative numbers in which 0 times infinity is 0: infinity stands for a number beyond all floats.
+
+    Args:
+        first: not NaN.
+        second: not NaN; the two broadcast.
+    """
+    lost = (first == 0) & second.isinf() | first.isinf() & (second == 0)
+    return torch.where(lost, 0.0, first) * torch.where(lost, 0.0, second)
+
+
 _SAME_SIZE_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

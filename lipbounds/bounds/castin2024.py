@@ -40,7 +40,7 @@ from torch import Tensor
 from lipbounds.claims import Claim, Feature, Source
 from lipbounds.ops.spectral import product_norm_upper, spectral_norm_upper
 from lipbounds.registry import BoundSpec, bound
-from lipbounds.rounding import cast_up, inflate
+from lipbounds.rounding import cast_up, inflate, product
 from lipbounds.targets.attention import Attention
 from lipbounds.targets.attention_norms import combine_heads
 
@@ -75,7 +75,7 @@ def _declare(name: str, formula: Formula, statement: str, supports: tuple[Featur
     def compute(block: Attention, radius: float) -> Tensor:
         wide = block.double
         r = inflate(abs(wide.scale_value) * product_norm_upper(wide.w_q, wide.w_k.mT) * radius**2, 4)
-        heads = spectral_norm_upper(wide.w_v) * formula(r, wide.tokens)
+        heads = product(spectral_norm_upper(wide.w_v), formula(r, wide.tokens))
         value = combine_heads(wide, heads.expand(*wide.batch_shape, wide.heads))
         return cast_up(inflate(value, OPERATIONS), block.dtype)
 

@@ -47,7 +47,7 @@ SIZE_SLACK = 1e-11  # relative, for the norms of single rows: pays for sums of u
     ),
     supports=("heads", "biases", "mask", "cross"),
     cost="O(H n^2 (d + n) + H n D d + H D d^2)",
-    version=2,
+    version=3,
 )
 def biased(block: Attention, radius: float) -> tuple[Tensor, Terms]:
     """Bias-aware Theorem 3 with every factor bounded over the Frobenius ball of the given radius."""

@@ -62,6 +62,8 @@ def g_interval_upper(interval: SoftmaxInterval) -> Float[Tensor, "*batch"]:
     Let U and u be the two largest upper ends, L the largest lower end: p_(1) is in [L, U] and p_(2) <= min(u, p_(1),
     1 - p_(1)). So g_1 <= f(p_(1)) with f(t) = t (1 - t + min(u, t, 1 - t)), which grows up to
     t* = max(1/2, min(1 - u, (1 + u)/2)) and falls after it: the largest value on [L, U] is at t* moved into [L, U].
+    There t is never the least of the three: t >= 1/2 >= 1 - t, or t = U >= u. (Left in, a tie at t = 1/2 would give it
+    a share of the gradient.)
 
     Args:
         interval: enclosure of the rows, in float64.
@@ -80,7 +82,7 @@ def g_interval_upper(interval: SoftmaxInterval) -> Float[Tensor, "*batch"]:
 
 
 def _largest_g(first: Tensor, rest: Tensor, second: Tensor) -> Tensor:
-    return first * (rest + torch.minimum(second, torch.minimum(first, rest)))
+    return first * (rest + torch.minimum(second, rest))
 
 
 def _log_sum_of_others(logits: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:

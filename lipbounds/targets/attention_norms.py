@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lipbounds.ops import softmax, softmax_spectrum
 from lipbounds.ops.spectral import spectral_norm_upper, vector_norm
-from lipbounds.rounding import inflate
+from lipbounds.rounding import inflate, product
 from lipbounds.targets.attention import Attention
 from lipbounds.targets.attention_rounding import logit_error
 
@@ -55,5 +55,5 @@ def combine_heads(block: Attention, heads: Float[Tensor, "*batch heads"]) -> Flo
 
     The concatenation of functions with constants L_h has the constant sqrt(sum_h L_h^2); W_O multiplies by its norm.
     """
-    value = output_norm(block) * vector_norm(heads)
+    value = product(output_norm(block), vector_norm(heads))
     return inflate(value, block.heads + 16).expand(block.batch_shape)

@@ -76,3 +76,11 @@ def test_above_the_range_of_a_short_dtype_the_number_is_infinite_and_no_fault() 
     assert spec(block.double, radius=radius).value > torch.finfo(torch.float32).max
     assert spec(block, radius=radius).value.isposinf()
     CHECKS["dtype"].function(spec, block, radius=radius, seed=0)
+
+
+@pytest.mark.parametrize("name", ["w_v", "w_o"])
+def test_weights_of_zero_give_zero_where_the_exponential_is_beyond_floats(name: str) -> None:
+    """Found by the verifier: 0 * inf."""
+    block = random_block(27, biases=False)
+    block = block.replace(**{name: torch.zeros_like(getattr(block, name))})
+    assert lipbounds.get("castin2024.mean_field")(block, radius=1e4).value == 0

@@ -64,3 +64,12 @@ def test_g_1_over_the_interval_is_above_every_point_and_near_the_largest(seed: i
     reached = g_upper_from_logits(points).max()
     assert reached <= bound * (1 + 1e-12)
     assert bound <= 1.35 * reached  # how tight the closed form is; measured at most 1.2 here
+
+
+def test_the_gradient_at_two_tied_keys_is_that_of_g_1() -> None:
+    """Found by the verifier: at p = (1/2, 1/2, 0) g_1 is smooth, and moving one of the keys does not change it."""
+    gradients = []
+    for of in (g_upper_from_logits, lambda rows: g_interval_upper(softmax_interval(rows, torch.zeros_like(rows)))):
+        logits = row([8.0, 8.0, -8.0]).requires_grad_()
+        gradients.append(torch.autograd.grad(of(logits), logits)[0])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=1e-6)
