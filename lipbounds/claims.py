@@ -26,8 +26,8 @@ KINDS: dict[Kind, str] = {
 SCOPES: dict[Scope, str] = {
     "point": "the norm of the Jacobian at the given input, and nothing about its neighbours",
     "ball": "the Lipschitz constant on the Frobenius ball of the given radius around the input",
-    "change": "the largest |f(y) - f(x)| / |y - x| from the given input x to the points y of the ball of the given radius "
-    "around it, and nothing about two other points",
+    "change": "the largest |f(y) - f(x)| / |y - x| from the given input x to the points y of the ball of the given "
+    "radius around it, and nothing about two other points",
     "compact": "the Lipschitz constant on the set of inputs whose tokens have norm at most the given radius",
     "global": "the Lipschitz constant on all inputs",
 }

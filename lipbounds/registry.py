@@ -108,10 +108,10 @@ class BoundSpec:
 
     def _check_call(self, block: Target, radius: float | None, options: dict[str, Any]) -> None:
         if not isinstance(block, self.target):
-            how = "Attention(...) or lipbounds.capture(model, inputs)" if self.target is Attention else "its constructor"
+            name = self.target.__name__
+            how = " or lipbounds.capture(model, inputs)" if self.target is Attention else ""
             raise InvalidInput(
-                f"{self.name} needs {_with_article(self.target.__name__)}, got {type(block).__name__}; "
-                f"build one with {how}."
+                f"{self.name} needs {_with_article(name)}, got {type(block).__name__}; build one with {name}(...){how}."
             )
         if self.needs_radius and radius is None:
             raise InvalidInput(f"{self.name} is a bound on a {self.claim.scope}: pass radius=.")
