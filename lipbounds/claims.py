@@ -14,7 +14,7 @@ from lipbounds.errors import InvalidInput
 
 Kind = Literal["proved", "probable", "estimate", "lower"]
 Scope = Literal["point", "ball", "change", "compact", "global"]
-Norm = Literal["l2", "linf", "token"]
+Norm = Literal["l2", "linf", "token", "token_mean"]
 Feature = Literal["heads", "biases", "mask", "cross"]
 
 KINDS: dict[Kind, str] = {
@@ -42,6 +42,7 @@ NORMS: dict[Norm, str] = {
     "l2": "the Euclidean norm of all entries, for input and output",
     "linf": "the largest entry, for input and output",
     "token": "the largest Euclidean norm of a token, for input and output",
+    "token_mean": "the mean of the Euclidean norms of the tokens, for input and output",
 }
 FEATURES: dict[Feature, str] = {
     "heads": "more than one head",

@@ -25,7 +25,7 @@ from rich.progress import track
 from lipbounds import registry
 from lipbounds.registry import BoundSpec
 from lipbounds.testing.contract import CHECKS, Refuted, checks_for, run_check
-from lipbounds.testing.falsify import falsify_widely
+from lipbounds.testing.falsify import can_climb, falsify_widely
 
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -150,7 +150,7 @@ def _line(name: str, rows: list[Row]) -> str:
 
 
 def _climbs(spec: BoundSpec) -> bool:
-    return spec.claim.kind == "proved" and spec.claim.scope in ("point", "ball") and spec.role == "bound"
+    return can_climb(spec) and spec.role == "bound"
 
 
 if __name__ == "__main__":

@@ -56,6 +56,23 @@ def product_norm_upper(*factors: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     return value + (stretch - stretch.detach())
 
 
+def row_norms_upper(*factors: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Euclidean norm of each row of the exact product of float64 matrices, rounded up; batch dimensions broadcast.
+
+    Rounding: gamma(inner sizes) times the norm of the row of the first factor and the Frobenius norms of the others.
+
+    Args:
+        *factors: one or more matrices whose inner sizes match.
+    """
+    row = _chain(factors)
+    norms = vector_norm(row)
+    operations = 2 * sum(factor.shape[-2] for factor in factors[1:]) + row.shape[-1] + 8
+    size = vector_norm(factors[0])
+    for factor in factors[1:]:
+        size = size * vector_norm(factor.flatten(-2)).unsqueeze(-1)
+    return inflate(norms + gamma(operations) * size.detach(), operations)
+
+
 def vector_norm(values: Float[Tensor, "*batch length"]) -> Float[Tensor, "*batch"]:
     """Euclidean norm whose squares neither overflow nor vanish; rounded to nearest, with gradient 0 at 0.
 

@@ -57,3 +57,9 @@ def combine_heads(block: Attention, heads: Float[Tensor, "*batch heads"]) -> Flo
     """
     value = product(output_norm(block), vector_norm(heads))
     return inflate(value, block.heads + 16).expand(block.batch_shape)
+
+
+def combine_rows(block: Attention, rows: Float[Tensor, "*batch heads n"]) -> Float[Tensor, "*batch"]:
+    """max_i ||W_O|| sqrt(sum_h L_hi^2), a bound of the largest token from bounds L_hi of each head's tokens."""
+    value = product(output_norm(block), vector_norm(rows.mT).amax(-1))
+    return inflate(value, block.heads + 16).expand(block.batch_shape)

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from lipbounds.testing._claims import DIRECTIONS, NUDGE, PROBE, SMALLEST, Claims, along, moved, random_signs
-from lipbounds.testing._jacobian import jacobian_parts, spectral_norm
+from lipbounds.testing._jacobian import jacobian_parts, reached_norm
 from lipbounds.testing._starts import REGIMES, Parameters, Setting, draw_starts
 
 
@@ -112,7 +112,7 @@ class Ascent:
         mixing, softmax = jacobian_parts(block, self.setting.point(parameters, block))
         whole = mixing + softmax
         whole = torch.where(whole.isfinite().all(-1).all(-1)[:, None, None], whole, 0.0)
-        norm = spectral_norm(whole)
+        norm = reached_norm(whole, self.claims.spec.claim.norm, block.tokens, block.moving_input.shape[-2])
         # Where the truth is 0 no claim can be too small: such an instance is as lost as one that overflowed.
         log_true = torch.where(norm > SMALLEST, norm.clamp(min=SMALLEST).log(), torch.nan)
         sizes = [part.square().sum((-2, -1)).clamp(min=SMALLEST).sqrt() for part in (mixing, softmax)]
@@ -228,7 +228,7 @@ class Ascent:
         return disturbed
 
     def _fresh(self) -> Parameters:
-        return _split(draw_starts(self.setting, self.starts, self.claims.spec.needs_radius, self.generator))
+        return _split(draw_starts(self.setting, self.starts, self.claims.spec.claim.scope == "ball", self.generator))
 
     def _replace(self, chosen: Tensor, instances: Parameters) -> None:
         for name, leaf in instances.items():

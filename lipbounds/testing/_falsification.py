@@ -9,10 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lipbounds.claims import Norm
 from lipbounds.errors import InvalidInput
 from lipbounds.registry import BoundSpec
 from lipbounds.targets.attention import Attention
 from lipbounds.testing.extended import jacobian_norm_extended
+from lipbounds.testing.other_norms import reached_norm
 
 
 # How far below the truth, relatively, a claim may be before it is refuted. The truth is a 60-digit value from below, so
@@ -31,7 +33,8 @@ class Falsification:
         radius: radius of the ball in the Frobenius norm; None for a bound at the point.
         point: the moving input, within the ball, at which the norm is reached; None for a bound at the point.
         claimed: value of the bound.
-        reached: ||J v|| / ||v|| in 60 digits at one direction v: never above the true norm.
+        reached: ||J v|| / ||v|| in 60 digits at one direction v, in other norms than `l2` a float64 number less its
+            rounding: never above the true norm.
         starts: starting points of the search.
         steps: ascent steps done.
         seconds: time the search took.
@@ -78,16 +81,20 @@ def judge(
         spec: the bound.
         block: unbatched.
         radius: of the ball, for a bound on a ball.
-        point: the moving input at which the norm is taken; the centre if None.
+        point: the moving input at which the norm is taken; that of the block if None.
 
     Raises:
-        InvalidInput: `point` is outside the ball, decided in exact arithmetic; the block has batch dimensions.
+        InvalidInput: `point` is outside the ball, or the block outside the compact set, decided in exact arithmetic;
+            the block has batch dimensions.
     """
+    if spec.claim.scope == "compact" and radius is not None:
+        tokens = block.moving_input
+        if any(squared_distance(token, 0 * token) > Fraction(radius) ** 2 for token in tokens):
+            raise InvalidInput(f"tokens must have norms of at most radius={radius}; scale them down.")
     if point is not None and (radius is None or squared_distance(point, block.moving_input) > Fraction(radius) ** 2):
         raise InvalidInput(f"point must lie in the ball of radius={radius} around the moving input; scale it inwards.")
     claimed = float(spec(block, *(() if radius is None else (radius,))).value.detach())
-    truth = jacobian_norm_extended(block if point is None else block.at(point))
-    reached = float(truth)
+    reached = _reached(block if point is None else block.at(point), spec.claim.norm)
     return Falsification(
         spec=spec.name,
         ratio=_ratio(reached, claimed),
@@ -99,13 +106,20 @@ def judge(
     )
 
 
+def _reached(block: Attention, norm: Norm) -> float:
+    if norm == "l2":
+        return float(jacobian_norm_extended(block))
+    value, slack = reached_norm(block, norm)
+    return max(0.0, float(value - slack))
+
+
 def _ratio(reached: float, claimed: float) -> float:
     if reached == 0.0:
         return 0.0  # nothing to refute, also where the claim is 0
     return reached / claimed if claimed > 0 else float("inf")
 
 
-def squared_distance(first: Float[Tensor, "moving dim"], second: Float[Tensor, "moving dim"]) -> Fraction:
+def squared_distance(first: Float[Tensor, "*shape"], second: Float[Tensor, "*shape"]) -> Fraction:
     """Squared Frobenius distance of the floats given, exactly."""
     pairs = zip(_flat(first), _flat(second), strict=True)
     return sum(((Fraction(a) - Fraction(b)) ** 2 for a, b in pairs), Fraction(0))

@@ -17,7 +17,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lipbounds.claims import Norm
 from lipbounds.targets.attention import Attention
+
+
+POWER_STEPS = 25
+TINY = torch.finfo(torch.float64).tiny
 
 
 def jacobian_parts(
@@ -54,6 +59,53 @@ def jacobian_parts(
         softmax = softmax + torch.einsum("...iod,ij->...iojd", own, torch.eye(n, dtype=own.dtype, device=own.device))
     shape = (*block.batch_shape, n * out_dim, (n if block.moves == "query" else m) * width)
     return mixing.reshape(shape), softmax.reshape(shape)
+
+
+def reached_norm(matrix: Float[Tensor, "*batch rows cols"], norm: Norm, n: int, m: int) -> Float[Tensor, "*batch"]:
+    """A number that the norm of the matrix reaches (for `l2` and `linf` the norm), with the gradient of that norm.
+
+    Args:
+        matrix: Jacobian of n output tokens by m input tokens.
+        norm: of input and output.
+        n: output tokens.
+        m: input tokens.
+    """
+    if norm == "l2":
+        return spectral_norm(matrix)
+    if norm == "linf":
+        return matrix.abs().sum(-1).amax(-1)
+    blocks = matrix.unflatten(-1, (m, -1)).unflatten(-3, (n, -1))
+    if norm == "token_mean":
+        return m / n * largest_block_sum(blocks.movedim((-2, -1), (-4, -3)))
+    return largest_block_sum(blocks)
+
+
+def largest_block_sum(
+    blocks: Float[Tensor, "*batch out out_dim in in_dim"], starts: Float[Tensor, "..."] | None = None
+) -> Float[Tensor, "*batch"]:
+    """Largest sum_j |J_ij^T w| over output tokens i and the unit vectors w that a power method comes to.
+
+    The starts are the left singular vectors of each row of blocks, and what is given. A step w <- sum_j J_ij v_j with
+    v_j = J_ij^T w / |J_ij^T w| never lowers the sum. The gradient is that of the sum with w held fixed.
+
+    Args:
+        blocks: of a Jacobian.
+        starts: more of them along the first axis, for each output token along the second.
+    """
+    rows = blocks.movedim(-4, 0)
+    with torch.no_grad():
+        w = torch.linalg.svd(rows.flatten(-2), full_matrices=False).U.movedim(-1, 0)
+        w = unit(w if starts is None else torch.cat([w, starts]))
+        for _ in range(POWER_STEPS):
+            pulled = torch.einsum("i...fmd,ki...f->ki...md", rows, w)
+            w = unit(torch.einsum("i...fmd,ki...md->ki...f", rows, unit(pulled)))
+    return torch.einsum("i...fmd,ki...f->ki...md", rows, w).square().sum(-1).clamp(min=TINY).sqrt().sum(-1).amax((0, 1))
+
+
+def unit(vectors: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+    """Each vector divided by its length; 0 stays 0."""
+    length = vectors.norm(dim=-1, keepdim=True)
+    return torch.where(length > 0, vectors / length.clamp(min=TINY), 0.0)
 
 
 def spectral_norm(matrix: Float[Tensor, "*batch rows cols"]) -> Float[Tensor, "*batch"]:

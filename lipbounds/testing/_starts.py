@@ -38,7 +38,8 @@ class Setting:
         moves: `self`, or which input of cross-attention moves.
         memory_tokens: keys in cross-attention; one more than the queries if None.
         scale: of the logits; 1/sqrt(head_dim) if None.
-        radius: of the ball, for a bound on a ball.
+        radius: of the ball, or of the tokens in a compact set.
+        compact: scale the tokens so that the largest has the norm `radius`: it is in the compact set of that radius.
     """
 
     tokens: int = 3
@@ -52,6 +53,7 @@ class Setting:
     memory_tokens: int | None = None
     scale: float | None = None
     radius: float = 1.0
+    compact: bool = False
 
     def __post_init__(self) -> None:
         sizes = {"tokens": self.tokens, "dim": self.dim, "heads": self.heads, "memory_tokens": self.keys}
@@ -116,6 +118,9 @@ class Setting:
     def block(self, parameters: Parameters) -> Attention:
         """The (batched or single) block that the parameters describe."""
         fields: dict[str, Any] = {k: v for k, v in parameters.items() if k not in (SHIFT, "offsets")}
+        if self.compact:
+            largest = fields["x"].square().sum(-1, keepdim=True).amax(-2, keepdim=True).clamp(min=1e-280).sqrt()
+            fields["x"] = fields["x"] * (self.radius * INSIDE / largest)
         bias = parameters.get("offsets")
         hidden = self._hidden_keys()
         if hidden is not None:

@@ -127,7 +127,7 @@ CHECKS: dict[str, Check] = {
     "returns": Check(function=value_checks.returns),
     "finite": Check(
         function=value_checks.finite,
-        applies=lambda spec: spec.claim.scope in ("point", "ball"),
+        applies=lambda spec: spec.claim.scope in ("point", "ball", "change"),
         blocks=_single,
     ),
     "coverage": Check(
@@ -162,7 +162,7 @@ CHECKS: dict[str, Check] = {
     ),
     "monotone": Check(
         function=behaviour_checks.monotone,
-        applies=lambda spec: _proved(spec) and spec.claim.scope == "ball",
+        applies=lambda spec: _proved(spec) and spec.claim.scope in ("ball", "change"),
         blocks=_plain,
     ),
 }

@@ -14,7 +14,7 @@ import torch
 from lipbounds.claims import Feature
 from lipbounds.errors import InvalidInput, LipboundsError, UnsupportedAttention
 from lipbounds.registry import BoundSpec
-from lipbounds.targets.attention import Moves
+from lipbounds.targets.attention import Attention, Moves
 from lipbounds.testing._ascent import Ascent
 from lipbounds.testing._claims import Claims
 from lipbounds.testing._falsification import SLACK as SLACK
@@ -49,7 +49,7 @@ def falsify(
     """The worst instance of one shape that ascent from many starts finds; it proves a fault, never soundness.
 
     Args:
-        spec: a bound of kind `proved` at a point or on a ball.
+        spec: a bound of kind `proved`.
         seed: of all random numbers of the search.
         starts: instances that climb together.
         steps: gradient steps; a quarter as many rounds of local search follow.
@@ -58,7 +58,7 @@ def falsify(
         heads: number of heads.
         head_dim: width of a head; dim // heads, at least 1, if None.
         features: what the blocks have beyond heads: `biases`, `mask` (causal), `cross` (the memory moves).
-        radius: of the ball, for a bound on a ball; the size of the tokens relative to it is part of the search.
+        radius: for the scopes that have one; the size of the tokens relative to that of a ball is part of the search.
         seconds: stop climbing after this time.
         progress: called with the steps done and the largest ratio so far.
 
@@ -94,7 +94,7 @@ def attack(
     """As `falsify`, for any setting.
 
     Args:
-        spec: a bound of kind `proved` at a point or on a ball.
+        spec: a bound of kind `proved`.
         setting: shape and features of the blocks.
         seed: of all random numbers of the search.
         starts: instances that climb together.
@@ -108,6 +108,7 @@ def attack(
         UnsupportedAttention: the bound makes no promise for the setting's features.
     """
     _check(spec, setting, starts, steps)
+    setting = dc.replace(setting, compact=spec.claim.scope == "compact")
     begun = time.monotonic()
     claims = Claims(spec, setting)
     ascent = Ascent(claims, starts, torch.Generator().manual_seed(seed))
@@ -125,7 +126,7 @@ def falsify_widely(
     Stops early once an instance refutes the bound.
 
     Args:
-        spec: a bound of kind `proved` at a point or on a ball.
+        spec: a bound of kind `proved`.
         seed: of all random numbers of the search.
         seconds: time for the whole search; at least one shape is searched.
         progress: called with the steps done and the largest ratio so far.
@@ -166,14 +167,21 @@ def falsify_widely(
     return dc.replace(worst, starts=starts_done, steps=steps_done, seconds=time.monotonic() - begun)
 
 
+def can_climb(spec: BoundSpec) -> bool:
+    """Whether the search is for this bound: an upper bound with a proof, of dot-product attention, not everywhere.
+
+    A bound on a ball is attacked at all of its points, one on a compact set at inputs whose largest token is on the
+    sphere, one for the change from the centre through the derivative there.
+    """
+    return spec.claim.kind == "proved" and spec.claim.scope != "global" and spec.target is Attention
+
+
 def _check(spec: BoundSpec, setting: Setting, starts: int, steps: int) -> None:
-    if spec.claim.kind != "proved" or spec.claim.scope not in ("point", "ball"):
+    if not can_climb(spec):
         raise InvalidInput(
-            f"falsify needs a bound of kind 'proved' at a point or on a ball, got {spec.name} of kind "
-            f"{spec.claim.kind!r} and scope {spec.claim.scope!r}; test other kinds by their own contract."
+            f"falsify needs a bound of dot-product attention, of kind 'proved' and not of scope 'global', got "
+            f"{spec.name} of kind {spec.claim.kind!r} and scope {spec.claim.scope!r}; test it by its own contract."
         )
-    if spec.claim.norm != "l2":
-        raise InvalidInput(f"falsify measures the l2 norm, got {spec.name} in the norm {spec.claim.norm!r}.")
     if starts < 1 or steps < 1:
         raise InvalidInput(f"need at least one start and one step, got {starts=} and {steps=}.")
     missing = sorted(setting.features - spec.supports)

@@ -11,12 +11,13 @@ import torch
 
 from lipbounds.claims import Kind, Scope
 from lipbounds.registry import BoundSpec, select
-from lipbounds.testing import oracles
+from lipbounds.targets.attention import Attention
 from lipbounds.testing.contract import CHECKS, checks_for, run_check
-from lipbounds.testing.falsify import falsify_widely
+from lipbounds.testing.falsify import Falsification, can_climb, falsify_widely
+from lipbounds.testing.other_norms import reached_norm
 from lipbounds.testing.recipes import Recipe, build
 from lipbounds.testing.shrink import shrink
-from lipbounds.testing.snippet import snippet
+from lipbounds.testing.snippet import check_snippet, snippet
 from lipbounds.testing.verdict import Refuted
 
 
@@ -97,7 +98,7 @@ def verify(spec: BoundSpec, *, seconds: float = 60.0, seed: int = 0, progress: P
     begun = time.monotonic()
     report = Report(name=spec.name, kind=spec.claim.kind, scope=spec.claim.scope, seed=seed)
     examples: dict[str, int] = dict.fromkeys(checks_for(spec), 0)
-    climbs = spec.claim.kind == "proved" and spec.claim.scope in ("point", "ball") and spec.claim.norm == "l2"
+    climbs = can_climb(spec)
     until = seconds * (1 - SHARE_OF_ASCENT) if climbs else seconds
 
     def elapsed() -> float:
@@ -128,8 +129,7 @@ def verify(spec: BoundSpec, *, seconds: float = 60.0, seed: int = 0, progress: P
         if found.refuted:
             found = shrink(spec, found)
             reason = f"the truth must be <= the bound, got the bound {found.claimed!r} and the truth {found.reached!r}"
-            source = snippet(spec, found.block, found.radius, point=found.point)
-            return done(refuted_by="ascent", message=reason, snippet=source, worst_ratio=found.ratio)
+            return done(refuted_by="ascent", message=reason, snippet=_snippet_of(spec, found), worst_ratio=found.ratio)
     tell("tightness")
     return done(worst_ratio=worst, comparisons=compare(spec))
 
@@ -137,19 +137,22 @@ def verify(spec: BoundSpec, *, seconds: float = 60.0, seed: int = 0, progress: P
 def compare(spec: BoundSpec, *, radius: float = 0.1, seed: int = 0) -> list[Comparison]:
     """Tightness of a bound and of all registered ones of its kind and scope, on a seeded sample, tightest first.
 
-    The truth is the norm at the point; for a bound on a ball, too, which is then never smaller than the true ratio to
-    the constant on the ball.
+    The truth is the norm at the input (in the norms `token`, `token_mean` what a search reaches of it); for the other
+    scopes, too, so that their ratios are never smaller than those to the constant on the ball or the compact set.
 
     Args:
-        spec: an upper bound; for other kinds the list is empty.
-        radius: for a bound on a ball or a compact domain.
+        spec: an upper bound of dot-product attention; for others the list is empty.
+        radius: for a bound on a ball; for one on a compact set it is the largest norm of a token of the sample.
         seed: of the sample.
     """
-    if spec.claim.kind != "proved" or spec.claim.norm != "l2":
+    if spec.claim.kind != "proved" or spec.target is not Attention:
         return []
-    rivals = [s for s in select(kind="proved", scope=spec.claim.scope, role="bound") if s.name != spec.name]
+    alike = select(kind="proved", scope=spec.claim.scope, role="bound", target=spec.target)
+    rivals = [rival for rival in alike if rival.name != spec.name and rival.claim.norm == spec.claim.norm]
     blocks = _sample(spec, seed)
-    truths = [oracles.jacobian_norm(block) for block in blocks]
+    truths = [reached_norm(block, spec.claim.norm)[0] for block in blocks]
+    if spec.claim.scope == "compact":
+        radius = max(float(block.x.norm(dim=-1).max()) for block in blocks)
     found = []
     for candidate in [spec, *rivals]:
         ratios = [
@@ -164,6 +167,13 @@ def compare(spec: BoundSpec, *, radius: float = 0.1, seed: int = 0) -> list[Comp
                 Comparison(name=candidate.name, median=float(values.quantile(0.5)), worst=worst, blocks=len(ratios))
             )
     return sorted(found, key=lambda comparison: comparison.median)
+
+
+def _snippet_of(spec: BoundSpec, found: Falsification) -> str:
+    """A file that computes the truth by itself; in other norms than `l2` one that runs the check `value` there."""
+    if spec.claim.norm == "l2":
+        return snippet(spec, found.block, found.radius, point=found.point)
+    return check_snippet(spec, "value", found.block, found.radius, seed=0)
 
 
 def _rounds(checks: list[str], more: Callable[[], bool]) -> Any:

@@ -58,8 +58,9 @@ def shrink(spec: BoundSpec, found: Falsification, *, seconds: float = 30.0) -> F
 def _case(found: Falsification) -> Case:
     case = {field.name: getattr(found.block, field.name) for field in dc.fields(found.block)}
     if found.radius is not None:
-        point = found.block.moving_input if found.point is None else found.point
-        case |= {"radius": found.radius, "shift": point - found.block.moving_input}
+        case["radius"] = found.radius
+    if found.point is not None:
+        case["shift"] = found.point - found.block.moving_input
     return {name: value for name, value in case.items() if value is not None}
 
 

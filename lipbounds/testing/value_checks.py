@@ -12,6 +12,7 @@ from lipbounds.registry import BoundSpec
 from lipbounds.targets.attention import Attention
 from lipbounds.testing import oracles
 from lipbounds.testing.extended import jacobian_norm_extended
+from lipbounds.testing.other_norms import reached_change, reached_norm
 from lipbounds.testing.snippet import snippet
 from lipbounds.testing.verdict import Refuted, evaluate
 
@@ -49,8 +50,9 @@ def value(spec: BoundSpec, block: Attention, radius: float | None = None, seed: 
 
     Upper: `claimed + slack >= truth`, the truth decided by 60-digit arithmetic where float64 is not sure. The slack is
     `oracles.truth_slack`, what rounding to nearest costs a float64 evaluation of the exact constant: about 1e-13 of it,
-    and never more than a millionth. Nothing else is tolerated. Lower bounds on a ball are compared at radius 0, where
-    the truth is known.
+    and never more than a millionth. Nothing else is tolerated. In other norms, and for the scope `change`, the truth is
+    approached from below (lipbounds.testing.other_norms). Lower bounds on a ball are compared at radius 0, where the
+    truth is known.
 
     Raises:
         Refuted: the promise is broken.
@@ -94,7 +96,14 @@ def _judge(check: str, spec: BoundSpec, block: Attention, radius: float | None, 
         _judge_lower(check, spec, block, radius, claimed)
         return
     for points in _points(spec, block, radius, seed):
-        _judge_upper(check, spec, block, radius, claimed, points)
+        if spec.claim.norm != "l2":
+            reached, slack = reached_norm(block if points is None else block.double.at(points), spec.claim.norm)
+            _judge_reached(check, spec, block, radius, seed, claimed, reached - slack)
+        elif spec.claim.scope == "change" and points is not None:
+            reached, slack = reached_change(block, points)
+            _judge_reached(check, spec, block, radius, seed, claimed, reached - slack)
+        else:
+            _judge_upper(check, spec, block, radius, claimed, points)
 
 
 def _points(spec: BoundSpec, block: Attention, radius: float | None, seed: int) -> list[Tensor | None]:
@@ -104,9 +113,15 @@ def _points(spec: BoundSpec, block: Attention, radius: float | None, seed: int) 
     if scope == "point":
         return [None]
     centre = _moving(block)
-    if scope == "ball":
+    if scope in ("ball", "change"):
         assert radius is not None  # the spec has checked it
-        return [None] if radius == 0 else [None, attack_directions(block, radius, generator)]
+        if radius == 0:
+            return [None]
+        around = attack_directions(block, radius, generator)
+        if scope == "change":  # where the derivative at the centre is largest, the change is large as well
+            step = radius * INSIDE * _principal(block)
+            around = torch.cat([around, torch.stack([centre + step, centre - step])])
+        return [None, around]
     random = torch.randn(DIRECTIONS, *centre.shape, generator=generator, dtype=torch.float64).to(centre.device)
     if scope == "global":
         return [None, torch.cat([scale * random[:2] for scale in GLOBAL_SCALES])]
@@ -139,6 +154,20 @@ def _judge_upper(
             )
             point = None if points is None else points[index]
             raise _refuted(check, reason, spec, block, own, radius, claim, float(exact), point)
+
+
+def _judge_reached(
+    check: str, spec: BoundSpec, block: Attention, radius: float | None, seed: int, claimed: Tensor, reached: Tensor
+) -> None:
+    """Refute a claim below what is reached for sure; `reached` may have one more axis, of points, in front."""
+    if not bool((reached > claimed).any()):
+        return
+    worst = (reached - claimed).flatten().argmax()
+    truth, claim = reached.flatten()[worst].item(), claimed.expand_as(reached).flatten()[worst].item()
+    raise Refuted(
+        f"the truth must be <= the bound, got the bound {claim!r} and a truth of at least {truth!r}",
+        check=check, spec=spec, block=block, radius=radius, seed=seed, claimed=claim, reached=truth,
+    )  # fmt: skip
 
 
 def _confirmed(block: Attention, claim: float) -> Decimal | None:
@@ -181,6 +210,12 @@ def _moving(block: Attention) -> Tensor:
     moving = block.memory if block.moves == "memory" else block.x
     assert moving is not None  # checked at construction
     return moving.detach().to(torch.float64).expand(*block.batch_shape, *moving.shape[-2:])
+
+
+def _principal(block: Attention) -> Tensor:
+    """The unit direction in which the output moves fastest at the input."""
+    rows = torch.linalg.svd(oracles.jacobian(block), full_matrices=False).Vh[..., 0, :]
+    return _unit(rows.unflatten(-1, block.moving_input.shape[-2:]))
 
 
 def _unit(directions: Tensor) -> Tensor:

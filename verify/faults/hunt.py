@@ -10,7 +10,7 @@ from hypothesis import Phase
 
 from lipbounds.registry import BoundSpec
 from lipbounds.testing.contract import Refuted, checks_for, run_check
-from lipbounds.testing.falsify import falsify_widely
+from lipbounds.testing.falsify import can_climb, falsify_widely
 
 
 FALSIFY = "falsify"
@@ -82,7 +82,7 @@ def _plan(spec: BoundSpec, max_examples: int, seconds: float) -> list[tuple[str,
     `value` again with many more blocks.
     """
     checks = checks_for(spec)
-    attackable = spec.claim.kind == "proved" and spec.claim.scope in ("point", "ball") and spec.role == "bound"
+    attackable = can_climb(spec) and spec.role == "bound"
     value = [check for check in checks if check in ("value", "tight")]
     short, long = (((FALSIFY, time),) if attackable else () for time in (min(seconds, SHORT_SECONDS), seconds))
     others = [(check, max_examples) for check in checks if check not in value]

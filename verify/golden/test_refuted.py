@@ -25,6 +25,6 @@ def test_the_counterexample_is_one(spec: BoundSpec) -> None:
 
 
 @pytest.mark.parametrize("spec", REFUTED, ids=lambda spec: spec.name)
-def test_the_search_finds_one_by_itself(spec: BoundSpec) -> None:
+def test_the_search_finds_one_by_itself(spec: BoundSpec, without_shrinking: None) -> None:
     with pytest.raises(Refuted):
         run_check(spec, "value", max_examples=2000)

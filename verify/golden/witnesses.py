@@ -7,9 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
+from lipbounds.targets.attention import Attention
 from lipbounds.targets.target import Target
 
 
 Witness = tuple[Target, float | None]
+ONE = torch.ones(1, 1, 1, dtype=torch.float64)
 
-WITNESSES: dict[str, Callable[[], Witness]] = {}
+
+def _hu2024() -> Witness:
+    """A single token at 0: the formula is 0, the output is the token."""
+    return Attention(x=0 * ONE[0], w_q=ONE, w_k=ONE, w_v=ONE, w_o=ONE), 0.0
+
+
+def _newhouse2025() -> Witness:
+    """A single token: the output is the token, whatever the scale of the logits."""
+    return Attention(x=ONE[0], w_q=0 * ONE, w_k=ONE, w_v=ONE, w_o=ONE, scale=0.25), 1.0
+
+
+WITNESSES: dict[str, Callable[[], Witness]] = {
+    "hu2024.printed": _hu2024,
+    "newhouse2025.as_coded": _newhouse2025,
+}

@@ -1,0 +1,70 @@
+r"""Emadi 2026: sharp softmax norms in l_inf to l_1, and length-free bounds of attention (arXiv 2602.18849).
+
+Of the paper only the abstract was read: it names theta(p) = ||J(p)|| from l_inf to l_1 the balanced-mass factor and
+says that theta is in [0, 1]. The bound below, in the norm max_i |x_i| of the tokens, is derived here.
+
+For a change v with |v_j| <= 1 for all j, and dS_ij = s ( <W_Q^T v_i, k_j> + <q_i, W_K^T v_j> ),
+
+    dy_i = sum_j P_ij W_V^T v_j + sum_j (J(P_i) dS_i)_j v_j,
+
+where k_j and v_j may lose their biases, since J(P_i) 1 = 0 and the entries of J(P_i) dS_i sum to 0. So
+
+    balanced_mass:  ||W_V|| + s max_i theta(P_i) ( max_j |W_Q k_j| + |W_K q_i| ) max_j |v_j|,
+
+at a point, for any mask; the number of tokens does not occur. Where only the query moves, the first and the last term
+are absent, where only the memory moves, that with W_Q is. Heads (ours): ||W_O|| sqrt(sum_h L_h^2), for each token.
+
+Numerics: float64; the rounding of the logits moves theta by a factor within e^{4 eta} (attention_rounding), as it is
+a product of two probabilities of subsets.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lipbounds.claims import Claim, Source
+from lipbounds.ops.softmax import inf_to_one_norm_upper
+from lipbounds.ops.spectral import row_norms_upper, spectral_norm_upper
+from lipbounds.registry import Terms, bound
+from lipbounds.rounding import cast_up, inflate
+from lipbounds.targets.attention import Attention
+from lipbounds.targets.attention_norms import combine_heads
+from lipbounds.targets.attention_rounding import logit_error
+
+
+@bound(
+    name="emadi2026.balanced_mass",
+    claim=Claim(kind="proved", scope="point", norm="token"),
+    source=Source(
+        title="Balanced-mass factor of the softmax Jacobian",
+        authors="Emadi",
+        year=2026,
+        arxiv="2602.18849",
+        statement="factor named in the abstract, attention bound derived here",
+    ),
+    supports=("heads", "biases", "mask", "cross"),
+    cost="O(H n^2 + H n D d)",
+)
+def balanced_mass(block: Attention) -> tuple[Tensor, Terms]:
+    """The balanced-mass factor of each attention row, and the largest key, query and value: free of the length."""
+    wide = block.double
+    tokens = wide.source_input.unsqueeze(-3)
+    theta = _theta(wide)
+    change = torch.zeros_like(theta)
+    if wide.query_moves:
+        change = change + row_norms_upper(tokens, wide.w_k, wide.w_q.mT).amax(-1, keepdim=True)
+    if wide.memory_moves:
+        change = change + row_norms_upper(*wide.query_factors, wide.w_k.mT)
+    largest_value = row_norms_upper(tokens, wide.w_v).amax(-1)
+    softmax_part = abs(wide.scale_value) * (theta * change).amax(-1) * largest_value
+    mixing = spectral_norm_upper(wide.w_v) if wide.memory_moves else torch.zeros_like(softmax_part)
+    value = inflate(combine_heads(wide, mixing + softmax_part), 24)
+    return cast_up(value, block.dtype), {"detail.softmax_part": softmax_part, "detail.theta": theta.amax((-2, -1))}
+
+
+def _theta(block: Attention) -> Float[Tensor, "*batch heads n"]:
+    """theta of each row, rounded up; never above 1, which always holds."""
+    slack = (4 * logit_error(block) + 2.0**-50 * (block.logits.shape[-1] + 16)).clamp(max=600.0).exp()
+    return (inf_to_one_norm_upper(block.probabilities) * slack).clamp(max=1.0)

@@ -1,0 +1,73 @@
+r"""Hu et al. 2024: SpecFormer, robust vision transformers by penalised singular values (ECCV 2024, arXiv 2402.03317).
+
+The local bound behind the penalty, on the ball of radius eps around X. The paper was not read here: the formula is
+recollected, and only that it has N (N + 1) and is quadratic in ||X||_F and eps was seen, quoted in reviews.
+
+| paper | here |
+|---|---|
+| N, X, delta | `block.tokens`, `block.x`, `radius` |
+
+- printed (recollected, **refuted**): N (N + 1) (||X||_F + eps)^2 ||W_V|| (||W_Q|| ||W_K|| + 1). It vanishes with X and
+  eps, while the norm of the Jacobian at X = 0 is ||W_V|| ||P|| > 0.
+- ball (ours, the same ingredients): ||W_V|| ( sqrt(n) + s ||W_Q|| ||W_K|| (||X|| + eps)^2 ). For X' in the ball
+  ||X'|| <= ||X|| + eps; the differential of P X' W_V is P dX W_V, with ||P|| <= sqrt(n), plus dP X' W_V, where
+  ||dP||_F <= (1/2) ||dS||_F and ||dS||_F <= 2 s ||X'|| ||W_Q|| ||W_K|| ||dX||_F. Any mask will do.
+
+Heads (ours): ||W_O|| sqrt(sum_h L_h^2).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lipbounds.claims import Claim, Source
+from lipbounds.ops.spectral import spectral_norm_upper, vector_norm
+from lipbounds.registry import bound
+from lipbounds.rounding import cast_up, inflate
+from lipbounds.targets.attention import Attention
+from lipbounds.targets.attention_norms import combine_heads
+
+
+PAPER, AUTHORS = (
+    "SpecFormer: Guarding Vision Transformer Robustness via Maximum Singular Value Penalization",
+    "Hu et al.",
+)
+
+
+@bound(
+    name="hu2024.printed",
+    claim=Claim(kind="proved", scope="ball", norm="l2"),
+    source=Source(
+        title=PAPER, authors=AUTHORS, year=2024, arxiv="2402.03317", statement="local bound on a ball, recollected"
+    ),
+    supports=("mask",),
+    cost="O(H D d^2)",
+    status="refuted",
+)
+def printed(block: Attention, radius: float) -> Tensor:
+    """The local bound as recollected: false for small inputs, where it vanishes."""
+    wide = block.double
+    size = (vector_norm(wide.x.flatten(-2)) + radius).square() * wide.tokens * (wide.tokens + 1)
+    weights = spectral_norm_upper(wide.w_q) * spectral_norm_upper(wide.w_k) + 1
+    heads = spectral_norm_upper(wide.w_v) * weights * size.unsqueeze(-1)
+    value = combine_heads(wide, heads.expand(*wide.batch_shape, wide.heads))
+    return cast_up(inflate(value, 2 * wide.x.shape[-2:].numel() + 32), block.dtype)
+
+
+@bound(
+    name="hu2024.ball",
+    claim=Claim(kind="proved", scope="ball", norm="l2"),
+    source=Source(
+        title=PAPER, authors=AUTHORS, year=2024, arxiv="2402.03317", statement="local bound on a ball, corrected here"
+    ),
+    supports=("heads", "mask"),
+    cost="O(n D^2 + H D d^2)",
+)
+def ball(block: Attention, radius: float) -> Tensor:
+    """The local bound with the term that it lacked: norms of the weights and of the input alone."""
+    wide = block.double
+    size = (spectral_norm_upper(wide.x) + radius).square().unsqueeze(-1)
+    change = abs(wide.scale_value) * spectral_norm_upper(wide.w_q) * spectral_norm_upper(wide.w_k) * size
+    heads = spectral_norm_upper(wide.w_v) * (wide.tokens**0.5 + change)
+    value = combine_heads(wide, heads.expand(*wide.batch_shape, wide.heads))
+    return cast_up(inflate(value, 24), block.dtype)

@@ -1,0 +1,50 @@
+r"""Vuckovic, Baratin, Tachet des Combes 2020: a mathematical theory of attention (arXiv 2007.02876).
+
+Attention as a map of measures that is Lipschitz in the 1-Wasserstein distance on a compact set. Only the abstracts
+were read (also of arXiv 2102.05628): the constant below is derived here, for n equally weighted tokens.
+
+W_1 of two measures of n equally weighted tokens is at most the mean distance of the tokens, with equality for small
+moves of distinct tokens, so the local constant is the norm of the Jacobian for the mean of the tokens' norms. With
+r = s ||W_Q W_K^T|| R^2 and |x_i| <= R, logits are within [-r, r], so P_ij <= e^{2 r} / n and the columns of P sum to
+at most e^{2 r}. Then, in the differential of `castin2024`, averaged over i,
+
+- sum_ij P_ij |v_j| / n <= e^{2 r} mean|v|,
+- |C_i A^T v_i| <= r |v_i|,
+- sum_ij P_ij |x_j - m_i| |A^T x_i| |v_j| / n <= 2 r e^{2 r} mean|v|, as |x_j - m_i| <= 2 R:
+
+    w1:  ||W_V|| ( r + (1 + 2 r) e^{2 r} ),  free of n, without masks and biases.
+
+Heads (ours): sum_h ||W_V^h W_O^h|| ( ... ).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lipbounds.claims import Claim, Source
+from lipbounds.ops.spectral import product_norm_upper
+from lipbounds.registry import bound
+from lipbounds.rounding import cast_up, inflate, product
+from lipbounds.targets.attention import Attention
+
+
+@bound(
+    name="vuckovic2020.w1",
+    claim=Claim(kind="proved", scope="compact", norm="token_mean"),
+    source=Source(
+        title="A Mathematical Theory of Attention",
+        authors="Vuckovic, Baratin, Tachet des Combes",
+        year=2020,
+        arxiv="2007.02876",
+        statement="1-Wasserstein bound on a compact set, constant derived here",
+    ),
+    supports=("heads",),
+    cost="O(H D d^2)",
+)
+def w1(block: Attention, radius: float) -> Tensor:
+    """1-Wasserstein constant of equally weighted tokens of norm at most R."""
+    wide = block.double
+    r = inflate(abs(wide.scale_value) * product_norm_upper(wide.w_q, wide.w_k.mT) * radius**2, 4)
+    exponent = 2 * r * (1 + 2.0**-48)  # an absolute error of the exponent is a relative one of the result
+    heads = product(product_norm_upper(wide.w_v, wide.w_o), r + (1 + 2 * r) * exponent.exp())
+    return cast_up(inflate(heads.sum(-1), wide.heads + 32).expand(wide.batch_shape), block.dtype)
