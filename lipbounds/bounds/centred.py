@@ -12,6 +12,12 @@ The second form survives a rotation of each query and key (rotary positions), si
 Where only the query moves, the terms with W_V and W_K are absent; where only the memory moves, that with W_Q is.
 max_i ||J(P_i)|| is exact here. Heads: ||W_O|| sqrt(sum_h L_h^2).
 
+Likewise for the change from X to X' = X + D, ||D||_F <= eps, of a head (compare `havens2024`): P' V' - P V = P D W_V +
+(P' - P) V', where P' - P loses a constant row of V', and ||P'_i - P_i|| <= (1/2) ||S'_i - S_i - c 1|| for any c, so K
+may lose one in S' - S = s (D W_Q K^T + Q W_K^T D^T + D W_Q W_K^T D^T). Divided by ||D||_F, for the whole ball:
+
+    change:    ||W_V|| ||P|| + (s/2) ( ||V_c|| + eps ||W_V|| ) ( ||K_c W_Q^T|| + ||Q W_K^T|| + eps ||W_Q W_K^T|| )
+
 Numerics: float64; V_c and K_c are products of the given floats [X a] and [W; -mean(X) W / a], so their rounding is
 covered as that of any product. The slack is relative to the norms of the factors, so a is of the size of X.
 """
@@ -65,6 +71,28 @@ def weights(block: Attention) -> tuple[Tensor, Terms]:
     if wide.memory_moves:
         change = change + spectral_norm_upper(wide.w_k) * product_norm_upper(*wide.query_factors)
     return _finish(block, inflate(change, 4))
+
+
+@bound(
+    name="centred.change",
+    claim=Claim(kind="proved", scope="change", norm="l2"),
+    source=Source(
+        title="lipbounds", statement="change from the centre of a ball, keys and values centred, derived here"
+    ),
+    supports=("heads", "biases", "mask"),
+    cost="O(H n^2 (d + n) + H D d^2)",
+)
+def change(block: Attention, radius: float) -> tuple[Tensor, Terms]:
+    """The map frozen, plus its change by the constant 1/2 of the softmax, with keys and values centred."""
+    wide = block.double
+    value_weights = spectral_norm_upper(wide.w_v)
+    values = product_norm_upper(*_centred_factors(wide.x, wide.w_v)) + radius * value_weights
+    logits = product_norm_upper(*_centred_factors(wide.x, wide.w_k), wide.w_q.mT)
+    logits = logits + product_norm_upper(*wide.query_factors, wide.w_k.mT)
+    logits = logits + radius * product_norm_upper(wide.w_q, wide.w_k.mT)
+    mixing, softmax_part = value_weights * map_norm(wide), abs(wide.scale_value) / 2 * values * logits
+    value = inflate(combine_heads(wide, mixing + softmax_part), 16)
+    return cast_up(value, block.dtype), {"detail.mixing": mixing, "detail.softmax_part": softmax_part}
 
 
 def _finish(block: Attention, change: Tensor) -> tuple[Tensor, Terms]:
