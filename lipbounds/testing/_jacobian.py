@@ -99,7 +99,7 @@ def largest_block_sum(
         for _ in range(POWER_STEPS):
             pulled = torch.einsum("i...fmd,ki...f->ki...md", rows, w)
             w = unit(torch.einsum("i...fmd,ki...md->ki...f", rows, unit(pulled)))
-    return torch.einsum("i...fmd,ki...f->ki...md", rows, w).square().sum(-1).clamp(min=TINY).sqrt().sum(-1).amax((0, 1))
+    return torch.einsum("i...fmd,ki...f->ki...md", rows, w).norm(dim=-1).sum(-1).amax((0, 1))
 
 
 def unit(vectors: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:

@@ -49,6 +49,15 @@ def test_no_direction_is_stretched_more(norm: Norm) -> None:
     assert stretch <= value < 3 * stretch
 
 
+@pytest.mark.parametrize("norm", ["linf", "token", "token_mean"])
+def test_a_constant_block_reaches_nothing(norm: Norm) -> None:
+    """Found by the verifier: 1e-154 in place of 0."""
+    block = random_block(34)
+    value, slack = reached_norm(block.replace(w_o=torch.zeros_like(block.w_o)), norm)
+    assert value == 0
+    assert slack < 1e-300
+
+
 def test_a_batch_gets_the_numbers_of_its_items() -> None:
     block = random_block(32, n=3, dim=2, heads=1)
     points = torch.randn(2, 3, 3, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
