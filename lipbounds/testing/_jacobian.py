@@ -21,7 +21,7 @@ from lipbounds.claims import Norm
 from lipbounds.targets.attention import Attention
 
 
-POWER_STEPS = 25
+POWER_STEPS = 12
 TINY = torch.finfo(torch.float64).tiny
 
 
