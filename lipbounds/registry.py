@@ -108,7 +108,9 @@ class BoundSpec:
 
     def _check_call(self, block: Target, radius: float | None, options: dict[str, Any]) -> None:
         if not isinstance(block, self.target):
-            how = "Attention(...) or lipbounds.capture(model, inputs)" if self.target is Attention else "its constructor"
+            how = (
+                "Attention(...) or lipbounds.capture(model, inputs)" if self.target is Attention else "its constructor"
+            )
             raise InvalidInput(
                 f"{self.name} needs {_with_article(self.target.__name__)}, got {type(block).__name__}; "
                 f"build one with {how}."
@@ -279,6 +281,11 @@ def select(
         and (role is None or spec.role == role)
         and (block is None or not spec.missing_features(block))
     ]
+
+
+def standing() -> list[BoundSpec]:
+    """All specs for every kind of block without the refuted ones, sorted by name."""
+    return [spec for spec in registry if spec.status == "standing"]
 
 
 def refuted() -> list[BoundSpec]:
