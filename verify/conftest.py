@@ -55,3 +55,13 @@ def as_a_user_runs_it() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def without_shrinking() -> Iterator[None]:
+    """For searches that are meant to find something: the first counterexample will do."""
+    before = hypothesis.settings.get_current_profile_name()
+    hypothesis.settings.register_profile("without shrinking", phases=[Phase.generate], database=None)
+    hypothesis.settings.load_profile("without shrinking")
+    yield
+    hypothesis.settings.load_profile(before)

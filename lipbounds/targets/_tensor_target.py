@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses as dc
 from functools import cached_property
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -13,6 +13,10 @@ from torch import Tensor
 from lipbounds.errors import InvalidInput
 from lipbounds.targets._attention_checks import FLOAT_DTYPES
 from lipbounds.targets.target import Target
+
+
+# typing.Self cannot be checked by beartype where functions are decorated one by one, as jaxtyping does in tests.
+Block = TypeVar("Block", bound="TensorTarget")
 
 
 class TensorTarget(Target):
@@ -46,14 +50,14 @@ class TensorTarget(Target):
         """The output of the block."""
         return self.function()(self.moving_input)
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self: Block, **changes: Any) -> Block:
         return dc.replace(self, **changes)  # pyright: ignore[reportArgumentType, reportType]
 
-    def to(self, target: torch.dtype | torch.device | str) -> Self:
+    def to(self: Block, target: torch.dtype | torch.device | str) -> Block:
         return self.replace(**{name: tensor.to(target) for name, tensor in self.tensors.items()})
 
-    @cached_property
-    def double(self) -> Self:  # pyright: ignore[reportIncompatibleVariableOverride]
+    @property
+    def double(self: Block) -> Block:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The same block in float64, where bounds are evaluated: floats of every supported dtype are exact there."""
         return self if self.dtype == torch.float64 else self.to(torch.float64)
 

@@ -4,7 +4,7 @@
     from lipbounds.testing import contract
     test_my_bound = contract.suite_for(my_package.MY_BOUND)      # pytest collects it
 
-`CHECKS` holds the checks by name, and `TARGET_CHECKS` those of bounds on other blocks than `Attention`; `run_check` runs
+`CHECKS` holds the checks by name, `TARGET_CHECKS` those of bounds on other blocks than `Attention`; `run_check` runs
 one on blocks drawn by Hypothesis. A failure is a `Refuted` whose message ends with a Python snippet that shows it.
 """
 

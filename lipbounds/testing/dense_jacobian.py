@@ -1,16 +1,16 @@
 r"""The truth for attention types other than `Attention`: the dense Jacobian by automatic differentiation in float64.
 
-`truth_slack` is how far rounding can take it from the exact one. With u = 2**-53, K the roundings in a row and
-gamma(K) = K u / (1 - K u) (Higham 2002, Lemma 3.1), an output is sum_j P_ij v_j, and its derivative consists of
-products of a map entry, a value or its derivative, and the derivative of a logit. An error of at most d in the logits
-moves each map entry by a factor within exp(2 d), and a term holds up to three of them; everything else is at most
-8 gamma(K) of the same formula on absolute values, `size` below, of which Frobenius norms are taken:
+`truth_slack` is how far rounding can take it from the exact one. Let u = 2**-53, K the roundings in a row, k those up to
+the logits, and gamma(K) = K u / (1 - K u) (Higham 2002, Lemma 3.1). An output is sum_j P_ij v_j, and its derivative
+consists of products of a map entry, a value or its derivative, and the derivative of a logit. An error of at most d in
+the logits moves each map entry by a factor within exp(2 d), and a term holds up to three of them; everything else is at
+most 8 gamma(K) of the same formula on absolute values, `size` below, of which Frobenius norms are taken:
 
     slack = ( expm1(6 d) + 8 gamma(K) ) size  +  8 max(rows, columns) u ||J||_F.
 
 With |.| entrywise, ||.|| Frobenius, a = max_i |x_i| and the weights of each head, summed over heads:
-- L2:        d = 16 gamma(K) s (a ||W_Q||)^2,      size = 4 n s ||W_Q||^2 ||W_V|| ||W_O|| ( 1 + 16 s (a ||W_Q||)^2 )
-- cosine:    d = 8 gamma(K) tau (1 + k_Q + k_K),   size = 8 n^2 nu (1 + k) e ( tau ||W_Q|| + tau ||W_K|| + ||W_V|| )
+- L2:        d = 16 gamma(k) s (a ||W_Q||)^2,      size = 4 n s ||W_Q||^2 ||W_V|| ||W_O|| ( 1 + 16 s (a ||W_Q||)^2 )
+- cosine:    d = 8 gamma(k) tau (1 + k_Q + k_K),   size = 8 n^2 nu (1 + k) e ( tau ||W_Q|| + tau ||W_K|| + ||W_V|| )
   with e = eps^(-1/2), k_Q = a ||W_Q|| e the factor by which the norm of a short query x_i W_Q can magnify its rounding,
   k_K and k_V alike, and k = k_Q + k_K + k_V.
 - LipschitzNorm:  d = 8 gamma(K),   size = 16 m n
@@ -107,7 +107,7 @@ def truth_slack(block: Target, norm: Norm, matrix: Float[Tensor, "*batch outputs
     return slack * matrix.shape[-1] ** 0.5 if norm == "linf" else slack
 
 
-Rounding = tuple[Tensor, Tensor, int]  # error of the logits, size of the formula on absolute values, roundings in a row
+Rounding = tuple[Tensor, Tensor, int]  # error d of the logits, size of the formula on absolute values, roundings K
 
 
 def _l2(block: L2Attention) -> Rounding:
@@ -115,7 +115,8 @@ def _l2(block: L2Attention) -> Rounding:
     w_q = _frobenius(block.w_q)
     spread = block.scale * (_longest(block.x).unsqueeze(-1) * w_q).square()
     size = 4 * block.tokens * block.scale * w_q.square() * _frobenius(block.w_v) * _frobenius(block.w_o)
-    return 16 * _gamma(operations) * spread.amax(-1), (size * (1 + 16 * spread)).sum(-1), operations
+    logit_error = 16 * _gamma(sum(block.w_q.shape[-2:]) + 8) * spread.amax(-1)
+    return logit_error, (size * (1 + 16 * spread)).sum(-1), operations
 
 
 def _cosine(block: CosineAttention) -> Rounding:
@@ -123,7 +124,7 @@ def _cosine(block: CosineAttention) -> Rounding:
     e = block.eps**-0.5
     sizes = [_frobenius(weights) for weights in (block.w_q, block.w_k, block.w_v)]
     k = [_longest(block.x) * size * e for size in sizes]
-    logit_error = 8 * _gamma(operations) * block.scale * (1 + k[0] + k[1])
+    logit_error = 8 * _gamma(sum(block.w_q.shape[-2:]) + 8) * block.scale * (1 + k[0] + k[1])
     whole = block.scale * (sizes[0] + sizes[1]) + sizes[2]
     size = 8 * block.tokens**2 * block.output_scale * e * (1 + k[0] + k[1] + k[2]) * whole
     return logit_error, size, operations

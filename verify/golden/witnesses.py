@@ -7,9 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
+from lipbounds.targets.l2_attention import L2Attention
 from lipbounds.targets.target import Target
 
 
 Witness = tuple[Target, float | None]
 
-WITNESSES: dict[str, Callable[[], Witness]] = {}
+
+def scalar_l2_attention(w_q: float) -> Witness:
+    """One token, one feature, W_V = W_O = 1: the map is x -> w_q^2 x, whatever the token."""
+    one = torch.ones(1, 1, dtype=torch.float64)
+    return L2Attention(x=one, w_q=w_q * one.unsqueeze(0), w_v=one.unsqueeze(0), w_o=one.unsqueeze(0)), None
+
+
+WITNESSES: dict[str, Callable[[], Witness]] = {
+    "certvit2023.l2": lambda: scalar_l2_attention(2.0),  # claimed 2.1138 sqrt(2 + 1) = 3.661, truth 4
+    "kim2021.l2_recollected": lambda: scalar_l2_attention(2.0),  # claimed 2, truth 4
+}
