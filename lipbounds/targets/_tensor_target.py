@@ -50,6 +50,9 @@ class TensorTarget(Target):
         """The output of the block."""
         return self.function()(self.moving_input)
 
+    def at(self: Block, moving: Tensor) -> Block:
+        raise NotImplementedError
+
     def replace(self: Block, **changes: Any) -> Block:
         return dc.replace(self, **changes)  # pyright: ignore[reportArgumentType, reportType]
 

@@ -136,7 +136,7 @@ CHECKS: dict[str, Check] = {
 # Cheap to evaluate and without cases: a few blocks show what these checks can show.
 _FEW = 0.1
 TARGET_CHECKS: dict[str, Check] = {
-    "value": Check(function=target_checks.value, blocks=target_blocks, share=0.5),
+    "value": Check(function=target_checks.value, blocks=target_blocks, share=0.3),
     "returns": Check(function=target_checks.returns, blocks=target_blocks, share=_FEW),
     "finite": Check(
         function=target_checks.finite,

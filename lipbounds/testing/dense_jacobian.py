@@ -1,10 +1,10 @@
 r"""The truth for attention types other than `Attention`: the dense Jacobian by automatic differentiation in float64.
 
-`truth_slack` is how far rounding can take it from the exact one. Let u = 2**-53, K the roundings in a row, k those up to
-the logits, and gamma(K) = K u / (1 - K u) (Higham 2002, Lemma 3.1). An output is sum_j P_ij v_j, and its derivative
+`truth_slack` is how far rounding can take it from the exact one. Let u = 2**-53, K the roundings in a row, k those up
+to the logits, and gamma(K) = K u / (1 - K u) (Higham 2002, Lemma 3.1). An output is sum_j P_ij v_j, and its derivative
 consists of products of a map entry, a value or its derivative, and the derivative of a logit. An error of at most d in
-the logits moves each map entry by a factor within exp(2 d), and a term holds up to three of them; everything else is at
-most 8 gamma(K) of the same formula on absolute values, `size` below, of which Frobenius norms are taken:
+the logits moves each map entry by a factor within exp(2 d), and a term holds up to three of them; everything else is
+at most 8 gamma(K) of the same formula on absolute values, `size` below, of which Frobenius norms are taken:
 
     slack = ( expm1(6 d) + 8 gamma(K) ) size  +  8 max(rows, columns) u ||J||_F.
 
