@@ -281,6 +281,11 @@ def select(
     ]
 
 
+def standing() -> list[BoundSpec]:
+    """All specs for every kind of block without the refuted ones, sorted by name."""
+    return [spec for spec in registry if spec.status == "standing"]
+
+
 def refuted() -> list[BoundSpec]:
     """The published formulas kept although they are no bounds, sorted by name."""
     return [spec for spec in registry if spec.status == "refuted"]

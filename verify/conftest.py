@@ -50,16 +50,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture
-def without_shrinking() -> Iterator[None]:
-    """For searches that are to fail and whose smallest failure nobody reads."""
-    hypothesis.settings.load_profile("quick")
-    yield
-    hypothesis.settings.load_profile("ci")
-
-
-@pytest.fixture
 def as_a_user_runs_it() -> Iterator[None]:
     """Without the shape checks that only tests switch on: the library's own errors must come first for users."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def without_shrinking() -> Iterator[None]:
+    """For searches that are meant to find something: the first counterexample will do."""
+    before = hypothesis.settings.get_current_profile_name()
+    hypothesis.settings.register_profile("without shrinking", phases=[Phase.generate], database=None)
+    hypothesis.settings.load_profile("without shrinking")
+    yield
+    hypothesis.settings.load_profile(before)

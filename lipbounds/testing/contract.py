@@ -4,15 +4,14 @@
     from lipbounds.testing import contract
     test_my_bound = contract.suite_for(my_package.MY_BOUND)      # pytest collects it
 
-`CHECKS` holds the checks by name; `run_check` runs one on blocks drawn by Hypothesis. A failure is a `Refuted` whose
-message ends with a Python snippet that shows it.
+`CHECKS` holds the checks by name, `TARGET_CHECKS` those of bounds on other blocks than `Attention`; `run_check` runs
+one on blocks drawn by Hypothesis. A failure is a `Refuted` whose message ends with a Python snippet that shows it.
 """
 
 from __future__ import annotations
 
 import dataclasses as dc
 from collections.abc import Callable, Iterable
-from typing import Protocol, runtime_checkable
 
 import hypothesis
 import torch
@@ -25,15 +24,17 @@ from lipbounds.claims import FEATURES
 from lipbounds.errors import InvalidInput, Unsupported
 from lipbounds.registry import BoundSpec
 from lipbounds.targets.attention import Attention
-from lipbounds.testing import behaviour_checks, coverage_check, relation_checks, value_checks
+from lipbounds.targets.target import Target
+from lipbounds.testing import behaviour_checks, coverage_check, relation_checks, target_checks, value_checks
+from lipbounds.testing.check import Check as Check
 from lipbounds.testing.loading import load_spec as load_spec
+from lipbounds.testing.other_targets import target_blocks
 from lipbounds.testing.recipes import BATCHED, build
 from lipbounds.testing.strategies import attention_blocks, radii, recipes
 from lipbounds.testing.tight import tight_blocks
 from lipbounds.testing.verdict import Refuted as Refuted
 
 
-FEWEST_EXAMPLES = 10
 # A block takes milliseconds to build and to judge, and a large one is a large example: neither is a mistake here.
 TOLERATED = (
     HealthCheck.too_slow,
@@ -41,42 +42,6 @@ TOLERATED = (
     HealthCheck.large_base_example,
     HealthCheck.filter_too_much,
 )
-
-
-@runtime_checkable
-class CheckFunction(Protocol):
-    """Raises `Refuted` if the bound breaks its promise at the block."""
-
-    def __call__(self, spec: BoundSpec, block: Attention, radius: float | None = None, seed: int = 0) -> None: ...
-
-
-@dc.dataclass(frozen=True, kw_only=True)
-class Check:
-    """One property of a bound.
-
-    Args:
-        function: raises `Refuted` where the property fails.
-        applies: whether the property is promised by a bound.
-        blocks: the blocks to draw for a bound.
-        share: of the examples of the Hypothesis profile that this check gets.
-        fixed: blocks to run instead of drawing any.
-    """
-
-    function: CheckFunction
-    applies: Callable[[BoundSpec], bool] = lambda spec: True
-    blocks: Callable[[BoundSpec], SearchStrategy[Attention]] = lambda spec: attention_blocks(spec.supports)
-    share: float = 0.25
-    fixed: Callable[[], list[Attention]] | None = None
-
-    @property
-    def examples(self) -> int:
-        """Blocks to draw under the current Hypothesis profile."""
-        return max(FEWEST_EXAMPLES, round(self.share * hypothesis.settings().max_examples))
-
-    @property
-    def summary(self) -> str:
-        """First line of the documentation of the check."""
-        return (self.function.__doc__ or "").split("\n", 1)[0]
 
 
 def _proved(spec: BoundSpec) -> bool:
@@ -168,9 +133,39 @@ CHECKS: dict[str, Check] = {
 }
 
 
+# Cheap to evaluate and without cases: a few blocks show what these checks can show.
+_FEW = 0.1
+TARGET_CHECKS: dict[str, Check] = {
+    "value": Check(function=target_checks.value, blocks=target_blocks, share=0.3),
+    "returns": Check(function=target_checks.returns, blocks=target_blocks, share=_FEW),
+    "finite": Check(
+        function=target_checks.finite,
+        blocks=lambda spec: target_blocks(spec, extreme=False, dtype=torch.float64),
+        share=_FEW,
+    ),
+    "permutation": Check(function=target_checks.permutation, blocks=target_blocks, share=_FEW),
+    "batch": Check(function=target_checks.batch, blocks=lambda spec: target_blocks(spec, batches=True), share=_FEW),
+    "dtype": Check(
+        function=target_checks.dtype,
+        blocks=lambda spec: st.one_of(*(target_blocks(spec, dtype=kind) for kind in (torch.float32, torch.bfloat16))),
+        share=_FEW,
+    ),
+    "gradient": Check(
+        function=target_checks.gradient,
+        blocks=lambda spec: target_blocks(spec, batches=False, extreme=False, dtype=torch.float64),
+        share=_FEW,
+    ),
+}
+
+
+def checks_of(spec: BoundSpec) -> dict[str, Check]:
+    """The checks by name for the kind of block that a bound is about, whether they apply to it or not."""
+    return CHECKS if spec.target is Attention else TARGET_CHECKS
+
+
 def checks_for(spec: BoundSpec) -> list[str]:
     """Names of the checks that apply to a bound."""
-    return [name for name, check in CHECKS.items() if check.applies(spec)]
+    return [name for name, check in checks_of(spec).items() if check.applies(spec)]
 
 
 def run_check(spec: BoundSpec, name: str, *, max_examples: int | None = None, seed: int | None = None) -> int:
@@ -178,7 +173,7 @@ def run_check(spec: BoundSpec, name: str, *, max_examples: int | None = None, se
 
     Args:
         spec: the bound.
-        name: of the check, in `CHECKS`.
+        name: of the check, in `checks_of(spec)`.
         max_examples: blocks to draw; None for the check's share of what the Hypothesis profile says.
         seed: of the search; None for a new one, or for the one given to pytest by `--hypothesis-seed`.
 
@@ -189,9 +184,10 @@ def run_check(spec: BoundSpec, name: str, *, max_examples: int | None = None, se
         Refuted: the bound failed; `examples` counts the blocks tried until the first failure.
         InvalidInput: there is no check of that name.
     """
-    if name not in CHECKS:
-        raise InvalidInput(f"the checks are {list(CHECKS)}, got name={name!r}.")
-    attempt = _Attempt(spec, CHECKS[name])
+    checks = checks_of(spec)
+    if name not in checks:
+        raise InvalidInput(f"the checks are {list(checks)}, got name={name!r}.")
+    attempt = _Attempt(spec, checks[name])
     fixed = attempt.check.fixed
     try:
         if fixed is not None:
@@ -228,7 +224,7 @@ class _Attempt:
         self.tried = 0
         self.failed_after: int | None = None
 
-    def __call__(self, block: Attention, radius: float | None, seed: int) -> None:
+    def __call__(self, block: Target, radius: float | None, seed: int) -> None:
         self.tried += 1
         try:
             self.check.function(self.spec, block, radius, seed)
@@ -252,7 +248,7 @@ def _search(attempt: _Attempt, name: str, max_examples: int | None, seed: int | 
         suppress_health_check=TOLERATED,
     )
     @hypothesis.given(block=attempt.check.blocks(spec), radius=radius, seed=st.integers(0, 2**16))
-    def search(block: Attention, radius: float | None, seed: int) -> None:
+    def search(block: Target, radius: float | None, seed: int) -> None:
         try:
             attempt(block, radius, seed)
         except Unsupported:  # an honest refusal of a block is no broken promise

@@ -9,14 +9,15 @@ from torch import Tensor
 
 from lipbounds.registry import BoundSpec
 from lipbounds.targets.attention import Attention
+from lipbounds.targets.target import Target
 from lipbounds.testing.loading import expression, load_spec
 
 
 _HEAD = """import torch
 
 import lipbounds
-from lipbounds import Attention
-from lipbounds.testing.contract import CHECKS, load_spec
+from {module} import {block_class}
+from lipbounds.testing.contract import {checks}, load_spec
 
 inf = float("inf")
 spec = {spec}
@@ -79,9 +80,9 @@ def snippet(
     return _head(spec, block) + text
 
 
-def check_snippet(spec: BoundSpec, check: str, block: Attention, radius: float | None, seed: int) -> str:
+def check_snippet(spec: BoundSpec, check: str, block: Target, radius: float | None, seed: int) -> str:
     """Python source that runs one check again at `block`, for properties that need more than one number."""
-    call = f'CHECKS["{check}"].function(spec, block, radius={radius!r}, seed={seed})'
+    call = f'{_checks(block)}["{check}"].function(spec, block, radius={radius!r}, seed={seed})'
     return _head(spec, block) + call + "  # raises Refuted, which says what must hold\n"
 
 
@@ -100,9 +101,15 @@ def _nested(tensor: Tensor, indent: str) -> str:
     return "[\n" + "".join(f"{inner}{_nested(row, inner)},\n" for row in tensor) + indent + "]"
 
 
-def _head(spec: BoundSpec, block: Attention) -> str:
+def _checks(block: Target) -> str:
+    """Name in `contract` of the checks for this kind of block."""
+    return "CHECKS" if isinstance(block, Attention) else "TARGET_CHECKS"
+
+
+def _head(spec: BoundSpec, block: Target) -> str:
+    name = type(block).__name__
     lines = []
-    for field in dc.fields(block):
+    for field in dc.fields(block):  # pyright: ignore[reportArgumentType] a target is a dataclass
         value = getattr(block, field.name)
         default = field.default
         if isinstance(value, Tensor):
@@ -110,7 +117,13 @@ def _head(spec: BoundSpec, block: Attention) -> str:
         elif value != default:
             lines.append(f"    {field.name}={value!r},\n")
     found = expression(spec) or f"...  # {spec.name} cannot be imported by a path: put your BoundSpec here"
-    return _HEAD.format(spec=found, block="Attention(\n" + "".join(lines) + ")")
+    return _HEAD.format(
+        spec=found,
+        block=f"{name}(\n" + "".join(lines) + ")",
+        module="lipbounds" if isinstance(block, Attention) else type(block).__module__,
+        block_class=name,
+        checks=_checks(block),
+    )
 
 
 def _assertion(spec: BoundSpec, radius: float | None, at_point: bool) -> str:

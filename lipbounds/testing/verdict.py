@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lipbounds.errors import Unsupported
 from lipbounds.registry import BoundSpec
-from lipbounds.targets.attention import Attention
+from lipbounds.targets.target import Target
 from lipbounds.testing.snippet import check_snippet
 
 
@@ -20,7 +20,7 @@ class Refuted(AssertionError):
 
     Args:
         reason: what must hold and what was found.
-        check: name of the check in `contract.CHECKS`.
+        check: name of the check in `contract.checks_of(spec)`.
         spec: the bound.
         block: the counterexample.
         radius: of the ball, for the scopes that have one.
@@ -36,7 +36,7 @@ class Refuted(AssertionError):
         *,
         check: str,
         spec: BoundSpec,
-        block: Attention,
+        block: Target,
         radius: float | None = None,
         seed: int = 0,
         claimed: float = math.nan,
@@ -52,7 +52,7 @@ class Refuted(AssertionError):
 
 
 def evaluate(
-    check: str, spec: BoundSpec, block: Attention, radius: float | None = None, seed: int = 0,
+    check: str, spec: BoundSpec, block: Target, radius: float | None = None, seed: int = 0,
     options: dict[str, Any] | None = None,
 ) -> Float[Tensor, "*batch"]:  # fmt: skip
     """The value of the bound in float64, with its gradient; an error it raises refutes it.

@@ -11,7 +11,7 @@ from lipbounds.testing.contract import checks_for, load_spec, run_check
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     chosen = metafunc.config.getoption("--bound")
-    specs = [load_spec(path) for path in chosen] if chosen else registry.select()
+    specs = [load_spec(path) for path in chosen] if chosen else registry.standing()
     cases = [(spec, check) for spec in specs for check in checks_for(spec)]
     metafunc.parametrize(("spec", "check"), cases, ids=[f"{spec.name}-{check}" for spec, check in cases])
 

@@ -6,7 +6,7 @@ import pytest
 
 import lipbounds
 from lipbounds.registry import BoundSpec
-from lipbounds.testing.contract import CHECKS, Refuted, run_check
+from lipbounds.testing.contract import Refuted, checks_of, run_check
 from verify.golden.witnesses import WITNESSES
 
 
@@ -21,7 +21,7 @@ def test_every_refuted_formula_has_its_counterexample() -> None:
 def test_the_counterexample_is_one(spec: BoundSpec) -> None:
     block, radius = WITNESSES[spec.name]()
     with pytest.raises(Refuted):
-        CHECKS["value"].function(spec, block, radius=radius, seed=0)
+        checks_of(spec)["value"].function(spec, block, radius=radius, seed=0)
 
 
 @pytest.mark.parametrize("spec", REFUTED, ids=lambda spec: spec.name)

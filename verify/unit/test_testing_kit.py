@@ -5,13 +5,10 @@ from __future__ import annotations
 import collections
 import dataclasses as dc
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 
-import hypothesis
 import pytest
 import torch
-from hypothesis import Phase
 from hypothesis.database import InMemoryExampleDatabase
 from torch import Tensor
 
@@ -130,15 +127,6 @@ WRONG: dict[str, tuple[str, BoundSpec]] = {
     "half a gradient": ("gradient", spec(bad_gradient)),
     "falling with the radius": ("monotone", spec(radius_free, **BALL)),
 }  # fmt: skip
-
-
-@pytest.fixture
-def without_shrinking() -> Iterator[None]:
-    before = hypothesis.settings.get_current_profile_name()
-    hypothesis.settings.register_profile("without shrinking", phases=[Phase.generate], database=None)
-    hypothesis.settings.load_profile("without shrinking")
-    yield
-    hypothesis.settings.load_profile(before)
 
 
 @pytest.fixture
