@@ -1,5 +1,7 @@
 """Methods that measure the local Lipschitz constant; importing this package registers them."""
 
+from lipbounds.estimators import autolip as autolip
 from lipbounds.estimators import exact as exact
 from lipbounds.estimators import lanczos as lanczos
 from lipbounds.estimators import power as power
+from lipbounds.estimators import seqlip as seqlip
