@@ -100,7 +100,8 @@ def ascent_jacobians(block: Attention, radius: float, *, steps: int = 12, restar
         seed: of the starts and of the directions.
 
     Raises:
-        InvalidInput: `steps`, `restarts` or `seed` is out of range.
+        InvalidInput: `steps`, `restarts` or `seed` is out of range; the Jacobian
+            overflows at a point of the ball.
     """
     _check(steps, restarts, seed)
     ball = Ball(block, radius, seed)

@@ -61,7 +61,8 @@ def clever(
         seed: of the points and of the start vectors.
 
     Raises:
-        InvalidInput: `batches`, `samples`, `steps` or `seed` is out of range.
+        InvalidInput: `batches`, `samples`, `steps` or `seed` is out of range; the Jacobian
+            overflows at a point of the ball.
     """
     for name, count in (("batches", batches), ("samples", samples), ("steps", steps)):
         check_count(name, count)

@@ -85,7 +85,8 @@ def random_jacobians(block: Attention, radius: float, *, samples: int = 8, steps
         seed: of the points and of the start vectors.
 
     Raises:
-        InvalidInput: `samples`, `steps` or `seed` is out of range.
+        InvalidInput: `samples`, `steps` or `seed` is out of range; the Jacobian
+            overflows at a point of the ball.
     """
     check_count("samples", samples)
     check_count("steps", steps)

@@ -79,6 +79,18 @@ def test_equal_to_the_truth_where_singular_vectors_line_up(sizes: tuple[int, ...
     assert bool((truth * SAFE <= autolip(block).value).all())
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_each_activation_counts_once_for_each_hidden_layer(activation: str) -> None:
+    """One neuron with the weight 1, at the input where the slope is largest: the bound is the truth there."""
+    one = torch.ones(1, 1, dtype=torch.float64)
+    grid = torch.linspace(0, 3, 30_001, dtype=torch.float64).unsqueeze(-1)
+    block = Mlp(x=grid, weights=(one, one), activation=activation)
+    truth, bound = norms(block, block.x).max(), autolip(block).value[0]
+    assert float(truth) * (1 - 1e-15) <= float(bound) <= float(truth) * (1 + 1e-6)
+    deep = autolip(block.replace(weights=(one,) * 4)).value[0]
+    assert float(deep) == pytest.approx(ACTIVATIONS[activation].lipschitz ** 3, rel=1e-12)
+
+
 def test_seqlip_of_one_hidden_layer_is_the_largest_over_all_patterns() -> None:
     block = network(2, 4, 5, 3)
     first, second = block.weights
