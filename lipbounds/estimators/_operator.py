@@ -56,7 +56,7 @@ class JacobianOperator:
                 f"target must offer moving_input, batch_shape, jvp and vjp, got {type(target).__name__}; "
                 "wrap a function or a module as lipbounds.targets.network.Network(function, x)."
             )
-        self.target = _working_copy(target)
+        self.target = working_copy(target)
         moving = self.target.moving_input
         self.dtype, self.device = moving.dtype, moving.device
         self.batch_shape = target.batch_shape
@@ -160,7 +160,7 @@ def power_of_two(magnitude: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
     return torch.where(magnitude > 0, magnitude / magnitude.frexp().mantissa, 1.0)
 
 
-def _working_copy(target: Target) -> Target:
+def working_copy(target: Target) -> Target:
     """An `Attention` in float64, without gradients; other targets as they are.
 
     Detached first: the block caches its intermediate tensors, and caches filled under no_grad would cut the gradients

@@ -7,7 +7,8 @@ every matrix replaced by its size and every subtraction by an addition. Then
     |fl(J v) - J v|  <=  F(size + error) - F(size)  +  gamma(c) F(size + error)
 
 where c counts the roundings on the longest path (Higham 2002, section 3.5). The difference is carried along as the
-second member of a pair, never formed by subtraction. The same sum read backwards bounds J^T u.
+second member of a pair, never formed by subtraction. The same sum read backwards bounds J^T u, and the sum over heads
+of P V W_O, which is multilinear too, the output.
 
 The errors: Q, K, V have gamma(inner size) times their formula on absolute values; the logits follow from Q and K. A
 change of at most r in each logit of a row turns p_j into p_j / (1 + t) with |t| <= (1 - p_j)(e^{2 r} - 1): write the
@@ -74,7 +75,7 @@ def _plus_all(a: Tensor, b: Tensor | None) -> Tensor:
 
 
 class Roundoff:
-    """Bounds on the rounding errors of `block.jvp` and `block.vjp`.
+    """Bounds on the rounding errors of `block.jvp`, `block.vjp` and `block.forward`.
 
     Args:
         block: in float64.
@@ -91,6 +92,10 @@ class Roundoff:
         n, m = block.logits.shape[-2:]
         widths = sum(sum(w.shape[-2:]) for w in (block.w_q, block.w_k, block.w_v, block.w_o))
         self.operations = 2 * (n + m) + widths + block.heads + 32
+
+    def forward(self) -> Float[Tensor, "*batch n out_dim"]:
+        """Entrywise upper bound on |block.forward() - Y|, for a block without `b_o`."""
+        return self._bound((self.maps @ self.values @ self.w_o).sum(-3))
 
     def jvp(self, magnitude: Float[Tensor, "*extra moving dim"]) -> Float[Tensor, "*extra n out_dim"]:
         """Entrywise upper bound on |block.jvp(v) - J v| for every v with |v| <= magnitude."""

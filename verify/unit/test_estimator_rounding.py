@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from lipbounds import Attention
+from lipbounds.estimators._ball import Ball
 from lipbounds.estimators._dense_norm import verified_norm
+from lipbounds.estimators._measured import quotients
 from lipbounds.estimators._operator import sphere
 from lipbounds.estimators._roundoff import Roundoff
 from lipbounds.estimators.exact import exact
@@ -82,6 +84,25 @@ def exact_jacobian(block: Attention) -> Any:
     return jacobian
 
 
+def exact_output(block: Attention, moving: torch.Tensor) -> Any:
+    """The output of such a block at another input, without `b_o`, as a list of mpmath numbers."""
+
+    def matrix(tensor: torch.Tensor | None) -> Any:
+        assert tensor is not None
+        return mp.matrix(tensor.tolist())
+
+    x, w_o = matrix(moving), matrix(block.w_o[0])
+    ones = mp.matrix([[1]] * len(moving))
+    q, k, v = (
+        x * matrix(w[0]) + ones * matrix(b)
+        for w, b in ((block.w_q, block.b_q), (block.w_k, block.b_k), (block.w_v, block.b_v))
+    )
+    weights = (mp.mpf(block.scale_value) * q * k.T).apply(mp.exp)
+    rows = range(len(moving))
+    maps = mp.matrix([[weights[i, j] / sum(weights[i, :]) for j in rows] for i in rows])
+    return list(maps * v * w_o)
+
+
 def error(computed: torch.Tensor, exact: Any) -> torch.Tensor:
     """|computed - exact|, subtracted before it is rounded."""
     differences = [float(abs(mp.mpf(c) - e)) for c, e in zip(computed.flatten().tolist(), exact, strict=True)]
@@ -125,6 +146,37 @@ def test_estimators_stay_on_their_side_of_the_exact_norm(magnitude: float) -> No
             assert mp.mpf(float(spec(block, steps=9).value)) <= norm
         for spec in (exact, lanczos_certificate):
             assert mp.mpf(float(spec(block).value)) >= norm
+
+
+@pytest.mark.parametrize("magnitude", MAGNITUDES)
+def test_rounding_errors_of_the_output_stay_below_their_bound(magnitude: float) -> None:
+    largest = 0.0
+    for seed in range(4):
+        block = cancelling_block(seed, magnitude).replace(b_o=None)
+        committed, limit = error(block.forward(), exact_output(block, block.x)), Roundoff(block).forward()
+        assert bool((committed <= limit).all())
+        largest = max(largest, float((committed / limit).max()))
+    assert largest > 1e-4  # a vacuous bound would hold too
+
+
+def test_quotients_are_below_the_exact_ones_where_rounding_decides() -> None:
+    refuted = 0
+    for seed, magnitude in ((0, 1.0), (1, 30.0), (2, 1e3)):
+        block = cancelling_block(seed, magnitude).replace(b_o=None)
+        for radius in (1e-12, 1e-9, 1e-3):
+            ball = Ball(block, radius, seed)
+            pairs = ball.points(ball.uniform_steps(6)).chunk(2)
+            values = quotients(ball, *pairs)
+            plain = (block.at(pairs[0]).forward() - block.at(pairs[1]).forward()).flatten(-2).norm(dim=-1)
+            for y, z, value, computed in zip(*pairs, values.tolist(), plain.tolist(), strict=True):
+                outputs = zip(exact_output(block, y), exact_output(block, z), strict=True)
+                change = mp.sqrt(sum((a - b) ** 2 for a, b in outputs))
+                moved = zip(y.flatten().tolist(), z.flatten().tolist(), strict=True)
+                quotient = change / mp.sqrt(sum((mp.mpf(a) - mp.mpf(b)) ** 2 for a, b in moved))
+                assert mp.mpf(value) <= quotient
+                assert value > 0.99 * quotient or radius < 1e-4
+                refuted += computed > change
+    assert refuted  # without the subtraction some would be too large
 
 
 def test_a_jacobian_that_is_zero_but_for_rounding_has_the_lower_bound_zero() -> None:
