@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import hypothesis
 import pytest
 import torch
@@ -23,7 +25,7 @@ def test_small_tokens_cost_the_centred_form_no_more_slack_than_others() -> None:
     token = torch.full((1, 1), 2.0**-8, dtype=torch.float64)
     shared = torch.tensor([[[0.5359, -1.2005]]], dtype=torch.float64)
     values = torch.tensor([[[0.1517, 1.881, 0.0491, 1.0945, 0.9, -0.7948, 0.1211, 0.5257]]], dtype=torch.float64)
-    weights = {"w_q": shared, "w_k": shared, "w_v": values, "w_o": values.mT.contiguous()}
+    weights: dict[str, Any] = {"w_q": shared, "w_k": shared, "w_v": values, "w_o": values.mT.contiguous()}
     block = Attention(x=torch.zeros_like(token), memory=torch.cat([token, -token]), moves="query", **weights)
     claimed = lipbounds.get("centred.products")(block).value
     torch.testing.assert_close(claimed, jacobian_norm(block), rtol=5e-13, atol=0)
