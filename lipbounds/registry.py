@@ -108,7 +108,9 @@ class BoundSpec:
 
     def _check_call(self, block: Target, radius: float | None, options: dict[str, Any]) -> None:
         if not isinstance(block, self.target):
-            how = "Attention(...) or lipbounds.capture(model, inputs)" if self.target is Attention else "its constructor"
+            how = (
+                "Attention(...) or lipbounds.capture(model, inputs)" if self.target is Attention else "its constructor"
+            )
             raise InvalidInput(
                 f"{self.name} needs {_with_article(self.target.__name__)}, got {type(block).__name__}; "
                 f"build one with {how}."
