@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 from typing import Any, cast
 
+from bench.radii import INPUTS
 from bench.scopes import UPPER_KINDS
 from bench.wording import KIND_TITLES, cell, figure, summary_words, table
 from lipbounds.claims import NORMS, SCOPES, Norm, Scope
@@ -43,7 +44,8 @@ def _section(scope: str, norm: str, entries: list[tuple[str, Row]], aggregates: 
     listed = ", ".join(f"{radius:g}" for radius in radii)
     references = sorted({name for _, entry in entries for name in entry["references"]})
     described = [f"Scope `{scope}`: {SCOPES[cast(Scope, scope)]}. Norm `{norm}`: {NORMS[cast(Norm, norm)]}."]
-    described += [RADIUS_WORDS[scope].format(listed)] if radii else []
+    if radii:
+        described += [RADIUS_WORDS[scope].format(listed), f"Evaluated on the first {INPUTS} inputs of each model."]
     described += [_reference_words(scope, references)]
     parts = [f"## Scope `{scope}`, norm `{norm}`", " ".join(described)]
     for kind, title in KIND_TITLES.items():

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from bench.evaluate import Case, evaluate, question
 from bench.machine import environment
 from bench.models import Model
-from bench.radii import Radius, radii
+from bench.radii import INPUTS, Radius, radii
 from bench.records import Record
 from bench.store import RecordStore
 from lipbounds import registry
@@ -82,8 +82,10 @@ def run(
     models = list(models)
     session = _Session(store, models, force=force, time_limit=time_limit, command=command, outcome=outcome)
     for model in models:
+        inputs: set[str] = set()
         for case in _cases(model, model.count(quick), outcome.problems):
-            session.bound(case)
+            inputs.add(case.input)
+            session.bound(case, on_sets=len(inputs) <= INPUTS)
             advance(case, model.seconds)
     return outcome
 
@@ -108,9 +110,9 @@ class _Session:
     outcome: Outcome
     _environment: str = ""
 
-    def bound(self, case: Case) -> None:
-        """Every method at one block."""
-        for method in methods(case):
+    def bound(self, case: Case, on_sets: bool) -> None:
+        """Every method at one block, those with a radius only if `on_sets`."""
+        for method in methods(case, on_sets):
             self.answer(case, method)
         self._lanczos(case)
 
@@ -157,7 +159,7 @@ class _Session:
         return self._environment
 
 
-def methods(case: Case) -> Iterator[Method]:
+def methods(case: Case, on_sets: bool = True) -> Iterator[Method]:
     """Every registered bound, refuted ones included, and the estimators this block is small enough for.
 
     Lanczos from below is not among them: it is tried with more and more steps. Bounds that do not support the block
@@ -165,9 +167,12 @@ def methods(case: Case) -> Iterator[Method]:
 
     Args:
         case: the block.
+        on_sets: whether to include what has a radius.
     """
     for spec in [*registry.select(), *registry.refuted()]:
         if spec.name == LOWER or not isinstance(case.block, spec.target) or not affordable(case, spec):
+            continue
+        if spec.needs_radius and not on_sets:
             continue
         options = CERTIFICATE_OPTIONS if spec.name == CERTIFICATE else {}
         for radius in radii(case.block, spec.claim.scope):

@@ -102,6 +102,23 @@ def test_bounds_of_every_scope_are_evaluated_with_their_radii(tmp_path: Path, mo
     assert len({each.question.key for each in found}) == len(found)
 
 
+def test_bounds_on_sets_are_evaluated_on_the_first_inputs_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_ball = spec(lambda block, radius: torch.tensor(radius, dtype=torch.float64), scope="ball")
+    at_point = spec(lambda block: torch.tensor(7.0), name="test.point")
+    monkeypatch.setattr(registry, "select", lambda **_: [on_ball, at_point])
+    monkeypatch.setattr(registry, "refuted", list)
+    monkeypatch.setattr(tightness, "INPUTS", 2)
+    with RecordStore(tmp_path / "records.jsonl") as store:
+        tightness.run(store, [tiny_model(), tiny_model("other")])
+    found = read(tmp_path / "records.jsonl").records.values()
+    at = {
+        name: {(each.question.model, each.question.input) for each in found if each.question.bound == name}
+        for name in ("test.bound", "test.point")
+    }
+    assert at["test.bound"] == {(model, f"seed-{seed}") for model in ("tiny", "other") for seed in range(2)}
+    assert at["test.point"] == {(model, f"seed-{seed}") for model in ("tiny", "other") for seed in range(3)}
+
+
 def test_a_search_of_the_ball_is_left_out_earlier_than_an_estimator_at_the_point() -> None:
     searching = spec(lambda block, radius: None, kind="lower", scope="ball", role="estimator")
     at_point = spec(lambda block: None, kind="lower", role="estimator")
