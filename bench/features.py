@@ -43,50 +43,50 @@ def page(specs: Sequence[BoundSpec]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def differentiable(spec: BoundSpec, sample: Callable[[], Target] | None = None) -> str:
+def differentiable(spec: BoundSpec) -> str:
     """With respect to what the value has a gradient that is finite and not zero: input, weights, both or nothing.
 
     Args:
-        spec: the bound or estimator.
-        sample: makes a block that it supports; by default the one of `SAMPLES` for its class of blocks.
+        spec: the bound or estimator; about a class of blocks that `SAMPLES` has a block of.
     """
-    sample = sample or SAMPLES.get(spec.target)
-    if sample is None:
+    if spec.target.__name__ not in SAMPLES:
         return "not measured"
-    block = sample()
-    tensors = {
-        field.name: value.requires_grad_()
-        for field in dc.fields(block)  # pyright: ignore[reportArgumentType]
-        if isinstance(value := getattr(block, field.name), Tensor)
-    }
-    moving = block.moving_input
+    block = spec.target(**SAMPLES[spec.target.__name__]())
+    moving = block.moving_input.detach().clone().requires_grad_()
+    block = block.at(moving)
+    weights = [tensor.requires_grad_() for tensor in _tensors(block) if tensor.is_leaf and tensor is not moving]
     value = spec(block, RADIUS if spec.needs_radius else None).value
     if not value.requires_grad:
         return "no"
-    gradients = torch.autograd.grad(value.sum(), list(tensors.values()), allow_unused=True)
+    gradients = torch.autograd.grad(value.sum(), [moving, *weights], allow_unused=True)
     if any(gradient is not None and not gradient.isfinite().all() for gradient in gradients):
         return "no: not finite"
-    reached = {
-        "input" if tensor is moving else "weights"
-        for tensor, gradient in zip(tensors.values(), gradients, strict=True)
-        if gradient is not None and bool((gradient != 0).any())
-    }
-    return " and ".join(sorted(reached)) or "no"
+    flows = [gradient is not None and bool((gradient != 0).any()) for gradient in gradients]
+    reached = ["input"] * flows[0] + ["weights"] * any(flows[1:])
+    return " and ".join(reached) or "no"
 
 
-def attention_sample() -> Attention:
-    """One head without biases and mask, which every bound of `Attention` supports."""
+def _tensors(block: Target) -> list[Tensor]:
+    """The tensors among the fields of a block, also those in tuples."""
+    values = [getattr(block, field.name) for field in dc.fields(block)]  # pyright: ignore[reportArgumentType]
+    flat = [entry for value in values for entry in (value if isinstance(value, tuple) else (value,))]
+    return [entry for entry in flat if isinstance(entry, Tensor)]
+
+
+def _draw(**shapes: tuple[int, ...]) -> dict[str, Any]:
+    """Gaussian tensors of these shapes, in float64, always the same."""
     generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    weights: dict[str, Any] = {name: draw(1, 4, 3) for name in ("w_q", "w_k", "w_v")}
-    return Attention(x=draw(5, 4), w_o=draw(1, 3, 4), **weights)
+    return {name: torch.randn(*shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
 
 
-# For each class of blocks a function that makes a small one.
-SAMPLES: dict[type[Target], Callable[[], Target]] = {Attention: attention_sample}
+# For each class of blocks the fields of a small one without features, which every bound supports.
+SAMPLES: dict[str, Callable[[], dict[str, Any]]] = {
+    "Attention": lambda: _draw(x=(5, 4), w_q=(1, 4, 3), w_k=(1, 4, 3), w_v=(1, 4, 3), w_o=(1, 3, 4)),
+    "L2Attention": lambda: _draw(x=(5, 4), w_q=(1, 4, 3), w_v=(1, 4, 3), w_o=(1, 3, 4)),
+    "CosineAttention": lambda: _draw(x=(5, 4), w_q=(4, 3), w_k=(4, 3), w_v=(4, 3)) | {"eps": 0.1},
+    "LipschitzNormAttention": lambda: _draw(queries=(5, 4), keys=(6, 4), values=(6, 3)),
+    "Mlp": lambda: {"x": _draw(x=(4,))["x"], "weights": tuple(_draw(first=(5, 4), second=(3, 5)).values())},
+}
 
 
 def _groups(specs: Sequence[BoundSpec]) -> list[tuple[str, list[BoundSpec]]]:

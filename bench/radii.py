@@ -10,7 +10,8 @@ from lipbounds.targets.attention import Attention
 
 RELATIVE = (0.01, 0.1, 1.0)
 DIGITS = 6  # radii are rounded, so that the key of a record does not hang on the last bit of a norm
-INPUTS = 8  # of each model, its first ones: a bound on a set costs as much as one at the point, for each radius
+INPUTS = 4  # of each model, its first ones: a bound on a set costs more than one at the point, and for each radius
+SEARCHED_INPUTS = 1  # likewise, for estimators that search the set
 ROUNDING = 1e-5  # twice what rounding to so many digits can take off, relative
 
 

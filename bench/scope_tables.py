@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 from typing import Any, cast
 
-from bench.radii import INPUTS
+from bench.radii import INPUTS, SEARCHED_INPUTS
 from bench.scopes import UPPER_KINDS
 from bench.wording import KIND_TITLES, cell, figure, summary_words, table
 from lipbounds.claims import NORMS, SCOPES, Norm, Scope
@@ -17,6 +17,10 @@ RADIUS_WORDS = {
     "change": "Radii of balls are {} times the median norm of the tokens of the input.",
     "compact": "The radius is {} times the largest norm of a token of the input, rounded up: the set holds the input.",
 }
+INPUT_WORDS = (
+    f"Bounds are evaluated at the first {INPUTS} inputs of each model; estimators, which search the set, at the first "
+    f"{SEARCHED_INPUTS} of the models with small blocks."
+)
 Aggregates = dict[str, Any]
 Row = dict[str, Any]
 
@@ -45,7 +49,7 @@ def _section(scope: str, norm: str, entries: list[tuple[str, Row]], aggregates: 
     references = sorted({name for _, entry in entries for name in entry["references"]})
     described = [f"Scope `{scope}`: {SCOPES[cast(Scope, scope)]}. Norm `{norm}`: {NORMS[cast(Norm, norm)]}."]
     if radii:
-        described += [RADIUS_WORDS[scope].format(listed), f"Evaluated on the first {INPUTS} inputs of each model."]
+        described += [RADIUS_WORDS[scope].format(listed), INPUT_WORDS]
     described += [_reference_words(scope, references)]
     parts = [f"## Scope `{scope}`, norm `{norm}`", " ".join(described)]
     for kind, title in KIND_TITLES.items():

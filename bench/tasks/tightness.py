@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from bench.evaluate import Case, evaluate, question
 from bench.machine import environment
 from bench.models import Model
-from bench.radii import INPUTS, Radius, radii
+from bench.radii import INPUTS, SEARCHED_INPUTS, Radius, radii
 from bench.records import Record
 from bench.store import RecordStore
 from lipbounds import registry
@@ -24,7 +24,6 @@ from lipbounds.registry import BoundSpec
 
 TASK = "tightness"
 SMALL = 1200  # largest dimension of a block that is measured by every estimator, the dense Jacobian included
-SMALL_FOR_SEARCH = 600  # the same for estimators that search a ball: there are several, each has three radii
 LOWER = "lanczos"
 CERTIFICATE = "lanczos_certificate"
 STEPS = (30, 60, 120, 240)  # of Lanczos from below: the next number is tried while the residual is too large
@@ -85,7 +84,7 @@ def run(
         inputs: set[str] = set()
         for case in _cases(model, model.count(quick), outcome.problems):
             inputs.add(case.input)
-            session.bound(case, on_sets=len(inputs) <= INPUTS)
+            session.bound(case, len(inputs))
             advance(case, model.seconds)
     return outcome
 
@@ -110,9 +109,9 @@ class _Session:
     outcome: Outcome
     _environment: str = ""
 
-    def bound(self, case: Case, on_sets: bool) -> None:
-        """Every method at one block, those with a radius only if `on_sets`."""
-        for method in methods(case, on_sets):
+    def bound(self, case: Case, number: int) -> None:
+        """Every method at one block, whose input is the one of that number, from 1, among those of the model."""
+        for method in methods(case, number):
             self.answer(case, method)
         self._lanczos(case)
 
@@ -159,38 +158,37 @@ class _Session:
         return self._environment
 
 
-def methods(case: Case, on_sets: bool = True) -> Iterator[Method]:
-    """Every registered bound, refuted ones included, and the estimators this block is small enough for.
+def methods(case: Case, number: int = 1) -> Iterator[Method]:
+    """Every registered bound, refuted ones included, and the estimators that this block is small enough for.
 
     Lanczos from below is not among them: it is tried with more and more steps. Bounds that do not support the block
     are: what they say is recorded.
 
     Args:
         case: the block.
-        on_sets: whether to include what has a radius.
+        number: of its input among those of the model, from 1: what has a radius is evaluated at the first ones only.
     """
     for spec in [*registry.select(), *registry.refuted()]:
-        if spec.name == LOWER or not isinstance(case.block, spec.target) or not affordable(case, spec):
-            continue
-        if spec.needs_radius and not on_sets:
+        if spec.name == LOWER or not isinstance(case.block, spec.target) or not affordable(case, spec, number):
             continue
         options = CERTIFICATE_OPTIONS if spec.name == CERTIFICATE else {}
         for radius in radii(case.block, spec.claim.scope):
             yield Method(spec, options, radius)
 
 
-def affordable(case: Case, spec: BoundSpec) -> bool:
-    """Whether the method is cheap enough at this block: bounds and the certificate always are.
+def affordable(case: Case, spec: BoundSpec, number: int) -> bool:
+    """Whether the method is cheap enough at this block and input.
 
     Args:
         case: the block.
         spec: the bound or estimator.
+        number: of the input, from 1.
     """
-    if spec.role == "bound" or spec.name == CERTIFICATE:
-        return True
+    searches = spec.role == "estimator" and spec.name != CERTIFICATE
+    if spec.needs_radius and number > (SEARCHED_INPUTS if searches else INPUTS):
+        return False
     block = case.block
-    size = max(block.moving_input.numel(), block.tokens * block.w_o.shape[-1])
-    return size <= (SMALL_FOR_SEARCH if spec.needs_radius else SMALL)
+    return not searches or max(block.moving_input.numel(), block.tokens * block.w_o.shape[-1]) <= SMALL
 
 
 def refuted() -> dict[str, dict[str, Any]]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from torch import Tensor
 
-from bench.features import attention_sample, differentiable, page
+from bench.features import SAMPLES, differentiable, page
 from bench.tests.samples import spec
 from lipbounds import registry
 from lipbounds.claims import FEATURES
@@ -71,6 +70,7 @@ def on_set(block: Attention, radius: float) -> Tensor:
     return radius * block.w_v.norm()
 
 
-def test_the_sample_has_no_features() -> None:
-    assert attention_sample().features == frozenset()
-    assert torch.isfinite(attention_sample().forward()).all()
+def test_the_samples_have_no_features_and_every_class_of_blocks_has_one() -> None:
+    targets = {each.target for each in registry.registry}
+    assert {target.__name__ for target in targets} <= set(SAMPLES)
+    assert all(target(**SAMPLES[target.__name__]()).features == frozenset() for target in targets)

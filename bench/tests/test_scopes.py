@@ -103,9 +103,12 @@ def test_bounds_of_every_scope_are_evaluated_with_their_radii(tmp_path: Path, mo
 
 
 def test_bounds_on_sets_are_evaluated_on_the_first_inputs_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    on_ball = spec(lambda block, radius: torch.tensor(radius, dtype=torch.float64), scope="ball")
+    def on_ball(block: Any, radius: float) -> torch.Tensor:
+        return torch.tensor(radius, dtype=torch.float64)
+
+    search = spec(on_ball, name="test.search", kind="lower", scope="ball", role="estimator")
     at_point = spec(lambda block: torch.tensor(7.0), name="test.point")
-    monkeypatch.setattr(registry, "select", lambda **_: [on_ball, at_point])
+    monkeypatch.setattr(registry, "select", lambda **_: [spec(on_ball, scope="ball"), at_point, search])
     monkeypatch.setattr(registry, "refuted", list)
     monkeypatch.setattr(tightness, "INPUTS", 2)
     with RecordStore(tmp_path / "records.jsonl") as store:
@@ -113,22 +116,24 @@ def test_bounds_on_sets_are_evaluated_on_the_first_inputs_only(tmp_path: Path, m
     found = read(tmp_path / "records.jsonl").records.values()
     at = {
         name: {(each.question.model, each.question.input) for each in found if each.question.bound == name}
-        for name in ("test.bound", "test.point")
+        for name in ("test.search", "test.bound", "test.point")
     }
-    assert at["test.bound"] == {(model, f"seed-{seed}") for model in ("tiny", "other") for seed in range(2)}
-    assert at["test.point"] == {(model, f"seed-{seed}") for model in ("tiny", "other") for seed in range(3)}
+    counts = {"test.search": 1, "test.bound": 2, "test.point": 3}
+    assert at == {
+        name: {(model, f"seed-{seed}") for model in ("tiny", "other") for seed in range(count)}
+        for name, count in counts.items()
+    }
 
 
-def test_a_search_of_the_ball_is_left_out_earlier_than_an_estimator_at_the_point() -> None:
+def test_large_blocks_are_bounded_and_not_searched() -> None:
     searching = spec(lambda block, radius: None, kind="lower", scope="ball", role="estimator")
     at_point = spec(lambda block: None, kind="lower", role="estimator")
     bound = spec(lambda block, radius: None, scope="ball")
-    tokens = {"small": 150, "middle": 151, "large": 301}  # of four features
     answers = {
-        name: [tightness.affordable(tiny_case(tokens=count), each) for each in (searching, at_point, bound)]
-        for name, count in tokens.items()
+        tokens: [tightness.affordable(tiny_case(tokens=tokens), each, 1) for each in (searching, at_point, bound)]
+        for tokens in (300, 301)  # of four features
     }
-    assert answers == {"small": [True, True, True], "middle": [False, True, True], "large": [False, False, True]}
+    assert answers == {300: [True, True, True], 301: [False, False, True]}
 
 
 # -- references ------------------------------------------------------------------------------------------------------
