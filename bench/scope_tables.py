@@ -138,6 +138,7 @@ def _seen(name: str, aggregates: Aggregates) -> list[Any]:
     found = [row for model in aggregates["models"].values() for row in model["refuted"] if row["bound"] == name]
     compared = sum(row["compared"] for row in found)
     if not compared:
-        return ["-", "no block that it is about" if not sum(row["evaluations"] for row in found) else 0, "-"]
+        evaluated = sum(row["evaluations"] for row in found)
+        return ["-", "nothing measures its norm" if evaluated else "no block that it is about", "-"]
     worst = max(row["worst"] for row in found if row["worst"] is not None)
     return [sum(row["violated"] for row in found), compared, figure(worst)]

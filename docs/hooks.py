@@ -70,19 +70,21 @@ def _at_point(source: str) -> str:
 
 
 def _on_sets(source: str) -> list[str]:
-    """One table for each scope, norm and radius."""
+    """One table for each scope, norm and radius: ratios where something measures the truth, or else values."""
     models = _aggregates()["models"]
     cells: dict[tuple[Any, ...], dict[str, dict[str, str]]] = {}
     for model, numbers in models.items():
         for entry in numbers.get("sets", []):
-            place = entry["scope"], entry["norm"], entry["relative_radius"]
             for row in entry["methods"]:
-                if _belongs(row["bound"], source) and row["ratio"] is not None:
-                    cells.setdefault(place, {}).setdefault(row["bound"], {})[model] = _pair(row["ratio"])
+                if _belongs(row["bound"], source):
+                    place = entry["scope"], entry["norm"], entry["relative_radius"], row["ratio"] is None
+                    cell = _value(row["value"]) if row["ratio"] is None else _pair(row["ratio"])
+                    cells.setdefault(place, {}).setdefault(row["bound"], {})[model] = cell
     tables = []
-    for (scope, norm, radius), bounds in cells.items():
-        at = "" if radius is None else f", relative radius {radius:g}"
-        caption = f"At most so many times above the truth (scope {scope}, norm {norm}{at}), median (worst):"
+    for (scope, norm, radius, bare), bounds in cells.items():
+        at = f"scope {scope}, norm {norm}" + ("" if radius is None else f", relative radius {radius:g}")
+        ratio = f"At most so many times above the truth ({at}), median (worst):"
+        caption = f"Value ({at}), median (smallest to largest):" if bare else ratio
         rows = [[f"`{name}`", *(of.get(model, "-") for model in models)] for name, of in sorted(bounds.items())]
         tables.append(_table(caption, ["bound", *models], rows))
     return tables
@@ -106,6 +108,11 @@ def _belongs(name: str, source: str) -> bool:
 
 def _pair(row: dict[str, Any]) -> str:
     return f"{float(row['median']):.3g} ({float(row['worst']):.3g})"
+
+
+def _value(row: dict[str, Any]) -> str:
+    median, smallest, largest = (float(row[name]) for name in ("median", "smallest", "largest"))
+    return f"{median:.3g} ({smallest:.3g} to {largest:.3g})"
 
 
 def _table(caption: str, titles: list[str], rows: list[list[str]]) -> str:

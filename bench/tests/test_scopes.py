@@ -251,4 +251,6 @@ def test_refuted_formulas_are_in_a_table_of_their_own_and_nowhere_else() -> None
 def test_a_refuted_formula_about_other_blocks_is_listed_without_numbers() -> None:
     found = tables_of(record("below", 2.0, "lower"), refuted=("false",))
     assert "no block that it is about" in report(found)
+    unmeasured = tables_of(record("below", 2.0, "lower"), record("false", 1.0, norm="linf"), refuted=("false",))
+    assert "nothing measures its norm" in report(unmeasured)
     assert "## Refuted" not in report(tables_of(record("below", 2.0, "lower")))
