@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from bench import figures, readme, tables
+from bench import features, figures, readme, tables
 from bench.aggregate import aggregate
 from bench.evaluate import Case
 from bench.machine import ROOT
@@ -21,6 +21,7 @@ from bench.models import Model, zoo
 from bench.records import RecordError, without_infinities
 from bench.store import RecordStore, write_atomically
 from bench.tasks import tightness
+from lipbounds import registry
 
 
 STALE, INTERRUPTED = 1, 130
@@ -107,7 +108,12 @@ def _tightness(options: argparse.Namespace, models: Sequence[Model]) -> int:
         if not records:
             raise RecordError(f"no block could be bounded: {outcome.problems}.")
         aggregates = aggregate(
-            records, store.environments, command=command, records_path=_shown(store.path), problems=outcome.problems
+            records,
+            store.environments,
+            command=command,
+            records_path=_shown(store.path),
+            problems=outcome.problems,
+            refuted=tightness.refuted(),
         )
     paths = write(aggregates, options.results / "quick" if options.quick else options.results)
     print(tables.short(aggregates))
@@ -126,7 +132,9 @@ def write(aggregates: dict[str, Any], folder: Path) -> list[Path]:
     page, data = folder / "tightness.md", folder / "tightness.json"
     write_atomically(page, tables.report(aggregates).encode())
     write_atomically(data, (json.dumps(without_infinities(aggregates), indent=1, ensure_ascii=False) + "\n").encode())
-    return [page, data, *figures.draw(aggregates, folder)]
+    declared = folder / "bounds.md"
+    write_atomically(declared, features.page(list(registry.registry)).encode())
+    return [page, data, declared, *figures.draw(aggregates, folder)]
 
 
 def _status(aggregates: dict[str, Any]) -> int:

@@ -5,18 +5,16 @@ from __future__ import annotations
 import dataclasses as dc
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from statistics import fmean, median
 from typing import Any
 
 from bench.records import SCHEMA_VERSION, Record
+from bench.scopes import EXACT, UPPER_KINDS, BlockId, block_of, ratio, ratio_statistics, refutations, sets, violations
 
 
-EXACT = "exact"
-UPPER_KINDS = ("proved", "probable")
 # The bound with the paper's g_1 and its variants with other values for the softmax norm, for the paper's gain alone.
 GAIN_FAMILIES = ("yudin2025.biased", "yudin2025.theorem3")
-BlockId = tuple[int, str]  # layer and input
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -35,6 +33,7 @@ def aggregate(
     command: str,
     records_path: str,
     problems: dict[str, str] | None = None,
+    refuted: dict[str, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Everything the tables and figures show, ready for JSON.
 
@@ -44,7 +43,9 @@ def aggregate(
         command: that makes these tables again.
         records_path: where the records are, for the reader.
         problems: models that are incomplete, with the reason.
+        refuted: declarations of the refuted formulas by name; their records are in no table but their own.
     """
+    refuted = refuted or {}
     by_model: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         by_model[record.question.model].append(record)
@@ -55,33 +56,31 @@ def aggregate(
     for line in lines:  # a later run describes what it used best
         methods |= line.get("methods", {})
         descriptions |= line.get("models", {})
+    names = {record.question.bound for group in by_model.values() for record in group}
     return {
         "schema_version": SCHEMA_VERSION,
         "command": command,
         "records": records_path,
         "environments": [line.get("environment", {}) for line in lines],
-        "methods": {name: methods[name] for name in sorted({r.question.bound for g in by_model.values() for r in g})},
-        "models": {name: _model(group) | {"description": descriptions[name]} for name, group in by_model.items()},
+        "methods": {name: methods[name] for name in sorted(names - refuted.keys())},
+        "models": {
+            name: _model(group, refuted.keys()) | {"description": descriptions[name]}
+            for name, group in by_model.items()
+        },
+        "refuted": refuted,
         "problems": problems or {},
     }
 
 
-def ratio_statistics(ratios: Sequence[float], kind: str) -> dict[str, Any]:
-    """Median, worst, best and number of ratios; worst is the largest for upper bounds and the smallest for lower ones.
+def references(records: Iterable[Record]) -> dict[BlockId, Reference]:
+    """The reference of each block of one model; blocks where nothing measured the norm have none.
 
     Args:
-        ratios: to the reference.
-        kind: of the promise.
+        records: about the norm l2 at the input.
     """
-    worst, best = (min(ratios), max(ratios)) if kind == "lower" else (max(ratios), min(ratios))
-    return {"median": median(ratios), "worst": worst, "best": best, "count": len(ratios)}
-
-
-def references(records: Iterable[Record]) -> dict[BlockId, Reference]:
-    """The reference of each block of one model; blocks where nothing measured the norm have none."""
     found: dict[BlockId, Reference] = {}
     for record in records:
-        block, value = (record.question.layer, record.question.input), record.value
+        block, value = block_of(record), record.value
         if value is None or not (record.question.bound == EXACT or record.kind == "lower"):
             continue
         known = found.get(block)
@@ -91,20 +90,14 @@ def references(records: Iterable[Record]) -> dict[BlockId, Reference]:
     return found
 
 
-def ratio(value: float, reference: float) -> float:
-    """Value over reference; where the reference is 0, 1 for a 0 and infinity for the rest."""
-    if reference > 0:
-        return value / reference
-    return 1.0 if value == reference else math.inf
-
-
-def _model(records: list[Record]) -> dict[str, Any]:
-    found = references(records)
-    answered = [record for record in records if record.value is not None]
+def _model(records: list[Record], refuted: Collection[str]) -> dict[str, Any]:
+    standing = [record for record in records if record.value is not None and record.question.bound not in refuted]
+    answered = [record for record in standing if (record.question.norm, record.scope) == ("l2", "point")]
+    found = references(answered)
     ratios: dict[str, dict[BlockId, float]] = defaultdict(dict)
     kinds: dict[str, str] = {}
     for record in answered:
-        block = (record.question.layer, record.question.input)
+        block = block_of(record)
         if block in found and record.question.bound != found[block].name:
             assert record.value is not None
             ratios[record.question.bound][block] = ratio(record.value, found[block].value)
@@ -115,7 +108,7 @@ def _model(records: list[Record]) -> dict[str, Any]:
         "layers": len({record.question.layer for record in records}),
         "tokens": [min(record.tokens for record in records), max(record.tokens for record in records)],
         "references": dict(Counter(reference.name for reference in found.values())),
-        "unmeasured": len({(record.question.layer, record.question.input) for record in records} - found.keys()),
+        "unmeasured": len({block_of(record) for record in records} - found.keys()),
         "bracket": _bracket(answered, found),
         "overall": [
             {"bound": name, "kind": kinds[name], "scope": scopes[name], **ratio_statistics([*of.values()], kinds[name])}
@@ -125,7 +118,9 @@ def _model(records: list[Record]) -> dict[str, Any]:
         "per_length": _per_length(records, ratios),
         "gain": [row for family in GAIN_FAMILIES for row in _gain(answered, family)],
         "not_answered": _not_answered(records),
-        "violations": _violations(answered),
+        "sets": sets(standing),
+        "refuted": refutations(records, refuted),
+        "violations": violations(standing),
     }
 
 
@@ -155,7 +150,7 @@ def _per_layer(
 
 def _per_length(records: list[Record], ratios: dict[str, dict[BlockId, float]]) -> list[dict[str, Any]]:
     """Per class of input lengths, each twice as wide as the one before, the median of each method's ratio."""
-    tokens = {(record.question.layer, record.question.input): record.tokens for record in records}
+    tokens = {block_of(record): record.tokens for record in records}
     rows = []
     for power in sorted({_power_of_two_from(count) for count in tokens.values()}):
         blocks = {block for block, count in tokens.items() if _power_of_two_from(count) == power}
@@ -180,7 +175,7 @@ def _bracket(answered: list[Record], found: dict[BlockId, Reference]) -> dict[st
     """
     smallest: dict[BlockId, tuple[float, str]] = {}
     for record in answered:
-        block = (record.question.layer, record.question.input)
+        block = block_of(record)
         if record.kind in UPPER_KINDS and block in found and record.value is not None:
             smallest[block] = min((record.value, record.kind), smallest.get(block, (math.inf, "")))
     if not smallest:
@@ -198,7 +193,7 @@ def _gain(answered: list[Record], family: str) -> list[dict[str, Any]]:
     """
     tables: dict[str, dict[BlockId, Record]] = defaultdict(dict)
     for record in answered:
-        tables[record.question.bound][record.question.layer, record.question.input] = record
+        tables[record.question.bound][block_of(record)] = record
     with_g, half, exact, one = (tables[family + ending] for ending in ("", "_half", "_exact", "_one"))
     rows = []
     for layer in sorted({block[0] for block in with_g}):
@@ -227,22 +222,3 @@ def _not_answered(records: list[Record]) -> list[dict[str, Any]]:
         {"bound": bound, "status": status, "error": error, "count": count}
         for (bound, status, error), count in sorted(reasons.items())
     ]
-
-
-def _violations(answered: list[Record]) -> list[dict[str, Any]]:
-    """Upper bounds below a lower bound of the same block: one of the two is wrong."""
-    lowers: dict[BlockId, Record] = {}
-    for record in answered:
-        block = (record.question.layer, record.question.input)
-        if record.kind == "lower" and (block not in lowers or (record.value or 0.0) > (lowers[block].value or 0.0)):
-            lowers[block] = record
-    found = []
-    for record in answered:
-        lower = lowers.get((record.question.layer, record.question.input))
-        if record.kind not in UPPER_KINDS or lower is None or lower.value is None or record.value is None:
-            continue
-        if not record.value >= lower.value:  # `not >=`: nan is a violation
-            place = {"layer": record.question.layer, "input": record.question.input}
-            names = {"bound": record.question.bound, "kind": record.kind, "lower_bound": lower.question.bound}
-            found.append({**place, **names, "value": record.value, "reached": lower.value})
-    return found

@@ -76,7 +76,15 @@ def question(
     )
 
 
-def evaluate(asked: Question, block: Attention, spec: BoundSpec, *, time_limit: float, environment: str) -> Record:
+def evaluate(
+    asked: Question,
+    block: Attention,
+    spec: BoundSpec,
+    *,
+    time_limit: float,
+    environment: str,
+    relative_radius: float | None = None,
+) -> Record:
     """Evaluate and describe what happened; a failure is a record, too. Only an interrupt by the user gets out.
 
     Args:
@@ -85,6 +93,7 @@ def evaluate(asked: Question, block: Attention, spec: BoundSpec, *, time_limit: 
         spec: the bound or estimator.
         time_limit: seconds; it ends the evaluation between two operations of torch, not inside one. Not on Windows.
         environment: id of the environment line.
+        relative_radius: the radius in units of the input, for the tables.
     """
     options = {**asked.options, **({} if asked.seed is None else {"seed": asked.seed})}
     fresh = block.replace()  # without the cached queries, keys and logits of the bound before, which would flatter it
@@ -109,7 +118,7 @@ def evaluate(asked: Question, block: Attention, spec: BoundSpec, *, time_limit: 
     except Exception as error:
         status, answer = "failed", {"error": f"{type(error).__name__}: {error}"}
     seconds = round(time.perf_counter() - start, 6)  # the clock tells no more
-    claim = {"kind": spec.claim.kind, "scope": spec.claim.scope}
+    claim = {"kind": spec.claim.kind, "scope": spec.claim.scope, "relative_radius": relative_radius}
     sizes = {"tokens": block.tokens, "heads": block.heads}
     return Record(question=asked, **sizes, **claim, **answer, seconds=seconds, status=status, environment=environment)
 

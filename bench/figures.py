@@ -71,6 +71,8 @@ def method_styles(aggregates: Aggregates) -> dict[str, Style]:
     papers: dict[str, int] = {}
     variants: dict[str, int] = {}
     for name, method in aggregates["methods"].items():
+        if (method["norm"], method["scope"]) != ("l2", "point"):
+            continue
         if method["kind"] == "probable":
             styles[name] = {"color": "black", "linestyle": ":", "marker": "", "linewidth": 1.6}
         elif method["kind"] == "proved":

@@ -39,7 +39,7 @@ class Question:
         bound: name of the bound or estimator.
         bound_version: its version.
         norm: norm of the promise.
-        radius: radius of the ball or set, None for the scope `point`.
+        radius: radius of the ball or set, None for the scopes `point` and `global`.
         dtype: of the block that was bounded.
         device: device type.
         seed: of the method's own random numbers, None if it has none.
@@ -77,7 +77,8 @@ class Record:
         tokens: number of queries of the block.
         heads: number of its heads.
         kind: kind of the promise: proved, probable, estimate or lower.
-        scope: point, ball, compact or global.
+        scope: point, ball, change, compact or global.
+        relative_radius: the radius in units of the input, see bench.radii; None for the scopes without one.
         delta: probability of failure of a probable bound.
         value: the number; None unless the status is ok.
         terms: the parts of the value; of a part with one entry a head or row, the mean.
@@ -93,6 +94,7 @@ class Record:
     heads: int
     kind: str
     scope: str
+    relative_radius: float | None = None
     delta: float | None = None
     value: float | None = None
     terms: dict[str, float] = dc.field(default_factory=dict)

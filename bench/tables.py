@@ -9,16 +9,11 @@ from typing import Any
 from tabulate import tabulate
 
 from bench.machine import describe
-from bench.wording import figure, length_words, module_words, summary_words
+from bench.scope_tables import refuted_section, set_sections
+from bench.wording import KIND_TITLES, cell, figure, length_words, module_words, summary_words, table
 from lipbounds.claims import KINDS, SCOPES
 
 
-KIND_TITLES = {
-    "proved": "Proved upper bounds",
-    "probable": "Probable upper bounds",
-    "estimate": "Estimates",
-    "lower": "Lower bounds",
-}
 HEADLINE_MODELS = ("minilm", "minilm-without-biases", "digits-vit")
 Aggregates = dict[str, Any]
 Row = dict[str, Any]
@@ -39,10 +34,13 @@ def report(aggregates: Aggregates) -> str:
         _methods(aggregates),
         "## In one table",
         headline(aggregates, list(aggregates["models"])),
+        "The sections up to the gain are about the scope `point` in the norm `l2`; other scopes and norms follow in "
+        "sections of their own.",
     ]
     for name, model in aggregates["models"].items():
         parts += _model(name, model, aggregates)
     parts += ["## What the attention distribution gains", *_gain(aggregates)]
+    parts += [*set_sections(aggregates), *refuted_section(aggregates)]
     parts += ["## What gave no number", *_not_answered(aggregates)]
     parts += ["## Environment", *[f"- {describe(state)}" for state in aggregates["environments"]]]
     return "\n\n".join(parts).replace("\n\n- ", "\n- ") + "\n"
@@ -74,7 +72,7 @@ def headline(aggregates: Aggregates, models: list[str] | None = None) -> str:
         "Value over the true constant, median (worst) over layers and inputs; proved upper bounds on the norm of the "
         "Jacobian at the input. A dash: the bound makes no promise there."
     )
-    return f"{caption}\n\n{_table(['bound', 'in words', *chosen], rows)}"
+    return f"{caption}\n\n{table(['bound', 'in words', *chosen], rows)}"
 
 
 def short(aggregates: Aggregates) -> str:
@@ -98,20 +96,22 @@ def _explanation(aggregates: Aggregates) -> str:
     scopes = sorted({row["scope"] for model in aggregates["models"].values() for row in model["overall"]})
     kinds = "".join(f"- {kind}: {meaning}.\n" for kind, meaning in KINDS.items())
     return (
-        "Every number is a ratio: the value of a method over the reference at the same attention block and the same "
-        "input. The norm is the Euclidean one of all entries (Frobenius), on both sides. The reference is `exact`, the "
-        "norm of the dense Jacobian, at small blocks and the largest lower bound, mostly from `lanczos`, at large "
-        "ones; each section says which, and how far it can be from the truth. Kinds are never ranked in one table:\n\n"
+        "Unless a section says otherwise, every number is a ratio: the value of a method over the reference at the "
+        "same attention block and the same input. The norm is the Euclidean one of all entries (Frobenius), on both "
+        "sides. The reference is `exact`, the norm of the dense Jacobian, at small blocks and the largest lower "
+        "bound, mostly from `lanczos`, at large ones; each section says which, and how far it can be from the truth. "
+        "Kinds are never ranked in one table:\n\n"
         f"{kinds}\n" + "\n".join(f"Scope `{scope}`: {SCOPES[scope]}." for scope in scopes)
     )
 
 
 def _methods(aggregates: Aggregates) -> str:
+    columns = ["kind", "scope", "norm", "version", "source", "cost"]
     rows = [
-        [f"`{name}`", summary_words(m["summary"]), m["kind"], m["scope"], m["version"], m["source"], m["cost"]]
+        [f"`{name}`", summary_words(m["summary"]), *(m[c] for c in columns)]
         for name, m in aggregates["methods"].items()
     ]
-    return _table(["name", "in words", "kind", "scope", "version", "source", "cost"], rows)
+    return table(["name", "in words", *columns], rows)
 
 
 def _model(name: str, model: Row, aggregates: Aggregates) -> list[str]:
@@ -135,7 +135,7 @@ def _model(name: str, model: Row, aggregates: Aggregates) -> list[str]:
         ]
         parts += [
             f"### {title} on {name}",
-            _table(["method", "median ratio", "worst", "best", "blocks", "kind", "scope"], body),
+            table(["method", "median ratio", "worst", "best", "blocks", "kind", "scope"], body),
             _per_layer(model["per_layer"], [row["bound"] for row in rows]),
         ]
         if kind == "proved" and len(model["per_length"]) > 1:
@@ -148,12 +148,12 @@ def _per_layer(rows: list[Row], names: list[str]) -> str:
         [module_words(row), figure(row["reference"]), *(figure(row["median"].get(name)) for name in names)]
         for row in rows
     ]
-    return "Median ratio, layer by layer:\n\n" + _table(["layer", "reference", *(f"`{name}`" for name in names)], body)
+    return "Median ratio, layer by layer:\n\n" + table(["layer", "reference", *(f"`{name}`" for name in names)], body)
 
 
 def _per_length(rows: list[Row], names: list[str]) -> str:
     body = [[length_words(row), row["inputs"], *(figure(row["median"].get(name)) for name in names)] for row in rows]
-    return "Median ratio by length of the input:\n\n" + _table(["tokens", "inputs", *(f"`{n}`" for n in names)], body)
+    return "Median ratio by length of the input:\n\n" + table(["tokens", "inputs", *(f"`{n}`" for n in names)], body)
 
 
 def findings(aggregates: Aggregates, model: str, bound: str) -> list[str]:
@@ -199,34 +199,37 @@ def _gain(aggregates: Aggregates) -> list[str]:
         for bound in dict.fromkeys(row["bound"] for row in model["gain"]):
             rows = [row for row in model["gain"] if row["bound"] == bound]
             body = [[module_words(row), *(figure(row[column]) for column in columns)] for row in rows]
-            parts += [f"`{bound}` on {name}:", _table(["layer", *titles], body)]
+            parts += [f"`{bound}` on {name}:", table(["layer", *titles], body)]
     return parts if len(parts) > 1 else ["The bounds of the paper gave no numbers here."]
 
 
 def _not_answered(aggregates: Aggregates) -> list[str]:
     rows = [
-        [name, f"`{row['bound']}`", row["status"], row["count"], _cell(row["error"])]
+        [name, f"`{row['bound']}`", row["status"], row["count"], cell(row["error"])]
         for name, model in aggregates["models"].items()
         for row in model["not_answered"]
     ]
     parts = [
-        _table(["model", "method", "status", "blocks", "reason"], rows) if rows else "Every evaluation gave a number."
+        table(["model", "method", "status", "blocks", "reason"], rows) if rows else "Every evaluation gave a number."
     ]
     unmeasured = {name: m["unmeasured"] for name, m in aggregates["models"].items() if m["unmeasured"]}
     parts += [f"{count} blocks of {name} have no reference and are in no table." for name, count in unmeasured.items()]
-    return parts + [f"**{name} is incomplete**: {_cell(reason)}" for name, reason in aggregates["problems"].items()]
+    return parts + [f"**{name} is incomplete**: {cell(reason)}" for name, reason in aggregates["problems"].items()]
 
 
 def _violations(aggregates: Aggregates) -> list[str]:
     rows = [
-        [name, r["layer"], r["input"], f"`{r['bound']}`", r["kind"], r["value"], f"`{r['lower_bound']}`", r["reached"]]
+        [
+            *(name, r["layer"], r["input"], f"`{r['bound']}`", r["kind"], r["scope"]),
+            *(r["value"], f"`{r['lower_bound']}`", r["reached"]),
+        ]
         for name, model in aggregates["models"].items()
         for r in model["violations"]
     ]
     if not rows:
         return []
-    titles = ["model", "layer", "input", "upper bound", "kind", "value", "lower bound", "reached"]
-    return ["**Upper bounds below a lower bound. One of the two is wrong:**", _table(titles, rows)]
+    titles = ["model", "layer", "input", "upper bound", "kind", "scope", "value", "lower bound", "reached"]
+    return ["**Upper bounds below a lower bound. One of the two is wrong:**", table(titles, rows)]
 
 
 def _bracket(model: Row) -> str:
@@ -238,11 +241,3 @@ def _bracket(model: Row) -> str:
         return " It is itself a proved upper bound on the truth."
     above = 100 * (bracket["ratio"] - 1)
     return f" By the smallest upper bounds ({bracket['kind']}), the truth is at most {above:.3g} % above it."
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
-
-
-def _table(titles: list[str], rows: list[list[Any]]) -> str:
-    return tabulate(rows, titles, tablefmt="github", disable_numparse=True)

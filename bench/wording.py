@@ -6,6 +6,16 @@ import math
 import re
 from typing import Any
 
+from tabulate import tabulate
+
+
+KIND_TITLES = {
+    "proved": "Proved upper bounds",
+    "probable": "Probable upper bounds",
+    "estimate": "Estimates",
+    "lower": "Lower bounds",
+}
+
 
 def figure(value: float | None) -> str:
     """A number with about three digits; near and below 1, where the fourth matters, with more.
@@ -18,7 +28,7 @@ def figure(value: float | None) -> str:
     if not math.isfinite(value):
         return str(value)
     size = abs(value)
-    if 0 < size < 1e-3:
+    if 0 < size < 1e-3 or size >= 1e7:
         return f"{value:.2e}"
     if size >= 1000:
         return f"{value:,.0f}"
@@ -49,3 +59,13 @@ def length_words(row: dict[str, Any]) -> str:
         row: with the key `tokens`, the smallest and the largest number.
     """
     return " to ".join(str(count) for count in dict.fromkeys(row["tokens"]))
+
+
+def cell(text: str) -> str:
+    """Text that fits a cell of a table."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def table(titles: list[str], rows: list[list[Any]]) -> str:
+    """A table in Markdown."""
+    return tabulate(rows, titles, tablefmt="github", disable_numparse=True)

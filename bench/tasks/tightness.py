@@ -1,7 +1,8 @@
 """How far above the true local Lipschitz constant each bound is: every bound at every block, and the reference.
 
 The reference is the exact norm of the Jacobian where the block is small enough, and everywhere a lower bound and a
-probable upper bound from Lanczos, which bracket the truth.
+probable upper bound from Lanczos, which bracket the truth. It is shared by all scopes: the norm of the Jacobian at the
+input is a lower bound of the constant on every set around it.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import dataclasses as dc
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.evaluate import Case, evaluate, question
 from bench.machine import environment
 from bench.models import Model
+from bench.radii import INPUTS, SEARCHED_INPUTS, Radius, radii
 from bench.records import Record
 from bench.store import RecordStore
 from lipbounds import registry
@@ -27,6 +29,14 @@ CERTIFICATE = "lanczos_certificate"
 STEPS = (30, 60, 120, 240)  # of Lanczos from below: the next number is tried while the residual is too large
 LARGEST_RESIDUAL = 1e-6
 CERTIFICATE_OPTIONS = {"delta": 1e-9, "steps": 60}  # 2 to 3 % above the truth in dimensions up to 50 000
+
+
+class Method(NamedTuple):
+    """A bound or estimator as it is evaluated: with its options, and the radius where its scope has one."""
+
+    spec: BoundSpec
+    options: dict[str, Any]
+    radius: Radius | None = None
 
 
 @dc.dataclass
@@ -71,8 +81,10 @@ def run(
     models = list(models)
     session = _Session(store, models, force=force, time_limit=time_limit, command=command, outcome=outcome)
     for model in models:
+        inputs: set[str] = set()
         for case in _cases(model, model.count(quick), outcome.problems):
-            session.bound(case)
+            inputs.add(case.input)
+            session.bound(case, len(inputs))
             advance(case, model.seconds)
     return outcome
 
@@ -97,28 +109,36 @@ class _Session:
     outcome: Outcome
     _environment: str = ""
 
-    def bound(self, case: Case) -> None:
-        """Every method at one block."""
-        for spec, options in methods(case):
-            self.answer(case, spec, options)
+    def bound(self, case: Case, number: int) -> None:
+        """Every method at one block, whose input is the one of that number, from 1, among those of the model."""
+        for method in methods(case, number):
+            self.answer(case, method)
         self._lanczos(case)
 
     def _lanczos(self, case: Case) -> None:
         """The lower bound, with more steps until the Ritz vector is an eigenvector for all that matters."""
         for steps in STEPS:
-            record = self.answer(case, registry.get(LOWER), {"steps": steps})
+            record = self.answer(case, Method(registry.get(LOWER), {"steps": steps}))
             if record.status != "ok" or record.details.get("residual", 0.0) <= LARGEST_RESIDUAL:
                 return
 
-    def answer(self, case: Case, spec: BoundSpec, options: dict[str, Any]) -> Record:
+    def answer(self, case: Case, method: Method) -> Record:
         """The record of one evaluation, from the store if it is settled there."""
-        asked = question(TASK, case, spec, options)
+        spec, options, radius = method
+        asked = question(TASK, case, spec, options, None if radius is None else radius.value)
         self.outcome.keys.append(asked.key)
         known = self.store.records.get(asked.key)
         if known is not None and known.settled and not self.force:
             self.outcome.reused += 1
             return known
-        record = evaluate(asked, case.block, spec, time_limit=self.time_limit, environment=self.environment())
+        record = evaluate(
+            asked,
+            case.block,
+            spec,
+            time_limit=self.time_limit,
+            environment=self.environment(),
+            relative_radius=None if radius is None else radius.relative,
+        )
         self.store.append(record)
         self.outcome.evaluated += 1
         return record
@@ -131,32 +151,49 @@ class _Session:
                     "started": datetime.now(UTC).isoformat(timespec="milliseconds"),
                     "command": self.command,
                     "environment": environment(),
-                    "methods": {spec.name: declaration(spec) for spec in registry.select(scope="point")},
+                    "methods": {spec.name: declaration(spec) for spec in registry.select()},
                     "models": {model.name: model.description for model in self.models},
                 }
             )
         return self._environment
 
 
-def methods(case: Case) -> Iterator[tuple[BoundSpec, dict[str, Any]]]:
-    """Every registered bound at a point, and the estimators this block is small enough for, save Lanczos from below.
+def methods(case: Case, number: int = 1) -> Iterator[Method]:
+    """Every registered bound, refuted ones included, and the estimators that this block is small enough for.
 
-    Bounds that do not support the block are among them: what they say is recorded.
+    Lanczos from below is not among them: it is tried with more and more steps. Bounds that do not support the block
+    are: what they say is recorded.
 
     Args:
         case: the block.
+        number: of its input among those of the model, from 1: what has a radius is evaluated at the first ones only.
     """
-    for spec in registry.select(scope="point"):
-        if spec.name == CERTIFICATE:
-            yield spec, CERTIFICATE_OPTIONS
-        elif spec.name != LOWER and (spec.role == "bound" or is_small(case)):
-            yield spec, {}
+    for spec in [*registry.select(), *registry.refuted()]:
+        if spec.name == LOWER or not isinstance(case.block, spec.target) or not affordable(case, spec, number):
+            continue
+        options = CERTIFICATE_OPTIONS if spec.name == CERTIFICATE else {}
+        for radius in radii(case.block, spec.claim.scope):
+            yield Method(spec, options, radius)
 
 
-def is_small(case: Case) -> bool:
-    """Whether the dense Jacobian is cheap."""
+def affordable(case: Case, spec: BoundSpec, number: int) -> bool:
+    """Whether the method is cheap enough at this block and input.
+
+    Args:
+        case: the block.
+        spec: the bound or estimator.
+        number: of the input, from 1.
+    """
+    searches = spec.role == "estimator" and spec.name != CERTIFICATE
+    if spec.needs_radius and number > (SEARCHED_INPUTS if searches else INPUTS):
+        return False
     block = case.block
-    return max(block.moving_input.numel(), block.tokens * block.w_o.shape[-1]) <= SMALL
+    return not searches or max(block.moving_input.numel(), block.tokens * block.w_o.shape[-1]) <= SMALL
+
+
+def refuted() -> dict[str, dict[str, Any]]:
+    """The declarations of the refuted formulas, of every kind of attention, by name."""
+    return {spec.name: declaration(spec) for spec in registry.refuted()}
 
 
 def declaration(spec: BoundSpec) -> dict[str, Any]:
@@ -170,4 +207,5 @@ def declaration(spec: BoundSpec) -> dict[str, Any]:
         "summary": spec.summary,
         "source": str(spec.source),
         "cost": spec.cost,
+        "target": spec.target.__name__,
     }

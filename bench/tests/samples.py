@@ -54,11 +54,19 @@ def tiny_model(name: str = "tiny", breaks_at: int | None = None) -> Model:
     )
 
 
-def spec(compute: Callable[..., Any], *, name: str = "test.bound", kind: Any = "proved", **fields: Any) -> BoundSpec:
+def spec(
+    compute: Callable[..., Any],
+    *,
+    name: str = "test.bound",
+    kind: Any = "proved",
+    scope: Any = "point",
+    norm: Any = "l2",
+    **fields: Any,
+) -> BoundSpec:
     """A bound that is declared and not registered."""
     return BoundSpec(
         name=name,
-        claim=Claim(kind=kind, scope="point"),
+        claim=Claim(kind=kind, scope=scope, norm=norm),
         source=Source(title="test"),
         supports=fields.pop("supports", frozenset({"heads", "biases", "mask", "cross"})),
         cost="O(1)",
