@@ -31,6 +31,7 @@ from lipbounds.rounding import UNIT_ROUNDOFF, cast_up, inflate
 
 # Newton from the start above needs at most 6 steps to float64 accuracy on all rows we searched; the result is an
 # upper bound after any number of steps.
+NEARLY_TIED = 2.0**-30  # relative; the eigenvector is off by as much, and nu - w_2 by a share of 1e-5 at most
 NEWTON_STEPS = 8
 
 
@@ -151,7 +152,9 @@ def _attach_gradient(value: Tensor, rows: Rows, root: Tensor) -> Tensor:
     x = (root - equation.second).clamp(min=0)
     vector = -equation.ratios(x) * (equation.largest - root).unsqueeze(-1)
     vector = vector.scatter(-1, indices[..., :1], top[..., :1])
-    tied = (x <= 0).unsqueeze(-1) & (top[..., 1:] > 0)  # two equal largest weights: v = e_1 - e_2
+    # Two largest weights that are equal, or so close that nu - w_2 is nothing but rounding: v = e_1 - e_2.
+    close = (x <= 0) | (equation.largest - equation.second <= NEARLY_TIED * equation.largest)
+    tied = close.unsqueeze(-1) & (top[..., 1:] > 0)
     pair = torch.zeros_like(vector).scatter(-1, indices[..., :1], 1.0)
     if indices.shape[-1] > 1:
         pair = pair.scatter(-1, indices[..., 1:], -1.0)

@@ -236,3 +236,16 @@ def test_bad_input_gets_one_clear_error(case: str, as_a_user_runs_it: None) -> N
     call, message = BAD[case]
     with pytest.raises(InvalidInput, match=message):
         call()
+
+
+@pytest.mark.parametrize("difference", [0.0, 2.0**-53, 1e-13, 1e-10, 1e-8])
+def test_the_gradient_at_two_nearly_tied_keys(difference: float) -> None:
+    """Found by the nightly search: two largest weights that differ by rounding alone had a wrong eigenvector.
+
+    At a tie the eigenvector is (e_1 - e_2) / sqrt(2) and the eigenvalue p_1 = p_2, so its gradient by p is that of
+    (p_1 + p_2) / 2.
+    """
+    logits = torch.tensor([1.0, 1.0 - difference, 0.0, -2.0], dtype=torch.float64, requires_grad=True)
+    (found,) = torch.autograd.grad(softmax_spectrum.spectral_norm_upper_from_logits(logits), logits)
+    (expected,) = torch.autograd.grad(logits.softmax(-1)[:2].mean(), logits)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
