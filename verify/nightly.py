@@ -25,6 +25,7 @@ from rich.progress import track
 from lipbounds import registry
 from lipbounds.registry import BoundSpec
 from lipbounds.targets.attention import Attention
+from lipbounds.targets.mlp import Mlp
 from lipbounds.testing.contract import CHECKS, Refuted, checks_for, run_check
 from lipbounds.testing.falsify import can_climb, falsify_widely
 from lipbounds.testing.target_ascent import climb_widely
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def tasks(examples: int) -> list[Task]:
     """All checks of all bounds, `value` first, so that what is killed early has done what matters most."""
-    specs = registry.standing()
+    specs = [spec for spec in registry.standing() if spec.target is not Mlp]  # no strategy for them in the kit yet
     order = [*CHECKS, ASCENT]
     names = {spec.name: {*checks_for(spec), *([ASCENT] if _climbs(spec) else [])} for spec in specs}
     return [
