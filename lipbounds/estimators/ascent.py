@@ -84,7 +84,7 @@ def ascent_pairs(block: Attention, radius: float, *, steps: int = 15, restarts: 
     cost="O(r k H n (n + D) d), r restarts, k steps",
     role="estimator",
 )
-def ascent_jacobians(block: Attention, radius: float, *, steps: int = 12, restarts: int = 4, seed: int = 0) -> Tensor:
+def ascent_jacobians(block: Attention, radius: float, *, steps: int = 7, restarts: int = 4, seed: int = 0) -> Tensor:
     """Largest norm of the Jacobian found by gradient ascent in the ball, from below.
 
     Promise: at most the Lipschitz constant on the ball. Ascent is on ||J(y) v|| over y, with one step of power
