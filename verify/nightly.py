@@ -47,20 +47,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is not in the file yet, write the page, and return 1 if a bound was refuted."""
     parser = argparse.ArgumentParser(prog="python -m verify.nightly", description=__doc__)
     parser.add_argument("--examples", type=int, default=EXAMPLES, help="blocks a property (default: %(default)s)")
+    parser.add_argument("--bound", action="append", metavar="NAME", help="only this one; repeatable (default: all)")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: results")
     options = parser.parse_args(arguments)
     path = options.results / "nightly.jsonl"
     wanted = tasks(options.examples)
     rows = read(path)
-    todo = [task for task in wanted if task not in rows]
+    todo = [task for task in wanted if task not in rows and (options.bound is None or task[0] in options.bound)]
     with multiprocessing.get_context("spawn").Pool(JOBS) as pool, path.open("a", encoding="utf-8") as file:
         results = pool.imap_unordered(attack, todo, chunksize=1)
         for row in track(results, "nightly", len(todo), console=Console(stderr=True)):
             file.write(json.dumps(row) + "\n")
             file.flush()
             rows[key(row)] = row
-    chosen = [rows[task] for task in wanted]
-    (options.results / "nightly.md").write_text(page(chosen), encoding="utf-8")
+    pending = {task[0] for task in wanted if task not in rows}
+    chosen = [rows[task] for task in wanted if task[0] not in pending]
+    (options.results / "nightly.md").write_text(page(chosen, sorted(pending)), encoding="utf-8")
     return int(any(row["refuted"] for row in chosen))
 
 
@@ -115,12 +117,15 @@ def key(row: Row) -> Task:
     return row["bound"], row["version"], row["check"], row["examples"]
 
 
-def page(rows: list[Row]) -> str:
+def page(rows: list[Row], pending: Sequence[str] = ()) -> str:
     """The table in Markdown.
 
     Args:
-        rows: of one run, complete.
+        rows: of bounds that all of their checks attacked.
+        pending: bounds that some check has not attacked yet.
     """
+    if not rows:
+        return "# Nightly: no bound has been attacked by all of its checks yet\n"
     bounds = list(dict.fromkeys(row["bound"] for row in rows))
     refuted = [row for row in rows if row["refuted"]]
     survivors = len(bounds) - len({row["bound"] for row in refuted})
@@ -134,6 +139,7 @@ def page(rows: list[Row]) -> str:
         f"{sum(row['seconds'] for row in rows) / 60:.0f} minutes of one core. torch {environment['torch']}, hypothesis "
         f"{environment['hypothesis']}, CPU.",
         "",
+        *([f"Not attacked to the end yet: {', '.join(f'`{name}`' for name in pending)}.", ""] if pending else []),
         "The last column is the largest true / claimed norm that ascent found: 1 at most for a bound, and near 1 where",
         "somewhere it is tight. No search proves a bound; the proofs are with the formulas.",
         "",

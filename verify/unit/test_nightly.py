@@ -44,3 +44,10 @@ def test_the_page_counts_and_names_what_was_refuted() -> None:
     assert "| `a.bound` | 1 | 50 | 3 | nothing | 0.500000000 |" in page
     assert "| `b.bound` | 1 | 50 | 2 | value | - |" in page
     assert "too small\nby half" in page
+
+
+def test_the_page_names_what_was_not_attacked_to_the_end() -> None:
+    page = nightly.page([row()], ["b.bound"])
+    assert "**1 of 1 survive.**" in page
+    assert "Not attacked to the end yet: `b.bound`." in page
+    assert "b.bound" not in nightly.page([row()])
