@@ -8,7 +8,10 @@ such rows: they drop out. So, V_c = V - 1 v^T, K_c = K - 1 k^T,
     products:  ||W_V|| ||P|| + max_i ||J(P_i)|| s ||V_c|| ( ||K_c W_Q^T|| + ||Q W_K^T|| )
     weights:   ||W_V|| ||P|| + max_i ||J(P_i)|| s ||V_c|| ( ||W_Q|| ||K|| + ||W_K|| ||Q|| )
 
-The second form survives a rotation of each query and key (rotary positions), since it needs only their norms.
+Rotary positions turn q_i to R_i q_i, k_j to R_j k_j; then dS_ij = s ( <R_i W_Q^T dx_i, k_j> + <q_i, R_j W_K^T dx_j> ),
+q_i and k_j being turned. So the second form holds with max_i ||R_i W_Q^T|| <= rho ||W_Q|| in place of ||W_Q||, likewise
+for W_K, and the norms of the turned Q and K; rho is the norm of the rotations as given (lipbounds.targets.rotary). A
+key bias no longer is a common row, and stays in K. The first form would need W_Q^T R_i^T R_j W_K for all i, j.
 Where only the query moves, the terms with W_V and W_K are absent; where only the memory moves, that with W_Q is.
 max_i ||J(P_i)|| is exact here. Heads: ||W_O|| sqrt(sum_h L_h^2).
 
@@ -26,7 +29,15 @@ from lipbounds.ops.spectral import power_of_two, product_norm_upper, spectral_no
 from lipbounds.registry import Terms, bound
 from lipbounds.rounding import cast_up, inflate
 from lipbounds.targets.attention import Attention
-from lipbounds.targets.attention_norms import combine_heads, largest_softmax_norm, map_norm
+from lipbounds.targets.attention_norms import (
+    combine_heads,
+    key_change,
+    key_norm,
+    largest_softmax_norm,
+    map_norm,
+    query_change,
+    query_norm,
+)
 
 
 @bound(
@@ -52,7 +63,7 @@ def products(block: Attention) -> tuple[Tensor, Terms]:
     name="centred.weights",
     claim=Claim(kind="proved", scope="point", norm="l2"),
     source=Source(title="lipbounds", statement="centred form with separate norms, derived here (D4)"),
-    supports=("heads", "biases", "mask", "cross"),
+    supports=("heads", "biases", "mask", "cross", "rotary"),
     cost="O(H n^2 (d + n) + H D d^2)",
     version=2,
 )
@@ -61,9 +72,9 @@ def weights(block: Attention) -> tuple[Tensor, Terms]:
     wide = block.double
     change = torch.zeros_like(wide.logits[..., 0, 0])
     if wide.query_moves:
-        change = change + spectral_norm_upper(wide.w_q) * product_norm_upper(*wide.key_factors)
+        change = change + query_change(wide) * key_norm(wide)
     if wide.memory_moves:
-        change = change + spectral_norm_upper(wide.w_k) * product_norm_upper(*wide.query_factors)
+        change = change + key_change(wide) * query_norm(wide)
     return _finish(block, inflate(change, 4))
 
 
