@@ -10,11 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.ops import softmax, softmax_spectrum
-from lipbounds.ops.spectral import product_norm_upper, spectral_norm_upper, vector_norm
+from lipbounds.ops.spectral import spectral_norm_upper, vector_norm
 from lipbounds.rounding import inflate
 from lipbounds.targets.attention import Attention
-from lipbounds.targets.attention_rounding import logit_error, projection_error
-from lipbounds.targets.rotary import rotation_norm
+from lipbounds.targets.attention_rounding import logit_error
 
 
 LARGEST_EXPONENT = 600.0  # exp of it is finite; infinite slack would make the gradient NaN
@@ -44,36 +43,6 @@ def map_norm(block: Attention) -> Float[Tensor, "*batch heads"]:
     slack = torch.exp((2 * logit_error(block).amax(-1)).clamp(max=LARGEST_EXPONENT))
     norm = inflate(spectral_norm_upper(block.probabilities) * slack, block.logits.shape[-1] + 16)
     return torch.clamp(norm, max=inflate(torch.tensor(float(block.tokens)).double().sqrt(), 2).item())
-
-
-def query_norm(block: Attention) -> Float[Tensor, "*batch heads"]:
-    """||Q|| of each head, after the bias and the rotation."""
-    return _rotated_norm(block.queries, block.query_factors, block.query_rotation)
-
-
-def key_norm(block: Attention) -> Float[Tensor, "*batch heads"]:
-    """||K|| of each head, after the bias and the rotation."""
-    return _rotated_norm(block.keys, block.key_factors, block.key_rotation)
-
-
-def _rotated_norm(
-    rows: Float[Tensor, "*batch heads n head_dim"], factors: tuple[Tensor, Tensor], rotation: Tensor | None
-) -> Float[Tensor, "*batch heads"]:
-    """Each row has a rotation of its own, so the rotated rows are no product of two given matrices."""
-    if rotation is None:
-        return product_norm_upper(*factors)
-    error = vector_norm(projection_error(*factors, rotation))
-    return spectral_norm_upper(rows) + inflate(error, rows.shape[-2] + 8)
-
-
-def query_change(block: Attention) -> Float[Tensor, "*weights heads"]:
-    """max_i ||R_i W_Q^T||, at most rho ||W_Q||: how far a query moves with its token."""
-    return spectral_norm_upper(block.w_q) * rotation_norm(block.query_rotation, block.w_q[..., 0, 0])
-
-
-def key_change(block: Attention) -> Float[Tensor, "*weights heads"]:
-    """max_j ||R_j W_K^T||, at most rho ||W_K||: how far a key moves with its token."""
-    return spectral_norm_upper(block.w_k) * rotation_norm(block.key_rotation, block.w_k[..., 0, 0])
 
 
 def output_norm(block: Attention) -> Float[Tensor, "*weights"]:

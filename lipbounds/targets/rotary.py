@@ -77,6 +77,20 @@ def rotation_norm(
     return inflate(lengths, 4).clamp(min=1.0).unsqueeze(-1)  # 1 for the features that are left alone
 
 
+def rotation_matrices(
+    rotation: Float[Tensor, "*rotary n 2 pairs"], head_dim: int
+) -> Float[Tensor, "*rotary one n head_dim head_dim"]:
+    """R_i of each token as a matrix, with an axis for the heads.
+
+    Args:
+        rotation: cosines and sines.
+        head_dim: width of queries and keys.
+    """
+    identity = torch.eye(head_dim, dtype=rotation.dtype, device=rotation.device)
+    units = identity.unsqueeze(-2).expand(-1, rotation.shape[-3], -1)  # a unit vector a head
+    return rotate(units, rotation).movedim(-3, -1).unsqueeze(-4)
+
+
 def _cos_sin(rotation: Tensor) -> tuple[Tensor, Tensor]:
     """Both with an axis for the heads: [*rotary, 1, n, pairs]."""
     cos, sin = rotation.unsqueeze(-4).unbind(-2)

@@ -202,8 +202,9 @@ def _confirm(claims: Claims, candidates: list[Parameters]) -> Falsification:
 
 def _settings(spec: BoundSpec, random: Random) -> Iterator[tuple[Setting, int]]:
     """Small shapes with one feature at a time, quickly and then again, then any shapes and features, ever longer."""
-    alone: list[dict[str, Any]] = [{}, {"heads": 2}, {"biases": True}, *({"mask": mask} for mask in MASKS[1:])]
-    alone += [{"moves": "query"}, {"moves": "memory"}, {"scale": -0.7}, {"rotary": True}]
+    turned: list[dict[str, Any]] = [{"rotary": True}, {"rotary": True, "biases": True}]
+    alone: list[dict[str, Any]] = [{}, *turned, {"heads": 2}, {"biases": True}, *({"mask": mask} for mask in MASKS[1:])]
+    alone += [{"moves": "query"}, {"moves": "memory"}, {"scale": -0.7}]
     # One query: where it moves, nothing is left but the softmax, with more keys than two.
     one_query = [
         Setting(tokens=1, dim=1, moves="query", memory_tokens=3),

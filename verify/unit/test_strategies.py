@@ -32,9 +32,9 @@ def drawn(strategy: st.SearchStrategy, examples: int = 300) -> list:
 def test_every_choice_is_drawn() -> None:
     found = drawn(strategies.recipes(), 600)
     for field, names in {
-        "mask": MASKS, "rotary": ROTATIONS, "geometry": GEOMETRIES, "regime": REGIMES, "query": SPECTRA,
-        "value": SPECTRA, "dtype": strategies.DTYPES, "moves": ("self", "query", "memory"), "spread": strategies.SPREADS,
-        "scale": strategies.SCALES, "heads": (1, 2, 3, 4),
+        "mask": MASKS, "rotary": ROTATIONS, "geometry": GEOMETRIES, "regime": REGIMES,
+        "query": SPECTRA, "value": SPECTRA, "dtype": strategies.DTYPES, "moves": ("self", "query", "memory"),
+        "spread": strategies.SPREADS, "scale": strategies.SCALES, "heads": (1, 2, 3, 4),
     }.items():  # fmt: skip
         assert set(names) <= {getattr(recipe, field) for recipe in found}, field
     assert max(recipe.n for recipe in found) > 16
