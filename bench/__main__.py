@@ -166,7 +166,7 @@ def _progress(models: Sequence[Model], quick: bool) -> Iterator[Any]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    total = sum(model.layers * model.count(quick) * model.seconds for model in models)
+    total = sum(len(model.bounded) * model.count(quick) * model.seconds for model in models)
     with Progress(*columns, console=console, speed_estimate_period=120) as progress:
         task = progress.add_task("starting", total=total)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.architectures import ARCHITECTURES, Architecture
 from bench.evaluate import Case
 from lipbounds.capture import capture
 from lipbounds.targets.attention import Attention
@@ -34,6 +35,7 @@ class Model:
         quick_inputs: number of inputs of a quick run; they are the first ones of the full run.
         cases: yields the blocks of that many inputs, lazily.
         seconds: expected for all evaluations at one block, for the estimate of the remaining time only.
+        chosen: the layers that are bounded, where all would take too long; all if empty.
     """
 
     name: str
@@ -43,6 +45,12 @@ class Model:
     quick_inputs: int
     cases: Callable[[int], Iterator[Case]]
     seconds: float
+    chosen: tuple[int, ...] = ()
+
+    @property
+    def bounded(self) -> tuple[int, ...]:
+        """The numbers of the layers that are bounded."""
+        return self.chosen or tuple(range(self.layers))
 
     def count(self, quick: bool) -> int:
         """Number of inputs of a run."""
@@ -89,6 +97,7 @@ def zoo() -> list[Model]:
             seconds=1.0,
             cases=_torch_encoder,
         ),
+        *architectures(),
         *(
             Model(
                 name=f"random-{heads}-head{'s' if heads > 1 else ''}",
@@ -102,6 +111,23 @@ def zoo() -> list[Model]:
             )
             for heads in (1, 4)
         ),
+    ]
+
+
+def architectures() -> list[Model]:
+    """Transformers of common shapes, at their random start: no pretrained weights are reachable offline."""
+    return [
+        Model(
+            name=name,
+            description=found.description,
+            layers=found.layers,
+            chosen=found.chosen,
+            inputs=1,
+            quick_inputs=1,
+            seconds=found.seconds,
+            cases=functools.partial(_architecture, name, found),
+        )
+        for name, found in ARCHITECTURES.items()
     ]
 
 
@@ -119,7 +145,11 @@ def tensors_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def captured(
-    name: str, model: nn.Module, model_hash: str, inputs: Iterable[tuple[str, str, Callable[[], Any]]]
+    name: str,
+    model: nn.Module,
+    model_hash: str,
+    inputs: Iterable[tuple[str, str, Callable[[], Any]]],
+    chosen: tuple[int, ...] = (),
 ) -> Iterator[Case]:
     """The blocks of a model at inputs of batch size 1, in float64.
 
@@ -128,11 +158,14 @@ def captured(
         model: in evaluation mode.
         model_hash: of its weights.
         inputs: name and content hash of each input, and a function that runs the capture on it.
+        chosen: numbers of the blocks that are wanted; all if empty.
     """
     for identity, input_hash, run in inputs:
         with torch.no_grad():
             blocks = run()
         for found in blocks:
+            if chosen and found.index not in chosen:
+                continue
             yield Case(
                 model=name,
                 model_hash=model_hash,
@@ -198,6 +231,16 @@ def _digits(count: int) -> Iterator[Case]:
         for image in [test.images[index : index + 1]]
     ]
     return captured("digits-vit", model, tensors_hash(model.state_dict().items()), inputs)
+
+
+def _architecture(name: str, found: Architecture, count: int) -> Iterator[Case]:
+    model = found.model()
+    inputs = [
+        (f"seed-{seed}", tensors_hash([("input", given)]), functools.partial(found.blocks, model, given))
+        for seed in range(count)
+        for given in [found.input(seed)]
+    ]
+    return captured(name, model, tensors_hash(model.state_dict().items()), inputs, found.chosen)
 
 
 def _torch_encoder(count: int) -> Iterator[Case]:

@@ -6,7 +6,9 @@ import itertools
 
 import pytest
 import torch
+import transformers
 
+from bench.architectures import VOCABULARY, llama_blocks, words
 from bench.models import SENTENCES, Model, interleaved, tensors_hash, zoo
 
 
@@ -16,7 +18,7 @@ MODELS = {model.name: model for model in zoo()}
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
 def test_one_input_gives_one_block_a_layer(model: Model) -> None:
     cases = list(model.cases(1))
-    assert [case.layer for case in cases] == list(range(model.layers))
+    assert [case.layer for case in cases] == list(model.bounded)
     assert {(case.model, case.input) for case in cases} == {(model.name, cases[0].input)}
     for case in cases:
         assert case.block.dtype == torch.float64
@@ -36,6 +38,36 @@ def test_models_and_inputs_are_the_same_every_time_and_quick_ones_come_first(nam
     for one, other in zip(model.cases(1), model.cases(1), strict=True):
         assert torch.equal(one.block.w_q, other.block.w_q)
         assert torch.equal(one.block.x, other.block.x)
+
+
+def test_the_llama_blocks_give_what_the_model_computes() -> None:
+    """In float64, so that nothing but a wrong weight, head, mask or position can make a difference."""
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=24,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attn_implementation="sdpa",
+    )
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = transformers.LlamaModel(config).eval().double()
+        for parameter in model.parameters():  # the start of the model is too small for positions to matter
+            parameter.copy_(torch.randn_like(parameter) / 2)
+        outputs: list[torch.Tensor] = []
+        for layer in model.layers:
+            layer.self_attn.register_forward_hook(lambda *call: outputs.append(call[-1][0]))
+        blocks = llama_blocks(model, words(0)[:, :9])
+    assert len(blocks) == len(outputs) == 2
+    for found, output in zip(blocks, outputs, strict=True):
+        block = found.attention
+        assert block.features == {"heads", "mask", "rotary"}
+        torch.testing.assert_close(block.forward(), output, rtol=1e-10, atol=1e-10)
+        still = torch.tensor([1.0, 0.0]).double()[:, None].expand(9, 2, 3)
+        unturned = block.replace(query_rotation=still, key_rotation=still)
+        assert (unturned.forward() - output).abs().max() > 1e-2
 
 
 def test_a_run_leaves_the_random_state_of_the_caller_alone() -> None:

@@ -8,7 +8,11 @@ such rows: they drop out. So, V_c = V - 1 v^T, K_c = K - 1 k^T,
     products:  ||W_V|| ||P|| + max_i ||J(P_i)|| s ||V_c|| ( ||K_c W_Q^T|| + ||Q W_K^T|| )
     weights:   ||W_V|| ||P|| + max_i ||J(P_i)|| s ||V_c|| ( ||W_Q|| ||K|| + ||W_K|| ||Q|| )
 
-The second form survives a rotation of each query and key (rotary positions), since it needs only their norms.
+Rotary positions turn q_i to R_i q_i, k_j to R_j k_j; then dS_ij = s ( <R_i W_Q^T dx_i, k_j> + <q_i, R_j W_K^T dx_j> ),
+q_i and k_j being turned. The first form holds with max_i ||K_c R_i W_Q^T|| and max_j ||Q R_j W_K^T||, K and Q turned
+(lipbounds.targets.attention_changes); the second with the norms of the turned Q and K, and max_i ||R_i W_Q^T|| <= rho
+||W_Q|| for ||W_Q||, likewise for W_K, rho the norm of the rotations as given (lipbounds.targets.rotary). A key bias no
+longer is a common row, and stays in K.
 Where only the query moves, the terms with W_V and W_K are absent; where only the memory moves, that with W_Q is.
 max_i ||J(P_i)|| is exact here. Heads: ||W_O|| sqrt(sum_h L_h^2).
 
@@ -32,6 +36,15 @@ from lipbounds.ops.spectral import power_of_two, product_norm_upper, spectral_no
 from lipbounds.registry import Terms, bound
 from lipbounds.rounding import cast_up, inflate
 from lipbounds.targets.attention import Attention
+from lipbounds.targets.attention_changes import (
+    change_by_keys,
+    key_norm,
+    key_weights_norm,
+    query_norm,
+    query_weights_norm,
+    turned_product_norm,
+)
+from lipbounds.targets.attention_covariance import centred_keys
 from lipbounds.targets.attention_norms import combine_heads, largest_softmax_norm, map_norm
 
 
@@ -39,8 +52,8 @@ from lipbounds.targets.attention_norms import combine_heads, largest_softmax_nor
     name="centred.products",
     claim=Claim(kind="proved", scope="point", norm="l2"),
     source=Source(title="lipbounds", statement="centred form of Theorem 3 of Yudin et al. 2025, derived here (D1)"),
-    supports=("heads", "biases", "mask", "cross"),
-    cost="O(H n^2 (d + n) + H D d^2)",
+    supports=("heads", "biases", "mask", "cross", "rotary"),
+    cost="O(H n^2 (d + n) + H D d^2); with rotary positions also O(H n d^3)",
     version=2,
 )
 def products(block: Attention) -> tuple[Tensor, Terms]:
@@ -48,9 +61,9 @@ def products(block: Attention) -> tuple[Tensor, Terms]:
     wide = block.double
     change = torch.zeros_like(wide.logits[..., 0, 0])
     if wide.query_moves:
-        change = change + product_norm_upper(*_centred_factors(wide.source_input, wide.w_k), wide.w_q.mT)
+        change = change + _change_by_queries(wide)
     if wide.memory_moves:
-        change = change + product_norm_upper(*wide.query_factors, wide.w_k.mT)
+        change = change + change_by_keys(wide)
     return _finish(block, change)
 
 
@@ -58,7 +71,7 @@ def products(block: Attention) -> tuple[Tensor, Terms]:
     name="centred.weights",
     claim=Claim(kind="proved", scope="point", norm="l2"),
     source=Source(title="lipbounds", statement="centred form with separate norms, derived here (D4)"),
-    supports=("heads", "biases", "mask", "cross"),
+    supports=("heads", "biases", "mask", "cross", "rotary"),
     cost="O(H n^2 (d + n) + H D d^2)",
     version=2,
 )
@@ -67,9 +80,9 @@ def weights(block: Attention) -> tuple[Tensor, Terms]:
     wide = block.double
     change = torch.zeros_like(wide.logits[..., 0, 0])
     if wide.query_moves:
-        change = change + spectral_norm_upper(wide.w_q) * product_norm_upper(*wide.key_factors)
+        change = change + query_weights_norm(wide) * key_norm(wide)
     if wide.memory_moves:
-        change = change + spectral_norm_upper(wide.w_k) * product_norm_upper(*wide.query_factors)
+        change = change + key_weights_norm(wide) * query_norm(wide)
     return _finish(block, inflate(change, 4))
 
 
@@ -104,6 +117,15 @@ def _finish(block: Attention, change: Tensor) -> tuple[Tensor, Terms]:
         mixing = spectral_norm_upper(wide.w_v) * map_norm(wide)
     value = inflate(combine_heads(wide, mixing + softmax_part), 8)
     return cast_up(value, block.dtype), {"detail.mixing": mixing, "detail.softmax_part": softmax_part}
+
+
+def _change_by_queries(block: Attention) -> Tensor:
+    """||K_c W_Q^T||, or max_i ||K_c R_i W_Q^T|| with rotary positions."""
+    if block.query_rotation is None:
+        return product_norm_upper(*_centred_factors(block.source_input, block.w_k), block.w_q.mT)
+    keys = centred_keys(block)
+    error = inflate(keys.error * keys.rows.shape[-2] ** 0.5, 4)
+    return turned_product_norm(keys.rows, error, block.query_rotation, block.w_q)
 
 
 def _centred_factors(tokens: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

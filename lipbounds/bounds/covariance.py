@@ -16,8 +16,15 @@ With C_i the covariance of the tokens under row i, Cov_i(V, K) = W_V^T C_i W_K a
 
     covariance.trace:  ||W_V|| ( ||P|| + s ||W_Q W_K^T|| max_i tr C_i + sqrt( max_j sum_i P_ij |u_i|^2 tr C_i ) ).
 
-Biases of keys and values drop out of covariances. Where only the query moves, the middle term remains; where only the
-memory moves, the other two. Heads: ||W_O|| sqrt(sum_h L_h^2).
+Biases of keys and values drop out of covariances.
+
+Rotary positions turn q_i to R_i q_i and k_j to R_j k_j and keep the proof of covariance.exact: R_i W_Q^T stands for
+W_Q^T, the covariance is that of the turned keys (with their biases), and u_ij = s W_K R_j^T q_i depends on the key, so
+that |u_i| is replaced by s rho ||W_K|| |q_i|, rho the norm of the rotations as given. In covariance.trace the
+covariance of turned keys no longer is W_V^T C_i W_K: it refuses them.
+
+Where only the query moves, the middle term remains; where only the memory moves, the other two. Heads: ||W_O||
+sqrt(sum_h L_h^2).
 
 Numerics: float64. Covariances are differences of moments of centred data; the error of a moment is at most gamma
 times the moment of absolute values, that of P follows from logit_error, and both are added by
@@ -35,7 +42,9 @@ from lipbounds.ops.spectral import product_norm_upper, spectral_norm_upper
 from lipbounds.registry import Terms, bound
 from lipbounds.rounding import cast_up, gamma, inflate
 from lipbounds.targets.attention import Attention
+from lipbounds.targets.attention_changes import key_weights_norm
 from lipbounds.targets.attention_covariance import (
+    centred_keys,
     centred_projection,
     centred_tokens,
     map_upper,
@@ -43,13 +52,15 @@ from lipbounds.targets.attention_covariance import (
     row_variance,
 )
 from lipbounds.targets.attention_norms import combine_heads, map_norm
+from lipbounds.targets.attention_rounding import projection_error
+from lipbounds.targets.rotary import rotation_matrices, rotation_norm
 
 
 @bound(
     name="covariance.exact",
     claim=Claim(kind="proved", scope="point", norm="l2"),
     source=Source(title="lipbounds", statement="covariance form, derived here (D2)"),
-    supports=("heads", "biases", "mask", "cross"),
+    supports=("heads", "biases", "mask", "cross", "rotary"),
     cost="O(H n^2 d^2 + H n d^3)",
     version=2,
 )
@@ -60,9 +71,11 @@ def exact(block: Attention) -> tuple[Tensor, Terms]:
     values = centred_projection(wide.source_input, wide.w_v)
     query_part = key_part = mixing = torch.zeros_like(wide.logits[..., 0, 0])
     if wide.query_moves:
-        cross, error = row_covariance(wide, values, centred_projection(wide.source_input, wide.w_k))
+        cross, error = row_covariance(wide, values, centred_keys(wide))
         queries = wide.w_q.mT.unsqueeze(-3)
-        norms = product_norm_upper(cross, queries) + error * queries.norm(dim=(-2, -1))
+        turns = () if wide.query_rotation is None else (rotation_matrices(wide.query_rotation, wide.w_q.shape[-1]),)
+        size = queries.norm(dim=(-2, -1)) * rotation_norm(wide.query_rotation, wide.w_q[..., 0, 0]).unsqueeze(-1)
+        norms = product_norm_upper(cross, *turns, queries) + error * size
         query_part = scale * norms.amax(-1)
     if wide.memory_moves:
         spread, error = row_covariance(wide, values, values)
@@ -99,7 +112,12 @@ def _key_part(block: Attention, spreads: Float[Tensor, "*batch heads n"]) -> Flo
     tokens, weights = block.query_factors
     size = tokens.norm(dim=-1) * (weights.norm(dim=(-2, -1)) * block.w_k.norm(dim=(-2, -1))).unsqueeze(-1)
     operations = 2 * (weights.shape[-2] + weights.shape[-1] + 4)
-    reach = (block.queries @ block.w_k.mT).norm(dim=-1) + gamma(operations) * size
+    if block.key_rotation is None:
+        reach = (block.queries @ block.w_k.mT).norm(dim=-1) + gamma(operations) * size
+    else:
+        error = projection_error(tokens, weights, block.query_rotation)
+        length = inflate(block.queries.norm(dim=-1) + error, block.w_q.shape[-1] + 4)
+        reach = length * key_weights_norm(block).unsqueeze(-1)
     weighted = reach.square() * spreads
     columns = (weighted.unsqueeze(-2) @ map_upper(block)).squeeze(-2)
     return abs(block.scale_value) * inflate(_root(columns.amax(-1)), block.tokens + block.w_k.shape[-2] + 16)

@@ -20,6 +20,9 @@ With biases Q = X W_Q + 1 b_Q^T and so on, and the formula as printed is not a b
 
 Where only the query input moves, the first and the last term are 0; where only the memory moves, ||K W_Q^T|| is.
 
+Rotary positions (ours): q_i and k_j in dS are turned, and the two norms become max_i ||K R_i W_Q^T|| and max_j ||Q R_j
+W_K^T|| with the turned Q and K: lipbounds.targets.attention_changes. Nothing else of the proof is touched.
+
 Heads (ours: the theorem is stated for one): the concatenation of heads with constants L_h has sqrt(sum_h L_h^2), and
 the output projection multiplies by ||W_O||.
 
@@ -43,6 +46,7 @@ from lipbounds.ops.spectral import product_norm_upper, spectral_norm_upper
 from lipbounds.registry import BoundSpec, Terms, bound
 from lipbounds.rounding import cast_up
 from lipbounds.targets.attention import Attention
+from lipbounds.targets.attention_changes import change_by_keys, change_by_queries
 from lipbounds.targets.attention_norms import combine_heads, largest_g_1, largest_softmax_norm, map_norm, output_norm
 
 
@@ -76,9 +80,9 @@ def _with_biases(block: Attention, softmax_norm: SoftmaxNorm) -> tuple[Tensor, T
     logit_change = torch.zeros_like(norms)
     mixing = torch.zeros_like(norms)
     if block.query_moves:
-        logit_change = logit_change + product_norm_upper(*block.key_factors, block.w_q.mT)
+        logit_change = logit_change + change_by_queries(block)
     if block.memory_moves:
-        logit_change = logit_change + product_norm_upper(*block.query_factors, block.w_k.mT)
+        logit_change = logit_change + change_by_keys(block)
         mixing = spectral_norm_upper(block.w_v) * map_norm(block)
     values = product_norm_upper(*block.value_factors)
     return _combine(block, mixing, values * norms * abs(block.scale_value) * logit_change, norms)
@@ -107,8 +111,8 @@ def _declare(name: str, formula: Callable[..., tuple[Tensor, Terms]], factor: So
         name=f"yudin2025.{name}",
         claim=Claim(kind="proved", scope="point", norm="l2"),
         source=Source(title=PAPER, authors=AUTHORS, year=2025, arxiv="2507.07814", statement=statement),
-        supports=("heads", "mask") if literal else ("heads", "biases", "mask", "cross"),
-        cost="O(H n^2 (d + n) + H D d^2)",
+        supports=("heads", "mask") if literal else ("heads", "biases", "mask", "cross", "rotary"),
+        cost="O(H n^2 (d + n) + H D d^2); with rotary positions also O(H n d^3)",
     )(compute)
 
 

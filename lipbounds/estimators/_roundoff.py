@@ -10,7 +10,8 @@ where c counts the roundings on the longest path (Higham 2002, section 3.5). The
 second member of a pair, never formed by subtraction. The same sum read backwards bounds J^T u, and the sum over heads
 of P V W_O, which is multilinear too, the output.
 
-The errors: Q, K, V have gamma(inner size) times their formula on absolute values; the logits follow from Q and K. A
+The errors: Q, K, V have gamma(inner size) times their formula on absolute values, with |R_i| for a rotation, which is
+given exactly and adds two roundings to each entry of Q and K; the logits follow from Q and K. A
 change of at most r in each logit of a row turns p_j into p_j / (1 + t) with |t| <= (1 - p_j)(e^{2 r} - 1): write the
 new sum as e^{r_j} (1 + sum_{k != j} p_k (e^{r_k - r_j} - 1)). So an entry near 1 is known far better than a small one.
 
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from lipbounds.rounding import EXP_ULPS, UNIT_ROUNDOFF, gamma
 from lipbounds.targets.attention import Attention
+from lipbounds.targets.rotary import rotate_sizes
 
 
 # Attention to a key this far below the largest logit is below 2**-1090, exactly and as computed.
@@ -47,6 +49,11 @@ class _Pair:
     @property
     def mT(self) -> _Pair:
         return _Pair(self.size.mT, None if self.error is None else self.error.mT)
+
+    def rotated(self, rotation: Tensor | None) -> _Pair:
+        """A bound for the vectors turned either way; the two roundings of a turn are counted by `operations`."""
+        error = None if self.error is None else rotate_sizes(self.error, rotation)
+        return _Pair(rotate_sizes(self.size, rotation), error)
 
     def sum(self, dim: int, keepdim: bool = False) -> _Pair:
         error = None if self.error is None else self.error.sum(dim, keepdim)
@@ -85,8 +92,8 @@ class Roundoff:
         self.block = block
         self.w_q, self.w_k, self.w_v, self.w_o = (_Pair(w.abs()) for w in (block.w_q, block.w_k, block.w_v, block.w_o))
         self.scale = _Pair(block.x.new_tensor(abs(block.scale_value)))
-        self.queries = _projected(block.x, block.w_q, block.b_q, block.queries)
-        self.keys = _projected(block.source_input, block.w_k, block.b_k, block.keys)
+        self.queries = _projected(block.x, block.w_q, block.b_q, block.queries, block.query_rotation)
+        self.keys = _projected(block.source_input, block.w_k, block.b_k, block.keys, block.key_rotation)
         self.values = _projected(block.source_input, block.w_v, block.b_v, block.values)
         self.maps = self._maps()
         n, m = block.logits.shape[-2:]
@@ -103,9 +110,9 @@ class Roundoff:
         tangent = _Pair(magnitude.unsqueeze(-3))
         logit_change: list[_Pair] = []
         if block.query_moves:
-            logit_change.append(tangent @ self.w_q @ self.keys.mT)
+            logit_change.append((tangent @ self.w_q).rotated(block.query_rotation) @ self.keys.mT)
         if block.memory_moves:
-            logit_change.append(self.queries @ (tangent @ self.w_k).mT)
+            logit_change.append(self.queries @ (tangent @ self.w_k).rotated(block.key_rotation).mT)
         change = self._softmax_derivative(self.scale * _total(logit_change)) @ self.values
         if block.memory_moves:
             change = change + self.maps @ (tangent @ self.w_v)
@@ -118,9 +125,9 @@ class Roundoff:
         logit_change = self.scale * self._softmax_derivative(per_head @ self.values.mT)
         result: list[_Pair] = []
         if block.query_moves:
-            result.append(logit_change @ self.keys @ self.w_q.mT)
+            result.append((logit_change @ self.keys).rotated(block.query_rotation) @ self.w_q.mT)
         if block.memory_moves:
-            result.append(logit_change.mT @ self.queries @ self.w_k.mT)
+            result.append((logit_change.mT @ self.queries).rotated(block.key_rotation) @ self.w_k.mT)
             result.append(self.maps.mT @ per_head @ self.w_v.mT)
         return self._bound(_total(result).sum(-3))
 
@@ -164,12 +171,15 @@ class Roundoff:
         return torch.where(matters, error, 0.0).amax(-1, keepdim=True) * OWN_ROUNDING
 
 
-def _projected(tokens: Tensor, weights: Tensor, bias: Tensor | None, computed: Tensor) -> _Pair:
-    """The pair of tokens @ weights + bias, whose computed value is known."""
+def _projected(
+    tokens: Tensor, weights: Tensor, bias: Tensor | None, computed: Tensor, rotation: Tensor | None = None
+) -> _Pair:
+    """The pair of tokens @ weights + bias, then turned, whose computed value is known."""
     size = tokens.abs().unsqueeze(-3) @ weights.abs()
     if bias is not None:
         size = size + bias.abs().unsqueeze(-2)
-    error = 2 * gamma(tokens.shape[-1] + 4) * size
+    size = rotate_sizes(size, rotation)
+    error = 2 * gamma(tokens.shape[-1] + 4) * size  # a turn adds two roundings: the factor 2 pays for them
     return _Pair(computed.abs() + error, error)
 
 

@@ -133,7 +133,7 @@ def _relative_error(size: int, steps: int, delta: float) -> float:
         year=1950,
         statement="largest singular value by Krylov subspaces of J^T J",
     ),
-    supports=("heads", "biases", "mask", "cross"),
+    supports=("heads", "biases", "mask", "cross", "rotary"),
     cost="O(k H n (n + D) d + k^2 n D), k steps",
     role="estimator",
 )
@@ -159,7 +159,7 @@ def lanczos(block: Attention, *, steps: int = 60, seed: int = 0) -> tuple[Tensor
     name="lanczos_certificate",
     claim=Claim(kind="probable", scope="point"),
     source=SOURCE,
-    supports=("heads", "biases", "mask", "cross"),
+    supports=("heads", "biases", "mask", "cross", "rotary"),
     cost="O(k H n (n + D) d + k^2 n D), k steps",
     role="estimator",
 )

@@ -26,8 +26,13 @@ TRAILING = {
     "b_k": 2,
     "b_v": 2,
     "b_o": 1,
+    "query_rotation": 3,
+    "key_rotation": 3,
     "logit_bias": 3,
 }
+# |c^2 + s^2 - 1| of cosines and sines rounded to bfloat16 is at most 2^-7.9. A block in a wide dtype may hold floats of
+# a short one (models compute angles in float32), so this is no check of the last digits: bounds use the norm there is.
+ROTATION_TOLERANCE = 2.0**-6
 
 
 def check_attention(block: Attention) -> None:
@@ -38,6 +43,7 @@ def check_attention(block: Attention) -> None:
     _check_shapes(block, present)
     _check_batches(present)
     _check_values(block, present)
+    _check_rotations(block)
 
 
 def expand_groups(block: Attention, name: str) -> Tensor | None:
@@ -115,6 +121,9 @@ def _check_shapes(block: Attention, present: dict[str, Tensor]) -> None:
         "b_v": (groups, value_dim),
         "b_o": (out_dim,),
     }
+    if block.query_rotation is not None and block.key_rotation is not None:
+        pairs = block.query_rotation.shape[-1]
+        expected |= {"query_rotation": (n, 2, pairs), "key_rotation": (m, 2, pairs)}
     if block.memory is None:
         expected["x"] = (n, memory_dim) if memory_dim != dim else (n, dim)
     for name, shape in expected.items():
@@ -161,4 +170,25 @@ def _check_values(block: Attention, present: dict[str, Tensor]) -> None:
             raise InvalidInput(
                 f"every query must see at least one key, got {int(hidden.sum())} fully masked rows in logit_bias; "
                 "drop padded queries from x, or let them see themselves."
+            )
+
+
+def _check_rotations(block: Attention) -> None:
+    if block.query_rotation is None or block.key_rotation is None:
+        if block.query_rotation is not None or block.key_rotation is not None:
+            got = "query_rotation" if block.key_rotation is None else "key_rotation"
+            raise InvalidInput(f"query_rotation and key_rotation go together, got {got} alone; pass both.")
+        return
+    pairs, width = block.query_rotation.shape[-1], block.w_q.shape[-1]
+    if not 1 <= 2 * pairs <= width:
+        raise InvalidInput(
+            f"query_rotation must have 1 to {width // 2} pairs for queries of width {width}, got {pairs}; pass the "
+            "cosine and the sine of each pair once, not of each feature."
+        )
+    for name in ("query_rotation", "key_rotation"):
+        worst = (getattr(block, name).double().square().sum(-2) - 1).abs().max().item()
+        if not worst <= ROTATION_TOLERANCE:
+            raise InvalidInput(
+                f"{name} must hold cosines and sines: c^2 + s^2 = 1 up to {ROTATION_TOLERANCE:g}, got an error of "
+                f"{worst:.3g}; pass torch.stack([angles.cos(), angles.sin()], -2)."
             )

@@ -5,8 +5,10 @@
 | X | `x` | n tokens, D features |
 | W_Q, W_K, W_V, W_O of head h | `w_q[h]`, `w_k[h]`, `w_v[h]`, `w_o[h]` | D x d, D x d, D x d_v, d_v x D |
 | b_Q, b_K, b_V of head h, b_O | `b_q[h]`, `b_k[h]`, `b_v[h]`, `b_o` | d, d, d_v, D |
+| R_i, of queries; of keys | `query_rotation`; `key_rotation` | rotary positions: lipbounds.targets.rotary |
 | s | `scale` | 1/sqrt(d) unless given |
 | B | `logit_bias` | H x n x m, -inf where masked |
+| Q, K | `queries`, `keys` | rows (x_i W_Q + b_Q) R_i^T and (x_j W_K + b_K) R_j^T; H x n x d, H x m x d |
 | S, P | `logits`, `probabilities` | S = s Q K^T + B, P = row softmax of S; H x n x m |
 | Y | `forward()` | sum_h P_h V_h W_O^h + b_O, n x D |
 """
@@ -24,6 +26,8 @@ from torch import Tensor
 
 from lipbounds.claims import Feature
 from lipbounds.targets._attention_checks import check_attention, expand_groups
+from lipbounds.targets.projection import affine_factors, merge_heads, project
+from lipbounds.targets.rotary import rotate, rotate_back
 from lipbounds.targets.target import Target
 
 
@@ -48,6 +52,9 @@ class Attention(Target):
         b_v: value bias.
         b_o: output bias; it does not move the Jacobian.
         scale: factor s of the logits; 1/sqrt(d) if None.
+        query_rotation: rotary positions of the queries, cosines and sines of the angles of each token (layout:
+            lipbounds.targets.rotary), such as `torch.stack([angles.cos(), angles.sin()], -2)`; with `key_rotation`.
+        key_rotation: the same for the keys; in self-attention usually the same tensor.
         logit_bias: added to the logits: a mask (-inf where a key is hidden), relative positions; constant in the input.
         causal: hide the keys after each query; self-attention only (a rectangular mask has no single convention).
         memory: the tokens that give keys and values in cross-attention (or with a key-value cache); None: `x` does.
@@ -66,6 +73,8 @@ class Attention(Target):
     b_k: Float[Tensor, "*weights groups head_dim"] | None = None
     b_v: Float[Tensor, "*weights groups value_dim"] | None = None
     b_o: Float[Tensor, "*weights out_dim"] | None = None
+    query_rotation: Float[Tensor, "*rotary n 2 pairs"] | None = None
+    key_rotation: Float[Tensor, "*rotary m 2 pairs"] | None = None
     scale: float | None = None
     logit_bias: Float[Tensor, "*mask n m"] | None = None
     causal: bool = False
@@ -121,8 +130,7 @@ class Attention(Target):
     def batch_shape(self) -> torch.Size:
         """The broadcast leading shape of inputs, weights and logit bias."""
         leading = [self.x.shape[:-2], self.source_input.shape[:-2], self.w_q.shape[:-3]]
-        if self.logit_bias is not None:
-            leading.append(self.logit_bias.shape[:-3])
+        leading += [t.shape[:-3] for t in (self.logit_bias, self.query_rotation, self.key_rotation) if t is not None]
         return torch.broadcast_shapes(*leading)
 
     @cached_property
@@ -137,6 +145,8 @@ class Attention(Target):
             present.add("mask")
         if self.memory is not None:
             present.add("cross")
+        if self.query_rotation is not None:
+            present.add("rotary")
         return frozenset(present)
 
     # -- its values ---------------------------------------------------------------------------------------------
@@ -153,11 +163,11 @@ class Attention(Target):
 
     @cached_property
     def queries(self) -> Float[Tensor, "*batch heads n head_dim"]:
-        return project(self.x, self.w_q, self.b_q)
+        return rotate(project(self.x, self.w_q, self.b_q), self.query_rotation)
 
     @cached_property
     def keys(self) -> Float[Tensor, "*batch heads m head_dim"]:
-        return project(self.source_input, self.w_k, self.b_k)
+        return rotate(project(self.source_input, self.w_k, self.b_k), self.key_rotation)
 
     @cached_property
     def values(self) -> Float[Tensor, "*batch heads m value_dim"]:
@@ -176,18 +186,18 @@ class Attention(Target):
 
     @property
     def query_factors(self) -> tuple[Tensor, Tensor]:
-        """Matrices of given floats whose product is Q, biases included: what rounding analysis needs."""
-        return _affine_factors(self.x, self.w_q, self.b_q)
+        """Matrices of given floats whose product is Q before its rotation: what rounding analysis needs."""
+        return affine_factors(self.x, self.w_q, self.b_q)
 
     @property
     def key_factors(self) -> tuple[Tensor, Tensor]:
-        """Matrices of given floats whose product is K."""
-        return _affine_factors(self.source_input, self.w_k, self.b_k)
+        """Matrices of given floats whose product is K before its rotation."""
+        return affine_factors(self.source_input, self.w_k, self.b_k)
 
     @property
     def value_factors(self) -> tuple[Tensor, Tensor]:
         """Matrices of given floats whose product is V."""
-        return _affine_factors(self.source_input, self.w_v, self.b_v)
+        return affine_factors(self.source_input, self.w_v, self.b_v)
 
     @property
     def scale_value(self) -> float:
@@ -206,9 +216,9 @@ class Attention(Target):
         change = tangent.new_zeros(())
         logit_change = tangent.new_zeros(())
         if self.query_moves:
-            logit_change = logit_change + project(tangent, self.w_q) @ self.keys.mT
+            logit_change = logit_change + rotate(project(tangent, self.w_q), self.query_rotation) @ self.keys.mT
         if self.memory_moves:
-            logit_change = logit_change + self.queries @ project(tangent, self.w_k).mT
+            logit_change = logit_change + self.queries @ rotate(project(tangent, self.w_k), self.key_rotation).mT
             change = change + self.probabilities @ project(tangent, self.w_v)
         change = change + self._softmax_derivative(self.scale_value * logit_change) @ self.values
         return merge_heads(change, self.w_o)
@@ -219,9 +229,10 @@ class Attention(Target):
         logit_change = self.scale_value * self._softmax_derivative(per_head @ self.values.mT)
         result = cotangent.new_zeros(())
         if self.query_moves:
-            result = result + (logit_change @ self.keys @ self.w_q.mT).sum(-3)
+            result = result + (rotate_back(logit_change @ self.keys, self.query_rotation) @ self.w_q.mT).sum(-3)
         if self.memory_moves:
-            result = result + (logit_change.mT @ self.queries @ self.w_k.mT).sum(-3)
+            by_key = rotate_back(logit_change.mT @ self.queries, self.key_rotation)
+            result = result + (by_key @ self.w_k.mT).sum(-3)
             result = result + (self.probabilities.mT @ per_head @ self.w_v.mT).sum(-3)
         return result
 
@@ -256,35 +267,11 @@ class Attention(Target):
         def call(moving: Tensor) -> Tensor:
             x = self.x if self.moves == "memory" else moving
             source = moving if self.memory_moves else self.source_input
-            logits = self.scale_value * project(x, self.w_q, self.b_q) @ project(source, self.w_k, self.b_k).mT
+            queries = rotate(project(x, self.w_q, self.b_q), self.query_rotation)
+            keys = rotate(project(source, self.w_k, self.b_k), self.key_rotation)
+            logits = self.scale_value * queries @ keys.mT
             logits = logits if self.mask is None else logits + self.mask
             output = merge_heads(logits.softmax(-1) @ project(source, self.w_v, self.b_v), self.w_o)
             return output if self.b_o is None else output + self.b_o[..., None, :]
 
         return call
-
-
-def project(
-    tokens: Float[Tensor, "*batch n dim"],
-    weights: Float[Tensor, "*weights heads dim head_dim"],
-    bias: Float[Tensor, "*weights heads head_dim"] | None = None,
-) -> Float[Tensor, "*out heads n head_dim"]:
-    """Tokens times the weights of each head, plus its bias."""
-    product = tokens.unsqueeze(-3) @ weights
-    return product if bias is None else product + bias.unsqueeze(-2)
-
-
-def merge_heads(
-    per_head: Float[Tensor, "*batch heads n value_dim"], w_o: Float[Tensor, "*weights heads value_dim out_dim"]
-) -> Float[Tensor, "*out n out_dim"]:
-    """Sum over heads of the head outputs times their output weights."""
-    return (per_head @ w_o).sum(-3)
-
-
-def _affine_factors(tokens: Tensor, weights: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """[tokens 1] and [weights; bias], or just tokens and weights."""
-    tokens = tokens.unsqueeze(-3)
-    if bias is None:
-        return tokens, weights
-    with_one = torch.cat([tokens, torch.ones_like(tokens[..., :1])], -1)
-    return with_one, torch.cat([weights, bias.unsqueeze(-2)], -2)

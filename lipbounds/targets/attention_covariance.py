@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lipbounds.rounding import EXP_ULPS, UNIT_ROUNDOFF, gamma, inflate
 from lipbounds.targets.attention import Attention
-from lipbounds.targets.attention_rounding import logit_error
+from lipbounds.targets.attention_rounding import logit_error, projection_error
 
 
 @dc.dataclass(frozen=True, slots=True)
@@ -47,6 +47,23 @@ def centred_projection(
     rows = projected - projected.mean(-2, keepdim=True)
     largest = tokens.norm(dim=-1).amax(-1, keepdim=True)
     error = 4 * gamma(tokens.shape[-1] + tokens.shape[-2] + 8) * largest * weights.norm(dim=(-2, -1))
+    return CentredRows(rows, rows.norm(dim=-1).amax(-1), error)
+
+
+def centred_keys(block: Attention) -> CentredRows:
+    """K without its mean row, for each head; turned, and then with its bias, if there are rotary positions.
+
+    Args:
+        block: in float64.
+    """
+    if block.key_rotation is None:
+        return centred_projection(block.source_input, block.w_k)
+    rows = block.keys - block.keys.mean(-2, keepdim=True)
+    tokens, weights = block.key_factors
+    error = projection_error(tokens, weights, block.key_rotation).amax(-1)
+    largest = block.keys.norm(dim=-1).amax(-1)
+    # As in `centred_projection`: the mean has the errors of the rows and its own, the difference one rounding.
+    error = 2 * error + 4 * gamma(tokens.shape[-2] + 8) * largest
     return CentredRows(rows, rows.norm(dim=-1).amax(-1), error)
 
 

@@ -8,7 +8,8 @@ c_hij = sum_l P_hil v_jl, and k_hij likewise for s W_Q^h (K_hj - K_hl),
     dY_i/dx_i = sum_h sum_j P_hij c_hij k_hij^T                          (softmax, through the queries).
 
 Differences of tokens are taken before anything else, so one-hot rows keep their digits. Shares no code with bounds,
-estimators, ops, or the oracle that has the last word (lipbounds.testing.extended).
+estimators, ops, or the oracle that has the last word (lipbounds.testing.extended). Rotary positions turn queries and
+keys; then u_hij = s W_K^h R_j^T q_hi depends on the key too, and W_Q^h on the query.
 """
 
 from __future__ import annotations
@@ -37,8 +38,12 @@ def jacobian_parts(
     x = block.x if block.moves == "memory" else moving
     source = block.source_input if block.moves == "query" else moving
     queries = x.unsqueeze(-3) @ block.w_q
-    queries = queries if block.b_q is None else queries + block.b_q.unsqueeze(-2)
-    keys = source.unsqueeze(-3) @ block.w_k  # a key bias moves all logits of a row alike: it drops out
+    turn_queries, turn_keys = (_matrices(block, rotation) for rotation in (block.query_rotation, block.key_rotation))
+    queries = _turned(turn_queries, queries if block.b_q is None else queries + block.b_q.unsqueeze(-2))
+    keys = source.unsqueeze(-3) @ block.w_k
+    if block.b_k is not None and turn_keys is not None:  # unturned, it moves all logits of a row alike
+        keys = keys + block.b_k.unsqueeze(-2)
+    keys = _turned(turn_keys, keys)
     scale = block.scale_value
     logits = scale * queries @ keys.mT
     maps = (logits if block.mask is None else logits + block.mask).softmax(-1)
@@ -50,15 +55,50 @@ def jacobian_parts(
     n, m, out_dim, width = x.shape[-2], source.shape[-2], through.shape[-1], moving.shape[-1]
     mixing = softmax = moving.new_zeros(*block.batch_shape, n, out_dim, moving.shape[-2], width)
     if block.moves != "query":
-        pull = scale * queries @ block.w_k.mT
         mixing = torch.einsum("...hij,...hdo->...iojd", maps, through)
-        softmax = torch.einsum("...hijo,...hid->...iojd", weighted, pull)
+        softmax = _through_keys(block, turn_keys, weighted, scale * queries)
     if block.moves != "memory":
-        key_apart = torch.einsum("...hil,...jld,...hde->...hije", maps, apart, block.w_k)
-        own = torch.einsum("...hijo,...hije,...hde->...iod", weighted, scale * key_apart, block.w_q)
+        own = torch.einsum("...hijo,...hije->...hioe", weighted, scale * _key_apart(block, source, keys, maps))
+        own = own if turn_queries is None else torch.einsum("...hioe,...ief->...hiof", own, turn_queries)
+        own = torch.einsum("...hioe,...hde->...iod", own, block.w_q)
         softmax = softmax + torch.einsum("...iod,ij->...iojd", own, torch.eye(n, dtype=own.dtype, device=own.device))
     shape = (*block.batch_shape, n * out_dim, (n if block.moves == "query" else m) * width)
     return mixing.reshape(shape), softmax.reshape(shape)
+
+
+def _matrices(block: Attention, rotation: Tensor | None) -> Tensor | None:
+    """The rotary matrix of each token, linear in the cosines and sines; None without rotary positions."""
+    if rotation is None:
+        return None
+    pairs, width = rotation.shape[-1], block.w_q.shape[-1]
+    basis = rotation.new_zeros(2, pairs, width, width)
+    first = torch.arange(pairs)
+    second = first + pairs
+    basis[0, first, first, first] = basis[0, first, second, second] = 1.0
+    basis[1, first, first, second], basis[1, first, second, first] = -1.0, 1.0
+    rest = torch.diag((torch.arange(width, device=rotation.device) >= 2 * pairs).to(rotation.dtype))
+    return torch.einsum("...ncp,cpef->...nef", rotation, basis) + rest
+
+
+def _turned(matrices: Tensor | None, vectors: Tensor) -> Tensor:
+    return vectors if matrices is None else torch.einsum("...nef,...hnf->...hne", matrices, vectors)
+
+
+def _through_keys(block: Attention, turn_keys: Tensor | None, weighted: Tensor, queries: Tensor) -> Tensor:
+    """sum_h P_hij c_hij u_hij^T."""
+    if turn_keys is None:
+        return torch.einsum("...hijo,...hid->...iojd", weighted, queries @ block.w_k.mT)
+    pulled = torch.einsum("...hie,...jef->...hijf", queries, turn_keys)
+    pulled = torch.einsum("...hijf,...hdf->...hijd", pulled, block.w_k)
+    return torch.einsum("...hijo,...hijd->...iojd", weighted, pulled)
+
+
+def _key_apart(block: Attention, source: Tensor, keys: Tensor, maps: Tensor) -> Tensor:
+    """sum_l P_hil (K_hj - K_hl)."""
+    if block.key_rotation is None:
+        apart = source.unsqueeze(-2) - source.unsqueeze(-3)
+        return torch.einsum("...hil,...jld,...hde->...hije", maps, apart, block.w_k)
+    return torch.einsum("...hil,...hjle->...hije", maps, keys.unsqueeze(-2) - keys.unsqueeze(-3))
 
 
 def reached_norm(matrix: Float[Tensor, "*batch rows cols"], norm: Norm, n: int, m: int) -> Float[Tensor, "*batch"]:

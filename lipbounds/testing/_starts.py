@@ -20,6 +20,7 @@ from lipbounds.testing._regimes import Regime, normal, uniform
 Mask = Literal["none", "causal", "padding", "one_visible", "offsets"]
 MASKS: tuple[Mask, ...] = ("none", "causal", "padding", "one_visible", "offsets")
 SHIFT = "shift"  # displacement of the moving input from the centre of the ball, in units of the radius
+ANGLES = ("query_angles", "key_angles")  # of rotary positions; in self-attention the first serves both
 INSIDE = 1 - 1e-12  # keeps a point on the sphere within the ball after rounding
 
 
@@ -34,6 +35,7 @@ class Setting:
         head_dim: width of queries and keys of a head; dim // heads, at least 1, if None.
         value_dim: width of the values of a head; as `head_dim` if None.
         biases: whether there are query, key and value biases.
+        rotary: whether queries and keys are turned, by free angles; needs heads of width 2.
         mask: `padding` hides the last key, `one_visible` shows each query one key, `offsets` is a free finite bias.
         moves: `self`, or which input of cross-attention moves.
         memory_tokens: keys in cross-attention; one more than the queries if None.
@@ -48,6 +50,7 @@ class Setting:
     head_dim: int | None = None
     value_dim: int | None = None
     biases: bool = False
+    rotary: bool = False
     mask: Mask = "none"
     moves: Moves = "self"
     memory_tokens: int | None = None
@@ -61,6 +64,8 @@ class Setting:
         for name, size in sizes.items():
             if size < 1:
                 raise InvalidInput(f"{name} must be at least 1, got {name}={size}.")
+        if self.rotary and self.head_width < 2:
+            raise InvalidInput(f"rotary positions need heads of width 2, got {self.head_width}; set head_dim=2.")
         if self.mask not in MASKS:
             raise InvalidInput(f"mask must be one of {MASKS}, got mask={self.mask!r}.")
         if self.mask == "causal" and self.moves != "self":
@@ -92,6 +97,7 @@ class Setting:
             "biases": self.biases,
             "mask": self.mask != "none",
             "cross": self.moves != "self",
+            "rotary": self.rotary,
         }
         return frozenset(feature for feature, there in present.items() if there)
 
@@ -109,6 +115,10 @@ class Setting:
             shapes["memory"] = (self.keys, dim)
         if self.biases:
             shapes |= {"b_q": (heads, width), "b_k": (heads, width), "b_v": (heads, values)}
+        if self.rotary:
+            shapes["query_angles"] = (self.tokens, width // 2)
+        if self.rotary and self.moves != "self":
+            shapes["key_angles"] = (self.keys, width // 2)
         if self.mask == "offsets":
             shapes["offsets"] = (heads, self.tokens, self.keys)
         if ball:
@@ -117,10 +127,14 @@ class Setting:
 
     def block(self, parameters: Parameters) -> Attention:
         """The (batched or single) block that the parameters describe."""
-        fields: dict[str, Any] = {k: v for k, v in parameters.items() if k not in (SHIFT, "offsets")}
+        fields: dict[str, Any] = {k: v for k, v in parameters.items() if k not in (SHIFT, "offsets", *ANGLES)}
         if self.compact:
             largest = fields["x"].square().sum(-1, keepdim=True).amax(-2, keepdim=True).clamp(min=1e-280).sqrt()
             fields["x"] = fields["x"] * (self.radius * INSIDE / largest)
+        if self.rotary:
+            query_angles = parameters["query_angles"]
+            for side, angles in (("query", query_angles), ("key", parameters.get("key_angles", query_angles))):
+                fields[f"{side}_rotation"] = torch.stack([angles.cos(), angles.sin()], -2)
         bias = parameters.get("offsets")
         hidden = self._hidden_keys()
         if hidden is not None:

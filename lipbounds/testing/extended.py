@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lipbounds.errors import InvalidInput
 from lipbounds.targets.attention import Attention
-from lipbounds.testing.oracles import additive_mask, jacobian
+from lipbounds.testing.oracles import additive_mask, jacobian, rotation_matrices
 
 
 # Attention to a hidden or distant key may be 10^-4343 and smaller: the widest exponents there are.
@@ -56,12 +56,16 @@ def _product(block: Attention, tangent: Decimals) -> Decimals:
     mask = additive_mask(block)
     mask = _exact(mask.expand(block.w_q.shape[-3], *mask.shape[-2:]))
     scale = Decimal(float(block.scale or 0.0))
+    turn_queries, turn_keys = (rotation_matrices(block, side) for side in ("query", "key"))
     total: Any = 0
     for head in range(block.w_q.shape[-3]):
         w_q, w_k, w_v, w_o = (_exact(weights[head]) for weights in (block.w_q, block.w_k, block.w_v, block.w_o))
         queries = x @ w_q if block.b_q is None else x @ w_q + _exact(block.b_q[head])
-        keys, values = source @ w_k, source @ w_v  # a bias cancels in the differences of keys and of values
+        # The bias cancels in differences of values, and in those of keys unless they are turned.
+        keys, values = source @ w_k if block.b_k is None else source @ w_k + _exact(block.b_k[head]), source @ w_v
         d_queries, d_keys, d_values = d_x @ w_q, d_source @ w_k, d_source @ w_v
+        queries, d_queries = _turned(turn_queries, queries), _turned(turn_queries, d_queries)
+        keys, d_keys = _turned(turn_keys, keys), _turned(turn_keys, d_keys)
         rows = []
         for i in range(x.shape[0]):
             top = int(np.argmax(scale * (keys @ queries[i]) + mask[head, i]))
@@ -73,6 +77,13 @@ def _product(block: Attention, tangent: Decimals) -> Decimals:
             rows.append(p @ d_values + (p * (change - p @ change)) @ value)
         total = total + np.stack(rows) @ w_o
     return total
+
+
+def _turned(matrices: Tensor | None, vectors: Decimals) -> Decimals:
+    """Each row times the matrix of its token."""
+    if matrices is None:
+        return vectors
+    return np.stack([matrix @ vector for matrix, vector in zip(_exact(matrices), vectors, strict=True)])
 
 
 def _exact(tensor: Tensor) -> Decimals:

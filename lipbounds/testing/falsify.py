@@ -57,7 +57,7 @@ def falsify(
         dim: D.
         heads: number of heads.
         head_dim: width of a head; dim // heads, at least 1, if None.
-        features: what the blocks have beyond heads: `biases`, `mask` (causal), `cross` (the memory moves).
+        features: what the blocks have beyond heads: `biases`, `mask` (causal), `cross` (the memory moves), `rotary`.
         radius: for the scopes that have one; the size of the tokens relative to that of a ball is part of the search.
         seconds: stop climbing after this time.
         progress: called with the steps done and the largest ratio so far.
@@ -73,6 +73,7 @@ def falsify(
         heads=heads,
         head_dim=head_dim,
         biases="biases" in wanted,
+        rotary="rotary" in wanted,
         mask="none" if "mask" not in wanted else "offsets" if "cross" in wanted else "causal",
         moves="memory" if "cross" in wanted else "self",
         radius=radius,
@@ -209,7 +210,8 @@ def _confirm(claims: Claims, candidates: list[Parameters]) -> Falsification:
 
 def _settings(spec: BoundSpec, random: Random) -> Iterator[tuple[Setting, int]]:
     """Small shapes with one feature at a time, quickly and then again, then any shapes and features, ever longer."""
-    alone: list[dict[str, Any]] = [{}, {"heads": 2}, {"biases": True}, *({"mask": mask} for mask in MASKS[1:])]
+    turned: list[dict[str, Any]] = [{"rotary": True}, {"rotary": True, "biases": True}]
+    alone: list[dict[str, Any]] = [{}, *turned, {"heads": 2}, {"biases": True}, *({"mask": mask} for mask in MASKS[1:])]
     alone += [{"moves": "query"}, {"moves": "memory"}, {"scale": -0.7}]
     # One query: where it moves, nothing is left but the softmax, with more keys than two.
     one_query = [
@@ -231,12 +233,14 @@ def _settings(spec: BoundSpec, random: Random) -> Iterator[tuple[Setting, int]]:
 def _random_setting(spec: BoundSpec, random: Random) -> Setting:
     supports = spec.supports
     moves: Moves = random.choice(("self", "self", "query", "memory")) if "cross" in supports else "self"
+    rotary = "rotary" in supports and random.random() < 0.5
     masks: list[Mask] = ["none", *(mask for mask in MASKS if moves == "self" or mask != "causal")]
     return Setting(
         tokens=random.choice(SIZES),
         dim=random.choice(SIZES),
         heads=random.choice((1, 1, 2, 3)) if "heads" in supports else 1,
-        head_dim=random.choice((None, None, 1, 2, 3)),
+        head_dim=random.choice((2, 3) if rotary else (None, None, 1, 2, 3)),
+        rotary=rotary,
         value_dim=random.choice((None, None, None, 1, 2)),
         biases="biases" in supports and random.random() < 0.5,
         mask=random.choice(masks) if "mask" in supports else "none",

@@ -13,6 +13,12 @@ themselves. Its Jacobian blocks are, with v_ij = (V_j - V_t) W_O, c_ij = v_ij - 
     dY_i/dx_j (keys, values) = sum_h P_ij [ (W_V W_O)^T + s c_ij (W_K q_i)^T ]
     dY_i/dx_i (queries)      = sum_h s sum_j P_ij c_ij (k_ij - sum_l P_il k_il)^T W_Q^T.
 
+Rotary positions put R_i q_i for q_i and R_j k_j for k_j in these formulas, W_Q R_i^T for W_Q, W_K R_j^T for W_K, and
+
+    R_j K_j - R_t K_t = R_j (x_j - x_t) W_K + (R_j - R_t) (x_t W_K + b_K)
+
+for K_j - K_t, with R as dense matrices: where two tokens have the same position nothing cancels, as before.
+
 The unit tests compare them with torch.func.jacrev of `attention_output` and with arithmetic in 60 digits. Automatic
 differentiation itself will not do as the truth: its softmax rule cancels at rows that are nearly one-hot.
 
@@ -24,7 +30,6 @@ digits.
 from __future__ import annotations
 
 import dataclasses as dc
-import math
 from typing import Any
 
 import torch
@@ -32,12 +37,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.targets.attention import Attention
+from lipbounds.testing._fields import TRAILING
+from lipbounds.testing._fields import additive_mask as additive_mask
+from lipbounds.testing._fields import batch_item as batch_item
+from lipbounds.testing._fields import rotation_matrices as rotation_matrices
 
 
 UNIT = 2.0**-53
 SMALLEST = torch.finfo(torch.float64).tiny
-# Number of trailing dimensions of each tensor field that are not batch dimensions.
-_TRAILING = {"x": 2, "memory": 2, "w_q": 3, "w_k": 3, "w_v": 3, "w_o": 3, "b_q": 2, "b_k": 2, "b_v": 2, "b_o": 1}
 
 
 def attention_output(block: Attention, moving: Float[Tensor, "*batch moving dim"]) -> Float[Tensor, "*batch n out_dim"]:
@@ -55,6 +62,7 @@ def attention_output(block: Attention, moving: Float[Tensor, "*batch moving dim"
         _with_bias(torch.einsum("...nd,...hde->...hne", tokens, f[f"w_{name}"]), f[f"b_{name}"])
         for name, tokens in (("q", queries_from), ("k", memory), ("v", memory))
     )
+    queries, keys = _turn(rotation_matrices(block, "query"), queries), _turn(rotation_matrices(block, "key"), keys)
     logits = float(block.scale or 0.0) * torch.einsum("...hne,...hme->...hnm", queries, keys)
     maps = (logits + additive_mask(block)).softmax(-1)
     output = torch.einsum("...hnm,...hme,...hef->...nf", maps, values, f["w_o"])
@@ -88,7 +96,10 @@ def truth_slack(block: Attention) -> Float[Tensor, "*batch"]:
     three of them; probabilities below the range of floats are lost. About 1e-13 of the norm on ordinary blocks.
     """
     parts = _Parts.of(block).absolute(block)
-    operations = sum(parts.dx.shape[-3:]) + parts.queries.shape[-1] + parts.w_v.shape[-1] + parts.w_q.shape[-2] + 32
+    turns = 1 if parts.shift is None else 3  # a rotation is one more sum over features, of queries and of keys
+    operations = (
+        sum(parts.dx.shape[-3:]) + turns * parts.queries.shape[-1] + parts.w_v.shape[-1] + parts.w_q.shape[-2] + 32
+    )
     logit_error = _logit_error(block, parts, operations).amax(-2)  # worst head of each row
     relative = torch.expm1(6 * logit_error) + 8 * operations * UNIT
     size = _assemble(parts, centre=1.0)
@@ -98,45 +109,22 @@ def truth_slack(block: Attention) -> Float[Tensor, "*batch"]:
     return rounding + spectrum + lost
 
 
-def additive_mask(block: Attention) -> Float[Tensor, "*mask n m"]:
-    """Logit bias and causal mask together in float64, with at least the axes of head, query and key."""
-    n = block.x.shape[-2]
-    m = n if block.memory is None else block.memory.shape[-2]
-    mask = torch.zeros(1, n, m, dtype=torch.float64, device=block.x.device)
-    if block.causal:
-        positions = torch.arange(n, device=block.x.device)
-        mask = mask.masked_fill(positions.unsqueeze(-1) < positions, -math.inf)
-    return mask if block.logit_bias is None else mask + block.logit_bias.detach().to(torch.float64)
-
-
-def batch_item(block: Attention, index: tuple[int, ...]) -> Attention:
-    """One item of a batch of blocks, with the batch dimensions of every field removed.
-
-    Args:
-        block: a block whose fields may have different batch dimensions that broadcast.
-        index: position in `block.batch_shape`.
-    """
-    depth = len(block.batch_shape)
-    trailing = dict(_TRAILING) | {"logit_bias": 3 if depth else 0}
-    changes: dict[str, Tensor] = {}
-    for name, kept in trailing.items():
-        tensor = getattr(block, name)
-        if tensor is None or tensor.dim() <= kept or not depth:
-            continue
-        leading = tensor.shape[: tensor.dim() - kept]
-        own = index[depth - len(leading) :]
-        changes[name] = tensor[tuple(0 if size == 1 else i for i, size in zip(own, leading, strict=True))]
-    return block.replace(**changes)
-
-
 # -- the float64 formulas -------------------------------------------------------------------------------------------
 
 
 @dc.dataclass(frozen=True)
 class _Parts:
-    """What the Jacobian blocks are made of; `dx[h, i, j]` is x_j - x_t(i), the other axes are as in `Attention`."""
+    """What the Jacobian blocks are made of.
+
+    `dx[h, i, j]` is x_j - x_t(i), `key_apart[h, i, j]` the same of the keys, `top[h, i]` the one-hot row of t(i), and
+    `shift[h, i, j]` is R_j - R_t(i), None without rotary positions. Queries and keys are turned; `w_q[h, i]` and
+    `w_k[h, j]` are the weights with the rotation of the token, one for all where there is none.
+    """
 
     dx: Tensor
+    top: Tensor
+    shift: Tensor | None
+    key_apart: Tensor
     queries: Tensor
     maps: Tensor
     relative_logits: Tensor
@@ -154,30 +142,72 @@ class _Parts:
         scale = float(block.scale or 0.0)
         memory = f["x"] if f["memory"] is None else f["memory"]
         mask = additive_mask(block)
+        turn_queries, turn_keys = rotation_matrices(block, "query"), rotation_matrices(block, "key")
         queries = _with_bias(torch.einsum("...nd,...hde->...hne", f["x"], f["w_q"]), f["b_q"])
-        keys = torch.einsum("...nd,...hde->...hne", memory, f["w_k"])  # a key bias moves all logits of a row alike
-        rough = scale * torch.einsum("...hne,...hme->...hnm", queries, keys) + mask
+        queries = _turn(turn_queries, queries)
+        keys = torch.einsum("...nd,...hde->...hne", memory, f["w_k"])
+        # Unturned, a key bias moves all logits of a row alike.
+        keys = keys if turn_keys is None else _with_bias(keys, f["b_k"])
+        turned = _turn(turn_keys, keys)
+        rough = scale * torch.einsum("...hne,...hme->...hnm", queries, turned) + mask
         top = torch.nn.functional.one_hot(rough.argmax(-1), rough.shape[-1]).to(torch.float64)
         dx = memory.unsqueeze(-3).unsqueeze(-3) - torch.einsum("...hnm,...md->...hnd", top, memory).unsqueeze(-2)
         visible = torch.where(mask.isneginf(), 0.0, mask)  # 0 * -inf would be nan
         above = mask - (top * visible).sum(-1, keepdim=True)
-        relative = scale * torch.einsum("...hne,...hnmd,...hde->...hnm", queries, dx, f["w_k"]) + above
+        shift = None if turn_keys is None else _shift(turn_keys, top)
+        apart = _key_differences(dx, f["w_k"], turn_keys, shift, top, keys)
+        relative = scale * torch.einsum("...hne,...hnme->...hnm", queries, apart) + above
         weights = relative.exp()
         maps = weights / weights.sum(-1, keepdim=True)
-        names = ("w_q", "w_k", "w_v", "w_o")
+        w_q, w_k = _turned_weights(f["w_q"], turn_queries), _turned_weights(f["w_k"], turn_keys)
         return cls(
-            dx, queries, maps, relative, *(f[name] for name in names), scale=scale, moves=block.moves,
-            batch=block.batch_shape,
+            dx, top, shift, apart, queries, maps, relative, w_q, w_k, f["w_v"], f["w_o"],
+            scale=scale, moves=block.moves, batch=block.batch_shape,
         )  # fmt: skip
 
     def absolute(self, block: Attention) -> _Parts:
         """The same with every entry replaced by the sum of the absolute values it is computed from."""
-        f = _double(block)
-        queries = torch.einsum("...nd,...hde->...hne", f["x"].abs(), f["w_q"].abs())
-        if f["b_q"] is not None:
-            queries = queries + f["b_q"].abs().unsqueeze(-2)
-        weights = {name: getattr(self, name).abs() for name in ("w_q", "w_k", "w_v", "w_o")}
-        return dc.replace(self, dx=self.dx.abs(), queries=queries, scale=abs(self.scale), **weights)
+        f: dict[str, Any] = {name: None if tensor is None else tensor.abs() for name, tensor in _double(block).items()}
+        memory = f["x"] if f["memory"] is None else f["memory"]
+        turns = [rotation_matrices(block, "query"), rotation_matrices(block, "key"), self.shift]
+        turn_queries, turn_keys, shift = (None if turn is None else turn.abs() for turn in turns)
+        queries = _with_bias(torch.einsum("...nd,...hde->...hne", f["x"], f["w_q"]), f["b_q"])
+        keys = _with_bias(torch.einsum("...nd,...hde->...hne", memory, f["w_k"]), f["b_k"])
+        apart = _key_differences(self.dx.abs(), f["w_k"], turn_keys, shift, self.top, keys)
+        return dc.replace(
+            self, dx=self.dx.abs(), key_apart=apart, queries=_turn(turn_queries, queries), scale=abs(self.scale),
+            w_q=_turned_weights(f["w_q"], turn_queries), w_k=_turned_weights(f["w_k"], turn_keys),
+            w_v=f["w_v"], w_o=f["w_o"],
+        )  # fmt: skip
+
+
+def _turn(matrices: Tensor | None, vectors: Tensor) -> Tensor:
+    """R_i times each vector of token i."""
+    return vectors if matrices is None else torch.einsum("...nef,...hnf->...hne", matrices, vectors)
+
+
+def _turned_weights(weights: Tensor, matrices: Tensor | None) -> Tensor:
+    """W R_i^T for each token, with an axis of size 1 for the tokens if there is no rotation."""
+    if matrices is None:
+        return weights.unsqueeze(-3)
+    return torch.einsum("...hdf,...nef->...hnde", weights, matrices)
+
+
+def _shift(matrices: Tensor, top: Tensor) -> Tensor:
+    """R_j - R_t(i), exactly 0 where both tokens have the same rotation."""
+    return matrices.unsqueeze(-4).unsqueeze(-4) - torch.einsum("...hnm,...mef->...hnef", top, matrices).unsqueeze(-3)
+
+
+def _key_differences(
+    dx: Tensor, w_k: Tensor, turn: Tensor | None, shift: Tensor | None, top: Tensor, keys: Tensor
+) -> Tensor:
+    """Turned keys relative to that of t(i); `keys` are not turned yet."""
+    apart = torch.einsum("...hnmd,...hde->...hnme", dx, w_k)
+    if turn is None or shift is None:
+        return apart
+    at_top = torch.einsum("...hnm,...hmf->...hnf", top, keys)
+    apart = torch.einsum("...mef,...hnmf->...hnme", turn, apart)
+    return apart + torch.einsum("...hnmef,...hnf->...hnme", shift, at_top)
 
 
 def _assemble(parts: _Parts, centre: float) -> Tensor:
@@ -192,22 +222,22 @@ def _assemble(parts: _Parts, centre: float) -> Tensor:
     if parts.moves == "query":
         dense = p.new_zeros(*parts.batch, n, dim_out, n, parts.w_q.shape[-2])
     else:
-        pull = scale * torch.einsum("...hne,...hde->...hnd", parts.queries, parts.w_k)
+        pull = scale * torch.einsum("...hne,...hmde->...hnmd", parts.queries, parts.w_k)
         dense = torch.einsum("...hnm,...hdf->...nfmd", p, through)
-        dense = dense + torch.einsum("...hnmf,...hnd->...nfmd", weighted, pull)
+        dense = dense + torch.einsum("...hnmf,...hnmd->...nfmd", weighted, pull)
         dense = dense.expand(*parts.batch, n, dim_out, m, -1).clone()
     if parts.moves != "memory":
-        keys = torch.einsum("...hnmd,...hde->...hnme", parts.dx, parts.w_k)
+        keys = parts.key_apart
         keys = keys + centre * torch.einsum("...hnm,...hnme->...hne", p, keys).unsqueeze(-2)
         own = scale * torch.einsum("...hnmf,...hnme->...hnfe", weighted, keys)
-        own = torch.einsum("...hnfe,...hde->...nfd", own, parts.w_q).expand(*parts.batch, n, dim_out, -1)
+        own = torch.einsum("...hnfe,...hnde->...nfd", own, parts.w_q).expand(*parts.batch, n, dim_out, -1)
         dense.diagonal(dim1=-4, dim2=-2).add_(own.movedim(-3, -1))
     return dense.reshape(*parts.batch, n * dim_out, -1)
 
 
 def _logit_error(block: Attention, parts: _Parts, operations: int) -> Tensor:
     """Largest error of the relative logits of each row, over the keys that floats can see."""
-    size = parts.scale * torch.einsum("...hne,...hnmd,...hde->...hnm", parts.queries, parts.dx, parts.w_k)
+    size = parts.scale * torch.einsum("...hne,...hnme->...hnm", parts.queries, parts.key_apart)
     mask = additive_mask(block)
     finite = torch.where(mask.isneginf(), 0.0, mask).abs().amax(-1, keepdim=True)
     error = 2 * UNIT * (operations * size + 2 * finite)
@@ -217,7 +247,7 @@ def _logit_error(block: Attention, parts: _Parts, operations: int) -> Tensor:
 
 def _double(block: Attention) -> dict[str, Any]:
     """The tensor fields in float64, where the floats of every dtype are exact."""
-    fields = {name: getattr(block, name) for name in _TRAILING}
+    fields = {name: getattr(block, name) for name in TRAILING}
     return {name: None if tensor is None else tensor.detach().to(torch.float64) for name, tensor in fields.items()}
 
 

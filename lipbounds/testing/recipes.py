@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import dataclasses as dc
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lipbounds.targets.attention import Attention, Moves
+from lipbounds.testing._families import GEOMETRIES as GEOMETRIES
+from lipbounds.testing._families import MASKS as MASKS
+from lipbounds.testing._families import ROTATIONS as ROTATIONS
+from lipbounds.testing._families import SPECTRA as SPECTRA
+from lipbounds.testing._families import duplicated
 
 
 # Heads, rows and columns of the master tensors: the largest sizes there are.
@@ -31,90 +35,7 @@ MASTER = {
     "b_v": (4, 1, 8),
     "b_o": (1, 1, 32),
     "mask": (1, 32, 32),
-}
-LARGE = 1e3
-
-# -- what the input looks like: each takes Gaussian tokens -----------------------------------------------------------
-
-
-def _duplicated(x: Tensor) -> Tensor:
-    return x[..., torch.arange(x.shape[-2]) // 2 * 2, :]
-
-
-def _antipodal(x: Tensor) -> Tensor:
-    signs = 1 - 2 * (torch.arange(x.shape[-2]) % 2).to(x)
-    return _duplicated(x) * signs.unsqueeze(-1)
-
-
-def _massive(x: Tensor) -> Tensor:
-    x = x.clone()
-    x[..., 0, 0] = LARGE
-    return x
-
-
-GEOMETRIES: dict[str, Callable[[Tensor], Tensor]] = {
-    "gaussian": lambda x: x,
-    "antipodal": _antipodal,
-    "duplicated": _duplicated,
-    "equal": lambda x: x[..., :1, :].expand(x.shape),
-    "large_mean": lambda x: x + LARGE * x[..., :1, :],
-    "massive": _massive,
-    "rank_one": lambda x: x[..., :, :1] * x[..., :1, :],
-    "zero": torch.zeros_like,
-}
-
-
-# -- what the weights look like: each takes Gaussian matrices ---------------------------------------------------------
-
-
-def _identity(w: Tensor) -> Tensor:
-    return torch.eye(*w.shape[-2:], dtype=w.dtype).expand(w.shape)
-
-
-def _ill_conditioned(w: Tensor) -> Tensor:
-    return w * torch.logspace(0, -8, w.shape[-1], dtype=w.dtype)
-
-
-SPECTRA: dict[str, Callable[[Tensor], Tensor]] = {
-    "gaussian": lambda w: w,
-    "identity": _identity,
-    "low_rank": lambda w: w[..., :, :1] * w[..., :1, :],
-    "ill_conditioned": _ill_conditioned,
-    "one_huge": lambda w: w + LARGE * w[..., :, :1] * w[..., :1, :],
-    "zero": torch.zeros_like,
-}
-
-
-# -- what each query may see: (heads, queries, keys) -> what is added to the logits -----------------------------------
-
-
-def _visible(sees: Callable[[Tensor, Tensor, int], Tensor]) -> Callable[[int, int, int], Tensor]:
-    def mask(heads: int, n: int, m: int) -> Tensor:
-        queries, keys = torch.arange(n).unsqueeze(-1), torch.arange(m)
-        hidden = ~sees(queries, keys, m)
-        return torch.zeros(n, m, dtype=torch.float64).masked_fill(hidden, -math.inf)
-
-    return mask
-
-
-def _relative(heads: int, n: int, m: int) -> Tensor:
-    distance = (torch.arange(n).unsqueeze(-1) - torch.arange(m)).abs().to(torch.float64)
-    slopes = 2.0 ** -torch.arange(heads, dtype=torch.float64)
-    return -slopes[:, None, None] * distance
-
-
-MASKS: dict[str, Callable[[int, int, int], Tensor] | None] = {
-    "none": None,
-    "causal": None,  # the flag of Attention; in cross-attention, the rectangular triangle
-    "triangle": _visible(lambda i, j, m: j <= i % m),
-    "padding": _visible(lambda i, j, m: (j <= m // 2) & (i >= 0)),
-    "block_sparse": _visible(lambda i, j, m: j // 2 == i % m // 2),
-    "window": _visible(lambda i, j, m: (j - i % m).abs() <= 1),
-    "one_visible": _visible(lambda i, j, m: j == (7 * i + 1) % m),
-    "relative": _relative,
-    "relative_window": lambda heads, n, m: (
-        _relative(heads, n, m) + _visible(lambda i, j, m: (j - i % m).abs() <= 2)(heads, n, m)
-    ),
+    "positions": (1, 32, 4),
 }
 # Attention maps by construction; each fixes the spread of the logits, and `half`, `sink` shape tokens and weights, too.
 REGIMES = ("free", "uniform", "half", "one_hot", "sink")
@@ -144,6 +65,7 @@ class Recipe:
         regime: name in `REGIMES`.
         spread: difference of the largest and the smallest logit of a row, before masks, in the widest row of all.
         mask: name in `MASKS`.
+        rotary: name in `ROTATIONS`; without effect on heads of width 1, which have no pair of features to turn.
         biases: names in `BIASES`.
         bias_scale: factor on the biases.
         scale: of the logits; None for 1/sqrt(head_dim).
@@ -173,6 +95,7 @@ class Recipe:
     regime: str = "free"
     spread: float = 1.0
     mask: str = "none"
+    rotary: str = "none"
     biases: frozenset[str] = frozenset()
     bias_scale: float = 1.0
     scale: float | None = None
@@ -184,7 +107,7 @@ class Recipe:
 
 def build(recipe: Recipe) -> Attention:
     """The block that a recipe describes."""
-    fields = {**_tokens(recipe), **_weights(recipe), **_biases(recipe)}
+    fields = {**_tokens(recipe), **_weights(recipe), **_biases(recipe), **_rotations(recipe)}
     if recipe.regime == "sink":
         _point_at_one_key(fields)
     mask = _mask(recipe)
@@ -219,7 +142,7 @@ def _tokens(recipe: Recipe) -> dict[str, Tensor]:
 
 
 def _in_pairs(recipe: Recipe, tokens: Tensor) -> Tensor:
-    return _duplicated(tokens) if recipe.regime == "half" else tokens
+    return duplicated(tokens) if recipe.regime == "half" else tokens
 
 
 def _weights(recipe: Recipe) -> dict[str, Tensor]:
@@ -252,6 +175,30 @@ def _biases(recipe: Recipe) -> dict[str, Tensor]:
         values = values[..., :heads, 0, :columns]
         fields[name] = values[..., 0, :] if name == "b_o" else values
     return fields
+
+
+def _rotations(recipe: Recipe) -> dict[str, Tensor]:
+    """Cosines and sines; in cross-attention the queries continue the positions of the keys, as with a cache."""
+    make = ROTATIONS[recipe.rotary]
+    if make is None or recipe.head_dim < 2:
+        return {}
+    tokens = recipe.n if recipe.m is None else min(recipe.m + recipe.n, MASTER["positions"][1])
+    gaussian = _master(recipe, "positions", recipe.batched == "both")[..., 0, :tokens, : recipe.head_dim // 2]
+    angles = make(gaussian)
+    rotation = torch.stack([angles.cos(), angles.sin()], -2)
+    keys = tokens if recipe.m is None else recipe.m
+    return {"query_rotation": rotation[..., -recipe.n :, :, :], "key_rotation": rotation[..., :keys, :, :]}
+
+
+def _turned(vectors: Tensor, rotation: Tensor | None) -> Tensor:
+    """Each pair of features as a complex number, times that of its angle."""
+    if rotation is None:
+        return vectors
+    pairs = rotation.shape[-1]
+    numbers = torch.complex(vectors[..., :pairs], vectors[..., pairs : 2 * pairs])
+    numbers = numbers * torch.complex(rotation[..., 0, :], rotation[..., 1, :]).unsqueeze(-3)
+    rest = vectors[..., 2 * pairs :]
+    return torch.cat([numbers.real, numbers.imag, rest.expand(*numbers.shape[:-1], rest.shape[-1])], -1)
 
 
 def _mask(recipe: Recipe) -> dict[str, Tensor]:
@@ -290,7 +237,12 @@ def _set_spread(recipe: Recipe, fields: dict[str, Tensor]) -> None:
         queries = queries + fields["b_q"].unsqueeze(-2)
     w_k = fields["w_k"].repeat_interleave(recipe.heads // fields["w_k"].shape[-3], -3)
     scale = recipe.head_dim**-0.5 if recipe.scale is None else recipe.scale
-    logits = scale * queries @ (source.unsqueeze(-3) @ w_k).mT
+    keys = source.unsqueeze(-3) @ w_k
+    if "key_rotation" in fields and "b_k" in fields:  # without a rotation it moves all logits of a row alike
+        b_k = fields["b_k"].repeat_interleave(recipe.heads // fields["b_k"].shape[-2], -2)
+        keys = keys + b_k.unsqueeze(-2)
+    queries, keys = _turned(queries, fields.get("query_rotation")), _turned(keys, fields.get("key_rotation"))
+    logits = scale * queries @ keys.mT
     found = float((logits.amax(-1) - logits.amin(-1)).max())
     wanted = {"uniform": 0.0, "half": max(recipe.spread, 100.0), "one_hot": max(recipe.spread, 40.0)}
     if found > 1e-24:  # else the weights would leave the range of float32

@@ -31,6 +31,9 @@ def permutation(spec: BoundSpec, block: Attention, radius: float | None = None, 
     changes: dict[str, Any] = {"x": block.x[..., queries, :]}
     if block.memory is not None:
         changes["memory"] = block.memory[..., keys, :]
+    if block.query_rotation is not None and block.key_rotation is not None:  # a token keeps its position
+        changes["query_rotation"] = block.query_rotation[..., queries, :, :]
+        changes["key_rotation"] = block.key_rotation[..., keys, :, :]
     if block.causal:
         changes |= {"causal": False, "logit_bias": additive_mask(block)[..., queries, :][..., keys]}
     elif block.logit_bias is not None:
@@ -51,9 +54,16 @@ def head_order(spec: BoundSpec, block: Attention, radius: float | None = None, s
 
 
 def rotation(spec: BoundSpec, block: Attention, radius: float | None = None, seed: int = 0) -> None:
-    """An orthogonal change of basis inside each head, of queries and keys and of values, changes nothing."""
+    """An orthogonal change of basis inside each head, of queries and keys and of values, changes nothing.
+
+    With rotary positions the one of queries and keys must commute with all rotations of tokens: it turns each of the
+    turned pairs of features by an angle of its own, and mixes the others.
+    """
     generator = torch.Generator().manual_seed(seed)
-    inner = _rotations(block.heads, block.w_q.shape[-1], generator).to(block.x)
+    inner = _rotations(block.heads, block.w_q.shape[-1], generator)
+    if block.query_rotation is not None:
+        inner = _commuting(inner, block.query_rotation.shape[-1], generator)
+    inner = inner.to(block.x)
     outer = _rotations(block.heads, block.w_v.shape[-1], generator).to(block.x)
     changes = {
         "w_q": block.w_q @ inner,
@@ -168,6 +178,18 @@ def _size(tokens: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
 def _rotations(heads: int, width: int, generator: torch.Generator) -> Tensor:
     gaussian = torch.randn(heads, width, width, generator=generator, dtype=torch.float64)
     return torch.linalg.qr(gaussian).Q
+
+
+def _commuting(rotations: Tensor, pairs: int, generator: torch.Generator) -> Tensor:
+    """As `_rotations`, of features e and e + pairs among themselves, and of the features from 2 pairs on."""
+    heads, width, _ = rotations.shape
+    angles = 2 * torch.pi * torch.rand(heads, pairs, generator=generator, dtype=torch.float64)
+    found = torch.zeros_like(rotations)
+    first = torch.arange(pairs)
+    found[:, first, first] = found[:, first + pairs, first + pairs] = angles.cos()
+    found[:, first, first + pairs], found[:, first + pairs, first] = -angles.sin(), angles.sin()
+    found[:, 2 * pairs :, 2 * pairs :] = _rotations(heads, width - 2 * pairs, generator)
+    return found
 
 
 def _compare(

@@ -22,6 +22,7 @@ Case = dict[
 Edit = Callable[[Case], Case | None]
 WEIGHTS = ("w_q", "w_k", "w_v", "w_o")
 BIASES = ("b_q", "b_k", "b_v")
+ROTATIONS = ("query_rotation", "key_rotation")
 
 
 def shrink(spec: BoundSpec, found: Falsification, *, seconds: float = 30.0) -> Falsification:
@@ -82,6 +83,7 @@ def _edits(case: Case) -> Iterator[Edit]:
         # From the end, so that the remaining indices stay right when one is dropped.
         yield from (_dropping(axes, index) for index in reversed(range(case[name].shape[axis])))
     yield from (_removing(name) for name in (*BIASES, "b_o", "logit_bias", "causal"))
+    yield _removing(*ROTATIONS)
     yield from (_setting(name, 1.0) for name in ("scale", "radius"))
     tensors = [name for name, value in case.items() if isinstance(value, Tensor)]
     for digits in (1, 2, 3):
@@ -96,19 +98,23 @@ def _axes(case: Case) -> Iterator[dict[str, int]]:
     """For each size of the block, the tensors that have it and on which axis."""
     moves, cross = case["moves"], "memory" in case
     shift = "shift"
-    tokens = {"x": -2, "logit_bias": -2} | ({} if moves == "memory" else {shift: -2})
+    tokens = {"x": -2, "logit_bias": -2, "query_rotation": -3} | ({} if moves == "memory" else {shift: -2})
     width = {"x": -1, "w_q": -2} | ({} if moves == "memory" else {shift: -1})
     if cross:
         moving = moves == "memory"
-        yield {"memory": -2, "logit_bias": -1} | ({shift: -2} if moving else {})
+        yield {"memory": -2, "logit_bias": -1, "key_rotation": -3} | ({shift: -2} if moving else {})
         yield {"memory": -1, "w_k": -2, "w_v": -2} | ({shift: -1} if moving else {})
     else:
         width |= {"w_k": -2, "w_v": -2}
+        tokens |= {"key_rotation": -3}
     yield tokens
     yield dict.fromkeys(WEIGHTS, -3) | dict.fromkeys(BIASES, -2) | {"logit_bias": -3}
     yield width
     yield {"w_o": -1, "b_o": -1}
+    # Other pairs of features are turned after it: another block, judged afresh, or none if too few features are left.
     yield {"w_q": -1, "w_k": -1, "b_q": -1, "b_k": -1}
+    if "query_rotation" in case:
+        yield dict.fromkeys(ROTATIONS, -1)
     yield {"w_v": -1, "w_o": -2, "b_v": -1}
 
 
@@ -131,9 +137,9 @@ def _dropping(axes: dict[str, int], index: int) -> Edit:
     return edit
 
 
-def _removing(name: str) -> Edit:
+def _removing(*names: str) -> Edit:
     def edit(case: Case) -> Case | None:
-        return {key: value for key, value in case.items() if key != name} if case.get(name) is not None else None
+        return {key: value for key, value in case.items() if key not in names} if names[0] in case else None
 
     return edit
 

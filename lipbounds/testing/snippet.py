@@ -32,15 +32,15 @@ w_q, w_k, w_v, w_o = (weights.double() for weights in (block.w_q, block.w_k, blo
 mask = torch.zeros(block.heads, len(x), len(memory)).double(){mask}
 scale = block.scale
 point = {point}.double()
-
+{turn}
 
 def forward(moving):
     x_, memory_ = {inputs}
     query = torch.einsum("nd,hde->hne", x_, w_q){query_bias}
-    logits = scale * torch.einsum("hne,md,hde->hnm", query, memory_, w_k) + mask  # a key bias would cancel
-    best = logits.argmax(-1)
+{logits}
+    best = logits.argmax(-1){best_key}
     away = memory_ - memory_[best].unsqueeze(-2)
-    above = scale * torch.einsum("hne,hnmd,hde->hnm", query, away, w_k) + mask - mask.gather(-1, best.unsqueeze(-1))
+    above = {above} + mask - mask.gather(-1, best.unsqueeze(-1))
     maps = above.exp() / above.exp().sum(-1, keepdim=True)
     mixed = memory_[best] + torch.einsum("hnm,hnmd->hnd", maps, away)
     return torch.einsum("hnd,hde,hef->nf", mixed, w_v, w_o)  # value and output biases are constants
@@ -51,6 +51,28 @@ truth = torch.linalg.matrix_norm(jacobian, 2).item()
 print(f"claimed {{claimed!r}}, truth {{truth!r}}")
 {assertion}
 """
+
+_PLAIN = {
+    "turn": "",
+    "best_key": "",
+    "logits": """\
+    logits = scale * torch.einsum("hne,md,hde->hnm", query, memory_, w_k) + mask  # a key bias would cancel""",
+    "above": """scale * torch.einsum("hne,hnmd,hde->hnm", query, away, w_k)""",
+}
+_ROTARY = {
+    "best_key": "\n    best_key = torch.stack([rows[index] for rows, index in zip(key, best)])",
+    "turn": """
+
+def turn(rows, rotation):  # rotary positions: features e and e + pairs by the angle of the token
+    cos, sin = rotation.double().unbind(-2)
+    first, second, rest = rows.tensor_split([cos.shape[-1], 2 * cos.shape[-1]], -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
+""",
+    "logits": """    query = turn(query, block.query_rotation)
+    key = turn(torch.einsum("md,hde->hme", memory_, w_k){key_bias}, block.key_rotation)
+    logits = scale * torch.einsum("hne,hme->hnm", query, key) + mask""",
+    "above": """scale * torch.einsum("hne,hnme->hnm", query, key.unsqueeze(1) - best_key.unsqueeze(2))""",
+}
 
 
 def snippet(
@@ -68,7 +90,10 @@ def snippet(
     bias = "" if block.logit_bias is None else " + block.logit_bias.double()"
     future = " + torch.full((len(x), len(x)), -inf).double().triu(1)" if block.causal else ""
     moving = {"self": "moving, moving", "query": "moving, memory", "memory": "x, moving"}
+    rotary = _PLAIN if block.query_rotation is None else _ROTARY
+    key_bias = "" if block.b_k is None else " + block.b_k.double().unsqueeze(-2)"
     text = _TRUTH.format(
+        **(rotary | {"logits": rotary["logits"].format(key_bias=key_bias)}),
         radius="" if radius is None else f", radius={radius!r}",
         memory="block.x" if block.memory is None else "block.memory",
         mask=bias + future,

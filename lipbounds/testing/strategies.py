@@ -19,7 +19,7 @@ from torch import Tensor
 from lipbounds.claims import FEATURES, Feature
 from lipbounds.errors import InvalidInput
 from lipbounds.targets.attention import Attention
-from lipbounds.testing.recipes import BATCHED, BIASES, GEOMETRIES, MASKS, REGIMES, SPECTRA, Recipe, build
+from lipbounds.testing.recipes import BATCHED, BIASES, GEOMETRIES, MASKS, REGIMES, ROTATIONS, SPECTRA, Recipe, build
 
 
 T = TypeVar("T")
@@ -50,6 +50,7 @@ _SPREADS = st.sampled_from(SPREADS)
 _MODERATE_SPREADS = st.sampled_from(SPREADS[:6])
 _MASKS = _mostly("none", MASKS, 4)
 _CROSS_MASKS = _mostly("none", [name for name in MASKS if name != "causal"], 4)
+_ROTATIONS = _mostly("none", ROTATIONS, 6)
 _SPECTRA = _mostly("gaussian", SPECTRA, 5)
 # Zero values make the whole Jacobian zero: worth a look, not a tenth of all examples.
 _VALUE_SPECTRA = _mostly("gaussian", [*[name for name in SPECTRA if name != "zero"] * 3, "zero"], 12)
@@ -174,14 +175,25 @@ def small_blocks(
         shapes["memory"] = (m, dim)
     if "biases" in features and draw(st.booleans()):
         shapes |= {"b_q": (heads, head_dim), "b_k": (heads, head_dim), "b_v": (heads, value_dim)}
+    turned = "rotary" in features and head_dim > 1 and draw(st.booleans())
     kind = draw(_DTYPES) if dtype is None else dtype
     fields: dict[str, Any] = _dyadic(draw, shapes, kind)
     if "mask" in features and draw(st.booleans()):
         hidden = torch.tensor(list(draw(st.binary(min_size=n * m, max_size=n * m)))).reshape(n, m) % 2 == 1
         hidden[torch.arange(n), torch.arange(n) % m] = False
         fields["logit_bias"] = torch.zeros(n, m, dtype=kind).masked_fill(hidden, float("-inf"))
+    if turned:
+        queries = _quarter_turns(draw, n, kind)
+        fields |= {"query_rotation": queries, "key_rotation": _quarter_turns(draw, m, kind) if cross else queries}
     moves = draw(_CROSS_MOVES) if cross else "self"
     return Attention(**fields, moves=moves, scale=draw(_SMALL_SCALES))
+
+
+def _quarter_turns(draw: Callable[..., Any], tokens: int, dtype: torch.dtype) -> Tensor:
+    """Rotations of one pair by multiples of a right angle: exact in every dtype."""
+    quarters = [byte % 4 for byte in draw(st.binary(min_size=tokens, max_size=tokens))]
+    turns = torch.tensor([[1, 0], [0, 1], [-1, 0], [0, -1]], dtype=dtype)
+    return turns[torch.tensor(quarters)].unsqueeze(-1)
 
 
 def _dyadic(draw: Callable[..., Any], shapes: dict[str, Sequence[int]], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -234,6 +246,8 @@ def recipes(
         choices |= {"m": draw(_SIZES[largest]), "moves": draw(_CROSS_MOVES)}
     if "mask" in features:
         choices["mask"] = draw(_CROSS_MASKS if cross else _MASKS)
+    if "rotary" in features:
+        choices["rotary"] = draw(_ROTATIONS)
     if "biases" in features:
         bits = draw(_BITS)
         choices["biases"] = frozenset(name for i, name in enumerate(BIASES) if bits >> i & 1)

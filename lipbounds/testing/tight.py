@@ -5,7 +5,8 @@ One feature a token, W_K = W_Q and W_O = W_V^T, so no product of norms loses any
 - one key: Y = X W_V W_O, whose norm is ||W_V|| ||W_O||, the mixing term of every bound;
 - half: one query at 0 sees two keys a and -a, so p = (1/2, 1/2), and the query moves. The norm of the Jacobian is
   s (1/4) (2 |a| ||W_V||) (2 |a| |W_K W_Q^T|) ||W_O||, which is s ||V|| (1/2) ||K W_Q^T|| ||W_O||, the query term with
-  g_1 = 1/2.
+  g_1 = 1/2. With rotary positions all tokens are turned by the same angle: R^T R is c^2 + s^2 times the identity, so
+  that |W_K W_Q^T| has this factor, and so have ||R W_Q^T|| ||K|| together, whatever the rounding of c and s.
 """
 
 from __future__ import annotations
@@ -47,6 +48,11 @@ def tight_blocks(
 
     shared, values, token = gaussian(draw(WIDTHS)), gaussian(draw(WIDTHS)), gaussian(1)[0]
     weights: dict[str, Any] = {"w_q": shared, "w_k": shared, "w_v": values, "w_o": values.mT.contiguous()}
+    width, tokens = shared.shape[-1], 2 if half else 1
+    if "rotary" in features and width % 2 == 0 and draw(st.booleans()):  # of all features: others keep the factor 1
+        angle = 3 * torch.randn((), generator=generator, dtype=torch.float64)
+        turn = torch.stack([angle.cos(), angle.sin()]).to(kind).unsqueeze(-1).expand(tokens, 2, width // 2)
+        weights |= {"query_rotation": turn[:1], "key_rotation": turn}
     if not half:
         return Attention(x=token, **weights)
     return Attention(x=torch.zeros_like(token), memory=torch.cat([token, -token]), moves="query", **weights)

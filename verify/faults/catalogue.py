@@ -10,6 +10,7 @@ from verify.faults import (
     faults_matrices,
     faults_point,
     faults_published,
+    faults_rotary,
     faults_softmax,
 )
 from verify.faults.fault import Fault, faults_in
@@ -23,6 +24,7 @@ THEMES = (
     faults_ball,
     faults_estimators,
     faults_published,
+    faults_rotary,
 )
 FAULTS: dict[str, Fault] = {fault.name: fault for theme in THEMES for fault in faults_in(theme)}
 CONTROLS: dict[str, Fault] = {control.name: control for control in faults_in(controls)}

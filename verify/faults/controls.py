@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lipbounds.claims import FEATURES
 from lipbounds.rounding import cast_down, cast_up
 from lipbounds.targets.attention import Attention
 from verify.faults.fault import planted
@@ -21,6 +22,7 @@ from verify.faults.right import (
     map_norm,
     norm,
     output,
+    turned,
 )
 from verify.faults.right_ball import Ball
 
@@ -74,6 +76,12 @@ def whole_matrices_for_heads(block: Attention) -> Tensor:
 def covariance(block: Attention) -> Tensor:
     """Right: the covariance form."""
     return Covariance()(block)
+
+
+@planted(supports=tuple(FEATURES))
+def turned_queries_and_keys(block: Attention) -> Tensor:
+    """Right: the norms of turned queries and keys, apart from those of the weights."""
+    return turned()(block)
 
 
 @planted(scope="ball")

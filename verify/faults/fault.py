@@ -13,6 +13,8 @@ from lipbounds.registry import BoundSpec
 
 
 Compute = Callable[..., Tensor]
+# A fault that does not read the rotary positions would be caught by them, whatever else is wrong with it.
+UNTURNED: tuple[Feature, ...] = tuple(feature for feature in FEATURES if feature != "rotary")
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,7 @@ def planted(
     *,
     kind: Kind = "proved",
     scope: Scope = "point",
-    supports: Iterable[Feature] = tuple(FEATURES),
+    supports: Iterable[Feature] = UNTURNED,
     subtle: bool = False,
     estimator: bool = False,
 ) -> Callable[[Compute], Fault]:

@@ -160,6 +160,36 @@ def literal(
     return Formula(**{**own, **parts})
 
 
+# -- rotary positions: D4 of bounds.md, without its centred values ----------------------------------------------------
+
+
+def _rotation_norm(rotation: Tensor) -> float | Tensor:
+    """The largest norm of a token's rotation, for all heads; at least 1, for features that are left alone."""
+    return torch.linalg.vector_norm(rotation, dim=-2).amax((-2, -1)).clamp(min=1).unsqueeze(-1) * (1 + ROUNDING)
+
+
+def turned(
+    *,
+    keys: Part = lambda block: norm(block.keys),
+    queries: Part = lambda block: norm(block.queries),
+    length: Callable[[Tensor], float | Tensor] = _rotation_norm,
+) -> Formula:
+    """`Formula` with ||K|| ||W_Q|| and ||Q|| ||W_K||, Q and K turned, which rotary positions leave valid."""
+
+    def key_side(block: Attention) -> Tensor:
+        rounding = ROUNDING * frobenius(block.key_factors[0]) * frobenius(block.key_factors[1])
+        return (keys(block) + rounding) * norm(block.w_q) * length_of(block.query_rotation)
+
+    def query_side(block: Attention) -> Tensor:
+        rounding = ROUNDING * frobenius(block.query_factors[0]) * frobenius(block.query_factors[1])
+        return (queries(block) + rounding) * norm(block.w_k) * length_of(block.key_rotation)
+
+    def length_of(rotation: Tensor | None) -> float | Tensor:
+        return 1.0 if rotation is None else length(rotation)
+
+    return Formula(key_side=key_side, query_side=query_side)
+
+
 # -- centred: D1 of bounds.md, tighter, for the controls -------------------------------------------------------------
 
 

@@ -58,7 +58,7 @@ def test_details_are_kept_apart_from_terms() -> None:
         (lambda: spec()(torch.ones(2, 2)), InvalidInput, "needs an Attention, got Tensor"),
         (lambda: spec(float("nan"))(random_block()), InvalidInput, "returned NaN"),
         (lambda: spec(compute=lambda block: torch.ones(3))(random_block()), InvalidInput, "one value per batch item"),
-        (lambda: spec(supports=frozenset({"rotary"})), InvalidInput, r"got also \['rotary'\]"),
+        (lambda: spec(supports=frozenset({"wings"})), InvalidInput, r"got also \['wings'\]"),
         (lambda: spec(name="two words"), InvalidInput, "without spaces"),
         (lambda: Claim(kind="certain"), InvalidInput, "kind must be one of"),  # pyright: ignore
         (lambda: Claim(kind="proved", scope="here"), InvalidInput, "scope must be one of"),  # pyright: ignore

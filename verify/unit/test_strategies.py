@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lipbounds import InvalidInput
 from lipbounds.testing import strategies
-from lipbounds.testing.recipes import GEOMETRIES, MASKS, REGIMES, SPECTRA, Recipe, build
+from lipbounds.testing.recipes import GEOMETRIES, MASKS, REGIMES, ROTATIONS, SPECTRA, Recipe, build
 from verify.unit.kit import SEARCH
 
 
@@ -32,9 +32,9 @@ def drawn(strategy: st.SearchStrategy, examples: int = 300) -> list:
 def test_every_choice_is_drawn() -> None:
     found = drawn(strategies.recipes(), 600)
     for field, names in {
-        "mask": MASKS, "geometry": GEOMETRIES, "regime": REGIMES, "query": SPECTRA, "value": SPECTRA,
-        "dtype": strategies.DTYPES, "moves": ("self", "query", "memory"), "spread": strategies.SPREADS,
-        "scale": strategies.SCALES, "heads": (1, 2, 3, 4),
+        "mask": MASKS, "rotary": ROTATIONS, "geometry": GEOMETRIES, "regime": REGIMES,
+        "query": SPECTRA, "value": SPECTRA, "dtype": strategies.DTYPES, "moves": ("self", "query", "memory"),
+        "spread": strategies.SPREADS, "scale": strategies.SCALES, "heads": (1, 2, 3, 4),
     }.items():  # fmt: skip
         assert set(names) <= {getattr(recipe, field) for recipe in found}, field
     assert max(recipe.n for recipe in found) > 16
@@ -44,7 +44,9 @@ def test_every_choice_is_drawn() -> None:
     assert sum(recipe.value == "zero" or recipe.output == "zero" for recipe in found) < len(found) / 8
 
 
-@pytest.mark.parametrize("features", [(), ("heads",), ("biases",), ("mask",), ("cross",), ("heads", "mask")], ids=str)
+@pytest.mark.parametrize(
+    "features", [(), ("heads",), ("biases",), ("mask",), ("cross",), ("rotary",), ("heads", "mask")], ids=str
+)
 def test_blocks_have_the_features_that_were_asked_for(features: tuple) -> None:
     present = [block.features for block in drawn(strategies.attention_blocks(features), 150)]
     assert all(found <= set(features) for found in present)

@@ -1,0 +1,165 @@
+"""Transformers of common shapes built from their configurations alone, at their random start.
+
+No pretrained weights of these models are reachable offline. At the start attention is nearly uniform, so their numbers
+say how bounds do on the shapes and masks of these models, not on what training makes of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses as dc
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lipbounds.capture import CapturedAttention, capture
+from lipbounds.targets.attention import Attention
+
+
+START_SEED = 0
+TOKENS = 64
+VOCABULARY = 1000
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """A model at its random start, and inputs for it.
+
+    Args:
+        description: one sentence for the reader of a table.
+        configuration: names of configuration and model in transformers, and the arguments of the first.
+        layers: number of attention blocks.
+        chosen: the layers that are bounded.
+        input: makes an input from a seed.
+        blocks: the attention blocks of the model at an input.
+        seconds: expected for all evaluations at one block.
+    """
+
+    description: str
+    configuration: tuple[str, str, dict[str, Any]]
+    layers: int
+    chosen: tuple[int, ...]
+    input: Callable[[int], Tensor]
+    blocks: Callable[[nn.Module, Tensor], list[CapturedAttention]] = capture
+    seconds: float
+
+    def model(self) -> nn.Module:
+        """The model in float32 and evaluation mode, the same every time."""
+        import transformers
+
+        config, model, arguments = self.configuration
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(START_SEED)
+            built = getattr(transformers, model)(getattr(transformers, config)(**arguments, attn_implementation="sdpa"))
+        return built.eval()
+
+
+def image(seed: int) -> Tensor:
+    """One image of Gaussian pixels, 224 x 224."""
+    return torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(seed))
+
+
+def words(seed: int) -> Tensor:
+    """One text of uniformly random tokens."""
+    return torch.randint(VOCABULARY, (1, TOKENS), generator=torch.Generator().manual_seed(seed))
+
+
+def llama_blocks(model: nn.Module, tokens: Tensor) -> list[CapturedAttention]:
+    """The attention blocks of a `LlamaModel`, put together from its weights and what goes into each attention module.
+
+    Args:
+        model: a `transformers.LlamaModel`.
+        tokens: of batch size 1.
+    """
+    calls: list[tuple[str, nn.Module, dict[str, Any]]] = []
+    handles = [
+        module.register_forward_pre_hook(
+            lambda module, _, given, name=name: calls.append((name, module, given)), with_kwargs=True
+        )
+        for name, module in model.named_modules()
+        if name.endswith("self_attn")
+    ]
+    try:
+        model(tokens)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [
+        CapturedAttention(module=name, index=index, attention=_llama_block(module, given), residual=0.0)
+        for index, (name, module, given) in enumerate(calls)
+    ]
+
+
+def _llama_block(module: Any, given: dict[str, Any]) -> Attention:
+    width = module.head_dim
+    cos, sin = given["position_embeddings"]
+    rotation = torch.stack([cos, sin], -2)[0, ..., : width // 2]  # both halves hold the same angles
+
+    def columns(projection: nn.Linear) -> Tensor:
+        return projection.weight.mT.unflatten(-1, (-1, width)).movedim(-2, 0).contiguous()
+
+    return Attention(
+        x=given["hidden_states"],
+        w_q=columns(module.q_proj),
+        w_k=columns(module.k_proj),
+        w_v=columns(module.v_proj),
+        w_o=module.o_proj.weight.mT.unflatten(0, (-1, width)).contiguous(),
+        query_rotation=rotation,
+        key_rotation=rotation,
+        scale=module.scaling,
+        causal=True,
+    )
+
+
+ARCHITECTURES = {
+    "vit-b-16": Architecture(
+        description="ViT-B/16, random-init: 768 features, 12 heads, 197 tokens, on a Gaussian image; layers 1, 12",
+        configuration=("ViTConfig", "ViTModel", {}),
+        layers=12,
+        chosen=(0, 11),
+        input=image,
+        seconds=30.0,
+    ),
+    "deit-s": Architecture(
+        description="DeiT-S, random-init: 384 features, 6 heads, 198 tokens, on a Gaussian image; layers 1, 7, 12",
+        configuration=(
+            "DeiTConfig",
+            "DeiTModel",
+            {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536},
+        ),
+        layers=12,
+        chosen=(0, 6, 11),
+        input=image,
+        seconds=15.0,
+    ),
+    "gpt-2": Architecture(
+        description="GPT-2, random-init: causal, 768 features, 12 heads, on 64 random tokens; layers 1, 7, 12",
+        configuration=("GPT2Config", "GPT2Model", {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0}),
+        layers=12,
+        chosen=(0, 6, 11),
+        input=words,
+        seconds=10.0,
+    ),
+    "llama-like": Architecture(
+        description="Llama-like, random-init: causal, rotary positions, RMSNorm, 768 features, 12 query and 4 key "
+        "heads, on 64 random tokens; layers 1, 7, 12",
+        configuration=(
+            "LlamaConfig",
+            "LlamaModel",
+            {
+                "vocab_size": VOCABULARY,
+                "hidden_size": 768,
+                "intermediate_size": 2048,
+                "num_hidden_layers": 12,
+                "num_attention_heads": 12,
+                "num_key_value_heads": 4,
+            },
+        ),
+        layers=12,
+        chosen=(0, 6, 11),
+        input=words,
+        blocks=llama_blocks,
+        seconds=10.0,
+    ),
+}

@@ -1,0 +1,37 @@
+"""Tokens into the heads and out of them: the linear parts of an attention block."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def project(
+    tokens: Float[Tensor, "*batch n dim"],
+    weights: Float[Tensor, "*weights heads dim head_dim"],
+    bias: Float[Tensor, "*weights heads head_dim"] | None = None,
+) -> Float[Tensor, "*out heads n head_dim"]:
+    """Tokens times the weights of each head, plus its bias."""
+    product = tokens.unsqueeze(-3) @ weights
+    return product if bias is None else product + bias.unsqueeze(-2)
+
+
+def merge_heads(
+    per_head: Float[Tensor, "*batch heads n value_dim"], w_o: Float[Tensor, "*weights heads value_dim out_dim"]
+) -> Float[Tensor, "*out n out_dim"]:
+    """Sum over heads of the head outputs times their output weights."""
+    return (per_head @ w_o).sum(-3)
+
+
+def affine_factors(
+    tokens: Float[Tensor, "*batch n dim"],
+    weights: Float[Tensor, "*weights heads dim head_dim"],
+    bias: Float[Tensor, "*weights heads head_dim"] | None,
+) -> tuple[Tensor, Tensor]:
+    """[tokens 1] and [weights; bias], or just tokens and weights."""
+    tokens = tokens.unsqueeze(-3)
+    if bias is None:
+        return tokens, weights
+    with_one = torch.cat([tokens, torch.ones_like(tokens[..., :1])], -1)
+    return with_one, torch.cat([weights, bias.unsqueeze(-2)], -2)
