@@ -217,7 +217,7 @@ def bound(
         cost: in O(.) notation; n tokens, D width, H heads, d head width.
         role: `estimator` for a method that measures the constant instead of bounding it by a formula.
         status: `refuted` for a published formula kept although a counterexample is known.
-        version: raise it when the returned numbers change, so that stored records are not mixed.
+        version: raise it when the returned numbers or what is supported change, so that stored records are not mixed.
         target: class of the blocks the bound is about.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import cast
 
 import pytest
 import torch
@@ -49,7 +50,6 @@ def test_the_llama_blocks_give_what_the_model_computes() -> None:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        attn_implementation="sdpa",
     )
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
@@ -58,7 +58,7 @@ def test_the_llama_blocks_give_what_the_model_computes() -> None:
             parameter.copy_(torch.randn_like(parameter) / 2)
         outputs: list[torch.Tensor] = []
         for layer in model.layers:
-            layer.self_attn.register_forward_hook(lambda *call: outputs.append(call[-1][0]))
+            cast(torch.nn.Module, layer.self_attn).register_forward_hook(lambda *call: outputs.append(call[-1][0]))
         blocks = llama_blocks(model, words(0)[:, :9])
     assert len(blocks) == len(outputs) == 2
     for found, output in zip(blocks, outputs, strict=True):

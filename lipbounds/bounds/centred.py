@@ -54,7 +54,7 @@ from lipbounds.targets.attention_norms import combine_heads, largest_softmax_nor
     source=Source(title="lipbounds", statement="centred form of Theorem 3 of Yudin et al. 2025, derived here (D1)"),
     supports=("heads", "biases", "mask", "cross", "rotary"),
     cost="O(H n^2 (d + n) + H D d^2); with rotary positions also O(H n d^3)",
-    version=2,
+    version=3,
 )
 def products(block: Attention) -> tuple[Tensor, Terms]:
     """Theorem 3 with keys and values centred: never above the bias-aware form for centred data, often far below."""
@@ -73,7 +73,7 @@ def products(block: Attention) -> tuple[Tensor, Terms]:
     source=Source(title="lipbounds", statement="centred form with separate norms, derived here (D4)"),
     supports=("heads", "biases", "mask", "cross", "rotary"),
     cost="O(H n^2 (d + n) + H D d^2)",
-    version=2,
+    version=3,
 )
 def weights(block: Attention) -> tuple[Tensor, Terms]:
     """Centred values, and the norms of W_Q, W_K, Q and K apart: the form that rotary positions leave valid."""

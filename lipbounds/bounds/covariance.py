@@ -62,7 +62,7 @@ from lipbounds.targets.rotary import rotation_matrices, rotation_norm
     source=Source(title="lipbounds", statement="covariance form, derived here (D2)"),
     supports=("heads", "biases", "mask", "cross", "rotary"),
     cost="O(H n^2 d^2 + H n d^3)",
-    version=2,
+    version=3,
 )
 def exact(block: Attention) -> tuple[Tensor, Terms]:
     """Spectral norms of the covariances of keys and values under every attention row."""

@@ -113,6 +113,7 @@ def _declare(name: str, formula: Callable[..., tuple[Tensor, Terms]], factor: So
         source=Source(title=PAPER, authors=AUTHORS, year=2025, arxiv="2507.07814", statement=statement),
         supports=("heads", "mask") if literal else ("heads", "biases", "mask", "cross", "rotary"),
         cost="O(H n^2 (d + n) + H D d^2); with rotary positions also O(H n d^3)",
+        version=1 if literal else 2,
     )(compute)
 
 

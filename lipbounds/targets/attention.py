@@ -34,7 +34,7 @@ from lipbounds.targets.target import Target
 Moves = Literal["self", "query", "memory"]
 
 
-@dc.dataclass(frozen=True, eq=False, kw_only=True)
+@dc.dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Attention(Target):
     """A multi-head attention block at one input, frozen; the function whose Jacobian is bounded.
 

@@ -28,7 +28,7 @@ from lipbounds.claims import Feature
 from lipbounds.targets._tensor_target import TensorTarget, check_positive, check_shapes, check_tensors
 
 
-@dc.dataclass(frozen=True, eq=False, kw_only=True)
+@dc.dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class CosineAttention(TensorTarget):
     """One head of scaled cosine similarity attention at one input, frozen; without masks and biases.
 

@@ -27,7 +27,7 @@ from lipbounds.claims import Feature
 from lipbounds.targets._tensor_target import TensorTarget, check_shapes, check_tensors
 
 
-@dc.dataclass(frozen=True, eq=False, kw_only=True)
+@dc.dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class L2Attention(TensorTarget):
     """A multi-head block of L2 attention with W_Q = W_K at one input, frozen; without masks, biases and dropout.
 

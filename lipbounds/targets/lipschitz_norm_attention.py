@@ -28,7 +28,7 @@ from lipbounds.errors import InvalidInput
 from lipbounds.targets._tensor_target import TensorTarget, check_shapes, check_tensors
 
 
-@dc.dataclass(frozen=True, eq=False, kw_only=True)
+@dc.dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class LipschitzNormAttention(TensorTarget):
     """One head of attention with normalised scores at given queries, keys and values, frozen; without a mask.
 

@@ -18,7 +18,7 @@ from lipbounds.targets._attention_checks import FLOAT_DTYPES
 from lipbounds.targets.target import Target
 
 
-@dc.dataclass(frozen=True, eq=False, kw_only=True)
+@dc.dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Mlp(Target):
     """A feed-forward network at one input, frozen. The activation stands between layers, not after the last.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses as dc
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -14,6 +15,15 @@ from lipbounds.claims import Feature
 
 class Target:
     """One attention block at one input, frozen: the function whose Lipschitz constant is bounded, and where."""
+
+    def __repr__(self) -> str:
+        """The fields that are set, tensors by their shapes: their entries would fill pages."""
+        parts = []
+        for field in dc.fields(self):  # pyright: ignore[reportArgumentType]  # every target is a dataclass
+            value = getattr(self, field.name)
+            if value is not None and value is not False:
+                parts.append(f"{field.name}={_shape(value)}")
+        return f"{type(self).__name__}({', '.join(parts)}, {str(self.dtype).removeprefix('torch.')})"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -60,3 +70,11 @@ class Target:
     def to(self, target: torch.dtype | torch.device | str) -> Target:
         """The same block in another dtype or on another device."""
         raise NotImplementedError
+
+
+def _shape(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return "x".join(str(size) for size in value.shape)
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(_shape(entry) for entry in value)}]"  # pyright: ignore[reportUnknownVariableType]
+    return repr(value)
