@@ -43,18 +43,27 @@ class Outcome:
     reason: str = ""
 
 
-def hunt(spec: BoundSpec, *, max_examples: int = MAX_EXAMPLES, seconds: float = SECONDS, seed: int = SEED) -> Outcome:
+def hunt(
+    spec: BoundSpec,
+    *,
+    first: str | None = None,
+    max_examples: int = MAX_EXAMPLES,
+    seconds: float = SECONDS,
+    seed: int = SEED,
+) -> Outcome:
     """All checks and the ascent, in the order of `_plan`, until one refutes the bound.
 
     Args:
         spec: the bound.
+        first: a check to run before all others, such as the one that refuted the bound before.
         max_examples: blocks a check.
         seconds: for the ascent.
         seed: of every search.
     """
     begun = time.monotonic()
     before = 0
-    for check, effort in _plan(spec, max_examples, seconds):
+    plan = _plan(spec, max_examples, seconds)
+    for check, effort in [*([step for step in plan if step[0] == first]), *plan]:
         try:
             tried = _attack(spec, seed, effort) if check == FALSIFY else _draw(spec, check, int(effort), seed)
         except _Found as found:
@@ -79,14 +88,14 @@ def _plan(spec: BoundSpec, max_examples: int, seconds: float) -> list[tuple[str,
     """Checks with their blocks, the ascent with its seconds: what is likely to find something quickly comes first.
 
     `value` and `tight`, a short ascent, the other checks in the order of `CHECKS`; for what survives a long ascent and
-    `value` again with many more blocks.
+    `value` and `tight` again with many more blocks.
     """
     checks = checks_for(spec)
     attackable = can_climb(spec) and spec.role == "bound"
     value = [check for check in checks if check in ("value", "tight")]
     short, long = (((FALSIFY, time),) if attackable else () for time in (min(seconds, SHORT_SECONDS), seconds))
     others = [(check, max_examples) for check in checks if check not in value]
-    deeper = [("value", DEEPER * max_examples)] if "value" in checks else []
+    deeper = [(check, DEEPER * max_examples) for check in value]
     return [*((check, max_examples) for check in value), *short, *others, *long, *deeper]
 
 
