@@ -19,5 +19,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(("spec", "check"), cases, ids=[f"{spec.name}-{check}" for spec, check in cases])
 
 
-def test_contract(spec: BoundSpec, check: str) -> None:
+# The longest searches run as users run the bound. The others keep the shape checks that only tests switch on.
+AS_USERS_RUN_IT = ("value", "tight", "coverage")
+
+
+def test_contract(spec: BoundSpec, check: str, request: pytest.FixtureRequest) -> None:
+    if check in AS_USERS_RUN_IT:
+        request.getfixturevalue("as_a_user_runs_it")
     run_check(spec, check)
