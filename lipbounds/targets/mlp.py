@@ -7,7 +7,6 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -15,11 +14,11 @@ from lipbounds.claims import Feature
 from lipbounds.errors import InvalidInput
 from lipbounds.ops.activations import ACTIVATIONS, Activation
 from lipbounds.targets._attention_checks import FLOAT_DTYPES
-from lipbounds.targets.target import Target
+from lipbounds.targets._tensor_target import TensorTarget
 
 
 @dc.dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class Mlp(Target):
+class Mlp(TensorTarget):
     """A feed-forward network at one input, frozen. The activation stands between layers, not after the last.
 
     All tensors share one floating dtype and device. Leading dimensions of `x` are batch.
@@ -49,27 +48,24 @@ class Mlp(Target):
                 f"biases must hold one entry a layer, got {len(self.biases)} for {len(self.weights)} weights; "
                 "put None where a layer has no bias."
             )
-        for name, tensor in self._tensors.items():
+        for name, tensor in self.tensors.items():
             _check_tensor(name, tensor, self.x)
         _check_shapes(self)
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.x.dtype
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by name, those of a layer as `weights[0]` and `biases[0]`."""
+        named = {"x": self.x} | {f"weights[{layer}]": weight for layer, weight in enumerate(self.weights)}
+        return named | {f"biases[{i}]": bias for i, bias in enumerate(self.biases or ()) if bias is not None}
 
     @property
-    def device(self) -> torch.device:
-        return self.x.device
+    def trailing(self) -> dict[str, int]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return {name: 2 if name.startswith("weights") else 1 for name in self.tensors}
 
     @property
     def moving_input(self) -> Tensor:
         """The input that the Lipschitz constant is about."""
         return self.x
-
-    @cached_property
-    def batch_shape(self) -> torch.Size:
-        """The leading dimensions of `x`."""
-        return self.x.shape[:-1]
 
     @cached_property
     def features(self) -> frozenset[Feature]:
@@ -106,27 +102,15 @@ class Mlp(Target):
         return self.replace(x=moving)
 
     def replace(self, **changes: Any) -> Mlp:
-        """The same network with some fields replaced, validated again."""
+        """The same network with some fields replaced, or single tensors of layers by their names in `tensors`."""
+        for field in ("weights", "biases"):
+            layers = list(changes.get(field, getattr(self, field)) or ())
+            named = {name for name in changes if name.startswith(f"{field}[")}
+            for name in named:
+                layers[int(name[len(field) + 1 : -1])] = changes.pop(name)
+            if named:
+                changes[field] = tuple(layers)
         return dc.replace(self, **changes)
-
-    def to(self, target: torch.dtype | torch.device | str) -> Mlp:
-        """The same network in another dtype or on another device."""
-        biases = self.biases
-        return self.replace(
-            x=self.x.to(target),
-            weights=tuple(weight.to(target) for weight in self.weights),
-            biases=None if biases is None else tuple(None if b is None else b.to(target) for b in biases),
-        )
-
-    @cached_property
-    def double(self) -> Mlp:
-        """The same network in float64, where floats of every supported dtype are exact."""
-        return self if self.dtype == torch.float64 else self.to(torch.float64)
-
-    @property
-    def _tensors(self) -> dict[str, Tensor]:
-        named = {"x": self.x} | {f"weights[{i}]": weight for i, weight in enumerate(self.weights)}
-        return named | {f"biases[{i}]": bias for i, bias in enumerate(self.biases or ()) if bias is not None}
 
 
 def _check_tensor(name: str, tensor: Tensor, x: Tensor) -> None:

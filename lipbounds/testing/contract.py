@@ -24,6 +24,7 @@ from lipbounds.claims import FEATURES
 from lipbounds.errors import InvalidInput, Unsupported
 from lipbounds.registry import BoundSpec
 from lipbounds.targets.attention import Attention
+from lipbounds.targets.mlp import Mlp
 from lipbounds.targets.target import Target
 from lipbounds.testing import behaviour_checks, coverage_check, relation_checks, target_checks, value_checks
 from lipbounds.testing.check import Check as Check
@@ -136,22 +137,34 @@ CHECKS: dict[str, Check] = {
 # Cheap to evaluate and without cases: a few blocks show what these checks can show.
 _FEW = 0.1
 TARGET_CHECKS: dict[str, Check] = {
-    "value": Check(function=target_checks.value, blocks=target_blocks, share=0.3),
+    "value": Check(
+        function=target_checks.value,
+        applies=lambda spec: spec.claim.kind != "estimate",
+        blocks=target_blocks,
+        share=0.3,
+    ),
     "returns": Check(function=target_checks.returns, blocks=target_blocks, share=_FEW),
     "finite": Check(
         function=target_checks.finite,
         blocks=lambda spec: target_blocks(spec, extreme=False, dtype=torch.float64),
         share=_FEW,
     ),
-    "permutation": Check(function=target_checks.permutation, blocks=target_blocks, share=_FEW),
+    "permutation": Check(
+        function=target_checks.permutation,
+        applies=lambda spec: spec.target is not Mlp,  # it has no tokens
+        blocks=target_blocks,
+        share=_FEW,
+    ),
     "batch": Check(function=target_checks.batch, blocks=lambda spec: target_blocks(spec, batches=True), share=_FEW),
     "dtype": Check(
         function=target_checks.dtype,
+        applies=_proved,
         blocks=lambda spec: st.one_of(*(target_blocks(spec, dtype=kind) for kind in (torch.float32, torch.bfloat16))),
         share=_FEW,
     ),
     "gradient": Check(
         function=target_checks.gradient,
+        applies=_proved,
         blocks=lambda spec: target_blocks(spec, batches=False, extreme=False, dtype=torch.float64),
         share=_FEW,
     ),

@@ -14,6 +14,13 @@ With |.| entrywise, ||.|| Frobenius, a = max_i |x_i| and the weights of each hea
   with e = eps^(-1/2), k_Q = a ||W_Q|| e the factor by which the norm of a short query x_i W_Q can magnify its rounding,
   k_K and k_V alike, and k = k_Q + k_K + k_V.
 - LipschitzNorm:  d = 8 gamma(K),   size = 16 m n
+For feed-forward networks there are no logits. The input of layer k + 1 is off by at most e_k, e_k = ||W_k|| e_{k-1} +
+gamma(K) (||W_k|| (|a_{k-1}| + e_{k-1}) + |b_k|), so that slopes of the activation are off by at most 2 e_k + 16 u (the
+second derivatives in lipbounds.ops.activations are below 2), and with l >= 1 the largest slope
+
+    slack = ( sum_k (2 e_k + 16 u) + 8 gamma(K) ) prod_k ||W_k|| l  +  the last term above.
+
+A relu whose input is within e_k of 0 has the slope 0 or 1: then nothing can be concluded, and the slack is infinite.
 A row sum is off by at most sqrt(columns) times as much as the Frobenius norm. Where a slack is large
 (tokens far larger than the scale at which a map changes) nothing can be concluded, and the smaller inputs decide.
 """
@@ -29,6 +36,7 @@ from lipbounds.errors import InvalidInput
 from lipbounds.targets.cosine_attention import CosineAttention
 from lipbounds.targets.l2_attention import L2Attention
 from lipbounds.targets.lipschitz_norm_attention import LipschitzNormAttention
+from lipbounds.targets.mlp import Mlp
 from lipbounds.targets.target import Target
 
 
@@ -97,9 +105,11 @@ def truth_slack(block: Target, norm: Norm, matrix: Float[Tensor, "*batch outputs
         logit_error, size, operations = _cosine(block)
     elif isinstance(block, LipschitzNormAttention):
         logit_error, size, operations = _lipschitz_norm(block)
+    elif isinstance(block, Mlp):
+        logit_error, size, operations = _mlp(block)
     else:
         raise InvalidInput(
-            "the rounding of the truth is known for L2Attention, CosineAttention and LipschitzNormAttention, "
+            "the rounding of the truth is known for L2Attention, CosineAttention, LipschitzNormAttention and Mlp, "
             f"got {type(block).__name__}; add it to lipbounds.testing.dense_jacobian."
         )
     spectrum = 8 * max(matrix.shape[-2:]) * UNIT * matrix.square().sum((-2, -1)).sqrt()
@@ -137,6 +147,27 @@ def _lipschitz_norm(block: LipschitzNormAttention) -> Rounding:
     return torch.full_like(size, 8 * _gamma(operations)), size, operations
 
 
+def _mlp(block: Mlp) -> Rounding:
+    """As if the error of the slopes were one of logits: expm1(6 d) is at least 6 d."""
+    operations = sum(sum(weight.shape) for weight in block.weights) + 32
+    values, error = block.x, torch.zeros_like(block.x[..., 0])
+    slopes, size = torch.zeros_like(error), torch.ones_like(error)
+    for layer, weight in enumerate(block.weights[:-1]):
+        norm = _frobenius(weight)
+        error = norm * error + 2 * _gamma(operations) * (
+            norm * (values.norm(dim=-1) + error) + block.bias(layer).norm()
+        )
+        values = values @ weight.mT + block.bias(layer)
+        if block.activation == "relu":
+            near = (values.abs() <= error.unsqueeze(-1)).any(-1)
+            slopes = slopes + torch.where(near, torch.inf, 0.0)
+        else:
+            slopes = slopes + 2 * error + 16 * UNIT
+        values, error = block.activation_rule.function(values), 2 * error
+        size = size * norm * max(1.0, block.activation_rule.lipschitz)
+    return slopes, size * _frobenius(block.weights[-1]), operations
+
+
 def _gamma(operations: int) -> float:
     return operations * UNIT / (1 - operations * UNIT)
 
@@ -151,4 +182,5 @@ def _frobenius(matrix: Float[Tensor, "*batch rows cols"]) -> Float[Tensor, "*bat
 
 def _own_shape(block: Target) -> torch.Size:
     """Shape of the moving input without batch dimensions."""
-    return block.moving_input.shape[-1:] if isinstance(block, LipschitzNormAttention) else block.moving_input.shape[-2:]
+    dimensions = 1 if isinstance(block, LipschitzNormAttention | Mlp) else 2
+    return block.moving_input.shape[-dimensions:]

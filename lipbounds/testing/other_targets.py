@@ -1,4 +1,4 @@
-"""Hypothesis strategies for attention types other than `Attention`; hard cases are drawn on purpose.
+"""Hypothesis strategies for blocks other than `Attention`; hard cases are drawn on purpose.
 
 A block is built from a handful of choices and a seed, as the larger blocks of `strategies` are. The choices hold what
 breaks wrong constants: one token, duplicated tokens, tokens near zero beside a small eps, weights of very different
@@ -8,6 +8,7 @@ sizes or of rank one, one-hot rows, ties in the maximum that LipschitzNorm divid
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -16,10 +17,12 @@ from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
 from lipbounds.errors import InvalidInput
+from lipbounds.ops.activations import ACTIVATIONS
 from lipbounds.registry import BoundSpec
 from lipbounds.targets.cosine_attention import CosineAttention
 from lipbounds.targets.l2_attention import L2Attention
 from lipbounds.targets.lipschitz_norm_attention import LipschitzNormAttention
+from lipbounds.targets.mlp import Mlp
 from lipbounds.targets.target import Target
 
 
@@ -130,11 +133,36 @@ def lipschitz_norm_attentions(draw: Callable[..., Any], spec: BoundSpec, **optio
     return LipschitzNormAttention(**make.finish(queries=queries, keys=keys, values=values))
 
 
+@st.composite
+def mlps(draw: Callable[..., Any], spec: BoundSpec, **options: Any) -> Mlp:
+    """Feed-forward networks of one to four layers, most often with relu.
+
+    Args:
+        draw: given by Hypothesis.
+        spec: the bound.
+        **options: those of `target_blocks`.
+    """
+    make = _Maker(draw, options)
+    sizes = [draw(st.sampled_from(SIZES)) for _ in range(1 + draw(st.sampled_from((2, 1, 3, 4))))]
+    x = make.tokens(1, sizes[0])[..., 0, :] * make.pick(SPREADS, 5)
+    make.batch = ()  # the weights are those of one network
+    weights = [make.weights(rows, cols) for cols, rows in pairwise(sizes)]
+    biases = [make.tokens(1, rows)[0] if draw(st.booleans()) else None for rows in sizes[1:]]
+    named = make.finish(x=x, **{f"weights{i}": weight for i, weight in enumerate(weights)})
+    return Mlp(
+        x=named["x"],
+        weights=tuple(named[f"weights{i}"] for i in range(len(weights))),
+        biases=tuple(None if bias is None else bias.to(make.dtype) for bias in biases),
+        activation=draw(st.sampled_from(("relu", "relu", "relu", *sorted(ACTIVATIONS)))),  # some bounds refuse others
+    )
+
+
 Strategy = Callable[..., SearchStrategy[Any]]
 STRATEGIES: dict[type[Target], Strategy] = {
     L2Attention: l2_attentions,
     CosineAttention: cosine_attentions,
     LipschitzNormAttention: lipschitz_norm_attentions,
+    Mlp: mlps,
 }
 
 

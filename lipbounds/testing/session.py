@@ -18,7 +18,7 @@ from lipbounds.testing.other_norms import reached_norm
 from lipbounds.testing.recipes import Recipe, build
 from lipbounds.testing.shrink import shrink
 from lipbounds.testing.snippet import check_snippet, snippet
-from lipbounds.testing.target_ascent import climb_widely
+from lipbounds.testing.target_ascent import can_climb_target, climb_widely
 from lipbounds.testing.verdict import Refuted
 
 
@@ -100,9 +100,7 @@ def verify(spec: BoundSpec, *, seconds: float = 60.0, seed: int = 0, progress: P
     report = Report(name=spec.name, kind=spec.claim.kind, scope=spec.claim.scope, seed=seed)
     examples: dict[str, int] = dict.fromkeys(checks_for(spec), 0)
     about_attention = spec.target is Attention
-    climbs = can_climb(spec) or (
-        not about_attention and spec.claim.kind == "proved" and spec.claim.scope in ("point", "global")
-    )
+    climbs = can_climb(spec) or can_climb_target(spec)
     until = seconds * (1 - SHARE_OF_ASCENT) if climbs else seconds
 
     def elapsed() -> float:

@@ -139,6 +139,9 @@ def _head(spec: BoundSpec, block: Target) -> str:
         default = field.default
         if isinstance(value, Tensor):
             lines.append(f"    {field.name}={tensor_source(value, '    ')},\n")
+        elif isinstance(value, tuple):
+            entries = [repr(v) if v is None else tensor_source(v, "        ") for v in value]
+            lines.append(f"    {field.name}=(\n" + "".join(f"        {e},\n" for e in entries) + "    ),\n")
         elif value != default:
             lines.append(f"    {field.name}={value!r},\n")
     found = expression(spec) or f"...  # {spec.name} cannot be imported by a path: put your BoundSpec here"
