@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lipbounds.capture.blocks import Call, Output
-from lipbounds.capture.masks import additive
+from lipbounds.capture.masks import additive, future
 from lipbounds.capture.operands import Part, check_constant
 from lipbounds.capture.recorder import Recorder
 from lipbounds.capture.trouble import dropout_error, unsupported
@@ -61,13 +61,36 @@ def multi_head_call(recorder: Recorder, given: dict[str, Any], result: Tensor) -
     return call, output
 
 
-def _part(given: dict[str, Any], role: int, source: Tensor) -> Part:
-    """Queries (role 0), keys (1) or values (2)."""
+def multi_head_logit_inputs(given: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Queries and keys, each `batch heads tokens head_dim`, and the logit bias of a call, with their gradients.
+
+    Args:
+        given: as `multi_head_arguments` returns them.
+    """
+    if given["add_zero_attn"] or any(given[name] is not None for name in ("bias_k", "static_k")):
+        raise unsupported("", "keys must come from tokens, got further ones beside them")
+    sides = []
+    for role, name in enumerate(("query", "key")):
+        weight, bias = _role(given, role)
+        tokens = F.linear(_batch_first(given[name]), weight, bias)
+        sides.append(tokens.unflatten(-1, (given["num_heads"], -1)).transpose(-3, -2))
+    query, key = sides
+    causal = given["is_causal"] and given["key_padding_mask"] is None and not given["need_weights"]
+    return query, key, future(query.shape[-2], key.shape[-2], query) if causal else _logit_bias(given)
+
+
+def _role(given: dict[str, Any], role: int) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the projection to queries (role 0), keys (1) or values (2)."""
     if given["use_separate_proj_weight"]:
         weight = given[("q_proj_weight", "k_proj_weight", "v_proj_weight")[role]]
     else:
         weight = given["in_proj_weight"].chunk(3)[role]
-    bias = None if given["in_proj_bias"] is None else given["in_proj_bias"].chunk(3)[role]
+    return weight, None if given["in_proj_bias"] is None else given["in_proj_bias"].chunk(3)[role]
+
+
+def _part(given: dict[str, Any], role: int, source: Tensor) -> Part:
+    """Queries (role 0), keys (1) or values (2)."""
+    weight, bias = _role(given, role)
     return Part(
         tokens=_batch_first(source).clone(),
         weight=_heads(given, weight).mT.clone(),

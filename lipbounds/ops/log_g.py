@@ -1,0 +1,86 @@
+r"""Logarithm of g_k, p_(k) (1 - p_(k) + p_(k+1)), with gradients that stay finite: what a penalty is made of.
+
+These are values to the nearest float and no bounds; `lipbounds.ops.softmax` has the bounds. With S the logits of a row
+and L = log sum exp S,
+
+    log p_(k) = S_(k) - L,
+    log(1 - p_(1) + p_(2)) = log( sum_{j != argmax} exp S_j + exp S_(2) ) - L,
+    log(1 - p_(k) + p_(k+1)) = log1p( p_(k+1) - p_(k) )                        for k >= 2, where p_(k) <= 1/2.
+
+So nothing cancels, a nearly one-hot row keeps its digits, and log g_1 falls linearly in the logits where g_1
+underflows. Where entries tie, the gradient is that of one of the orders, which is a one-sided derivative.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def log_g_1(logits: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:
+    """log g_1 of softmax(logits) for each row; -inf, with gradient 0, where only one key is visible.
+
+    Args:
+        logits: float32 or float64; -inf marks a masked key.
+    """
+    top, index, _ = _largest(logits, 2)
+    single = top[..., 1].isneginf()
+    # Rows with one visible key are replaced by zeros, so that no inf - inf reaches the gradient of the others.
+    safe = torch.where(single.unsqueeze(-1), 0.0, logits)
+    first, second = (torch.where(single, 0.0, top[..., rank]) for rank in (0, 1))
+    total = safe.logsumexp(-1)
+    others = torch.logaddexp(safe.scatter(-1, index[..., :1], -torch.inf).logsumexp(-1), second)
+    return torch.where(single, -torch.inf, (first - total) + (others - total))
+
+
+def log_g_ratio(logits: Float[Tensor, "*batch n"], k: int) -> Float[Tensor, "*batch"]:
+    """log(g_1 / g_k) of softmax(logits) for each row, >= 0; k counts no further than the visible keys.
+
+    Args:
+        logits: float32 or float64; -inf marks a masked key.
+        k: at least 1; a row that sees fewer keys takes the number it sees, and 0 if it sees one.
+    """
+    top, _, visible = _largest(logits, k + 1)
+    rank = visible.sum(-1, keepdim=True).clamp(max=k) - 1
+    single = rank[..., 0] == 0
+    safe = torch.where(single.unsqueeze(-1), 0.0, logits)
+    total = safe.logsumexp(-1)
+    here, after = (_at(torch.where(single.unsqueeze(-1), 0.0, top), rank + step) for step in (0, 1))
+    log_p = here - total
+    log_g_k = log_p + torch.log1p((after - total).exp() - log_p.exp())
+    return torch.where(single, 0.0, log_g_1(safe) - log_g_k)
+
+
+@torch.no_grad()
+def scores(logits: Float[Tensor, "*batch n"], k: int) -> Float[Tensor, "*batch"]:
+    """`log_g_1` for k = 0, else `log_g_ratio`, without gradients and in fewer passes; overwrites the logits.
+
+    Args:
+        logits: float32 or float64, not used by anyone else; -inf marks a masked key.
+        k: 0 or a rank.
+    """
+    top, index, visible = _largest(logits, max(k, 1) + 1)
+    single = top[..., 1].isneginf()
+    first, second = top[..., 0], top[..., 1].masked_fill(single, 0.0)
+    # Relative to the second largest and without the largest, weights neither cancel nor underflow in one-hot rows.
+    others = logits.sub_(second.unsqueeze(-1)).exp_().scatter_(-1, index[..., :1], 0.0).sum(-1)
+    log_total = ((second - first) + others.log()).exp().log1p()
+    log_g = (second - first) + others.log1p() - 2 * log_total
+    if k == 0:
+        return log_g.masked_fill(single, -torch.inf)
+    rank = visible.sum(-1, keepdim=True).clamp(max=k) - 1
+    here, after = (_at(top, rank + step) - first - log_total for step in (0, 1))
+    return (log_g - here - torch.log1p(after.exp() - here.exp())).masked_fill(rank[..., 0] == 0, 0.0)
+
+
+def _largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor, Bool[Tensor, "*batch count"]]:
+    """The largest logits padded with -inf, where they are, and which of them belong to visible keys."""
+    kept = min(count, logits.shape[-1])
+    values, index = logits.topk(kept, dim=-1)
+    values = torch.cat([values, values.new_full((*values.shape[:-1], count - kept), -torch.inf)], -1)
+    return values, index, ~values.isneginf()
+
+
+def _at(top: Tensor, rank: Tensor) -> Tensor:
+    return top.gather(-1, rank)[..., 0]
