@@ -145,7 +145,7 @@ def _rows_norm(rows: Rows) -> Float[Tensor, "*batch"]:
 
 def _relative(rows: Rows) -> tuple[Tensor, Tensor]:
     """The scales of the rows relative to the largest one, and that: powers of two; 0 for rows that are exactly 0."""
-    scale = torch.where(rows.size > 0, rows.scale, 0.0)
+    scale = torch.where(rows.size + rows.error > 0, rows.scale, 0.0)
     largest = scale.amax(-1, keepdim=True)
     largest = torch.where(largest > 0, largest, 1.0)
     return scale / largest, largest.squeeze(-1)

@@ -1,7 +1,7 @@
 r"""Products of two block rows of the Jacobian of an attention block, from its factors (attention_rows).
 
-With J_i the D_out x m D part of the Jacobian for output token i, J_i J_k^T = W_O^T C_ik W_O, and the (h, g) part of C_ik
-is, in the notation of attention_rows,
+With J_i the D_out x m D part of the Jacobian for output token i, J_i J_k^T = W_O^T C_ik W_O, and the (h, g) part of
+C_ik is, in the notation of attention_rows,
 
     sum_j P_hij P_gkj W_V^hT W_V^g  +  <u_hi, u_gk> sum_j x_hij x_gkj^T
     + (W_V^hT u_gk) (sum_j P_hij x_gkj)^T  +  (sum_j x_hij P_gkj) (W_V^gT u_hi)^T

@@ -9,8 +9,8 @@ off by (map_error, centred_projection, row_covariance, reach_error) is added to 
 what it meets:
 
 - (3): with t_hi the error of row i of P_h in sum |.|, an entry of P_h P_g^T is off by t_hi + t_gk + t_hi t_gk.
-- (5): an entry of the centred kernel is off by gamma(c) 4 r_h r_g P_hij P_gil, r_h = max |v_hj| ||W_O^h||_F, which moves
-  ||T3_i T3_i^T|| by gamma(c) (sum_h 2 r_h |P_hi| |u_hi|)^2.
+- (5): an entry of the centred kernel is off by gamma(c) 4 r_h r_g P_hij P_gil, r_h = max |v_hj| ||W_O^h||_F, which
+  moves ||T3_i T3_i^T|| by gamma(c) (sum_h 2 r_h |P_hi| |u_hi|)^2.
 """
 
 from __future__ import annotations
