@@ -33,6 +33,7 @@ from lipbounds.targets.attention_norms import map_norm
 from lipbounds.targets.attention_rows import reach_error, scaled_weights, spread_error
 
 
+CANCELLED = 2.0**-40  # a product of matrices this far below the product of their norms is taken for rounding
 CHUNK_ENTRIES = 2**22  # of the kernels of the rows that are made at a time
 
 
@@ -74,7 +75,7 @@ def query_part(block: Attention) -> Float[Tensor, "*batch"]:
     scale = abs(block.scale_value)
     outputs, queries = w_o.mT.unsqueeze(-3), block.w_q.mT.unsqueeze(-3)
     off = error * (w_o.norm(dim=(-2, -1)) * block.w_q.norm(dim=(-2, -1))).unsqueeze(-1)
-    by_head = scale * (product_norm_upper(outputs, cross, queries) + off).sum(-2)
+    by_head = scale * (_steady_norm(outputs, cross, queries) + off).sum(-2)
     # W_Q^h of order 1, its size moved to the covariances, and these of order 1 for each row.
     of_queries = power_of_two(block.w_q.detach())
     w_q = block.w_q / of_queries
@@ -104,7 +105,7 @@ def key_part(block: Attention) -> Float[Tensor, "*batch"]:
     outputs = w_o.mT.unsqueeze(-3)
     spread, error = row_covariance(block, values, values)
     # ||W_O^hT Cov W_O^h|| as computed, and what its error adds.
-    through = product_norm_upper(outputs, spread, outputs.mT)
+    through = _steady_norm(outputs, spread, outputs.mT)
     through = through + error * w_o.square().sum((-2, -1)).unsqueeze(-1)
     weighted = reach_size.square() * through
     columns = (weighted.unsqueeze(-2) @ map_upper(block)).squeeze(-2)
@@ -117,6 +118,15 @@ def key_part(block: Attention) -> Float[Tensor, "*batch"]:
     jointly = vector_norm(rows + off.sum(-2))
     operations = block.tokens + block.logits.shape[-1] + sum(block.w_k.shape[-2:]) + block.heads + 64
     return inflate(torch.minimum(jointly, by_head), operations) * unit
+
+
+def _steady_norm(*factors: Tensor) -> Tensor:
+    """`product_norm_upper`, without a gradient where the factors cancel to rounding: its direction would be noise."""
+    norm = product_norm_upper(*factors)
+    size = torch.ones_like(norm.detach())
+    for factor in factors:
+        size = size * factor.detach().norm(dim=(-2, -1))
+    return torch.where(norm.detach() > CANCELLED * size, norm, norm.detach())
 
 
 def _map_products(w_v: Tensor, w_o: Tensor) -> Float[Tensor, "*weights pairs pairs"]:
