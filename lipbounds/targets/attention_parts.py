@@ -34,6 +34,7 @@ from lipbounds.targets.attention_rows import reach_error, scaled_weights, spread
 
 
 CANCELLED = 2.0**-40  # a product of matrices this far below the product of their norms is taken for rounding
+SAME = 1e-6  # relative; the roots of the rounding slack are below it
 CHUNK_ENTRIES = 2**22  # of the kernels of the rows that are made at a time
 
 
@@ -61,7 +62,7 @@ def mixing_part(block: Attention) -> Float[Tensor, "*batch"]:
         slack = 2 * gamma(operations) * size.square()
     entries = _root(squares.clamp(min=0) + slack) + inflate(error, operations)
     jointly = inflate(_root(spectral_norm_upper(entries)), 8) * unit
-    return inflate(torch.minimum(jointly, by_head), block.heads + 4)
+    return inflate(_smaller(jointly, by_head), block.heads + 4)
 
 
 def query_part(block: Attention) -> Float[Tensor, "*batch"]:
@@ -89,7 +90,7 @@ def query_part(block: Attention) -> Float[Tensor, "*batch"]:
         operations = 2 * (w_o.shape[-1] + w_q.shape[-2] + sum(cross.shape[-2:])) + w_o.shape[-2] ** 2 + 64
         slack = 2 * gamma(operations + block.heads**2) * size.square()
     jointly = scale * (_root(squares.clamp(min=0) + slack) * of_row[..., 0, 0] + off.sum(-2))
-    return inflate(torch.minimum(jointly, by_head), operations).amax(-1) * unit
+    return inflate(_smaller(jointly, by_head), operations).amax(-1) * unit
 
 
 def key_part(block: Attention) -> Float[Tensor, "*batch"]:
@@ -117,7 +118,7 @@ def key_part(block: Attention) -> Float[Tensor, "*batch"]:
         off = weight * (spread_error(block, values) * reach_size + own * reach_error(block))
     jointly = vector_norm(rows + off.sum(-2))
     operations = block.tokens + block.logits.shape[-1] + sum(block.w_k.shape[-2:]) + block.heads + 64
-    return inflate(torch.minimum(jointly, by_head), operations) * unit
+    return inflate(_smaller(jointly, by_head), operations) * unit
 
 
 def _steady_norm(*factors: Tensor) -> Tensor:
@@ -127,6 +128,16 @@ def _steady_norm(*factors: Tensor) -> Tensor:
     for factor in factors:
         size = size * factor.detach().norm(dim=(-2, -1))
     return torch.where(norm.detach() > CANCELLED * size, norm, norm.detach())
+
+
+def _smaller(jointly: Tensor, by_head: Tensor) -> Tensor:
+    """The minimum, with the gradient of the first where both are the same but for rounding.
+
+    A head that contributes nothing is a kink of the sum over heads alone.
+    """
+    smallest = torch.minimum(jointly, by_head).detach()
+    chosen = torch.where(by_head.detach() < (1 - SAME) * jointly.detach(), by_head, jointly)
+    return smallest + (chosen - chosen.detach())
 
 
 def _map_products(w_v: Tensor, w_o: Tensor) -> Float[Tensor, "*weights pairs pairs"]:
