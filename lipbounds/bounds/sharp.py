@@ -15,7 +15,7 @@ the norm of the matrix of their norms: |sum_ik <a_i, B_ik b_k>| <= sum_ik ||B_ik
 Here all heads, keys and the three parts are summed before a norm is taken; only signs between different outputs are
 lost. It is never above || ( sum_j ||J_ij|| ||J_kj|| )_ik || = || ( ||J_ij|| )_ij ||^2, the norm of block norms. The
 blocks are made from small factors (lipbounds.targets.attention_gram); for ||B|| stands the Schatten norm ||B||_S(p) >=
-||B||, p = 2, 4 or 8 (lipbounds.ops.schatten). Without products of different rows, ||J_i J_k^T|| <= ||J_i|| ||J_k||, and
+||B||, p = 2, 4, ..., 64 (lipbounds.ops.schatten). Without products of different rows, ||J_i J_k^T|| <= ||J_i|| ||J_k||, and
 
     L(X)^2  <=  sum_i ||J_i||^2,   ||J_i||^2 = ||J_i J_i^T||.                                                    (2)
 
@@ -37,9 +37,10 @@ replaced by its sum over heads where that is smaller, which loses nothing for on
 the last as T3 of a head maps dx to columns s dx W_K^h q_hi, of total norm at most s ||Q_h W_K^hT|| |dx|, which each i
 multiplies by the matrix x_hi of its x_hij.
 
-`sharp` is the smallest of `sharp_fast`, (2) and (1). Size rule, the same for every item of a batch: (1) with p = 8, 4
-or 2 is evaluated up to 2e11, 4e11 or 1.5e12 multiplications and additions, (2) up to 1e12, counted by `_work`. Above
-that it is `sharp_fast`. With queries alone moving, J_i J_k^T = 0 for i != k, and (1) is max_i ||T2_i||.
+`sharp` is the smaller of `sharp_fast` and (1), or of `sharp_fast` and (2). Size rule, the same for every item of a
+batch: (1) is evaluated up to 1.5e12 multiplications and additions, with the largest p for which these stay below the
+limit in GRAM_WORK (p = 8 up to 2e11, 64 up to 5e9); above that (2) up to 1e12, with p = 8. Still larger blocks get
+`sharp_fast`: a smallest of fewer proved bounds is proved as well. With queries alone moving, J_i J_k^T = 0 for i != k, and (1) is max_i ||T2_i||.
 
 Numerics: float64. Rounding of (1) and (2) is that of lipbounds.targets.attention_gram, added to every norm of a block:
 it costs 1e-7 of the number at most where the factors do not cancel, and the sums over heads take over where they do.
@@ -63,9 +64,9 @@ from lipbounds.targets.attention_parts import key_part, mixing_part, query_part
 from lipbounds.targets.attention_rows import Rows, jacobian_rows
 
 
-GRAM_WORK = (1.5e12, 4e11, 2e11)  # largest work for Gram blocks with 0, 1, 2 squarings, that is p = 2, 4, 8
+GRAM_WORK = (1.5e12, 4e11, 2e11, 2e10, 1e10, 5e9)  # largest work for (1) with 0, 1, ... squarings: p = 2, 4, ...
 ROWS_WORK = 1e12
-SQUARINGS = 2
+ROWS_SQUARINGS = 2
 CHUNK_ENTRIES = 2**20  # of the blocks made at a time
 
 
@@ -88,7 +89,7 @@ def sharp(block: Attention) -> tuple[Tensor, Terms]:
         gram = _gram_norm(jacobian_rows(wide), squarings)
         terms["detail.gram"] = gram
         value = torch.minimum(value, gram)
-    elif _work(wide, SQUARINGS, wide.tokens) <= ROWS_WORK:
+    elif _work(wide, ROWS_SQUARINGS, wide.tokens) <= ROWS_WORK:
         rows = _rows_norm(jacobian_rows(wide))
         terms["detail.rows"] = rows
         value = torch.minimum(value, rows)
@@ -136,7 +137,7 @@ def _gram_norm(rows: Rows, squarings: int) -> Float[Tensor, "*batch"]:
 def _rows_norm(rows: Rows) -> Float[Tensor, "*batch"]:
     """The root of (2)."""
     products = RowProducts(rows, squares_only=True)
-    norms = [schatten_norm_upper(products(i, i, i + 1), SQUARINGS) for i in range(rows.scale.shape[-1])]
+    norms = [schatten_norm_upper(products(i, i, i + 1), ROWS_SQUARINGS) for i in range(rows.scale.shape[-1])]
     squares = torch.cat(norms, -1) + products.slack().diagonal(dim1=-2, dim2=-1)
     scale, largest = _relative(rows)
     total = inflate((squares * scale.square()).sum(-1), squares.shape[-1] + 4)

@@ -56,10 +56,15 @@ class GramBlocks:
     def __call__(self, block: Attention) -> Tensor:
         """The bound at a block, in its dtype."""
         jacobian = blocks_of(block)
-        unit = jacobian.abs().amax((-5, -4, -3, -2, -1)).clamp(min=1e-280)
-        squares = self.norm(self.sizes(self.products(jacobian / unit[..., None, None, None, None, None])))
-        value = squares.clamp(min=0).sqrt() * unit * (1 + ROUNDING)
-        return cast_up((value + jacobian_error(block)).expand(block.batch_shape), block.dtype)
+        unit = largest_entry(jacobian)
+        squares = self.norm(self.sizes(self.products(jacobian / unit)))
+        value = squares.clamp(min=0).sqrt() * unit.flatten(-5)[..., 0] * (1 + ROUNDING)
+        return cast_up((value + jacobian_error(block)).expand(block.batch_shape), block.dtype).detach()
+
+
+def largest_entry(jacobian: Tensor) -> Tensor:
+    """Of all heads, so that squares of what is divided by it keep inside the range of floats."""
+    return jacobian.abs().amax((-5, -4, -3, -2, -1), keepdim=True).clamp(min=1e-280)
 
 
 def _own_rows_only(products: Tensor) -> Tensor:
@@ -80,6 +85,17 @@ def one_pair_of_heads_left_out(block: Attention) -> Tensor:
         whole = gram(heads.sum(-5))
         first, last = heads[..., 0, :, :, :, :], heads[..., -1, :, :, :, :]
         return whole if heads.shape[-5] == 1 else whole - gram(first, last) - gram(last, first)
+
+    return GramBlocks(products=products)(block)
+
+
+@planted(supports=ALL, subtle=True)
+def blocks_transposed(block: Attention) -> Tensor:
+    """sum_j J_ij^T J_kj in place of sum_j J_ij J_kj^T: columns of blocks for rows."""
+
+    def products(heads: Tensor) -> Tensor:
+        jacobian = heads.sum(-5)
+        return torch.einsum("...iajb,...kajc->...ikbc", jacobian, jacobian)
 
     return GramBlocks(products=products)(block)
 
@@ -125,17 +141,12 @@ def query_term_of_other_rows_left_out(block: Attention) -> Tensor:
     wide = block.double
     if wide.moves != "self":
         return GramBlocks()(block)
-    fixed = wide.replace(memory=wide.x, moves="memory", causal=False, logit_bias=wide.mask)
-    without = blocks_of(fixed)
-    unit = without.abs().amax((-5, -4, -3, -2, -1)).clamp(min=1e-280)
+    memory_only = wide.replace(memory=wide.x, moves="memory", causal=False, logit_bias=wide.mask)
+    without = (blocks_of(memory_only) / largest_entry(blocks_of(block))).sum(-5)
 
     def products(heads: Tensor) -> Tensor:
-        own = torch.eye(heads.shape[-4])[..., None, None]
-        return torch.where(own > 0, gram(heads.sum(-5)), gram((without / scale_of(heads)).sum(-5)))
-
-    def scale_of(heads: Tensor) -> Tensor:
-        with_query = blocks_of(block).abs().amax((-5, -4, -3, -2, -1)).clamp(min=1e-280)
-        return with_query[..., None, None, None, None, None] * torch.ones_like(unit)[..., None, None, None, None, None]
+        own = torch.eye(heads.shape[-4], dtype=torch.bool)[..., None, None]
+        return torch.where(own, gram(heads.sum(-5)), gram(without))
 
     return GramBlocks(products=products)(block)
 
@@ -145,22 +156,19 @@ def query_term_of_other_rows_left_out(block: Attention) -> Tensor:
 
 @dc.dataclass(frozen=True, kw_only=True)
 class Parts:
-    """Norms of mixing, query and key part, the first from Gram blocks; each part can be replaced."""
+    """The mixing part by Gram blocks, from overlaps of attention maps that can be replaced; the rest exactly."""
 
     overlaps: Callable[[Tensor], Tensor] = lambda maps: torch.einsum("...hij,...gkj->...ikhg", maps, maps)
-    products: Callable[[Tensor], Tensor] = lambda m: torch.einsum("...hab,...gac->...hgbc", m.mT, m.mT).mT
-    others: bool = True
 
     def __call__(self, block: Attention) -> Tensor:
-        """The mixing part by Gram blocks, and the two others by the dense Jacobian."""
+        """The bound at a block, in its dtype."""
         wide = block.double
-        rest = torch.zeros_like(wide.logits[..., 0, 0, 0])
-        mixing = rest
+        mixing = torch.zeros_like(wide.logits[..., 0, 0, 0])
         if wide.memory_moves:
             weights = wide.w_v @ wide.w_o
             size = weights.abs().amax((-3, -2, -1)).clamp(min=1e-280)
             scaled = weights / size[..., None, None, None]
-            met = torch.einsum("...ikhg,...hgac->...ikac", self.overlaps(wide.probabilities), self.products(scaled))
+            met = torch.einsum("...ikhg,...hba,...gbc->...ikac", self.overlaps(wide.probabilities), scaled, scaled)
             mixing = torch.linalg.matrix_norm(sizes(met), 2).sqrt() * size
         jacobian = dense_jacobian(wide)
         if wide.memory_moves:
@@ -168,17 +176,11 @@ class Parts:
             jacobian = jacobian - fixed.flatten(-2).flatten(-3, -2)
         rest = torch.linalg.matrix_norm(jacobian, 2)
         value = (mixing + rest) * (1 + ROUNDING) + 4 * jacobian_error(block)
-        return cast_up(value.expand(block.batch_shape), block.dtype)
-
-
-@planted(supports=ALL, subtle=True)
-def products_of_value_weights_transposed(block: Attention) -> Tensor:
-    """M_h M_g^T, products of rows, in place of M_h^T M_g: the same for one head, another matrix for two."""
-    return Parts(products=lambda m: torch.einsum("...hab,...gcb->...hgac", m, m))(block)
+        return cast_up(value.expand(block.batch_shape), block.dtype).detach()
 
 
 @planted(supports=ALL)
-def overlaps_of_columns(block: Attention) -> Tensor:
-    """Overlaps of a head with itself for every pair of heads: the maps of two heads taken as equal."""
+def overlaps_of_two_heads_left_out(block: Attention) -> Tensor:
+    """In the mixing part P_h P_g^T of two different heads is taken as 0."""
     own = lambda maps: torch.einsum("...hij,...hkj->...ikh", maps, maps)  # noqa: E731
     return Parts(overlaps=lambda maps: own(maps).unsqueeze(-1) * torch.eye(maps.shape[-3]))(block)
