@@ -14,8 +14,9 @@ the norm of the matrix of their norms: |sum_ik <a_i, B_ik b_k>| <= sum_ik ||B_ik
 
 Here all heads, keys and the three parts are summed before a norm is taken; only signs between different outputs are
 lost. It is never above || ( sum_j ||J_ij|| ||J_kj|| )_ik || = || ( ||J_ij|| )_ij ||^2, the norm of block norms. The
-blocks are made from small factors (lipbounds.targets.attention_gram); for ||B|| stands the Schatten norm ||B||_S(p) >=
-||B||, p = 2, 4, ..., 64 (lipbounds.ops.schatten). Without products of different rows, ||J_i J_k^T|| <= ||J_i|| ||J_k||, and
+blocks are made from small factors (lipbounds.targets.attention_gram); ||B|| is replaced by the Schatten norm
+||B||_S(p) >= ||B||, p = 2, 4, ..., 64 (lipbounds.ops.schatten), which costs at most D^(1/2p). Without products of
+different rows, ||J_i J_k^T|| <= ||J_i|| ||J_k||, and
 
     L(X)^2  <=  sum_i ||J_i||^2,   ||J_i||^2 = ||J_i J_i^T||.                                                    (2)
 
@@ -32,15 +33,16 @@ T3_i = sum_h (columns of head h) (x) u_hi, so that the Gram matrix of T3_i is K_
 replaced by its sum over heads where that is smaller, which loses nothing for one head:
 
     ||T1|| <= sum_h ||P_h|| ||M_h||,   ||T2_i|| <= sum_h s ||W_O^hT Cov_hi W_Q^hT||,
-    ||T3|| <= sum_h max_i ||W_O^hT x_hi|| s ||Q_h W_K^hT||,
+    ||T3|| <= sum_h sqrt( max_j sum_i P_hij |u_hi|^2 ||W_O^hT Cov_hi(V, V) W_O^h|| ),
 
-the last as T3 of a head maps dx to columns s dx W_K^h q_hi, of total norm at most s ||Q_h W_K^hT|| |dx|, which each i
-multiplies by the matrix x_hi of its x_hij.
+the last as in bounds/covariance.py: |sum_j P_hij W_O^hT (v_hj - m_hi) c_j|^2 <= ||W_O^hT Cov_hi(V, V) W_O^h|| sum_j
+P_hij c_j^2 with c_j = <u_hi, dx_j>, summed over i.
 
 `sharp` is the smaller of `sharp_fast` and (1), or of `sharp_fast` and (2). Size rule, the same for every item of a
 batch: (1) is evaluated up to 1.5e12 multiplications and additions, with the largest p for which these stay below the
 limit in GRAM_WORK (p = 8 up to 2e11, 64 up to 5e9); above that (2) up to 1e12, with p = 8. Still larger blocks get
-`sharp_fast`: a smallest of fewer proved bounds is proved as well. With queries alone moving, J_i J_k^T = 0 for i != k, and (1) is max_i ||T2_i||.
+`sharp_fast`: a smallest of fewer proved bounds is proved as well. With queries alone moving, J_i J_k^T = 0 for i != k,
+and (1) is max_i ||T2_i||.
 
 Numerics: float64. Rounding of (1) and (2) is that of lipbounds.targets.attention_gram, added to every norm of a block:
 it costs 1e-7 of the number at most where the factors do not cancel, and the sums over heads take over where they do.
@@ -102,7 +104,7 @@ def sharp(block: Attention) -> tuple[Tensor, Terms]:
     claim=Claim(kind="proved", scope="point", norm="l2"),
     source=Source(title="lipbounds", statement="three parts of the differential with all heads, derived here"),
     supports=("heads", "biases", "mask", "cross"),
-    cost="O(n^3 H^3 + n^2 H^4 + n D^2 d)",
+    cost="O(n^3 H^3 + n^2 H^4 + n D^2 d + D^3)",
 )
 def sharp_fast(block: Attention) -> tuple[Tensor, Terms]:
     """The three parts of the differential with all heads in one, from Gram matrices of heads and keys."""
@@ -123,7 +125,7 @@ def _gram_norm(rows: Rows, squarings: int) -> Float[Tensor, "*batch"]:
     """The root of (1)."""
     products = RowProducts(rows)
     count = rows.scale.shape[-1]
-    chunk = max(1, CHUNK_ENTRIES // rows.w_o.shape[-1] ** 2)
+    chunk = max(1, CHUNK_ENTRIES // max(rows.w_o.shape[-1], products.output.shape[-2]) ** 2)
     lines = []
     for i in range(count):
         norms = [schatten_norm_upper(products(i, k, min(k + chunk, count)), squarings) for k in range(i, count, chunk)]
