@@ -10,6 +10,7 @@ from lipbounds.rounding import cast_down, cast_up
 from lipbounds.targets.attention import Attention
 from verify.faults.fault import planted
 from verify.faults.faults_estimators import certified, sound_factor
+from verify.faults.faults_sharp import GramBlocks, Parts
 from verify.faults.right import (
     CENTRED,
     Covariance,
@@ -76,6 +77,18 @@ def whole_matrices_for_heads(block: Attention) -> Tensor:
 def covariance(block: Attention) -> Tensor:
     """Right: the covariance form."""
     return Covariance()(block)
+
+
+@planted()
+def gram_blocks(block: Attention) -> Tensor:
+    """Right: the norm of the matrix of norms of J_i J_k^T."""
+    return GramBlocks()(block)
+
+
+@planted()
+def mixing_by_gram_blocks(block: Attention) -> Tensor:
+    """Right: Gram blocks of the mixing part, beside the norm of the rest."""
+    return Parts()(block)
 
 
 @planted(supports=tuple(FEATURES))

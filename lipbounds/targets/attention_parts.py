@@ -1,0 +1,218 @@
+r"""Norms of the three parts of the differential of an attention block, all heads together, rounded up.
+
+The formulas (3), (4), (5) and their sums over heads are those of bounds/sharp.py, which has the proofs. Weights are
+scaled by powers of two as in attention_rows; nothing of size n x m x D is formed.
+
+Rounding. A Frobenius norm is the root of a sum of products whose absolute values add up to at most z^2, z the same
+formula with every matrix replaced by its Frobenius norm: gamma(c) z^2 is added under the root. What P, V, K and Q are
+off by (map_error, centred_projection, row_covariance, reach_error) is added to the norm, through the Frobenius norms of
+what it meets:
+
+- (3): with t_hi the error of row i of P_h in sum |.|, an entry of P_h P_g^T is off by t_hi + t_gk + t_hi t_gk.
+- (5): an entry of the centred kernel is off by gamma(c) 4 r_h r_g P_hij P_gil, r_h = max |v_hj| ||W_O^h||_F, which
+  moves ||T3_i T3_i^T|| by gamma(c) (sum_h 2 r_h |P_hi| |u_hi|)^2.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lipbounds.ops.spectral import power_of_two, product_norm_upper, spectral_norm_upper, vector_norm
+from lipbounds.rounding import gamma, inflate
+from lipbounds.targets.attention import Attention
+from lipbounds.targets.attention_covariance import (
+    centred_keys,
+    centred_projection,
+    map_error,
+    map_upper,
+    row_covariance,
+)
+from lipbounds.targets.attention_norms import map_norm
+from lipbounds.targets.attention_rows import reach_error, scaled_weights, spread_error
+
+
+CANCELLED = 2.0**-40  # a product of matrices this far below the product of their norms is taken for rounding
+SAME = 1e-6  # relative; the roots of the rounding slack are below it
+CHUNK_ENTRIES = 2**22  # of the kernels of the rows that are made at a time
+
+
+def mixing_part(block: Attention) -> Float[Tensor, "*batch"]:
+    """||T1||: the smaller of (3) and sum_h ||P_h|| ||M_h||.
+
+    Args:
+        block: in float64.
+    """
+    by_head = (map_norm(block) * product_norm_upper(block.w_v, block.w_o)).sum(-1)
+    w_v, w_o, unit = scaled_weights(block)
+    maps = block.probabilities
+    products = torch.einsum("...hij,...gkj->...ikhg", maps, maps).flatten(-2)
+    inner = _map_products(w_v, w_o)
+    squares = ((products @ inner.unsqueeze(-3)) * products).sum(-1)
+    with torch.no_grad():
+        weight = w_v.norm(dim=(-2, -1)) * w_o.norm(dim=(-2, -1))
+        pairs = (weight.unsqueeze(-1) * weight.unsqueeze(-2)).flatten(-2)
+        size = (products * pairs[..., None, None, :]).sum(-1)
+        off = (map_error(block) * weight.unsqueeze(-1)).sum(-2)
+        total = weight.sum(-1)[..., None, None]
+        crossed = off.unsqueeze(-1) * total
+        error = crossed + crossed.mT + off.unsqueeze(-1) * off.unsqueeze(-2) + 2 * gamma(maps.shape[-1] + 8) * size
+        operations = 2 * (w_v.shape[-2] + w_o.shape[-1]) + (w_v.shape[-1] + 2) ** 2 + 2 * pairs.shape[-1] + 32
+        slack = 2 * gamma(operations) * size.square()
+    entries = _root(squares.clamp(min=0) + slack) + inflate(error, operations)
+    jointly = inflate(_root(spectral_norm_upper(entries)), 8) * unit
+    return inflate(_smaller(jointly, by_head), block.heads + 4)
+
+
+def query_part(block: Attention) -> Float[Tensor, "*batch"]:
+    """||T2||: the largest over rows of the smaller of (4) and its sum over heads.
+
+    Args:
+        block: in float64.
+    """
+    w_v, w_o, unit = scaled_weights(block)
+    cross, error = row_covariance(block, centred_projection(block.source_input, w_v), centred_keys(block))
+    scale = abs(block.scale_value)
+    outputs, queries = w_o.mT.unsqueeze(-3), block.w_q.mT.unsqueeze(-3)
+    off = error * (w_o.norm(dim=(-2, -1)) * block.w_q.norm(dim=(-2, -1))).unsqueeze(-1)
+    by_head = scale * (_steady_norm(outputs, cross, queries) + off).sum(-2)
+    # W_Q^h of order 1, its size moved to the covariances, and these of order 1 for each row.
+    of_queries = power_of_two(block.w_q.detach())
+    w_q = block.w_q / of_queries
+    cross = cross * of_queries.unsqueeze(-3)
+    of_row = power_of_two(cross.detach().movedim(-4, -3).flatten(-3, -2))
+    cross = cross / of_row.unsqueeze(-4)
+    squares = _squared_sum(cross, w_o, w_q)
+    with torch.no_grad():
+        weight = w_o.norm(dim=(-2, -1)) * w_q.norm(dim=(-2, -1))
+        size = (cross.norm(dim=(-2, -1)) * weight.unsqueeze(-1)).sum(-2)
+        operations = 2 * (w_o.shape[-1] + w_q.shape[-2] + sum(cross.shape[-2:])) + w_o.shape[-2] ** 2 + 64
+        slack = 2 * gamma(operations + block.heads**2) * size.square()
+    jointly = scale * (_root(squares.clamp(min=0) + slack) * of_row[..., 0, 0] + off.sum(-2))
+    return inflate(_smaller(jointly, by_head), operations).amax(-1) * unit
+
+
+def key_part(block: Attention) -> Float[Tensor, "*batch"]:
+    """||T3||: the smaller of (5) and its sum over heads.
+
+    Args:
+        block: in float64.
+    """
+    w_v, w_o, unit = scaled_weights(block)
+    values = centred_projection(block.source_input, w_v)
+    reach = block.scale_value * block.queries @ block.w_k.mT
+    reach_size = vector_norm(reach) + reach_error(block)
+    outputs = w_o.mT.unsqueeze(-3)
+    spread, error = row_covariance(block, values, values)
+    # ||W_O^hT Cov W_O^h|| as computed, and what its error adds.
+    through = _steady_norm(outputs, spread, outputs.mT)
+    through = through + error * w_o.square().sum((-2, -1)).unsqueeze(-1)
+    weighted = reach_size.square() * through
+    columns = (weighted.unsqueeze(-2) @ map_upper(block)).squeeze(-2)
+    by_head = _root(columns.amax(-1)).sum(-1)
+    rows = _joint_rows(block, values.rows, w_o, reach)
+    with torch.no_grad():
+        weight = w_o.norm(dim=(-2, -1)).unsqueeze(-1)
+        own = map_upper(block).norm(dim=-1) * 2 * values.size.unsqueeze(-1)
+        off = weight * (spread_error(block, values) * reach_size + own * reach_error(block))
+    jointly = vector_norm(rows + off.sum(-2))
+    operations = block.tokens + block.logits.shape[-1] + sum(block.w_k.shape[-2:]) + block.heads + 64
+    return inflate(_smaller(jointly, by_head), operations) * unit
+
+
+def _steady_norm(*factors: Tensor) -> Tensor:
+    """`product_norm_upper`, without a gradient where the factors cancel to rounding: its direction would be noise."""
+    norm = product_norm_upper(*factors)
+    size = torch.ones_like(norm.detach())
+    for factor in factors:
+        size = size * factor.detach().norm(dim=(-2, -1))
+    return torch.where(norm.detach() > CANCELLED * size, norm, norm.detach())
+
+
+def _smaller(jointly: Tensor, by_head: Tensor) -> Tensor:
+    """The minimum, with the gradient of the first where both are the same but for rounding.
+
+    A head that contributes nothing is a kink of the sum over heads alone.
+    """
+    smallest = torch.minimum(jointly, by_head).detach()
+    chosen = torch.where(by_head.detach() < (1 - SAME) * jointly.detach(), by_head, jointly)
+    return smallest + (chosen - chosen.detach())
+
+
+def _map_products(w_v: Tensor, w_o: Tensor) -> Float[Tensor, "*weights pairs pairs"]:
+    """<M_h^T M_g, M_h'^T M_g'> = tr(S_hh' G_h'g' S_g'g G_gh), G_hg = W_V^hT W_V^g, as a matrix from (h, g) to (h', g').
+
+    One head h at a time, so that H^2 d_v^2 numbers are kept and not H^3 d_v^2.
+    """
+    values = torch.einsum("...hav,...gaw->...hgvw", w_v, w_v)
+    outputs = torch.einsum("...hva,...gwa->...hgvw", w_o, w_o)
+    lines = []
+    for h in range(w_v.shape[-3]):
+        first = torch.einsum("...pvw,...pqwx->...qpvx", outputs[..., h, :, :, :], values)
+        second = torch.einsum("...qgvw,...gwx->...qgvx", outputs, values[..., :, h, :, :])
+        lines.append(torch.einsum("...qpvx,...qgxv->...gpq", first, second))
+    return torch.stack(lines, -4).flatten(-2).flatten(-3, -2)
+
+
+def _squared_sum(cross: Tensor, w_o: Tensor, w_q: Tensor) -> Float[Tensor, "*batch n"]:
+    """||sum_h W_O^hT C_hi W_Q^hT||_F^2 = sum_hg <W_O^h W_O^gT, C_hi W_Q^hT W_Q^g C_gi^T>, one head h at a time."""
+    outputs = torch.einsum("...hva,...gwa->...hgvw", w_o, w_o)
+    queries = torch.einsum("...had,...gae->...hgde", w_q, w_q)
+    total = torch.zeros_like(cross[..., 0, :, 0, 0])
+    for h in range(cross.shape[-4]):
+        met = cross[..., h : h + 1, :, :, :] @ queries[..., h, :, :, :].unsqueeze(-3)
+        met = met @ cross.mT
+        total = total + (met * outputs[..., h, :, :, :].unsqueeze(-3)).sum((-4, -2, -1))
+    return total
+
+
+def _joint_rows(block: Attention, values: Tensor, w_o: Tensor, reach: Tensor) -> Float[Tensor, "*batch n"]:
+    """||T3_i T3_i^T||_F^(1/2) for every row i, for the factors as computed, rounded up."""
+    heads, tokens = values.shape[-3], values.shape[-2]
+    outputs = torch.einsum("...hva,...gwa->...hgvw", w_o, w_o)
+    met = values.unsqueeze(-3) @ outputs  # [*, h, g, j, w]
+    kernel = torch.einsum("...hgjw,...glw->...hjgl", met, values)
+    size = values.detach().norm(dim=-1).amax(-1) * w_o.detach().norm(dim=(-2, -1))
+    of_row = power_of_two(reach.detach().movedim(-3, -2))  # [*, n, 1, 1]
+    turned = reach.movedim(-3, -2) / of_row
+    alike = turned @ turned.mT  # [*, n, h, g]
+    maps = block.probabilities.movedim(-3, -2)  # [*, n, h, j]
+    operations = 2 * (w_o.shape[-1] + 2 * tokens + 2 * w_o.shape[-2] + reach.shape[-1] + 16)
+    chunk = max(1, CHUNK_ENTRIES // (heads * tokens) ** 2)
+    squares = [
+        _kernel_norms(kernel, maps[..., start : start + chunk, :, :], alike[..., start : start + chunk, :, :])
+        for start in range(0, maps.shape[-3], chunk)
+    ]
+    with torch.no_grad():
+        length = (maps.norm(dim=-1) * turned.norm(dim=-1) * 2 * size.unsqueeze(-2)).sum(-1)
+        slack = 2 * gamma(operations) * length.square()
+    return inflate(_root(torch.cat(squares, -1) + slack), 8) * of_row[..., 0, 0]
+
+
+def _kernel_norms(kernel: Tensor, maps: Tensor, alike: Tensor) -> Float[Tensor, "*batch count"]:
+    """tr(K O K O)^(1/2) for some rows, O the kernel centred under the row and weighted by it.
+
+    Args:
+        kernel: [*, h, j, g, l].
+        maps: [*, count, h, j].
+        alike: K, [*, count, h, g].
+    """
+    mean = torch.einsum("...hjgl,...cgl->...chjg", kernel, maps)
+    centre = torch.einsum("...hjg,...hj->...hg", mean, maps).unsqueeze(-2).unsqueeze(-1)
+    across = mean.movedim(-1, -3)  # [*, count, h, g, l], as the kernel is symmetric
+    centred = kernel.unsqueeze(-5) - mean.unsqueeze(-1) - across.unsqueeze(-3) + centre
+    weights = maps.unsqueeze(-1).unsqueeze(-1) * maps.unsqueeze(-3).unsqueeze(-3)
+    weighted = centred * weights
+    product = torch.einsum("...gh,...hjfl->...gjfl", alike, weighted).flatten(-2).flatten(-3, -2)
+    squared = (product * product.mT).sum((-2, -1))
+    with torch.no_grad():
+        size = alike.norm(dim=(-2, -1)) * weighted.flatten(-4).norm(dim=-1)
+        slack = 2 * gamma(2 * alike.shape[-1] + product.shape[-1] ** 2 + 16) * size.square()
+    return _root(squared.clamp(min=0) + slack)
+
+
+def _root(values: Tensor) -> Tensor:
+    """Square root with gradient 0 at 0."""
+    positive = values > 0
+    return torch.where(positive, torch.where(positive, values, 1.0).sqrt(), 0.0)
