@@ -41,7 +41,7 @@ from lipbounds.errors import InvalidInput
 from lipbounds.ops.activations import slope_interval
 from lipbounds.ops.enclosure import Enclosure, diagonal, matrix, only_norm, plus, then
 from lipbounds.ops.normalization import normalization_jacobian, normalization_range
-from lipbounds.ops.spectral import product_norm_upper, spectral_norm_upper, vector_norm
+from lipbounds.ops.spectral import spectral_norm_upper, vector_norm
 from lipbounds.registry import BoundSpec
 from lipbounds.rounding import UNIT_ROUNDOFF, cast_up, gamma, inflate, product
 from lipbounds.targets.attention import Attention
@@ -354,7 +354,8 @@ def _pooled(
 
 
 def _residual_step(path: str, layer: Residual, reach: Reach, rules: Rules, log: list[LayerBound], depth: int) -> Step:
-    body = sequence_step([(path, layer.body)], reach, rules, log, depth + 1)
+    inner = path if isinstance(layer.body, Sequence) else f"{path}.body" if path else "body"
+    body = sequence_step([(inner, layer.body)], reach, rules, log, depth + 1)
     y = reach.x if layer.skip is None else layer.skip(reach.x)
     if body.reach.x.shape != y.shape:
         raise InvalidInput(
@@ -467,7 +468,7 @@ class FeedForward(Layer):
     activation: Pointwise
     second: Linear
 
-    def function(self):  # noqa: ANN201
+    def function(self):
         return lambda x: self.second(self.activation(self.first(x)))
 
     @property
@@ -602,7 +603,8 @@ def _folded(norm: Normalization, layer: Layer) -> Layer:
     """Attention (with its residual) after a normalisation, as a function of the normalised tokens z."""
     if isinstance(layer, AttentionLayer):
         return AttentionLayer(_folded_block(norm, layer.block))
-    assert isinstance(layer, Residual) and isinstance(layer.body, AttentionLayer)
+    assert isinstance(layer, Residual)
+    assert isinstance(layer.body, AttentionLayer)
     dim = layer.body.block.x.shape[-1]
     like = layer.body.block.x
     weight = like.new_ones(dim) if norm.weight is None else norm.weight

@@ -1,1 +1,1 @@
-"""Whole models as networks of the layers in lipbounds.targets.layers, one file a family; each is checked as it is made."""
+"""Whole models as networks of the layers in lipbounds.targets.layers, one file a family, each checked."""

@@ -40,7 +40,8 @@ def linear(module: nn.Module) -> Linear:
         bias = None if module.bias is None else module.bias.detach()
         return Linear(module.weight.detach(), bias)
     weight, bias = module.weight, module.bias
-    assert isinstance(weight, Tensor) and isinstance(bias, Tensor)
+    assert isinstance(weight, Tensor)
+    assert isinstance(bias, Tensor)
     return Linear(weight.detach().mT, bias.detach())
 
 

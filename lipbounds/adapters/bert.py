@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from jaxtyping import Float
 from torch import Tensor
 from transformers import BertModel
@@ -32,7 +34,8 @@ def bert_network(model: BertModel, embeddings: Float[Tensor, "batch n dim"]) -> 
         Unsupported: an activation without a bound, or another variant of the architecture.
     """
     require(model, BertModel, "bert_network")
-    wide, x = in_double(model), embeddings.double()
+    wide: Any = in_double(model)
+    x = embeddings.double()
     attention = attention_layers(wide, inputs_embeds=x)
     first = wide.embeddings
     added = first.position_embeddings.weight[: x.shape[-2]] + first.token_type_embeddings.weight[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from jaxtyping import Float
 from torch import Tensor
 
@@ -31,7 +33,8 @@ def digits_vit_network(model: DigitsViT, images: Float[Tensor, "batch 1 8 8"]) -
         InvalidInput: another model.
     """
     require(model, DigitsViT, "digits_vit_network")
-    wide, x = in_double(model), images.double()
+    wide: Any = in_double(model)
+    x = images.double()
     attention = attention_layers(wide, x)
     layers: list[tuple[str, Layer]] = [
         ("patches", Patches((PATCH_SIZE, PATCH_SIZE), (PATCH_SIZE, PATCH_SIZE))),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from jaxtyping import Float
 from torch import Tensor
 from transformers import GPT2Model
@@ -31,7 +33,8 @@ def gpt2_network(model: GPT2Model, embeddings: Float[Tensor, "batch n dim"]) -> 
         Unsupported: an activation without a bound, or another variant of the architecture.
     """
     require(model, GPT2Model, "gpt2_network")
-    wide, x = in_double(model), embeddings.double()
+    wide: Any = in_double(model)
+    x = embeddings.double()
     attention = attention_layers(wide, inputs_embeds=x)
     layers: list[tuple[str, Layer]] = [("positions", Positions(None, wide.wpe.weight[: x.shape[-2]].detach()))]
     for index, layer in enumerate(wide.h):

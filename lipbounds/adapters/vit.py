@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from jaxtyping import Float
 from torch import Tensor
 from transformers import ViTModel
@@ -31,7 +33,8 @@ def vit_network(model: ViTModel, images: Float[Tensor, "batch channels height wi
         Unsupported: an activation without a bound, or another variant of the architecture.
     """
     require(model, ViTModel, "vit_network")
-    wide, x = in_double(model), images.double()
+    wide: Any = in_double(model)
+    x = images.double()
     attention = attention_layers(wide, x)
     embeddings, projection = wide.embeddings, wide.embeddings.patch_embeddings.projection
     weight, bias = projection.weight.detach().flatten(1), projection.bias

@@ -2,7 +2,7 @@ r"""Matrices known up to a spectral-norm ball: all J with ||J - centre|| <= devi
 
 The Jacobians of a layer over a ball of inputs lie in such a set, and sets of layers combine to sets of networks:
 
-- product: for J = B A, J - B0 A0 = B0 (A - A0) + (B - B0) A, so the deviation is at most ||B0|| a + b sup||A||, or, with
+- product: for J = B A, J - B0 A0 = B0 (A - A0) + (B - B0) A, so the deviation is at most ||B0|| a + b sup||A||, or, in
   the other order, sup||B|| a + b ||A0||; the norm is at most sup||B|| sup||A||.
 - sum: centres, deviations and norms add up.
 - always norm <= ||centre|| + deviation. At a point, where deviations are rounding errors, this is the exact norm of the
@@ -55,7 +55,8 @@ class Enclosure:
     @cached_property
     def centre_norm(self) -> Float[Tensor, "*matrices"]:
         """Spectral norm of the centre, rounded up; that of any member and the deviation add up to at least it."""
-        assert self.centre is not None and self.deviation is not None
+        assert self.centre is not None
+        assert self.deviation is not None
         if self.tight:
             return inflate(self.limit + self.deviation, 2)
         return spectral_norm_upper(self.centre)
