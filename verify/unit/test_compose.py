@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lipbounds
-from lipbounds import compose
-from lipbounds.compose import network_bound, rewritten
+from lipbounds.compose import leaves, network_bound, rewrite, tree
+from lipbounds.compose.reach import Reach, Step
+from lipbounds.compose.rewrite import flat, rewritten
 from lipbounds.ops import activations, enclosure
 from lipbounds.ops.normalization import NormalizationRange
 from lipbounds.targets.layers import (
@@ -180,7 +181,7 @@ def test_no_token_leaves_the_radius_of_its_layer(pre_norm: bool) -> None:
     network, x = small(pre_norm)
     radius = 0.02
     lines = [line for line in network_bound(network, x, radius).layers if line.depth == 0]
-    parts = [part for _, part in rewritten(compose._flat([("", network)]))]
+    parts = [part for _, part in rewritten(flat([("", network)]))]
     draw = Draw(9)
     for _ in range(20):
         move = draw(*x.shape)
@@ -197,9 +198,9 @@ def test_no_token_leaves_the_radius_of_its_layer(pre_norm: bool) -> None:
 def test_rewriting_keeps_the_function(pre_norm: bool, centred: bool) -> None:
     network, x = small(pre_norm, centred=centred)
     y = x
-    for _, part in rewritten(compose._flat([("", network)])):
+    for _, part in rewritten(flat([("", network)])):
         if isinstance(part, Residual) and isinstance(part.body, Sequence):
-            part = Residual(Sequence(tuple(p for _, p in rewritten(compose._flat([("", part.body)])))), part.skip)
+            part = Residual(Sequence(tuple(p for _, p in rewritten(flat([("", part.body)])))), part.skip)
         y = part(y)
     torch.testing.assert_close(y, network(x), rtol=1e-12, atol=1e-12)
 
@@ -241,8 +242,8 @@ def test_a_probable_attention_bound_makes_a_probable_network_bound() -> None:
 def test_cheap_forms_for_large_networks_hold_too(monkeypatch: pytest.MonkeyPatch) -> None:
     network, x = small()
     tight = float(network_bound(network, x).value)
-    monkeypatch.setattr(compose, "MATRIX_ENTRIES", 0)
-    monkeypatch.setattr(compose, "HIDDEN_ENTRIES", 0)
+    monkeypatch.setattr(leaves, "MATRIX_ENTRIES", 0)
+    monkeypatch.setattr(leaves, "HIDDEN_ENTRIES", 0)
     for radius in (0.0, 0.01):
         assert ratio((network, x, radius)) <= 1
     assert float(network_bound(network, x).value) >= tight
@@ -331,34 +332,34 @@ def range_with(change: Callable[..., NormalizationRange]) -> Callable[[Any], Any
 FAULTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
     "the deviation of a token does not shrink in the ball": (
         "norm",
-        patched(compose, "normalization_range", range_with(lambda f, x, r, e, c: f(x, 0 * r, e, centred=c))),
+        patched(leaves, "normalization_range", range_with(lambda f, x, r, e, c: f(x, 0 * r, e, centred=c))),
     ),
     "the ball shrinks the deviation by r / D": (
         "norm",
         patched(
-            compose, "normalization_range", range_with(lambda f, x, r, e, c: f(x, r / x.shape[-1] ** 0.5, e, centred=c))
+            leaves, "normalization_range", range_with(lambda f, x, r, e, c: f(x, r / x.shape[-1] ** 0.5, e, centred=c))
         ),
     ),
     "epsilon is added to the deviation twice": (
         "norm at a point",
-        patched(compose, "normalization_range", range_with(lambda f, x, r, e, c: f(x, r, 2 * e, centred=c))),
+        patched(leaves, "normalization_range", range_with(lambda f, x, r, e, c: f(x, r, 2 * e, centred=c))),
     ),
     "the largest gamma instead of its largest size": (
         "negative gamma",
         patched(
-            compose,
+            leaves,
             "diagonal",
             lambda f: lambda entries, like: enclosure.only_norm(entries.clamp(min=0).amax() * torch.ones_like(like)),
         ),
     ),
     "the residual adds nothing": (
         "two",
-        patched(compose, "plus", lambda f: lambda skip, body: body),
+        patched(tree, "plus", lambda f: lambda skip, body: body),
     ),
     "the slopes are those at the ends of the interval": (
         "gelu",
         patched(
-            compose,
+            leaves,
             "slope_interval",
             lambda f: (
                 lambda name, low, high: (
@@ -371,33 +372,29 @@ FAULTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
     "the slopes are those at the centre": (
         "relu",
         patched(
-            compose, "slope_interval", lambda f: lambda name, low, high: f(name, (low + high) / 2, (low + high) / 2)
+            leaves, "slope_interval", lambda f: lambda name, low, high: f(name, (low + high) / 2, (low + high) / 2)
         ),
     ),
     "the deviation of the slopes is forgotten": (
         "feed-forward",
-        patched(compose, "_split_norm", lambda f: lambda first, slopes, second: 0 * f(first, slopes, second)),
+        patched(leaves, "_split_norm", lambda f: lambda first, slopes, second: 0 * f(first, slopes, second)),
     ),
     "the radius does not grow": (
         "grown",
         patched(
-            compose,
-            "_per_token",
-            lambda f: (
-                lambda j, reach, y, own=None: compose.Step(
-                    j, True, compose.Reach(y, reach.radius, reach.token_radii), own
-                )
-            ),
+            leaves,
+            "per_token",
+            lambda f: lambda j, reach, y, own=None: Step(j, True, Reach(y, reach.radius, reach.token_radii), own),
         ),
     ),
     "the radius of tokens is kept by attention": (
         "after attention",
         patched(
-            compose,
-            "_mixing",
+            leaves,
+            "mixing",
             lambda f: (
-                lambda norm, reach, y: compose.Step(
-                    enclosure.only_norm(norm), False, compose.Reach(y, norm * reach.radius, reach.tokens)
+                lambda norm, reach, y: Step(
+                    enclosure.only_norm(norm), False, Reach(y, norm * reach.radius, reach.tokens)
                 )
             ),
         ),
@@ -405,7 +402,7 @@ FAULTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
     "gamma is forgotten in the folded values": (
         "values",
         patched(
-            compose, "_folded_block", lambda f: lambda norm, block: f(Normalization(norm.centred, norm.epsilon), block)
+            rewrite, "_folded_block", lambda f: lambda norm, block: f(Normalization(norm.centred, norm.epsilon), block)
         ),
     ),
     "overlapping windows count as one": (
@@ -414,7 +411,7 @@ FAULTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
     ),
     "the mean has norm 1 / n": (
         "mean",
-        patched(compose, "vector_norm", lambda f: lambda values: f(values) / values.shape[-1] ** 0.5),
+        patched(tree, "vector_norm", lambda f: lambda values: f(values) / values.shape[-1] ** 0.5),
     ),
     "the wrong token is pooled": (
         "two tokens",
@@ -425,7 +422,7 @@ FAULTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
     "the product forgets the right deviation": (
         "norm",
         patched(
-            compose,
+            leaves,
             "normalization_range",
             range_with(lambda f, x, r, e, c: NormalizationRange(f(x, 0 * r, e, centred=c).norm, 0 * r)),
         ),
