@@ -46,11 +46,11 @@ def leaf_step(layer: Layer, reach: Reach, rules: Rules) -> Step:
     if isinstance(layer, Linear):
         return per_token(matrix(layer.weight, reach.token_radii[..., :1]), reach, y)
     if isinstance(layer, Pointwise):
-        return per_token(_pointwise(layer, reach), reach, y)
+        return per_token(_pointwise(layer, reach, rules), reach, y)
     if isinstance(layer, Normalization):
         return _normalization_step(layer, reach, y)
     if isinstance(layer, FeedForward):
-        return per_token(_feed_forward(layer, reach), reach, y)
+        return per_token(_feed_forward(layer, reach, rules), reach, y)
     raise InvalidInput(f"network must be built of the layers of lipbounds.targets.layers, got {type(layer).__name__}.")
 
 
@@ -81,22 +81,26 @@ def _normalization_step(layer: Normalization, reach: Reach, y: Tensor) -> Step:
     return dc.replace(step, reach=Reach(y, step.reach.radius, torch.minimum(step.reach.token_radii, sphere)))
 
 
-def _middle(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Midpoint and half width of the intervals, the latter rounded up so that both ends are within."""
-    return (low + high) / 2, ((high - low) / 2 + 2 * UNIT_ROUNDOFF * (low.abs() + high.abs())) * (1 + 4 * UNIT_ROUNDOFF)
+def _middle(low: Tensor, high: Tensor, at_point: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """A point of each interval, its middle or that of the slopes at the centre; and the distance to the farther end."""
+    middle = (low + high) / 2 if at_point is None else (at_point[0] + at_point[1]) / 2
+    half = torch.maximum(high - middle, middle - low).clamp(min=0)
+    return middle, (half + 4 * UNIT_ROUNDOFF * (low.abs() + high.abs())) * (1 + 4 * UNIT_ROUNDOFF)
 
 
-def _pointwise(layer: Pointwise, reach: Reach) -> Enclosure:
+def _pointwise(layer: Pointwise, reach: Reach, rules: Rules) -> Enclosure:
     radii = reach.token_radii.unsqueeze(-1)
     low, high = slope_interval(layer.activation, reach.x - radii, reach.x + radii)
     limit = torch.maximum(low.abs(), high.abs()).amax(-1)
     if reach.x.numel() * reach.x.shape[-1] > MATRIX_ENTRIES:
         return only_norm(limit)
-    middle, half = _middle(low, high)
+    middle, half = _middle(
+        low, high, slope_interval(layer.activation, reach.x, reach.x) if rules.centre_at_point else None
+    )
     return Enclosure(limit=limit, centre=torch.diag_embed(middle), deviation=half.amax(-1))
 
 
-def _feed_forward(layer: FeedForward, reach: Reach) -> Enclosure:
+def _feed_forward(layer: FeedForward, reach: Reach, rules: Rules) -> Enclosure:
     first, second = layer.first.weight, layer.second.weight
     size = first.shape[1]
     rows = inflate(vector_norm(first), size + 4)
@@ -108,7 +112,8 @@ def _feed_forward(layer: FeedForward, reach: Reach) -> Enclosure:
     low, high = slope_interval(layer.activation.activation, hidden - moved, hidden + moved)
     if reach.token_radii.numel() * max(first.numel(), second.numel()) > HIDDEN_ENTRIES:
         low, high = low.amin(-2, keepdim=True), high.amax(-2, keepdim=True)
-    middle, half = _middle(low, high)
+    at_point = slope_interval(layer.activation.activation, hidden, hidden) if rules.centre_at_point else None
+    middle, half = _middle(low, high, at_point)
     centre = (second * middle.unsqueeze(-2)) @ first
     sizes = inflate(first.norm() * second.norm(), first.numel() + second.numel() + 8)
     rounding = 2 * gamma(first.shape[0] + 8) * sizes * torch.maximum(low.abs(), high.abs()).amax(-1)

@@ -38,9 +38,17 @@ class LayerBound:
 
 @dc.dataclass(eq=False)
 class Rules:
-    """How layers are bounded, and how often attention was."""
+    """How layers are bounded, and how often attention was.
+
+    Args:
+        attention: its bounds, of which the smallest is taken.
+        centre_at_point: the centres of enclosures are Jacobians at the centre of the ball; otherwise what is in the
+            middle of those in the ball, which makes deviations smaller.
+        calls: number of attention layers bounded.
+    """
 
     attention: tuple[BoundSpec, ...]
+    centre_at_point: bool = False
     calls: int = 0
 
     def failures(self, x: Tensor) -> float:
@@ -111,7 +119,7 @@ def per_token(jacobians: Enclosure, reach: Reach, y: Tensor, own: Tensor | None 
     """
     norms = jacobians.norm
     tokens = inflate(product(norms, reach.token_radii), 2)
-    radius = times(norms.amax(-1), reach.radius)
+    radius = spread(norms, reach.token_radii, reach.radius)
     return Step(jacobians, True, Reach(y, radius, tokens), own)
 
 
@@ -134,6 +142,28 @@ def identity(reach: Reach) -> Enclosure:
         reach: of the tokens.
     """
     return diagonal(torch.ones_like(reach.x.flatten(0, -2)[0]), reach.token_radii[..., :1])
+
+
+def spread(
+    factors: Float[Tensor, "*batch one"], tokens: Float[Tensor, "*batch n"], whole: Float[Tensor, "*batch"]
+) -> Float[Tensor, "*batch"]:
+    """Bound on (sum_i f_i^2 t_i^2)^1/2 for all t with t_i <= tokens_i and |t| <= whole, rounded up.
+
+    For every k, with tokens in the order of falling f, its square is at most sum_{i <= k} (f_i tokens_i)^2 + (f_{k+1}
+    whole)^2: the smallest is taken. Tokens that hardly move may have large factors for nothing.
+
+    Args:
+        factors: f, one a token or one for all.
+        tokens: the largest t_i.
+        whole: the largest |t|.
+    """
+    factors = factors.expand(torch.broadcast_shapes(factors.shape, tokens.shape))
+    order = factors.argsort(-1, descending=True)
+    ordered = factors.gather(-1, order)
+    own = product(ordered, tokens.expand(factors.shape).gather(-1, order))
+    heads = torch.cat([torch.zeros_like(own[..., :1]), own.square().cumsum(-1)], -1)
+    tails = torch.cat([product(ordered, whole.unsqueeze(-1)), torch.zeros_like(own[..., :1])], -1)
+    return inflate((heads + tails.square()).sqrt().amin(-1), factors.shape[-1] + 8)
 
 
 def times(one: Tensor, other: Tensor) -> Tensor:
