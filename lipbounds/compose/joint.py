@@ -42,7 +42,7 @@ from lipbounds.estimators.exact import jacobian
 from lipbounds.ops.spectral import spectral_norm_upper, vector_norm
 from lipbounds.rounding import gamma, inflate, product
 from lipbounds.targets.attention import Attention
-from lipbounds.targets.layers import AttentionLayer, Layer, Linear, Patches, Pool, Positions, Residual
+from lipbounds.targets.layers import AttentionLayer, Flatten, Layer, Linear, Patches, Pool, Positions, Residual
 
 
 LARGEST_SIDE = 4096  # of a dense Jacobian of one layer
@@ -159,7 +159,7 @@ class JointNetwork:
 
     def _matrix_norm(self, layer: Layer, matrix: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """||B_l||; of a block diagonal matrix the largest of a block, which costs less."""
-        if isinstance(layer, Patches | Positions | Pool) or _attention_of(layer) is not None:
+        if isinstance(layer, Patches | Positions | Pool | Flatten) or _attention_of(layer) is not None:
             return spectral_norm_upper(matrix)
         count = x.shape[-2]
         blocks = matrix.reshape(count, y.shape[-1], count, x.shape[-1]).diagonal(dim1=0, dim2=2).movedim(-1, 0)
@@ -242,7 +242,7 @@ class JointNetwork:
     def _change(self, stage: _Stage, reach: Reach, norm: Tensor, tokens: Tensor | None) -> tuple[Tensor, Tensor]:
         """e_l, and a bound on ||(J_l - B_l) J_{l-1} ... J_1||."""
         layer = stage.layer
-        if isinstance(layer, Patches | Positions | Pool):
+        if isinstance(layer, Patches | Positions | Pool | Flatten):
             return torch.zeros_like(norm), torch.zeros_like(norm)
         if stage.attention is not None:
             assert tokens is not None
@@ -311,7 +311,7 @@ def _attention_of(layer: Layer) -> tuple[list[tuple[str, Layer]], AttentionLayer
 
 def _matrix_of(layer: Layer, x: Tensor, rules: Rules) -> Tensor:
     """The dense Jacobian of a layer without attention at `x`: that of a linear one, or blocks on the diagonal."""
-    if isinstance(layer, Patches | Positions | Pool):
+    if isinstance(layer, Patches | Positions | Pool | Flatten):
         zero = layer(torch.zeros_like(x))
         basis = torch.eye(x.numel(), dtype=x.dtype, device=x.device).view(-1, *x.shape)
         return torch.stack([(layer(direction) - zero).flatten() for direction in basis], 1)

@@ -18,7 +18,16 @@ from lipbounds.ops.normalization import normalization_jacobian, normalization_ra
 from lipbounds.ops.spectral import spectral_norm_upper, vector_norm
 from lipbounds.rounding import UNIT_ROUNDOFF, gamma, inflate, product
 from lipbounds.targets.attention import Attention
-from lipbounds.targets.layers import AttentionLayer, Layer, Linear, Normalization, Patches, Pointwise, Positions
+from lipbounds.targets.layers import (
+    AttentionLayer,
+    Flatten,
+    Layer,
+    Linear,
+    Normalization,
+    Patches,
+    Pointwise,
+    Positions,
+)
 
 
 MATRIX_ENTRIES = 2**24  # of all matrices a token of one layer; beyond it norms alone are kept
@@ -39,6 +48,8 @@ def leaf_step(layer: Layer, reach: Reach, rules: Rules) -> Step:
         step = mixing(norm, reach, y)
         # No window holds a pixel twice.
         return Step(step.jacobians, False, Reach(y, step.reach.radius, reach.radius.unsqueeze(-1).expand(y.shape[:-1])))
+    if isinstance(layer, Flatten):
+        return mixing(torch.ones_like(reach.radius), reach, y)
     if isinstance(layer, Positions):
         return _positions_step(layer, reach, y)
     if isinstance(layer, AttentionLayer):

@@ -297,6 +297,18 @@ class Pool(Layer):
 
 
 @dc.dataclass(frozen=True, eq=False, repr=False)
+class Flatten(Layer):
+    """All tokens as one token with the features of all: an isometry."""
+
+    def function(self) -> Callable[[Tensor], Tensor]:
+        return lambda x: x.flatten(-2).unsqueeze(-2)
+
+    @property
+    def description(self) -> str:
+        return "all tokens as one"
+
+
+@dc.dataclass(frozen=True, eq=False, repr=False)
 class Sequence(Layer):
     """Layers one after the other.
 
