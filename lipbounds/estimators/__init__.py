@@ -8,3 +8,4 @@ from lipbounds.estimators import lanczos as lanczos
 from lipbounds.estimators import power as power
 from lipbounds.estimators import sampling as sampling
 from lipbounds.estimators import seqlip as seqlip
+from lipbounds.estimators import whole_model as whole_model

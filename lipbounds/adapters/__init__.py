@@ -1,0 +1,1 @@
+"""Whole models as networks of the layers in lipbounds.targets.layers, one file a family, each checked."""

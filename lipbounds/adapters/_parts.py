@@ -1,0 +1,132 @@
+"""What the adapters share: parts of a torch model as layers, and the check of the whole against the model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lipbounds.capture import capture
+from lipbounds.errors import InvalidInput, Unsupported
+from lipbounds.targets.layers import AttentionLayer, Layer, Linear, Normalization, Pointwise, Residual, Sequence
+
+
+TOLERANCE = 1e-9  # relative, between the network and the model, both in float64
+# Names of activations in transformers configurations.
+ACTIVATION_NAMES = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
+ACTIVATION_NAMES |= {"silu": "silu", "swish": "silu", "tanh": "tanh"}
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def in_double(model: Model) -> Model:
+    """A copy in float64 and evaluation mode; the model is left alone.
+
+    Args:
+        model: the model.
+    """
+    return copy.deepcopy(model).double().eval()
+
+
+def linear(module: nn.Module) -> Linear:
+    """`torch.nn.Linear`, or the transposed `Conv1D` of GPT-2.
+
+    Args:
+        module: the module.
+    """
+    if isinstance(module, nn.Linear):
+        bias = None if module.bias is None else module.bias.detach()
+        return Linear(module.weight.detach(), bias)
+    weight, bias = module.weight, module.bias
+    assert isinstance(weight, Tensor)
+    assert isinstance(bias, Tensor)
+    return Linear(weight.detach().mT, bias.detach())
+
+
+def normalization(module: nn.LayerNorm) -> Normalization:
+    """`torch.nn.LayerNorm` over the features.
+
+    Args:
+        module: the module.
+    """
+    weight = None if module.weight is None else module.weight.detach()
+    bias = None if module.bias is None else module.bias.detach()
+    return Normalization(True, module.eps, weight, bias)
+
+
+def activation(name: str) -> Pointwise:
+    """The activation of that name in transformers.
+
+    Args:
+        name: such as `gelu_new`.
+
+    Raises:
+        Unsupported: no bound of it is known here.
+    """
+    if name not in ACTIVATION_NAMES:
+        raise Unsupported(f"the activation must be one of {sorted(ACTIVATION_NAMES)}, got {name!r}.")
+    return Pointwise(ACTIVATION_NAMES[name])
+
+
+def attention_layers(model: nn.Module, *args: Any, **kwargs: Any) -> list[AttentionLayer]:
+    """The attention blocks of a model, in the order of their calls.
+
+    Args:
+        model: in float64.
+        *args: its inputs.
+        **kwargs: its keyword inputs.
+    """
+    with torch.no_grad():
+        return [AttentionLayer(found.attention) for found in capture(model, *args, **kwargs)]
+
+
+def pre_norm_block(
+    norm_attention: nn.LayerNorm, attention: AttentionLayer, norm_mlp: nn.LayerNorm, mlp: tuple[Layer, ...]
+) -> Sequence:
+    """x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Args:
+        norm_attention: before attention.
+        attention: the attention block.
+        norm_mlp: before the feed-forward layers.
+        mlp: the feed-forward layers.
+    """
+    first = Residual(Sequence((normalization(norm_attention), attention), ("norm", "attention")))
+    names = ("norm", *("feed-forward" if index == 0 else f"feed-forward {index}" for index in range(len(mlp))))
+    second = Residual(Sequence((normalization(norm_mlp), *mlp), names))
+    return Sequence((first, second), ("attention", "feed-forward"))
+
+
+def checked(network: Sequence, x: Tensor, model: Callable[[Tensor], Tensor]) -> Sequence:
+    """The network, after its output at `x` was compared with the model's.
+
+    Args:
+        network: in float64.
+        x: the input, in float64.
+        model: the model as a function of `x`, in float64.
+
+    Raises:
+        Unsupported: the two differ by more than rounding.
+    """
+    with torch.no_grad():
+        wanted, got = model(x), network(x).squeeze(-2)
+        if wanted.shape != got.shape:
+            raise Unsupported(f"the network must have the output of the model, {wanted.shape}, got {got.shape}.")
+        residual = float((wanted - got).norm() / wanted.norm().clamp(min=torch.finfo(torch.float64).tiny))
+    if not residual <= TOLERANCE:
+        raise Unsupported(f"the network must agree with the model to {TOLERANCE:g}, got {residual=:.3g}.")
+    return network
+
+
+def require(module: object, kind: type, adapter: str) -> None:
+    """Raise InvalidInput unless the model is of the family of the adapter.
+
+    Args:
+        module: the model.
+        kind: of the family.
+        adapter: its name.
+    """
+    if not isinstance(module, kind):
+        raise InvalidInput(f"{adapter} needs a {kind.__name__}, got {type(module).__name__}.")

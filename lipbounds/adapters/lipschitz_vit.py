@@ -1,0 +1,46 @@
+"""The certifiable digits ViT (lipbounds.models.lipschitz_vit) from pixels to logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lipbounds.adapters._parts import attention_layers, checked, in_double, linear, require
+from lipbounds.models.digits_vit import PATCH_SIZE
+from lipbounds.models.lipschitz_vit import DIM, LipschitzViT
+from lipbounds.targets.layers import Flatten, Layer, Linear, Patches, Pointwise, Positions, Residual, Sequence
+
+
+def lipschitz_vit_network(model: LipschitzViT, images: Float[Tensor, "batch 1 8 8"]) -> Sequence:
+    """The model in float64 as a network, from images to the logits, the features of one token.
+
+    Args:
+        model: the model.
+        images: where the network is compared with the model.
+
+    Raises:
+        InvalidInput: another model.
+    """
+    require(model, LipschitzViT, "lipschitz_vit_network")
+    wide: Any = in_double(model)
+    x = images.double()
+    attention = attention_layers(wide, x)
+    centre = Linear(torch.eye(DIM).double() - 1 / DIM)
+    layers: list[tuple[str, Layer]] = [
+        ("patches", Patches((PATCH_SIZE, PATCH_SIZE), (PATCH_SIZE, PATCH_SIZE))),
+        ("embedding", linear(wide.patch_embedding)),
+        ("positions", Positions(None, wide.positions[0].detach())),
+    ]
+    for index, block in enumerate(wide.blocks):
+        first = Residual(Sequence((centre, attention[index]), ("centre", "attention")))
+        # The centring goes into the first weight: two linear maps in a row would hide the feed-forward pattern.
+        weight = block.mlp[0].weight.detach()
+        into = Linear(weight - weight.mean(1, keepdim=True), block.mlp[0].bias.detach())
+        second = Residual(Sequence((into, Pointwise("gelu"), linear(block.mlp[2])), ("in", "activation", "out")))
+        layers += [(f"blocks.{index}.attention", first), (f"blocks.{index}.feed-forward", second)]
+    layers += [("flat", Flatten()), ("head", linear(wide.head))]
+    names, parts = zip(*layers, strict=True)
+    return checked(Sequence(parts, names), x, wide)

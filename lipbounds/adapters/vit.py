@@ -1,0 +1,53 @@
+"""`transformers.ViTModel` from pixels to the class token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+from transformers import ViTModel
+
+from lipbounds.adapters._parts import (
+    activation,
+    attention_layers,
+    checked,
+    in_double,
+    linear,
+    normalization,
+    pre_norm_block,
+    require,
+)
+from lipbounds.targets.layers import Layer, Linear, Patches, Pool, Positions, Sequence
+
+
+def vit_network(model: ViTModel, images: Float[Tensor, "batch channels height width"]) -> Sequence:
+    """The model in float64 as a network, from images to the class token after the last normalisation.
+
+    Args:
+        model: the model.
+        images: where the network is compared with the model.
+
+    Raises:
+        InvalidInput: another model.
+        Unsupported: an activation without a bound, or another variant of the architecture.
+    """
+    require(model, ViTModel, "vit_network")
+    wide: Any = in_double(model)
+    x = images.double()
+    attention = attention_layers(wide, x)
+    embeddings, projection = wide.embeddings, wide.embeddings.patch_embeddings.projection
+    weight, bias = projection.weight.detach().flatten(1), projection.bias
+    layers: list[tuple[str, Layer]] = [
+        ("patches", Patches(projection.kernel_size, projection.stride)),
+        ("embedding", Linear(weight, None if bias is None else bias.detach())),
+        ("positions", Positions(embeddings.cls_token[0].detach(), embeddings.position_embeddings[0].detach())),
+    ]
+    for index, layer in enumerate(wide.layers):
+        mlp = (linear(layer.mlp.fc1), activation(wide.config.hidden_act), linear(layer.mlp.fc2))
+        block = pre_norm_block(layer.layernorm_before, attention[index], layer.layernorm_after, mlp)
+        layers += [(f"layers.{index}.{name}", part) for name, part in block.named()]
+    layers[-1:-1] = [("class token", Pool("first"))]
+    layers.append(("norm", normalization(wide.layernorm)))
+    names, parts = zip(*layers, strict=True)
+    return checked(Sequence(parts, names), x, lambda images: wide(images).last_hidden_state[:, 0])

@@ -1,0 +1,219 @@
+r"""Certified l2 radii of classifiers: the largest ball around an input in which the predicted class cannot change.
+
+With logits f and the class y of the input, every other class j has the margin m_j = f_y - f_j >= 0 there. On the ball
+B(x, eps) the margin falls by at most eps sup_B |grad (f_y - f_j)|, so the prediction is y all over it if
+
+    eps sup_B |grad (f_y - f_j)| <= m_j  for every j != y,
+
+each class with its own gradient, through the last layer with the row e_y - e_j. (At equality y still is a largest
+logit.) What is found for eps holds for smaller ones, as the supremum grows with the ball: bisection on eps keeps a
+radius that was proved, never one that was not.
+
+Rounding: the margins are those of the logits computed in float64, from which 1e-9 of their size is taken off, which is
+far above the rounding of a forward pass in float64; the suprema are rounded up as their docstrings say.
+"""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lipbounds.compose.joint import JointNetwork
+from lipbounds.compose.network import network_bound
+from lipbounds.errors import InvalidInput
+from lipbounds.ops.spectral import vector_norm
+from lipbounds.rounding import inflate
+from lipbounds.targets.layers import Layer, Linear, Sequence
+
+
+MARGIN_SLACK = 1e-9  # of the size of the logits
+Method = Literal["joint", "product"]
+
+
+@dc.dataclass(frozen=True, slots=True, kw_only=True)
+class Certificate:
+    """Certified radii of a batch of inputs.
+
+    Args:
+        radius: proved l2 radius of each input; 0 where the prediction is wrong, or nothing was proved.
+        correct: whether the prediction is the label.
+        prediction: class of the largest logit.
+        margin: smallest margin to another class; negative where the prediction is wrong.
+        lipschitz: for each input and class, the bound on |grad (f_y - f_j)| over the ball of the certified radius.
+    """
+
+    radius: Float[Tensor, " batch"]
+    correct: Tensor
+    prediction: Int[Tensor, " batch"]
+    margin: Float[Tensor, " batch"]
+    lipschitz: Float[Tensor, "batch classes"]
+
+    def accuracy(self, radius: float) -> float:
+        """Share of the inputs that are classified right all over the ball of that radius.
+
+        Args:
+            radius: >= 0.
+        """
+        return float((self.correct & (self.radius >= radius)).double().mean())
+
+
+def certify(
+    network: Layer,
+    x: Float[Tensor, "batch ..."],
+    labels: Int[Tensor, " batch"],
+    *,
+    method: Method = "joint",
+    largest: float = 10.0,
+    steps: int = 20,
+    attention: str | tuple[str, ...] | None = None,
+    advance: Callable[[], None] = lambda: None,
+) -> Certificate:
+    """The l2 radius around each input within which the prediction provably stays the label.
+
+    Promise: no input within the radius of `x` has another class, in the arithmetic of real numbers and up to the
+    rounding of the forward pass that the top of this file speaks of.
+
+    Args:
+        network: a classifier whose output is one token with a logit a feature, such as an adapter returns.
+        x: inputs, one batch dimension.
+        labels: the right classes.
+        method: `joint`, with the dense Jacobian of lipbounds.compose.joint, for small networks; `product`, with the
+            product of norms of lipbounds.compose.network_bound, for any.
+        largest: no larger radius is looked for.
+        steps: of the bisection, each of which halves the relative interval in logarithms.
+        attention: names of the attention bounds on balls; see `network_bound`.
+        advance: called after each input, for a progress bar.
+
+    Raises:
+        InvalidInput: shapes do not fit, a label is no class, fewer than two classes, an option out of range.
+        Unsupported: method `joint` and the network is too large for it.
+    """
+    _check(x, labels, method, largest, steps)
+    network = network.to(torch.float64)
+    x = x.detach().to(torch.float64)
+    with torch.no_grad():
+        output = network(x)
+    if output.dim() != 3 or output.shape[1] != 1 or output.shape[2] < 2:
+        raise InvalidInput(
+            f"network must return one token of at least two logits an input, [batch, 1, classes], got "
+            f"{tuple(output.shape)}; end it with a Pool and a Linear."
+        )
+    logits = output.squeeze(1)
+    if not bool(((labels >= 0) & (labels < logits.shape[1])).all()):
+        raise InvalidInput(f"labels must be between 0 and {logits.shape[1] - 1}, got {labels.min()} to {labels.max()}.")
+    radii, slopes = [], []
+    for image, row, label in zip(x, logits, labels.tolist(), strict=True):
+        radius, slope = _one(network, image, row, label, method, largest, steps, attention)
+        radii.append(radius)
+        slopes.append(slope)
+        advance()
+    chosen = logits.gather(1, labels[:, None])
+    others = logits.scatter(1, labels[:, None], -torch.inf).amax(1)
+    prediction = logits.argmax(1)
+    return Certificate(
+        radius=torch.tensor(radii, dtype=torch.float64),
+        correct=prediction == labels,
+        prediction=prediction,
+        margin=chosen.squeeze(1) - others,
+        lipschitz=torch.stack(slopes),
+    )
+
+
+def _one(
+    network: Layer,
+    x: Tensor,
+    logits: Tensor,
+    label: int,
+    method: Method,
+    largest: float,
+    steps: int,
+    attention: str | tuple[str, ...] | None,
+) -> tuple[float, Tensor]:
+    """Radius and slopes of one input."""
+    unknown = torch.full_like(logits, torch.inf)
+    margins = logits[label] - logits - MARGIN_SLACK * logits.abs().max()
+    others = torch.arange(len(logits)) != label
+    if not bool((margins[others] > 0).all()):
+        return 0.0, unknown
+    rows = torch.eye(len(logits), dtype=torch.float64)[label] - torch.eye(len(logits), dtype=torch.float64)
+    slopes_at = _joint(network, x, rows, attention) if method == "joint" else _product(network, x, rows, attention)
+
+    def holds(radius: float) -> tuple[bool, Tensor]:
+        slopes = slopes_at(radius)
+        return bool((inflate(slopes[others] * radius, 4) <= margins[others]).all()), slopes
+
+    # No bound can give more than the slopes at the point allow, so the search starts there.
+    at_point = slopes_at(0.0)
+    high = min(largest, float((margins / at_point)[others].min()))
+    good, slopes = holds(high)
+    if good:
+        return high, slopes
+    low, found = 0.0, unknown
+    bottom = high
+    for _ in range(steps):  # down by tens until one holds
+        bottom /= 10
+        if bottom < 1e-300:
+            return 0.0, unknown
+        good, slopes = holds(bottom)
+        if good:
+            low, found = bottom, slopes
+            break
+        high = bottom
+    for _ in range(steps if low > 0 else 0):
+        middle = math.sqrt(low * high)
+        if high <= low * (1 + 1e-3):
+            break
+        good, slopes = holds(middle)
+        if good:
+            low, found = middle, slopes
+        else:
+            high = middle
+    return low, found
+
+
+def _joint(
+    network: Layer, x: Tensor, rows: Tensor, attention: str | tuple[str, ...] | None
+) -> Callable[[float], Tensor]:
+    prepared = JointNetwork(network, x, attention=attention)
+    return lambda radius: prepared.bound(radius, rows).rows
+
+
+def _product(
+    network: Layer, x: Tensor, rows: Tensor, attention: str | tuple[str, ...] | None
+) -> Callable[[float], Tensor]:
+    """The product of norms with the last layer replaced by the row of each class in turn: the trunk is bounded once."""
+    layers = list(network.layers) if isinstance(network, Sequence) else [network]
+    head = layers[-1]
+    if len(layers) < 2 or not isinstance(head, Linear):
+        raise InvalidInput("network must be a Sequence that ends in a Linear for method='product'.")
+    trunk = Sequence(tuple(layers[:-1]))
+    sizes = inflate(vector_norm(rows @ head.weight), rows.shape[1] + head.weight.shape[1] + 8)
+
+    def slopes(radius: float) -> Tensor:
+        chosen = attention if radius > 0 or attention is not None else None
+        names = chosen if radius > 0 else None
+        return inflate(network_bound(trunk, x, radius, attention=names).value * sizes, 4)
+
+    return slopes
+
+
+def _check(x: Tensor, labels: Tensor, method: str, largest: float, steps: int) -> None:
+    if method not in ("joint", "product"):
+        raise InvalidInput(f"method must be 'joint' or 'product', got method={method!r}.")
+    if not 0 < largest < math.inf:
+        raise InvalidInput(f"largest must be positive and finite, got largest={largest}.")
+    if steps < 1:
+        raise InvalidInput(f"steps must be at least 1, got steps={steps}.")
+    if labels.dtype not in (torch.int64, torch.int32) or labels.dim() != 1 or len(labels) != len(x):
+        raise InvalidInput(
+            f"labels must be one integer an input, got {labels.dtype} of shape {tuple(labels.shape)} for "
+            f"{len(x)} inputs."
+        )
+    if len(x) == 0 or not bool(x.isfinite().all()):
+        raise InvalidInput(f"x must hold at least one input and be finite, got shape {tuple(x.shape)}.")
