@@ -167,7 +167,7 @@ def attack(model: nn.Module, images: Tensor, labels: Tensor, radius: float) -> A
         InvalidInput: pixels outside of [0, 1], to which the attack would move them without a word; fewer than four
             classes, with which it fails.
     """
-    from pyautoattack import AutoAttack
+    from pyautoattack import AutoAttack  # pyright: ignore[reportMissingImports]
 
     if images.dim() != 4 or float(images.min()) < 0 or float(images.max()) > 1:
         raise InvalidInput(
