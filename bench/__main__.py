@@ -1,4 +1,4 @@
-"""`python -m bench [tightness|readme] [--quick] [--force]`: run the benchmark, write its tables and figures."""
+"""`python -m bench [tightness|certified|readme] [--quick] [--force]`: run the benchmark, write tables and figures."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from bench import features, figures, readme, tables
+from bench import certified_tables, features, figures, readme, tables
 from bench.aggregate import aggregate
+from bench.certified_data import Answers
 from bench.evaluate import Case
-from bench.machine import ROOT
+from bench.machine import ROOT, describe, environment
 from bench.models import Model, zoo
 from bench.records import RecordError, without_infinities
 from bench.store import RecordStore, write_atomically
-from bench.tasks import tightness
+from bench.tasks import certified, tightness
 from lipbounds import registry
 
 
@@ -38,11 +39,15 @@ def main(arguments: Sequence[str] | None = None, models: Sequence[Model] | None 
     options = parser.parse_args(arguments)
     if options.check and options.task != "readme":
         parser.error("--check goes with the task readme: python -m bench readme --check")
+    if options.full and (options.task != "certified" or options.quick):
+        parser.error("--full goes with the task certified, without --quick: python -m bench certified --full")
     if not options.time_limit > 0:
         parser.error(f"--time-limit must be above 0, got {options.time_limit:g}")
     try:
         if options.task == "readme":
             return _readme(options)
+        if options.task == "certified":
+            return _certified(options)
         return _tightness(options, zoo() if models is None else models)
     except RecordError as error:
         print(f"bench: {error}", file=sys.stderr)
@@ -63,12 +68,14 @@ def _parser() -> argparse.ArgumentParser:
         "task",
         nargs="?",
         default="all",
-        choices=["all", "tightness", "readme"],
-        help="all and tightness: tables and figures of tightness; readme: copy the headline table into README.md",
+        choices=["all", "tightness", "certified", "readme"],
+        help="all and tightness: tables and figures of tightness; certified: certified radii beside an attack, and "
+        "bounds of whole models; readme: copy the headline table into README.md",
     )
     parser.add_argument(
         "--quick", action="store_true", help="few inputs; tables go to DIR/quick, records to the same file"
     )
+    parser.add_argument("--full", action="store_true", help="certified: 120 images a model, and large models (hours)")
     parser.add_argument("--force", action="store_true", help="evaluate again what is in the records")
     parser.add_argument("--results", type=Path, default=ROOT / "results", metavar="DIR", help="default: results")
     parser.add_argument("--time-limit", type=float, default=120.0, metavar="S", help="seconds for one evaluation")
@@ -120,6 +127,34 @@ def _tightness(options: argparse.Namespace, models: Sequence[Model]) -> int:
     print(f"\n{outcome.evaluated} evaluations made, {outcome.reused} taken from {_shown(store.path)}.")
     print("Written: " + ", ".join(_shown(path) for path in paths))
     return _status(aggregates)
+
+
+def _certified(options: argparse.Namespace) -> int:
+    profile = "quick" if options.quick else "full" if options.full else "standard"
+    command = "python -m bench certified" + ("" if profile == "standard" else f" --{profile}")
+    chosen = certified.PROFILES[profile]
+    answers = Answers(options.results / "certified.jsonl")
+    total = sum(chosen.certified.values()) + len(chosen.whole)
+    total += sum(chosen.radii for count in chosen.attacked.values() if count)
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("starting", total=total + 1)
+
+        def advance(what: str) -> None:
+            progress.update(task, advance=1, description=what)
+
+        data = certified.run(answers, chosen, force=options.force, advance=advance)
+        progress.update(task, completed=total + 1, description="done")
+    folder = options.results / "quick" if options.quick else options.results
+    page, numbers = folder / "certified.md", folder / "certified.json"
+    write_atomically(page, certified_tables.report(data, command, describe(environment())).encode())
+    write_atomically(numbers, (json.dumps(without_infinities(data), indent=1, ensure_ascii=False) + "\n").encode())
+    paths = [page, numbers, *certified_tables.draw(data, folder)]
+    print(f"{answers.made} answers made, {answers.reused} taken from {_shown(answers.path)}.")
+    print("Written: " + ", ".join(_shown(path) for path in paths))
+    troubles = certified.violations(data)
+    for trouble in troubles:
+        print(trouble, file=sys.stderr)
+    return 1 if troubles else 0
 
 
 def write(aggregates: dict[str, Any], folder: Path) -> list[Path]:

@@ -6,8 +6,9 @@ B(x, eps) the margin falls by at most eps sup_B |grad (f_y - f_j)|, so the predi
     eps sup_B |grad (f_y - f_j)| <= m_j  for every j != y,
 
 each class with its own gradient, through the last layer with the row e_y - e_j. (At equality y still is a largest
-logit.) What is found for eps holds for smaller ones, as the supremum grows with the ball: bisection on eps keeps a
-radius that was proved, never one that was not.
+logit.) The suprema over a ball are bounds on every smaller ball in it: so each ball that is tried, of radius r, proves
+the radius min(r, min_j m_j / sup_B(r)). The search bisects, in logarithms, between the largest radius proved and the
+smallest ball that was too large; it starts from the slopes at the point, which no bound on a ball can beat.
 
 Rounding: the margins are those of the logits computed in float64, from which 1e-9 of their size is taken off, which is
 far above the rounding of a forward pass in float64; the suprema are rounded up as their docstrings say.
@@ -33,6 +34,7 @@ from lipbounds.targets.layers import Layer, Linear, Sequence
 
 
 MARGIN_SLACK = 1e-9  # of the size of the logits
+PRECISION = 1e-3  # the search ends when the radius cannot be larger by more than this share
 Method = Literal["joint", "product"]
 
 
@@ -86,7 +88,7 @@ def certify(
         method: `joint`, with the dense Jacobian of lipbounds.compose.joint, for small networks; `product`, with the
             product of norms of lipbounds.compose.network_bound, for any.
         largest: no larger radius is looked for.
-        steps: of the bisection, each of which halves the relative interval in logarithms.
+        steps: balls tried for each input, at most.
         attention: names of the attention bounds on balls; see `network_bound`.
         advance: called after each input, for a progress bar.
 
@@ -144,36 +146,24 @@ def _one(
     rows = torch.eye(len(logits), dtype=torch.float64)[label] - torch.eye(len(logits), dtype=torch.float64)
     slopes_at = _joint(network, x, rows, attention) if method == "joint" else _product(network, x, rows, attention)
 
-    def holds(radius: float) -> tuple[bool, Tensor]:
+    def allowed(radius: float) -> tuple[float, Tensor]:
+        """The radius that the slopes on this ball allow; certified as far as it is inside the ball."""
         slopes = slopes_at(radius)
-        return bool((inflate(slopes[others] * radius, 4) <= margins[others]).all()), slopes
+        shares = margins[others] / inflate(slopes[others], 8)
+        return min(float(shares.min()), largest), slopes
 
     # No bound can give more than the slopes at the point allow, so the search starts there.
-    at_point = slopes_at(0.0)
-    high = min(largest, float((margins / at_point)[others].min()))
-    good, slopes = holds(high)
-    if good:
-        return high, slopes
-    low, found = 0.0, unknown
-    bottom = high
-    for _ in range(steps):  # down by tens until one holds
-        bottom /= 10
-        if bottom < 1e-300:
-            return 0.0, unknown
-        good, slopes = holds(bottom)
-        if good:
-            low, found = bottom, slopes
+    high, low, found = allowed(0.0)[0], 0.0, unknown
+    trial = high
+    for _ in range(steps):
+        inside, slopes = allowed(trial)
+        if min(inside, trial) > low:
+            low, found = min(inside, trial), slopes
+        if inside < trial:
+            high = trial
+        if high <= low * (1 + PRECISION) or high < torch.finfo(torch.float64).tiny:
             break
-        high = bottom
-    for _ in range(steps if low > 0 else 0):
-        middle = math.sqrt(low * high)
-        if high <= low * (1 + 1e-3):
-            break
-        good, slopes = holds(middle)
-        if good:
-            low, found = middle, slopes
-        else:
-            high = middle
+        trial = math.sqrt(low) * math.sqrt(high) if low > 0 else high / 100
     return low, found
 
 
@@ -196,8 +186,7 @@ def _product(
     sizes = inflate(vector_norm(rows @ head.weight), rows.shape[1] + head.weight.shape[1] + 8)
 
     def slopes(radius: float) -> Tensor:
-        chosen = attention if radius > 0 or attention is not None else None
-        names = chosen if radius > 0 else None
+        names = attention if radius > 0 else None
         return inflate(network_bound(trunk, x, radius, attention=names).value * sizes, 4)
 
     return slopes

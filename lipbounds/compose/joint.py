@@ -31,16 +31,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.compose.curvature import curvature, supports_curvature
-from lipbounds.compose.leaves import leaf_step
 from lipbounds.compose.network import attention_specs, starting_reach
-from lipbounds.compose.reach import Reach, Rules, spread
+from lipbounds.compose.reach import Reach, Rules, Step, spread
 from lipbounds.compose.rewrite import flat, rewritten
 from lipbounds.compose.tree import sequence_step
 from lipbounds.errors import InvalidInput, Unsupported
 from lipbounds.estimators._operator import JacobianOperator
 from lipbounds.estimators.exact import jacobian
 from lipbounds.ops.spectral import spectral_norm_upper, vector_norm
-from lipbounds.rounding import gamma, inflate, product
+from lipbounds.rounding import UNIT_ROUNDOFF, gamma, inflate, product
 from lipbounds.targets.attention import Attention
 from lipbounds.targets.layers import AttentionLayer, Flatten, Layer, Linear, Patches, Pool, Positions, Residual
 
@@ -68,12 +67,14 @@ class _Stage:
 
 @dc.dataclass(frozen=True, eq=False)
 class _AttentionStage:
-    """Attention inside a stage skip + attention(before(x)): the norm of its Jacobian and the layers before it."""
+    """Attention inside a stage skip + attention(before(x)): the layers before it, and the norm and rounding of its
+    Jacobian."""
 
     before: list[tuple[str, Layer]]
     block: Attention
     norm: Float[Tensor, ""]
     rounding: Float[Tensor, ""]
+    forming: Float[Tensor, ""]  # bound on the rounding of skip + attention @ before
 
 
 @dc.dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,22 +173,24 @@ class JointNetwork:
             return None, _matrix_of(layer, x, self._rules)
         before, attention = found
         z, inner = x, torch.eye(x.numel(), dtype=x.dtype, device=x.device)
-        for _, part in before:
-            inner = _matrix_of(part, z, self._rules) @ inner
-            z = part(z)
+        if before:
+            step = sequence_step(before, _still(x), self._rules, [], depth=1)
+            z, inner = step.reach.x, _dense(step, x, "what stands before attention")
         block = attention.block.at(z)
         own = jacobian(block)
         operator = JacobianOperator(block)
+        matrix, skip = own @ inner, torch.zeros_like(own[:, :0])
+        if isinstance(layer, Residual):
+            skip = _block_diagonal(None if layer.skip is None else layer.skip.weight, x)
+            matrix = matrix + skip
+        sizes = own.norm() * inner.norm() + skip.norm() + matrix.norm()
         stage = _AttentionStage(
             before=before,
             block=block,
             norm=spectral_norm_upper(own),
             rounding=operator.norm_error() * operator.scale,
+            forming=4 * gamma(own.shape[1] + 16) * sizes,
         )
-        matrix = own @ inner
-        if isinstance(layer, Residual):
-            weight = None if layer.skip is None else layer.skip.weight
-            matrix = matrix + _block_diagonal(weight, x)
         return stage, matrix
 
     @torch.no_grad()
@@ -243,7 +246,8 @@ class JointNetwork:
         """e_l, and a bound on ||(J_l - B_l) J_{l-1} ... J_1||."""
         layer = stage.layer
         if isinstance(layer, Patches | Positions | Pool | Flatten):
-            return torch.zeros_like(norm), torch.zeros_like(norm)
+            rounded = 4 * UNIT_ROUNDOFF * stage.norm if isinstance(layer, Pool) else torch.zeros_like(norm)
+            return rounded, rounded * norm
         if stage.attention is not None:
             assert tokens is not None
             return self._attention_change(stage, stage.attention, reach, norm, tokens)
@@ -266,14 +270,11 @@ class JointNetwork:
                 raise Unsupported("what stands before attention in a residual must act on tokens one by one.")
             inner, gain, reach = step.jacobians.deviation, step.jacobians.norm, step.reach
         turn = self._turn(attention, float(reach.radius)) + attention.rounding
-        # Of forming skip + attention after the layers before it.
-        sizes = (attention.norm * stage.x.numel() ** 0.5 + 1) * (stage.size + stage.x.numel() ** 0.5)
-        rounding = 4 * gamma(stage.x.numel() + 16) * sizes
         deviation, change = (
             product(attention.norm, spread(inner, each, whole)) + product(turn, spread(gain, each, whole))
             for each, whole in ((ones, one), (tokens, norm))
         )
-        return inflate(deviation + rounding, 8), inflate(change + product(rounding, norm), 8)
+        return inflate(deviation + attention.forming, 8), inflate(change + product(attention.forming, norm), 8)
 
     def _turn(self, stage: _AttentionStage, radius: float) -> Tensor:
         """sup ||J(Z) - J(Z0)|| of attention over the ball."""
@@ -312,20 +313,25 @@ def _attention_of(layer: Layer) -> tuple[list[tuple[str, Layer]], AttentionLayer
 def _matrix_of(layer: Layer, x: Tensor, rules: Rules) -> Tensor:
     """The dense Jacobian of a layer without attention at `x`: that of a linear one, or blocks on the diagonal."""
     if isinstance(layer, Patches | Positions | Pool | Flatten):
+        # Without what is added, which would only round; what is left copies entries, or averages them.
+        layer = dc.replace(layer, added=None) if isinstance(layer, Positions) else layer
         zero = layer(torch.zeros_like(x))
         basis = torch.eye(x.numel(), dtype=x.dtype, device=x.device).view(-1, *x.shape)
         return torch.stack([(layer(direction) - zero).flatten() for direction in basis], 1)
     if isinstance(layer, Linear):
         return _block_diagonal(layer.weight, x)
-    still = Reach(x, x.new_zeros(()), x.new_zeros(x.shape[:-1]))
-    step = (
-        sequence_step([("", layer)], still, rules, [], depth=1)
-        if isinstance(layer, Residual)
-        else leaf_step(layer, still, rules)
-    )
+    return _dense(sequence_step([("", layer)], _still(x), rules, [], depth=1), x, type(layer).__name__)
+
+
+def _still(x: Tensor) -> Reach:
+    return Reach(x, x.new_zeros(()), x.new_zeros(x.shape[:-1]))
+
+
+def _dense(step: Step, x: Tensor, what: str) -> Tensor:
+    """The centre of a step on tokens one by one, as one block diagonal matrix."""
     centre = step.jacobians.centre
     if centre is None or not step.per_token:
-        raise Unsupported(f"{type(layer).__name__} is too large for a dense Jacobian; use network_bound.")
+        raise Unsupported(f"{what} must act on tokens one by one and be small enough for matrices; use network_bound.")
     return torch.block_diag(*centre.expand(x.shape[-2], *centre.shape[-2:]))
 
 

@@ -16,6 +16,7 @@ u times the norms of both; these go into the deviation. Where a deviation is tha
 from __future__ import annotations
 
 import dataclasses as dc
+import math
 from functools import cached_property
 
 import torch
@@ -65,7 +66,7 @@ class Enclosure:
     def centre_size(self) -> Float[Tensor, "*matrices"]:
         """Frobenius norm of the centre, rounded up."""
         assert self.centre is not None
-        return inflate(self.centre.square().sum((-2, -1)).sqrt(), self.centre[0].numel() + 8)
+        return inflate(self.centre.square().sum((-2, -1)).sqrt(), math.prod(self.centre.shape[-2:]) + 8)
 
     @property
     def is_exact(self) -> bool:

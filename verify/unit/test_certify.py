@@ -1,0 +1,202 @@
+"""Certified radii: exact for linear classifiers, consistent under scaling, and never beaten by an attack inside."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lipbounds import InvalidInput, Unsupported
+from lipbounds.certify import Certificate, certify
+from lipbounds.compose import joint
+from lipbounds.targets.layers import Flatten, Layer, Linear, Patches, Pointwise, Pool, Residual, Sequence
+from verify.unit.networks import Draw, attention, feed_forward, norm
+
+
+def attacked(network: Layer, x: torch.Tensor, label: int, radius: float, *, steps: int = 20, starts: int = 3) -> float:
+    """The smallest margin of the label found in the ball, by projected gradient descent on the margin."""
+    worst, draw = math.inf, Draw(0)
+    for start in range(starts):
+        move = draw(*x.shape) if start else torch.zeros_like(x)
+        move = move * (radius / move.norm().clamp(min=1e-300)) if start else move
+        for step in range(steps):
+            point = (x + move).requires_grad_()
+            logits = network(point).flatten()
+            others = logits[torch.arange(len(logits)) != label]
+            margin = logits[label] - others.max()
+            worst = min(worst, float(margin.detach()))
+            (slope,) = torch.autograd.grad(margin, point)
+            move = move - radius * (0.5 if step < steps // 2 else 0.1) * slope / slope.norm().clamp(min=1e-300)
+            move = move * min(1.0, radius / max(float(move.norm()), 1e-300))
+    return worst
+
+
+def classifier(draw: Draw, *, n: int = 3, dim: int = 4, classes: int = 4, flat: bool = False) -> Sequence:
+    body = (
+        Residual(Sequence((norm(draw, dim, epsilon=1.0), attention(draw, n, dim, scale=0.4)))),
+        Residual(feed_forward(draw, dim, 5, "gelu")),
+    )
+    end = (Flatten(), Linear(draw(classes, n * dim))) if flat else (Pool("mean"), Linear(draw(classes, dim)))
+    return Sequence((*body, *end))
+
+
+@settings(max_examples=10)
+@given(
+    seed=st.integers(0, 10_000),
+    classes=st.integers(2, 5),
+    method=st.sampled_from(["joint", "product"]),
+)
+def test_a_linear_classifier_has_the_exact_radius(seed: int, classes: int, method: Any) -> None:
+    draw = Draw(seed)
+    weight, bias, x = draw(classes, 6), draw(classes), draw(3, 2, 3)
+    network = Sequence((Flatten(), Linear(weight, bias)))
+    logits = x.flatten(1) @ weight.T + bias
+    labels = logits.argmax(1)
+    labels[2] = (labels[2] + 1) % classes
+    found = certify(network, x, labels, method=method)
+    for i in range(3):
+        if i == 2:
+            assert float(found.radius[i]) == 0
+            assert not bool(found.correct[i])
+            continue
+        y = int(labels[i])
+        others = [j for j in range(classes) if j != y]
+        exact = min(float((logits[i, y] - logits[i, j]) / (weight[y] - weight[j]).norm()) for j in others)
+        assert exact * (1 - 1e-6) - 1e-8 <= float(found.radius[i]) <= min(exact, 10.0)
+
+
+@settings(max_examples=3)
+@given(seed=st.integers(0, 10_000), flat=st.booleans(), method=st.sampled_from(["joint", "product"]))
+def test_no_attack_succeeds_inside_the_radius(seed: int, flat: bool, method: Any) -> None:
+    draw = Draw(seed)
+    network, x = classifier(draw, flat=flat), draw(2, 3, 4)
+    labels = network(x).squeeze(1).argmax(1)
+    found = certify(network, x, labels, method=method, steps=6)
+    assert bool(found.correct.all())
+    for point, label, radius in zip(x, labels.tolist(), found.radius.tolist(), strict=True):
+        assert attacked(network, point, label, radius) >= 0
+    assert bool((found.lipschitz[found.radius > 0].amax(1) > 0).all())
+
+
+def test_joint_gives_more_than_the_product() -> None:
+    draw = Draw(1)
+    network, x = classifier(draw), draw(2, 3, 4)
+    labels = network(x).squeeze(1).argmax(1)
+    one, other = (certify(network, x, labels, method=method).radius for method in ("joint", "product"))
+    assert bool((one > other).all())
+    assert bool((other > 0).all())
+
+
+def test_radii_scale_with_the_input_and_not_with_the_logits() -> None:
+    draw = Draw(2)
+    first, rest = Linear(draw(4, 4)), classifier(draw)
+    x = draw(2, 3, 4)
+    network = Sequence((first, *rest.layers))
+    labels = network(x).squeeze(1).argmax(1)
+    expected = certify(network, x, labels).radius
+    head = rest.layers[-1]
+    assert isinstance(head, Linear)
+    louder = Sequence((first, *rest.layers[:-1], Linear(8 * head.weight)))
+    torch.testing.assert_close(certify(louder, x, labels).radius, expected, rtol=3e-3, atol=0)
+    wider = Sequence((Linear(first.weight / 4), *rest.layers))
+    torch.testing.assert_close(certify(wider, 4 * x, labels).radius, 4 * expected, rtol=3e-3, atol=0)
+
+
+def test_images_and_batches_and_progress() -> None:
+    draw = Draw(3)
+    network = Sequence((Patches((2, 2), (2, 2)), Linear(draw(4, 4)), *classifier(draw, n=4).layers))
+    x = draw(3, 1, 4, 4)
+    labels = network(x).squeeze(1).argmax(1)
+    labels[1] = (labels[1] + 1) % 4
+    done: list[int] = []
+    found = certify(network, x, labels, advance=lambda: done.append(1))
+    assert len(done) == 3
+    assert found.correct.tolist() == [True, False, True]
+    assert float(found.radius[1]) == 0
+    alone = certify(network, x[2:], labels[2:])
+    torch.testing.assert_close(found.radius[2:], alone.radius, rtol=1e-9, atol=0)
+    assert found.accuracy(0.0) == pytest.approx(2 / 3)
+    assert found.accuracy(float(found.radius.max()) * 1.01) == 0
+    assert isinstance(found, Certificate)
+
+
+def test_no_radius_above_the_largest() -> None:
+    draw = Draw(4)
+    network = Sequence((Flatten(), Linear(1e-6 * draw(3, 4), torch.tensor([5.0, 0.0, 0.0]).double())))
+    assert float(certify(network, draw(1, 2, 2), torch.tensor([0]), largest=2.5).radius) == 2.5
+
+
+# -- planted faults ---------------------------------------------------------------------------------------------------
+
+
+def shrunk(right: Any) -> Any:
+    return lambda *args: 0.2 * right(*args)
+
+
+def steep() -> tuple[Sequence, torch.Tensor]:
+    """The margin falls faster away from the input: a certificate from the slope at the point alone is too large."""
+    head = Linear(torch.tensor([[-1.0], [1.0]]).double(), torch.tensor([1.0, 0.0]).double())
+    return Sequence((Linear(torch.ones(1, 1).double()), Pointwise("gelu"), head)), torch.full((1, 1, 1), -3.0).double()
+
+
+def at_point(right: Any) -> Any:
+    return lambda self, radius, rows=None: right(self, 0.0, rows)
+
+
+def plain() -> tuple[Sequence, torch.Tensor]:
+    return Sequence((Flatten(), Linear(torch.eye(2).double()))), torch.tensor([[[1.0, 0.5]]]).double()
+
+
+Make = Callable[[], tuple[Sequence, torch.Tensor]]
+FAULTS: dict[str, tuple[Make, str, Callable[[Any], Any]]] = {
+    "the slope is that at the point": (steep, "bound", at_point),
+    "rows are five times too short": (plain, "_rows", shrunk),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_planted_faults_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, method, plant = FAULTS[name]
+    (network, x), label = make(), torch.tensor([0])
+    right = certify(network, x, label)
+    assert attacked(network, x[0], 0, float(right.radius)) >= 0
+    monkeypatch.setattr(joint.JointNetwork, method, plant(getattr(joint.JointNetwork, method)))
+    wrong = certify(network, x, label)
+    assert attacked(network, x[0], 0, float(wrong.radius)) < 0
+
+
+# -- errors -----------------------------------------------------------------------------------------------------------
+
+NET = Sequence((Flatten(), Linear(torch.ones(2, 4).double())))
+X, Y = torch.ones(1, 2, 2).double(), torch.tensor([0])
+DIP = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]]).double()
+BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "method": (lambda: certify(NET, X, Y, method="exact"), InvalidInput, "exact"),  # type: ignore[arg-type]
+    "largest": (lambda: certify(NET, X, Y, largest=0.0), InvalidInput, "largest=0"),
+    "steps": (lambda: certify(NET, X, Y, steps=0), InvalidInput, "steps=0"),
+    "labels": (lambda: certify(NET, X, torch.tensor([0, 1])), InvalidInput, "one integer an input"),
+    "float labels": (lambda: certify(NET, X, torch.tensor([0.0])), InvalidInput, "one integer an input"),
+    "no class": (lambda: certify(NET, X, torch.tensor([2])), InvalidInput, "between 0 and 1"),
+    "nan": (lambda: certify(NET, X * math.nan, Y), InvalidInput, "finite"),
+    "one class": (lambda: certify(Sequence((Flatten(), Linear(torch.ones(1, 4).double()))), X, Y), InvalidInput, "two"),
+    "tokens": (lambda: certify(Linear(torch.ones(2, 2).double()), X, Y), InvalidInput, "one token"),
+    "no head": (lambda: certify(Flatten(), X + DIP, Y, method="product"), InvalidInput, "ends in a Linear"),
+    "large": (
+        lambda: certify(Linear(torch.eye(2, 5000).double()), torch.eye(1, 5000).double()[None], Y),
+        Unsupported,
+        "4096",
+    ),
+}
+
+
+@pytest.mark.usefixtures("as_a_user_runs_it")
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments_are_named(name: str) -> None:
+    call, error, message = BAD[name]
+    with pytest.raises(error, match=message):
+        call()
