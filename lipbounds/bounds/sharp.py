@@ -29,7 +29,8 @@ Gram blocks, which small Gram matrices give,
     ||T3||^2 <= sum_i ||T3_i T3_i^T||_F,   ||T3_i T3_i^T||_F^2 = tr (K_i O_i K_i O_i)                             (5)
 
 with O_i the H m x H m Gram matrix x_hij^T S_hg x_gil of the columns, and K_i = (<u_hi, u_gi>)_hg acting on the heads:
-T3_i = sum_h (columns of head h) (x) u_hi, so that the Gram matrix of T3_i is K_i^(1/2) O_i K_i^(1/2). Each part is
+T3_i = sum_h (columns of head h) (x) u_hi, so that the Gram matrix of T3_i is K_i^(1/2) O_i K_i^(1/2). The trace is
+evaluated as tr (S C_i S C_i), C_i the array of the d_v x d_v blocks <u_hi, u_gi> sum_j x_hij x_gij^T. Each part is
 replaced by its sum over heads where that is smaller, which loses nothing for one head:
 
     ||T1|| <= sum_h ||P_h|| ||M_h||,   ||T2_i|| <= sum_h s ||W_O^hT Cov_hi W_Q^hT||,
@@ -104,7 +105,7 @@ def sharp(block: Attention) -> tuple[Tensor, Terms]:
     claim=Claim(kind="proved", scope="point", norm="l2"),
     source=Source(title="lipbounds", statement="three parts of the differential with all heads, derived here"),
     supports=("heads", "biases", "mask", "cross"),
-    cost="O(n^3 H^3 + n^2 H^4 + n D^2 d + D^3)",
+    cost="O(n D^2 (n + D) + n^2 H^4)",
 )
 def sharp_fast(block: Attention) -> tuple[Tensor, Terms]:
     """The three parts of the differential with all heads in one, from Gram matrices of heads and keys."""

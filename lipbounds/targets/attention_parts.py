@@ -9,8 +9,9 @@ off by (map_error, centred_projection, row_covariance, reach_error) is added to 
 what it meets:
 
 - (3): with t_hi the error of row i of P_h in sum |.|, an entry of P_h P_g^T is off by t_hi + t_gk + t_hi t_gk.
-- (5): an entry of the centred kernel is off by gamma(c) 4 r_h r_g P_hij P_gil, r_h = max |v_hj| ||W_O^h||_F, which
-  moves ||T3_i T3_i^T|| by gamma(c) (sum_h 2 r_h |P_hi| |u_hi|)^2.
+- (5): with C_i the array of blocks <u_hi, u_gi> x_hi^T x_gi and S that of W_O^h W_O^gT, tr (K_i O_i K_i O_i) is tr (S
+  C_i S C_i). The product S C_i is off by gamma(c) ||W_O||_F^2 sum_h |u_hi|^2 ||x_hi||_F^2 in Frobenius norm, e, which
+  moves the trace by 2 e ||S C_i||_F + e^2.
 """
 
 from __future__ import annotations
@@ -169,46 +170,46 @@ def _squared_sum(cross: Tensor, w_o: Tensor, w_q: Tensor) -> Float[Tensor, "*bat
 
 def _joint_rows(block: Attention, values: Tensor, w_o: Tensor, reach: Tensor) -> Float[Tensor, "*batch n"]:
     """||T3_i T3_i^T||_F^(1/2) for every row i, for the factors as computed, rounded up."""
-    heads, tokens = values.shape[-3], values.shape[-2]
-    outputs = torch.einsum("...hva,...gwa->...hgvw", w_o, w_o)
-    met = values.unsqueeze(-3) @ outputs  # [*, h, g, j, w]
-    kernel = torch.einsum("...hgjw,...glw->...hjgl", met, values)
-    size = values.detach().norm(dim=-1).amax(-1) * w_o.detach().norm(dim=(-2, -1))
+    outputs = w_o.flatten(-3, -2) @ w_o.flatten(-3, -2).mT
     of_row = power_of_two(reach.detach().movedim(-3, -2))  # [*, n, 1, 1]
-    turned = reach.movedim(-3, -2) / of_row
-    alike = turned @ turned.mT  # [*, n, h, g]
+    turned = reach.movedim(-3, -2) / of_row  # [*, n, h, D]
     maps = block.probabilities.movedim(-3, -2)  # [*, n, h, j]
-    operations = 2 * (w_o.shape[-1] + 2 * tokens + 2 * w_o.shape[-2] + reach.shape[-1] + 16)
-    chunk = max(1, CHUNK_ENTRIES // (heads * tokens) ** 2)
+    rows = values.movedim(-3, -2)  # [*, j, h, v]
+    operations = rows.shape[-3] + outputs.shape[-1] + w_o.shape[-1] + reach.shape[-1] + 16
+    chunk = max(1, CHUNK_ENTRIES // (outputs.shape[-1] * max(outputs.shape[-1], rows.shape[-3])))
     squares = [
-        _kernel_norms(kernel, maps[..., start : start + chunk, :, :], alike[..., start : start + chunk, :, :])
-        for start in range(0, maps.shape[-3], chunk)
-    ]
-    with torch.no_grad():
-        length = (maps.norm(dim=-1) * turned.norm(dim=-1) * 2 * size.unsqueeze(-2)).sum(-1)
-        slack = 2 * gamma(operations) * length.square()
-    return inflate(_root(torch.cat(squares, -1) + slack), 8) * of_row[..., 0, 0]
+        _row_norms(maps[..., start : start + chunk, :, :], rows, turned[..., start : start + chunk, :, :], outputs, w_o,
+                   operations)
+        for start in range(0, block.tokens, chunk)
+    ]  # fmt: skip
+    return inflate(_root(torch.cat(squares, -1)), 8) * of_row[..., 0, 0]
 
 
-def _kernel_norms(kernel: Tensor, maps: Tensor, alike: Tensor) -> Float[Tensor, "*batch count"]:
-    """tr(K O K O)^(1/2) for some rows, O the kernel centred under the row and weighted by it.
+def _row_norms(
+    maps: Tensor, rows: Tensor, turned: Tensor, outputs: Tensor, w_o: Tensor, operations: int
+) -> Float[Tensor, "*batch count"]:
+    """||T3_i T3_i^T||_F for some rows i, as tr (S C S C)^(1/2) with the (h, g) block <u_hi, u_gi> x_hi^T x_gi in C.
 
     Args:
-        kernel: [*, h, j, g, l].
         maps: [*, count, h, j].
-        alike: K, [*, count, h, g].
+        rows: the centred values, [*, j, h, v].
+        turned: u_hi, [*, count, h, D].
+        outputs: S, all heads in one.
+        w_o: for the size of the slack.
+        operations: roundings in an entry of S C.
     """
-    mean = torch.einsum("...hjgl,...cgl->...chjg", kernel, maps)
-    centre = torch.einsum("...hjg,...hj->...hg", mean, maps).unsqueeze(-2).unsqueeze(-1)
-    across = mean.movedim(-1, -3)  # [*, count, h, g, l], as the kernel is symmetric
-    centred = kernel.unsqueeze(-5) - mean.unsqueeze(-1) - across.unsqueeze(-3) + centre
-    weights = maps.unsqueeze(-1).unsqueeze(-1) * maps.unsqueeze(-3).unsqueeze(-3)
-    weighted = centred * weights
-    product = torch.einsum("...gh,...hjfl->...gjfl", alike, weighted).flatten(-2).flatten(-3, -2)
+    means = torch.einsum("...chj,...jhv->...chv", maps, rows)
+    spread = maps.mT.unsqueeze(-1) * (rows.unsqueeze(-4) - means.unsqueeze(-3))  # [*, count, j, h, v]
+    width = rows.shape[-1]
+    alike = (turned @ turned.mT).repeat_interleave(width, -1).repeat_interleave(width, -2)
+    flat = spread.flatten(-2)
+    product = outputs.unsqueeze(-3) @ (alike * (flat.mT @ flat))
     squared = (product * product.mT).sum((-2, -1))
     with torch.no_grad():
-        size = alike.norm(dim=(-2, -1)) * weighted.flatten(-4).norm(dim=-1)
-        slack = 2 * gamma(2 * alike.shape[-1] + product.shape[-1] ** 2 + 16) * size.square()
+        length = (spread.norm(dim=(-3, -1)) * turned.norm(dim=-1)).square().sum(-1)
+        error = 2 * gamma(operations) * length * w_o.square().sum((-3, -2, -1)).unsqueeze(-1)
+        size = product.flatten(-2).norm(dim=-1)
+        slack = 2 * gamma(product.shape[-1] ** 2 + 8) * size.square() + 2 * error * size + error.square()
     return _root(squared.clamp(min=0) + slack)
 
 

@@ -13,10 +13,14 @@ difference to the exact ones.
 Scaling: W_V^h is divided and W_O^h multiplied by a power of two of the size of W_V^h, then W_O by one of its own, so
 that products of two rows keep inside the range of floats whatever the units of the weights.
 
-Rounding, with R the largest norm of a centred value, r the error of one, t_i the error of a row of P in sum |.| (all
-from attention_covariance): a computed m_hi is off by t_i R + gamma(m + 2) R + r, and v - m by that and r and one
-rounding of 2 R; sum_j |x_hij| is then off by at most 2 t_i R + t_i R + ..., for which 4 t_i R + 4 gamma(m + 8) R + 4 r
-is taken. A computed u_hi is off by gamma(D + d + 4) s ||W_K||_F |[x_i 1]| ||[W_Q; b_Q]||_F.
+Rounding, with hats on what is computed, R the largest norm of a computed centred value, r the error of one, t_i the
+error of a row of P in sum |.| (all from attention_covariance): as m and its exact form differ by t_i R + r,
+
+    sum_j |x^_hij - x_hij| <= sum_j |P^_hij - P_hij| |v^_hj - m^_hi| + sum_j P_hij ( |v^_hj - v_hj| + |m^_hi - m_hi| )
+                           <= 2 t_i R + r + (t_i R + r),
+
+to which m + 8 roundings of numbers of at most 4 R are added; 4 t_i R + 4 gamma(m + 8) R + 4 r is taken. A computed
+u_hi is off by gamma(2 (D + d + 4)) s ||W_K||_F |[x_i 1]| ||[W_Q; b_Q]||_F, and twice that is taken.
 """
 
 from __future__ import annotations
