@@ -104,7 +104,7 @@ def _aggregates() -> dict[str, Any]:
 
 
 def _belongs(name: str, source: str) -> bool:
-    return name.split(".")[0] == source
+    return name.split(".")[0].removesuffix("_fast") == source  # `sharp_fast` is on the page of `sharp`
 
 
 def _pair(row: dict[str, Any]) -> str:
