@@ -59,18 +59,20 @@ def headline(aggregates: Aggregates, models: list[str] | None = None) -> str:
         for row in aggregates["models"][name]["overall"]:
             if row["kind"] == "proved":
                 cells.setdefault(row["bound"], {})[name] = row
+    # A bound that costs much is evaluated at fewer blocks: its numbers are of another sample, and say so.
+    whole = {name: max((r["count"] for r in aggregates["models"][name]["overall"]), default=0) for name in chosen}
     order = sorted(cells, key=lambda bound: [cells[bound].get(name, {}).get("median", math.inf) for name in chosen])
     rows = [
         [
             f"`{bound}`",
             summary_words(aggregates["methods"][bound]["summary"]),
-            *(_median_and_worst(cells[bound].get(name)) for name in chosen),
+            *(_median_and_worst(cells[bound].get(name), whole[name]) for name in chosen),
         ]
         for bound in order
     ]
     caption = (
         "Value over the true constant, median (worst) over layers and inputs; proved upper bounds on the norm of the "
-        "Jacobian at the input. A dash: the bound makes no promise there."
+        "Jacobian at the input. A dash: the bound makes no promise there. With n: at n blocks only, for its cost."
     )
     return f"{caption}\n\n{table(['bound', 'in words', *chosen], rows)}"
 
@@ -88,8 +90,11 @@ def short(aggregates: Aggregates) -> str:
     return tabulate(rows, ["kind", "bound", "model", "median ratio", "worst"], disable_numparse=True)
 
 
-def _median_and_worst(row: Row | None) -> str:
-    return "-" if row is None else f"{figure(row['median'])} ({figure(row['worst'])})"
+def _median_and_worst(row: Row | None, blocks: int) -> str:
+    if row is None:
+        return "-"
+    sample = "" if row["count"] == blocks else f", n = {row['count']}"
+    return f"{figure(row['median'])} ({figure(row['worst'])}{sample})"
 
 
 def _explanation(aggregates: Aggregates) -> str:

@@ -26,6 +26,8 @@ TASK = "tightness"
 SMALL = 1200  # largest dimension of a block that is measured by every estimator, the dense Jacobian included
 LOWER = "lanczos"
 CERTIFICATE = "lanczos_certificate"
+# Bounds at a point that cost seconds a block, with the number of inputs of each model they are evaluated at.
+COSTLY = {"sharp": 4}
 STEPS = (30, 60, 120, 240)  # of Lanczos from below: the next number is tried while the residual is too large
 LARGEST_RESIDUAL = 1e-6
 CERTIFICATE_OPTIONS = {"delta": 1e-9, "steps": 60}  # 2 to 3 % above the truth in dimensions up to 50 000
@@ -186,6 +188,8 @@ def affordable(case: Case, spec: BoundSpec, number: int) -> bool:
     """
     searches = spec.role == "estimator" and spec.name != CERTIFICATE
     if spec.needs_radius and number > (SEARCHED_INPUTS if searches else INPUTS):
+        return False
+    if number > COSTLY.get(spec.name, number):
         return False
     block = case.block
     return not searches or max(block.moving_input.numel(), block.tokens * block.w_o.shape[-1]) <= SMALL

@@ -108,17 +108,19 @@ def test_bounds_on_sets_are_evaluated_on_the_first_inputs_only(tmp_path: Path, m
 
     search = spec(on_ball, name="test.search", kind="lower", scope="ball", role="estimator")
     at_point = spec(lambda block: torch.tensor(7.0), name="test.point")
-    monkeypatch.setattr(registry, "select", lambda **_: [spec(on_ball, scope="ball"), at_point, search])
+    costly = spec(lambda block: torch.tensor(7.0), name="test.costly")
+    monkeypatch.setattr(registry, "select", lambda **_: [spec(on_ball, scope="ball"), at_point, search, costly])
     monkeypatch.setattr(registry, "refuted", list)
     monkeypatch.setattr(tightness, "INPUTS", 2)
+    monkeypatch.setattr(tightness, "COSTLY", {"test.costly": 2})
     with RecordStore(tmp_path / "records.jsonl") as store:
         tightness.run(store, [tiny_model(), tiny_model("other")])
     found = read(tmp_path / "records.jsonl").records.values()
     at = {
         name: {(each.question.model, each.question.input) for each in found if each.question.bound == name}
-        for name in ("test.search", "test.bound", "test.point")
+        for name in ("test.search", "test.bound", "test.point", "test.costly")
     }
-    counts = {"test.search": 1, "test.bound": 2, "test.point": 3}
+    counts = {"test.search": 1, "test.bound": 2, "test.point": 3, "test.costly": 2}
     assert at == {
         name: {(model, f"seed-{seed}") for model in ("tiny", "other") for seed in range(count)}
         for name, count in counts.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -206,6 +207,15 @@ def test_the_headline_has_proved_bounds_only_and_a_dash_where_nothing_is_promise
     other = {**aggregates["models"]["tiny"], "overall": []}
     both = {**aggregates, "models": {**aggregates["models"], "other": other}}
     assert "| 1.500 (10.0) | -       |" in headline(both)
+
+
+def test_the_headline_says_where_a_bound_was_evaluated_at_fewer_blocks(aggregates: dict[str, Any]) -> None:
+    fewer = copy.deepcopy(aggregates)
+    (model,) = fewer["models"].values()
+    (row,) = [row for row in model["overall"] if row["bound"] == "paper.bound"]
+    assert "n = " not in headline(fewer).split("|", 1)[1]
+    row["count"] -= 1
+    assert f"1.500 (10.0, n = {row['count']})" in headline(fewer)
 
 
 def test_numbers_are_written_with_the_digits_that_matter() -> None:
