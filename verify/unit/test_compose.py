@@ -20,6 +20,7 @@ from lipbounds.ops import activations, enclosure
 from lipbounds.ops.normalization import NormalizationRange
 from lipbounds.targets.layers import (
     AttentionLayer,
+    Flatten,
     Layer,
     Linear,
     Normalization,
@@ -77,6 +78,7 @@ LAYERS: dict[str, tuple[Callable[[Draw], Layer], Callable[[Draw], torch.Tensor]]
     "mean": (lambda d: Sequence((norm(d, 3), Pool("mean"))), lambda d: d(4, 3)),
     "first": (lambda d: Sequence((norm(d, 3), Pool("first"), Linear(d(2, 3)))), lambda d: d(4, 3)),
     "last": (lambda d: Pool("last"), lambda d: d(4, 3)),
+    "flat": (lambda d: Sequence((norm(d, 3), Flatten(), Linear(d(2, 12)))), lambda d: d(4, 3)),
     "patches": (lambda d: Sequence((Patches((2, 2), (2, 2)), Linear(d(3, 8)))), image),
     "overlapping": (lambda d: Sequence((Patches((3, 3), (1, 1), (1, 1)), Linear(d(3, 18)))), image),
     "sparse patches": (lambda d: Sequence((Patches((1, 2), (2, 3)), Linear(d(3, 4)))), image),

@@ -1,0 +1,67 @@
+"""The model made to be certified: its constraints hold, it is accurate, and no attack beats its certificate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lipbounds import InvalidInput
+from lipbounds.adapters.lipschitz_vit import lipschitz_vit_network
+from lipbounds.certify import certify
+from lipbounds.models.digits_data import load_digits_split
+from lipbounds.models.lipschitz_vit import WEIGHTS, LipschitzViT, constrain, load_lipschitz_vit, release
+from verify.unit.networks import Draw
+from verify.unit.test_certify import attacked
+
+
+def norms(model: nn.Module) -> list[float]:
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return [float(torch.linalg.matrix_norm(module.weight.detach().double(), 2)) for module in linear]
+
+
+def test_no_linear_map_of_the_committed_model_stretches() -> None:
+    assert max(norms(load_lipschitz_vit())) <= 1 + 1e-5
+    assert WEIGHTS.stat().st_size < 500_000
+
+
+def test_constraints_hold_while_training_and_after_it() -> None:
+    torch.manual_seed(0)
+    model = LipschitzViT()
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.data *= 10
+    constrain(model)
+    x = Draw(1)(2, 1, 8, 8).float()
+    expected = model(x)
+    assert max(norms(model)) <= 1 + 1e-5
+    release(model)
+    assert max(norms(model)) <= 1 + 1e-5
+    torch.testing.assert_close(model(x), expected)
+    assert sorted(model.state_dict()) == sorted(LipschitzViT().state_dict())
+
+
+def test_the_committed_model_is_accurate_and_certified() -> None:
+    split, model = load_digits_split().test, load_lipschitz_vit()
+    with torch.no_grad():
+        right = model(split.images).argmax(1) == split.labels
+    assert float(right.double().mean()) > 0.95
+    chosen = right.nonzero()[:1, 0]
+    images, labels = split.images[chosen], split.labels[chosen]
+    network = lipschitz_vit_network(model, images)
+    torch.testing.assert_close(
+        network(images.double()).squeeze(1).float(), model(images).detach(), rtol=1e-4, atol=1e-5
+    )
+    found = certify(network, images, labels, steps=8)
+    radius = float(found.radius)
+    assert radius > 0.05
+    assert attacked(network, images[0].double(), int(labels), radius, steps=10, starts=2) >= 0
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="not there"):
+        load_lipschitz_vit(tmp_path / "none.safetensors")
+    with pytest.raises(InvalidInput, match="tensors of LipschitzViT"):
+        load_lipschitz_vit(WEIGHTS.parent / "digits_vit.safetensors")
