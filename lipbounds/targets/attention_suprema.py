@@ -1,0 +1,304 @@
+r"""Suprema over a ball of the joint spreads of keys, values and queries of all heads of a block, rounded up.
+
+Over the ball ||X' - X||_F <= eps, ' for a value in it, dx_i the change of token i, M_h = W_V^h W_O^h, and
+
+    w_hj = s W_Q^h k_hj,   v_hj = W_O^hT (value row j),   u_hi = s W_K^h q_hi,   G_h = s W_Q^h W_K^hT,
+
+    w'_hj - w_hj = G_h dx_j,   v'_hj - v_hj = M_h^T dx_j,   u'_hi - u_hi = G_h^T dx_i.
+
+Means and covariances of row i of head h are under P'_hi. What is bounded, with sum_j |dx_j|^2 <= eps^2 throughout:
+
+- 'spread' of keys, weights t_hij >= P'_hij f_hij: sup over |b| = 1 of sqrt( sum_hj t_hij <w'_hj - c_hi, b>^2 ), c any
+  rows. It is a seminorm in w'. Of the rows at the centre it is at most sqrt(sum_h a_hi^2) and at most k max_h a_hi, a_hi
+  the norm of the rows of head h alone and k = ||[B_1 ... B_H]||, where w_hj = B_h z_hj with ||B_h|| <= 1 and |z_hj| the
+  norm of w_hj. Their change adds sqrt(max_hj t_hij) ||G|| eps, where ||G|| stands for sup sqrt(sum_h <x, G_h y>^2) over
+  unit x, y, the norm of all G_h side by side or stacked, whichever is less. With c the mean of the row and t >= P' it
+  bounds the covariance, whose seminorm does not feel that the mean is another one in the ball; where it does, for
+  t = P' f, the shift of the mean, d_hi, adds sqrt( sum_h d_hi^2 sum_j t_hij ).
+- shift of a mean: |sum_j P'_hij w'_hj - c_hi| <= sum_j |P'_hij - P_hij| |w_hj - c_hi| + ||G_h|| eps, c the mean at the
+  centre; 'far', |w'_hj - mean'| <= |w_hj - c_hi| + ||G_h|| eps + shift.
+- 'reach' of the keys: the largest eigenvalue of sum_h t_hij u'_hi u'_hi^T is at most ( its root at the centre + sqrt(max_h
+  t_hij) ||G|| eps )^2. With t = f_hi pi_hij, pi_hij = sup min(P', 2 P'(1 - P')), it bounds a variance: J(p) <= diag(p) and
+  J(p) <= 2 diag(p (1 - p)) in the Loewner order (the second is diagonally dominant), so that for c_hj = <u'_hi, y_j>
+  sum_h f_hi Var_hi(c_h) <= sum_j reach_ij |y_j|^2.
+
+B_h z_hj is the product of given floats with a triangular factor L: W^T W + tau = L L^T, z = L^T k, B = W L^-T, tau so small
+that it is felt only where W is singular; what W - B L^T leaves is added to the rounding error of the rows.
+
+Rounding: the error of a row of w, v or u, an absolute number a head, is added wherever its change is, for all tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses as dc
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lipbounds.ops.interval import SoftmaxInterval, g_interval_upper, softmax_interval, variance_interval_upper
+from lipbounds.ops.spectral import power_of_two, product_norm_upper, root, spectral_norm_upper, vector_norm
+from lipbounds.rounding import UNIT_ROUNDOFF, gamma, inflate
+from lipbounds.targets.attention import Attention
+from lipbounds.targets.attention_ball import logit_radius
+from lipbounds.targets.attention_rounding import logit_error, projection_error
+
+
+REGULARISATION = 2.0**-40  # tau, relative to the squared Frobenius norm of the weights
+
+
+@dc.dataclass(frozen=True, slots=True)
+class Rows:
+    """Keys or values of all heads seen from the tokens of the block: w or v of the table above, at the centre.
+
+    Args:
+        reduced: z without its mean, as computed.
+        factor_norm: ||B_h||, rounded up.
+        joint: ||[B_1 ... B_H]||.
+        error: of a row, after B.
+        change: ||G_h|| or ||M_h||: how far a row moves with its token.
+        joint_change: the same for all heads together, ||G|| or ||M||.
+    """
+
+    reduced: Float[Tensor, "*batch heads m width"]
+    factor_norm: Float[Tensor, "*weights heads"]
+    joint: Float[Tensor, "*weights"]
+    error: Float[Tensor, "*batch heads"]
+    change: Float[Tensor, "*weights heads"]
+    joint_change: Float[Tensor, "*weights"]
+
+
+def key_rows(block: Attention) -> Rows:
+    """w_hj = s W_Q^h k_hj.
+
+    Args:
+        block: in float64, without rotary positions.
+    """
+    scale = abs(block.scale_value)
+    weights = scale * block.w_q
+    error = projection_error(*block.key_factors, None).amax(-1)
+    change = scale * product_norm_upper(block.w_q, block.w_k.mT)
+    return _rows(block.keys, error, weights, change, torch.minimum(*joint_norms(weights, block.w_k.mT)))
+
+
+def value_rows(block: Attention) -> Rows:
+    """v_hj = W_O^hT times the value j of head h.
+
+    Args:
+        block: in float64.
+    """
+    error = projection_error(*block.value_factors, None).amax(-1)
+    change = product_norm_upper(block.w_v, block.w_o)
+    return _rows(block.values, error, block.w_o.mT, change, torch.minimum(*joint_norms(block.w_v, block.w_o)))
+
+
+def _rows(
+    tokens: Float[Tensor, "*batch heads m width"],
+    error: Float[Tensor, "*batch heads"],
+    weights: Float[Tensor, "*weights heads dim width"],
+    change: Float[Tensor, "*weights heads"],
+    joint_change: Float[Tensor, "*weights"],
+) -> Rows:
+    width = weights.shape[-1]
+    unit = power_of_two(weights.detach())  # so that squares neither overflow nor vanish
+    weights = weights / unit
+    size = weights.detach().square().sum((-2, -1))
+    identity = torch.eye(width, dtype=weights.dtype, device=weights.device)
+    tau = REGULARISATION * torch.where(size > 0, size, 1.0)
+    triangle = torch.linalg.cholesky_ex(weights.mT @ weights + tau[..., None, None] * identity).L
+    factor = torch.linalg.solve_triangular(triangle.mT, weights, upper=True, left=False)
+    rest = weights - factor @ triangle.mT
+    sizes = factor.square().sum((-2, -1)).sqrt() * triangle.square().sum((-2, -1)).sqrt()
+    with torch.no_grad():
+        rest = rest.square().sum((-2, -1)).sqrt() * (1 + 1e-9) + 2 * gamma(width + 4) * sizes
+    centred = tokens - tokens.mean(-2, keepdim=True)
+    joint = spectral_norm_upper(factor.movedim(-3, -2).flatten(-2))
+    norm = spectral_norm_upper(factor)
+    with torch.no_grad():
+        largest = tokens.norm(dim=-1).amax(-1)
+        # The mean has the errors of the rows and its own; then the product with L.
+        off = 2 * error + 4 * gamma(tokens.shape[-2] + width + 16) * largest
+        lost = norm * triangle.square().sum((-2, -1)).sqrt() * off + 2 * rest * largest
+        lost = lost * unit[..., 0, 0] * (1 + 1e-9)
+    return Rows(centred @ triangle * unit, norm, joint, lost, change, joint_change)
+
+
+def joint_norms(
+    left: Float[Tensor, "*weights heads rows inner"], right: Float[Tensor, "*weights heads inner cols"]
+) -> tuple[Float[Tensor, "*weights"], Float[Tensor, "*weights"]]:
+    """Norms of all L_h R_h side by side and stacked: sup sqrt(sum_h <x, L_h R_h y>^2) over unit x, y is at most either.
+
+    Args:
+        left: L_h, float64.
+        right: R_h, float64.
+    """
+    products = left @ right
+    sizes = left.square().sum((-2, -1)) * right.square().sum((-2, -1))
+    error = 2 * gamma(left.shape[-1] + 4) * sizes.sum(-1).sqrt().detach()
+    beside = spectral_norm_upper(products.movedim(-3, -2).flatten(-2))
+    stacked = spectral_norm_upper(products.flatten(-3, -2))
+    return beside + error, stacked + error
+
+
+@dc.dataclass(frozen=True, slots=True)
+class Queries:
+    """u_hi = s W_K^h q_hi: norms and inner products between heads, the error of a row; ||G_h|| and ||G|| as in Rows."""
+
+    inner: Float[Tensor, "*batch n heads heads"]
+    error: Float[Tensor, "*batch heads"]
+    slack: Float[Tensor, "*batch n"]
+    joint_change: Float[Tensor, "*weights"]
+
+
+def query_rows(block: Attention) -> Queries:
+    """The queries of all heads seen from the tokens of the keys.
+
+    Args:
+        block: in float64, without rotary positions.
+    """
+    scale = abs(block.scale_value)
+    rows = scale * block.queries @ block.w_k.mT
+    beside = rows.movedim(-3, -2)  # heads x D for each token
+    with torch.no_grad():
+        size = block.queries.norm(dim=-1).amax(-1)
+        off = projection_error(*block.query_factors, None).amax(-1) + 2 * gamma(block.w_k.shape[-1] + 8) * size
+        error = scale * block.w_k.square().sum((-2, -1)).sqrt() * off * (1 + 1e-9)
+        slack = 2 * gamma(rows.shape[-1] + 4) * beside.square().sum(-1).amax(-1)
+    return Queries(beside @ beside.mT, error, slack, torch.minimum(*joint_norms(scale * block.w_q, block.w_k.mT)))
+
+
+@dc.dataclass(frozen=True, slots=True)
+class Maps:
+    """The attention maps over the ball: the interval, what follows from it, and how far they are from the computed ones.
+
+    Args:
+        upper: of P'.
+        pairs: pi, of min(P', 2 P' (1 - P')).
+        softmax_norm: of g_1 of each row.
+        away: of |P' - computed P|.
+    """
+
+    upper: Float[Tensor, "*batch heads n m"]
+    pairs: Float[Tensor, "*batch heads n m"]
+    softmax_norm: Float[Tensor, "*batch heads n"]
+    away: Float[Tensor, "*batch heads n m"]
+
+
+def maps_on_ball(block: Attention, radius: float) -> Maps:
+    """Suprema of functions of the maps over the ball.
+
+    Args:
+        block: in float64, without rotary positions.
+        radius: eps.
+    """
+    interval = softmax_interval(block.logits, logit_radius(block, radius))
+    pairs = torch.minimum(interval.upper, 2 * variance_interval_upper(interval))
+    return Maps(interval.upper, pairs, g_interval_upper(interval), _away(block, interval))
+
+
+def rounding_of_maps(block: Attention) -> Float[Tensor, "*batch heads n m"]:
+    """Upper bound of |P - computed P| at the centre, entry by entry, without a gradient.
+
+    Args:
+        block: in float64.
+    """
+    with torch.no_grad():
+        error = logit_error(block).unsqueeze(-1).expand(block.logits.shape)
+        return _away(block, softmax_interval(block.logits, error))
+
+
+def _away(block: Attention, interval: SoftmaxInterval) -> Tensor:
+    maps = block.probabilities
+    return torch.maximum(interval.upper - maps, maps - interval.lower).clamp(min=0)
+
+
+@dc.dataclass(frozen=True, slots=True)
+class Spreads:
+    """Rows of keys or values on the ball of the given radius, seen from the mean of each row of the map at the centre."""
+
+    rows: Rows
+    maps: Maps
+    radius: float  # 0 where the tokens of these rows do not move
+    away: Float[Tensor, "*batch heads n m width"]
+    shift: Float[Tensor, "*batch heads n"]
+    far: Float[Tensor, "*batch heads n m"]
+
+    def plain(self) -> Float[Tensor, "*batch n"]:
+        """sup of the root of the joint covariance of all heads, for each row."""
+        return self._spread(self.maps.upper, None)
+
+    def weighted(self, factors: Float[Tensor, "*batch heads n m"]) -> Float[Tensor, "*batch n"]:
+        """The same for rows less their mean in the ball, weighted by P' f.
+
+        Args:
+            factors: f >= 0.
+        """
+        return self._spread(self.maps.upper * factors, self.shift)
+
+    def _spread(self, weights: Tensor, shift: Tensor | None) -> Tensor:
+        heads = spectral_norm_upper(root(weights).unsqueeze(-1) * self.away)
+        total = weights.sum(-1)
+        joint = self.rows.joint.unsqueeze(-1) * heads.amax(-2)
+        apart = vector_norm((self.rows.factor_norm.unsqueeze(-1) * heads).mT)
+        moved = self.radius * self.rows.joint_change.unsqueeze(-1) * root(weights.amax(-1).amax(-2))
+        lost = vector_norm((root(total) * self.rows.error.unsqueeze(-1)).mT)
+        value = torch.minimum(joint, apart) + moved + lost
+        if shift is not None:
+            value = value + vector_norm((root(total) * shift).mT)
+        return inflate(value, weights.shape[-1] + 2 * self.away.shape[-1] + self.away.shape[-4] + 32)
+
+
+def spreads(block: Attention, rows: Rows, maps: Maps, radius: float) -> Spreads:
+    """Rows against the means of the maps at the centre.
+
+    Args:
+        block: in float64.
+        rows: keys or values.
+        maps: over the ball.
+        radius: of the ball, 0 where the tokens of these rows do not move.
+    """
+    probabilities = block.probabilities
+    means = probabilities @ rows.reduced
+    away = rows.reduced.unsqueeze(-3) - means.unsqueeze(-2)
+    operations = sum(away.shape[-2:]) + 16
+    distance = inflate(vector_norm(away), operations) * rows.factor_norm[..., None, None]
+    # The computed mean differs from that under the computed map, and that map's sum from 1.
+    largest = rows.reduced.detach().norm(dim=-1).amax(-1)
+    lost = rows.error + 8 * gamma(operations) * rows.factor_norm.detach() * largest
+    own = (radius * rows.change + lost).unsqueeze(-1)
+    shift = inflate((maps.away * distance).sum(-1) + own, operations)
+    far = inflate(distance + own.unsqueeze(-1) + shift.unsqueeze(-1), 8)
+    return Spreads(rows, maps, radius, away, shift, far)
+
+
+def reach(queries: Queries, radius: float, weights: Float[Tensor, "*batch heads n m"]) -> Float[Tensor, "*batch n m"]:
+    """Upper bound of the norm of sum_h t_hij u'_hi u'_hi^T over the ball.
+
+    Args:
+        queries: of the block.
+        radius: of the ball, 0 where the queries do not move.
+        weights: t >= 0.
+    """
+    roots = root(weights).movedim(-3, -1)  # n x m x heads
+    gram = queries.inner.unsqueeze(-3) * roots.unsqueeze(-1) * roots.unsqueeze(-2)
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    heads = gram.shape[-1]
+    square = trace
+    if heads > 1:
+        largest = _largest_eigenvalue(gram) + 32 * heads * UNIT_ROUNDOFF * trace
+        square = torch.minimum(trace, largest)
+    total = weights.sum(-3)
+    square = square + queries.slack.unsqueeze(-1) * total
+    lost = root((weights * queries.error.square()[..., None, None]).sum(-3))
+    moved = radius * queries.joint_change[..., None, None] * root(weights.amax(-3))
+    return inflate((root(square) + moved + lost).square(), 2 * heads + 32)
+
+
+def _largest_eigenvalue(gram: Float[Tensor, "*batch size size"]) -> Float[Tensor, "*batch"]:
+    """As computed by LAPACK; its gradient is that of v^T A v with the top eigenvector v held fixed."""
+    if not (torch.is_grad_enabled() and gram.requires_grad):
+        return torch.linalg.eigvalsh(gram)[..., -1].clamp(min=0)
+    found = torch.linalg.eigh(gram.detach())
+    top = found.eigenvectors[..., -1:]
+    stretch = (top.mT @ gram @ top)[..., 0, 0]
+    return found.eigenvalues[..., -1].clamp(min=0) + (stretch - stretch.detach())
