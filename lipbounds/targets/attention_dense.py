@@ -1,14 +1,16 @@
 r"""The norm of the dense Jacobian of small blocks, rounded up: for bounds that start from the truth at one point.
 
-The Jacobian is computed by products with the unit vectors of the input; the norm of the floats found is verified by a
-Cholesky factorisation (lipbounds.ops.verified_norm), and how far they can be from the exact ones is bounded entry by
-entry (lipbounds.targets.attention_roundoff): a matrix with entries at most E has norm at most the root of its largest
-row sum times the root of its largest column sum.
+The norm of the Jacobian as computed is verified by a Cholesky factorisation (lipbounds.ops.verified_norm). How far its
+entries can be from the exact ones is bounded as for products with the Jacobian (lipbounds.targets.attention_roundoff):
+that bound is about the sum of all products that make up an entry, in any order, with fewer roundings on the longest path
+than are counted there. A matrix with entries at most E has norm at most the root of its largest row sum times the root
+of its largest column sum.
 """
 
 from __future__ import annotations
 
 import itertools
+import weakref
 
 import torch
 from jaxtyping import Float
@@ -21,7 +23,8 @@ from lipbounds.targets.attention import Attention
 from lipbounds.targets.attention_roundoff import Roundoff
 
 
-CHUNK_ENTRIES = 2**21  # of the largest tensor made for one chunk of unit vectors
+# Blocks are frozen, and bounds on balls of many radii need the norm at the same centre.
+_FOUND: weakref.WeakKeyDictionary[Attention, Tensor] = weakref.WeakKeyDictionary()
 BATCH_ENTRIES = 2**25  # of all Jacobians of a batch at once; larger batches go item by item
 
 
@@ -40,14 +43,18 @@ def dense_norm(block: Attention) -> Float[Tensor, "*batch"]:
         items = [dense_norm(item) for item in _items(block)]
         return torch.stack(items).reshape(block.batch_shape)
     moving = block.moving_input
+    if block in _FOUND and not block.logits.requires_grad:
+        return _FOUND[block]
     with torch.no_grad():
-        frozen = block.at(moving.detach())  # of its own: what a block caches under no_grad cuts gradients
+        # A copy of its own: what a block caches under no_grad cuts gradients.
+        frozen = block.at(moving.detach())
         jacobian = _jacobian(frozen)
         finite = jacobian.isfinite().all(-1).all(-1)
         jacobian = torch.where(finite[..., None, None], jacobian, 0.0)
         value = inflate(verified_norm(jacobian) + _rounding(frozen, jacobian), 2)
         value = torch.where(finite & value.isfinite(), value, torch.inf)
     if not torch.is_grad_enabled() or not block.logits.requires_grad:
+        _FOUND[block] = value
         return value
     with torch.no_grad():
         top = torch.linalg.svd(jacobian, full_matrices=False).Vh[..., 0, :]
@@ -57,19 +64,30 @@ def dense_norm(block: Attention) -> Float[Tensor, "*batch"]:
 
 
 def _jacobian(block: Attention) -> Float[Tensor, "*batch out_size in_size"]:
-    rows, columns = block.tokens * block.w_o.shape[-1], block.moving_input.shape[-2:].numel()
-    batch = block.batch_shape
-    jacobian = block.logits.new_empty(*batch, rows, columns)
-    widest = block.heads * max(block.logits.shape[-2:]) * max(*block.logits.shape[-2:], *block.w_o.shape[-2:])
-    chunk = max(1, CHUNK_ENTRIES // max(1, widest * batch.numel()))
-    for start in range(0, columns, chunk):
-        stop = min(start + chunk, columns)
-        basis = jacobian.new_zeros(stop - start, columns)
-        basis[:, start:stop].fill_diagonal_(1)
-        directions = basis.reshape(-1, *[1] * len(batch), *block.moving_input.shape[-2:])
-        images = block.jvp(directions).expand(-1, *batch, -1, -1)
-        jacobian[..., start:stop] = images.flatten(-2).movedim(0, -1)
-    return jacobian
+    """Block (i, j) is sum_h P_ij (M_h^T + v~_j u_i^T), and, where i = j and the query moves, sum_hl P_il v~_l w_l^T more.
+
+    Of token i and head h: v~_l = W_O^T (value l less the mean value), u_i = s W_K q_i, w_l = s W_Q k_l, M_h = W_V W_O.
+    """
+    batch, maps = block.batch_shape, block.probabilities
+    values = block.values @ block.w_o
+    apart = values.unsqueeze(-3) - (maps @ values).unsqueeze(-2)  # heads x n x m x out
+    weighted = (maps.unsqueeze(-1) * apart).movedim(-4, -1)  # n x m x out x heads
+    n, m = maps.shape[-2:]
+    rows, columns = block.w_o.shape[-1], block.moving_input.shape[-1]
+    own = blocks = maps.new_zeros(())
+    if block.query_moves:
+        by_head = (block.scale_value * block.keys @ block.w_q.mT).movedim(-3, -2)  # m x heads x D
+        own = weighted.transpose(-3, -2).flatten(-2) @ by_head.flatten(-3, -2).unsqueeze(-3)
+        blocks = own.new_zeros(*own.shape[:-3], n, n, rows, columns)
+    if block.memory_moves:
+        mixing = (block.w_v @ block.w_o).mT.flatten(-2)  # heads x (out D)
+        blocks = maps.movedim(-3, -1).flatten(-3, -2) @ mixing
+        keys = (block.scale_value * block.queries @ block.w_k.mT).movedim(-3, -2)  # n x heads x D
+        blocks = blocks.unflatten(-1, (rows, columns)).unflatten(-3, (n, m)) + weighted @ keys.unsqueeze(-3)
+    if block.query_moves:
+        token = torch.arange(n, device=maps.device)
+        blocks[..., token, token, :, :] += own
+    return blocks.transpose(-3, -2).flatten(-2).flatten(-3, -2).expand(*batch, -1, -1)
 
 
 def _rounding(block: Attention, jacobian: Tensor) -> Float[Tensor, "*batch"]:

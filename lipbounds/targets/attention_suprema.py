@@ -145,6 +145,7 @@ class Queries:
     """u_hi = s W_K^h q_hi: norms and inner products between heads, the error of a row; ||G_h|| and ||G|| as in Rows."""
 
     inner: Float[Tensor, "*batch n heads heads"]
+    sizes: Float[Tensor, "*batch heads n"]
     error: Float[Tensor, "*batch heads"]
     slack: Float[Tensor, "*batch n"]
     joint_change: Float[Tensor, "*weights"]
@@ -164,7 +165,7 @@ def query_rows(block: Attention) -> Queries:
         off = projection_error(*block.query_factors, None).amax(-1) + 2 * gamma(block.w_k.shape[-1] + 8) * size
         error = scale * block.w_k.square().sum((-2, -1)).sqrt() * off * (1 + 1e-9)
         slack = 2 * gamma(rows.shape[-1] + 4) * beside.square().sum(-1).amax(-1)
-    return Queries(beside @ beside.mT, error, slack, torch.minimum(*joint_norms(scale * block.w_q, block.w_k.mT)))
+    return Queries(beside @ beside.mT, vector_norm(rows), error, slack, torch.minimum(*joint_norms(scale * block.w_q, block.w_k.mT)))
 
 
 @dc.dataclass(frozen=True, slots=True)
@@ -213,39 +214,70 @@ def _away(block: Attention, interval: SoftmaxInterval) -> Tensor:
 
 
 @dc.dataclass(frozen=True, slots=True)
+class Spread:
+    """What bounds a weighted spread of all heads, before it is known how much each head counts.
+
+    Args:
+        rows: whose spread it is.
+        radius: of the ball, 0 where the tokens of these rows do not move.
+        heads: norm of the weighted rows of each head at the centre.
+        largest: weight in each row of the map.
+        total: sum of the weights of each row.
+        shift: of the mean where the spread feels it, else None.
+    """
+
+    rows: Rows
+    radius: float
+    heads: Float[Tensor, "*batch heads n"]
+    largest: Float[Tensor, "*batch heads n"]
+    total: Float[Tensor, "*batch heads n"]
+    shift: Float[Tensor, "*batch heads n"] | None
+
+    def joint(self, share: Float[Tensor, "*batch heads n"]) -> Float[Tensor, "*batch n"]:
+        """The spread of all heads with weights t_hij times the share of head h.
+
+        Args:
+            share: > 0, of each head in each row.
+        """
+        factor, heads = root(share), root(share) * self.heads
+        together = self.rows.joint.unsqueeze(-1) * heads.amax(-2)
+        apart = vector_norm((self.rows.factor_norm.unsqueeze(-1) * heads).mT)
+        moved = self.radius * self.rows.joint_change.unsqueeze(-1) * root((share * self.largest).amax(-2))
+        total = factor * root(self.total)
+        value = torch.minimum(together, apart) + moved + vector_norm((total * self.rows.error.unsqueeze(-1)).mT)
+        if self.shift is not None:
+            value = value + vector_norm((total * self.shift).mT)
+        return inflate(value, heads.shape[-2] + 32)
+
+
+@dc.dataclass(frozen=True, slots=True)
 class Spreads:
     """Rows of keys or values on the ball of the given radius, seen from the mean of each row of the map at the centre."""
 
     rows: Rows
-    maps: Maps
-    radius: float  # 0 where the tokens of these rows do not move
+    upper: Float[Tensor, "*batch heads n m"]
+    radius: float
     away: Float[Tensor, "*batch heads n m width"]
     shift: Float[Tensor, "*batch heads n"]
     far: Float[Tensor, "*batch heads n m"]
 
-    def plain(self) -> Float[Tensor, "*batch n"]:
-        """sup of the root of the joint covariance of all heads, for each row."""
-        return self._spread(self.maps.upper, None)
+    def plain(self) -> Spread:
+        """The root of the covariance over the ball."""
+        return self._spread(self.upper, None)
 
-    def weighted(self, factors: Float[Tensor, "*batch heads n m"]) -> Float[Tensor, "*batch n"]:
+    def weighted(self, factors: Float[Tensor, "*batch heads n m"]) -> Spread:
         """The same for rows less their mean in the ball, weighted by P' f.
 
         Args:
             factors: f >= 0.
         """
-        return self._spread(self.maps.upper * factors, self.shift)
+        return self._spread(self.upper * factors, self.shift)
 
-    def _spread(self, weights: Tensor, shift: Tensor | None) -> Tensor:
+    def _spread(self, weights: Tensor, shift: Tensor | None) -> Spread:
         heads = spectral_norm_upper(root(weights).unsqueeze(-1) * self.away)
-        total = weights.sum(-1)
-        joint = self.rows.joint.unsqueeze(-1) * heads.amax(-2)
-        apart = vector_norm((self.rows.factor_norm.unsqueeze(-1) * heads).mT)
-        moved = self.radius * self.rows.joint_change.unsqueeze(-1) * root(weights.amax(-1).amax(-2))
-        lost = vector_norm((root(total) * self.rows.error.unsqueeze(-1)).mT)
-        value = torch.minimum(joint, apart) + moved + lost
-        if shift is not None:
-            value = value + vector_norm((root(total) * shift).mT)
-        return inflate(value, weights.shape[-1] + 2 * self.away.shape[-1] + self.away.shape[-4] + 32)
+        operations = weights.shape[-1] + 2 * self.away.shape[-1] + 32
+        largest, total = weights.amax(-1), inflate(weights.sum(-1), operations)
+        return Spread(self.rows, self.radius, inflate(heads, operations), largest, total, shift)
 
 
 def spreads(block: Attention, rows: Rows, maps: Maps, radius: float) -> Spreads:
@@ -257,8 +289,7 @@ def spreads(block: Attention, rows: Rows, maps: Maps, radius: float) -> Spreads:
         maps: over the ball.
         radius: of the ball, 0 where the tokens of these rows do not move.
     """
-    probabilities = block.probabilities
-    means = probabilities @ rows.reduced
+    means = block.probabilities @ rows.reduced
     away = rows.reduced.unsqueeze(-3) - means.unsqueeze(-2)
     operations = sum(away.shape[-2:]) + 16
     distance = inflate(vector_norm(away), operations) * rows.factor_norm[..., None, None]
@@ -268,7 +299,34 @@ def spreads(block: Attention, rows: Rows, maps: Maps, radius: float) -> Spreads:
     own = (radius * rows.change + lost).unsqueeze(-1)
     shift = inflate((maps.away * distance).sum(-1) + own, operations)
     far = inflate(distance + own.unsqueeze(-1) + shift.unsqueeze(-1), 8)
-    return Spreads(rows, maps, radius, away, shift, far)
+    return Spreads(rows, maps.upper, radius, away, shift, far)
+
+
+def head_sizes(block: Attention, rows: Rows) -> Float[Tensor, "*batch heads n"]:
+    """About the spread of the rows of each head at the centre, rounded to no side: to weigh heads against each other.
+
+    Args:
+        block: in float64.
+        rows: keys or values.
+    """
+    moments = (block.probabilities @ rows.reduced.square().sum(-1, keepdim=True)).squeeze(-1)
+    variance = moments - (block.probabilities @ rows.reduced).square().sum(-1)
+    return root(torch.maximum(variance, 1e-6 * moments))
+
+
+def balance(first: Float[Tensor, "*batch heads n"], second: Float[Tensor, "*batch heads n"]) -> Tensor:
+    """Shares of the heads, all > 0: in sum_h a_h b_h <= sqrt(sum_h share_h b_h^2) sqrt(sum_h a_h^2 / share_h) equality
+    holds for a_h / b_h. A thousandth of the largest head is added to each, so that no share is 0 or infinite.
+
+    Args:
+        first: sizes of the a_h, >= 0.
+        second: sizes of the b_h, >= 0.
+    """
+    sizes = []
+    for size in (first, second):
+        largest = size.amax(-2, keepdim=True)
+        sizes.append(torch.where(largest > 0, size / torch.where(largest > 0, largest, 1.0), 1.0) + 1e-3)
+    return sizes[0] / sizes[1]
 
 
 def reach(queries: Queries, radius: float, weights: Float[Tensor, "*batch heads n m"]) -> Float[Tensor, "*batch n m"]:
