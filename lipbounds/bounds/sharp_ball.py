@@ -34,7 +34,7 @@ from lipbounds.targets.attention_parts import BallParts, Centre
 SUPPORTS: tuple[Feature, ...] = ("heads", "biases", "mask", "cross")
 CLAIM = Claim(kind="proved", scope="ball", norm="l2")
 DENSE = 2**22  # entries of the Jacobian of one batch item: 2048 x 2048
-SHELLS = (0.5, 1.0)  # r_k / eps
+SHELLS = (0.25, 0.5, 0.75, 1.0)  # r_k / eps
 COST = "O((n D)^3) where the Jacobian is small, O(H n^2 (d^2 + H^2) + H D^3) elsewhere"
 Parts = dict[str, Tensor]
 

@@ -93,7 +93,7 @@ def _jacobian(block: Attention) -> Float[Tensor, "*batch out_size in_size"]:
 def _rounding(block: Attention, jacobian: Tensor) -> Float[Tensor, "*batch"]:
     """Upper bound on the norm of the computed Jacobian minus the exact one."""
     roundoff = Roundoff(block)
-    rows = roundoff.jvp(torch.ones_like(block.moving_input))
+    rows = roundoff.jvp(jacobian.new_ones(*block.batch_shape, *block.moving_input.shape[-2:]))
     columns = roundoff.vjp(jacobian.new_ones(*block.batch_shape, block.tokens, block.w_o.shape[-1]))
     return inflate(rows.amax((-2, -1)).sqrt() * columns.amax((-2, -1)).sqrt(), 8).expand(block.batch_shape)
 

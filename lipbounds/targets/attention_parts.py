@@ -62,7 +62,6 @@ from lipbounds.targets.attention_suprema import (
     query_rows,
     reach,
     rounding_of_maps,
-    spreads,
     value_rows,
 )
 
@@ -99,6 +98,9 @@ class BallParts:
         self._query_radius = radius if self.block.query_moves else 0.0
         self._operations = sum(self.block.logits.shape[-2:]) + 32
         self.maps: Maps = maps_on_ball(self.block, radius)
+        self._values = Spreads(self.block, centre.values, self.maps, self._memory_radius)
+        if self.block.query_moves:
+            self._keys = Spreads(self.block, centre.keys, self.maps, self._memory_radius)
 
     # -- the first differential ---------------------------------------------------------------------------------
 
@@ -138,6 +140,7 @@ class BallParts:
 
     def second(self) -> dict[str, Float[Tensor, "*batch"]]:
         """How fast mixing, query part and key part change, as far as they occur."""
+        self._prepare()
         weights = self.centre.values.joint_change
         changes = {name: weights * change for name, change in self._map_change.items()}
         parts = {}
@@ -192,20 +195,28 @@ class BallParts:
     # -- what they share ----------------------------------------------------------------------------------------
 
     @cached_property
-    def _keys(self) -> Spreads:
-        return spreads(self.block, self.centre.keys, self.maps, self._memory_radius)
-
-    @cached_property
-    def _values(self) -> Spreads:
-        return spreads(self.block, self.centre.values, self.maps, self._memory_radius)
-
-    @cached_property
     def _om(self) -> Spread:
-        return self._keys.plain()
+        return self._keys.plain
 
     @cached_property
     def _sg(self) -> Spread:
-        return self._values.plain()
+        return self._values.plain
+
+    def _prepare(self) -> None:
+        """What the second differential needs of rows in the ball: sqrt(Var(S)) <= eps (sup om_h + sup |u| sqrt(pi))."""
+        reach = torch.zeros_like(self.maps.softmax_norm)
+        if self.block.query_moves:
+            norm = self.centre.keys.factor_norm.unsqueeze(-1)
+            reach = reach + norm * self._om.alone() + root(self._om.total) * self._om.error
+        if self.block.memory_moves:
+            queries = self.centre.queries
+            moved = (self._query_radius * queries.change + queries.error).unsqueeze(-1)
+            reach = reach + (queries.sizes + moved) * root(self.maps.pairs.amax(-1))
+        reach = inflate(self.radius * reach, self._operations)
+        rounding = rounding_of_maps(self.block)
+        self._values.move(reach, rounding)
+        if self.block.query_moves:
+            self._keys.move(reach, rounding)
 
     @cached_property
     def _farthest(self) -> Float[Tensor, "*batch heads n 1"]:

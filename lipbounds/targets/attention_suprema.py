@@ -16,14 +16,17 @@ Means and covariances of row i of head h are under P'_hi. What is bounded, with 
   bounds the covariance, whose seminorm does not feel that the mean is another one in the ball; where it does, for
   t = P' f, the shift of the mean, d_hi, adds sqrt( sum_h d_hi^2 sum_j t_hij ).
 - shift of a mean: |sum_j P'_hij w'_hj - c_hi| <= sum_j |P'_hij - P_hij| |w_hj - c_hi| + ||G_h|| eps, c the mean at the
-  centre; 'far', |w'_hj - mean'| <= |w_hj - c_hi| + ||G_h|| eps + shift.
+  centre; also, the derivative of a mean being Cov_hi(S, w) + sum_j P_hij G_h dx_j, at most sup sqrt(Var_hi(S)) sup
+  ||Cov_hi(w)||^(1/2) + ||G_h|| eps, S the change of the logits. 'far': |w'_hj - mean'| <= |w_hj - c_hi| + ||G_h|| eps +
+  shift.
 - 'reach' of the keys: the largest eigenvalue of sum_h t_hij u'_hi u'_hi^T is at most ( its root at the centre + sqrt(max_h
   t_hij) ||G|| eps )^2. With t = f_hi pi_hij, pi_hij = sup min(P', 2 P'(1 - P')), it bounds a variance: J(p) <= diag(p) and
   J(p) <= 2 diag(p (1 - p)) in the Loewner order (the second is diagonally dominant), so that for c_hj = <u'_hi, y_j>
   sum_h f_hi Var_hi(c_h) <= sum_j reach_ij |y_j|^2.
 
-B_h z_hj is the product of given floats with a triangular factor L: W^T W + tau = L L^T, z = L^T k, B = W L^-T, tau so small
-that it is felt only where W is singular; what W - B L^T leaves is added to the rounding error of the rows.
+Of head h, W^T W + tau = L L^T, z = L^T k, B = W L^-T, tau so small that it is felt only where W is singular; what W - B L^T
+leaves is added to the rounding error of the rows. As ||G_h|| = ||B L^T W_K^T||, all of the above can also be said of z,
+head by head, and then of w through k or the sum of squares: the lesser is taken.
 
 Rounding: the error of a row of w, v or u, an absolute number a head, is added wherever its change is, for all tokens.
 """
@@ -45,6 +48,7 @@ from lipbounds.targets.attention_rounding import logit_error, projection_error
 
 
 REGULARISATION = 2.0**-40  # tau, relative to the squared Frobenius norm of the weights
+OWN_ROUNDING = 1 + 1e-9  # pays for the rounding of error bounds themselves: sums of fewer than a million positive terms
 
 
 @dc.dataclass(frozen=True, slots=True)
@@ -57,7 +61,9 @@ class Rows:
         joint: ||[B_1 ... B_H]||.
         error: of a row, after B.
         change: ||G_h|| or ||M_h||: how far a row moves with its token.
-        joint_change: the same for all heads together, ||G|| or ||M||.
+        reduced_change: the same for z.
+        change_error: what B times the move of z leaves of the move of a row.
+        joint_change: ||G|| or ||M||, for all heads together.
     """
 
     reduced: Float[Tensor, "*batch heads m width"]
@@ -65,6 +71,8 @@ class Rows:
     joint: Float[Tensor, "*weights"]
     error: Float[Tensor, "*batch heads"]
     change: Float[Tensor, "*weights heads"]
+    reduced_change: Float[Tensor, "*weights heads"]
+    change_error: Float[Tensor, "*weights heads"]
     joint_change: Float[Tensor, "*weights"]
 
 
@@ -74,11 +82,8 @@ def key_rows(block: Attention) -> Rows:
     Args:
         block: in float64, without rotary positions.
     """
-    scale = abs(block.scale_value)
-    weights = scale * block.w_q
     error = projection_error(*block.key_factors, None).amax(-1)
-    change = scale * product_norm_upper(block.w_q, block.w_k.mT)
-    return _rows(block.keys, error, weights, change, torch.minimum(*joint_norms(weights, block.w_k.mT)))
+    return _rows(block.keys, error, abs(block.scale_value) * block.w_q, block.w_k.mT)
 
 
 def value_rows(block: Attention) -> Rows:
@@ -88,18 +93,26 @@ def value_rows(block: Attention) -> Rows:
         block: in float64.
     """
     error = projection_error(*block.value_factors, None).amax(-1)
-    change = product_norm_upper(block.w_v, block.w_o)
-    return _rows(block.values, error, block.w_o.mT, change, torch.minimum(*joint_norms(block.w_v, block.w_o)))
+    return _rows(block.values, error, block.w_o.mT, block.w_v.mT)
 
 
 def _rows(
     tokens: Float[Tensor, "*batch heads m width"],
     error: Float[Tensor, "*batch heads"],
     weights: Float[Tensor, "*weights heads dim width"],
-    change: Float[Tensor, "*weights heads"],
-    joint_change: Float[Tensor, "*weights"],
+    moving: Float[Tensor, "*weights heads width memory_dim"],
 ) -> Rows:
+    """Rows `weights` times a token of a head that is `moving` times a token of the block, plus a constant.
+
+    Args:
+        tokens: keys or values.
+        error: of each, largest of a head.
+        weights: W.
+        moving: W_K^T or W_V^T.
+    """
     width = weights.shape[-1]
+    change = product_norm_upper(weights, moving)
+    joint_change = torch.minimum(*joint_norms(weights, moving))
     unit = power_of_two(weights.detach())  # so that squares neither overflow nor vanish
     weights = weights / unit
     size = weights.detach().square().sum((-2, -1))
@@ -107,20 +120,19 @@ def _rows(
     tau = REGULARISATION * torch.where(size > 0, size, 1.0)
     triangle = torch.linalg.cholesky_ex(weights.mT @ weights + tau[..., None, None] * identity).L
     factor = torch.linalg.solve_triangular(triangle.mT, weights, upper=True, left=False)
-    rest = weights - factor @ triangle.mT
-    sizes = factor.square().sum((-2, -1)).sqrt() * triangle.square().sum((-2, -1)).sqrt()
-    with torch.no_grad():
-        rest = rest.square().sum((-2, -1)).sqrt() * (1 + 1e-9) + 2 * gamma(width + 4) * sizes
+    joint, norm = spectral_norm_upper(factor.movedim(-3, -2).flatten(-2)), spectral_norm_upper(factor)
     centred = tokens - tokens.mean(-2, keepdim=True)
-    joint = spectral_norm_upper(factor.movedim(-3, -2).flatten(-2))
-    norm = spectral_norm_upper(factor)
     with torch.no_grad():
+        length = triangle.square().sum((-2, -1)).sqrt()
+        rest = (weights - factor @ triangle.mT).square().sum((-2, -1)).sqrt()
+        rest = rest + 2 * gamma(width + 4) * factor.square().sum((-2, -1)).sqrt() * length
         largest = tokens.norm(dim=-1).amax(-1)
-        # The mean has the errors of the rows and its own; then the product with L.
+        # The mean may be any row, but the difference is rounded; then the product with L.
         off = 2 * error + 4 * gamma(tokens.shape[-2] + width + 16) * largest
-        lost = norm * triangle.square().sum((-2, -1)).sqrt() * off + 2 * rest * largest
-        lost = lost * unit[..., 0, 0] * (1 + 1e-9)
-    return Rows(centred @ triangle * unit, norm, joint, lost, change, joint_change)
+        lost = (norm * length * off + 2 * rest * largest) * unit[..., 0, 0] * OWN_ROUNDING
+        change_error = rest * unit[..., 0, 0] * moving.square().sum((-2, -1)).sqrt() * OWN_ROUNDING
+    reduced_change = unit[..., 0, 0] * product_norm_upper(triangle.mT, moving)
+    return Rows(centred @ triangle * unit, norm, joint, lost, change, reduced_change, change_error, joint_change)
 
 
 def joint_norms(
@@ -148,6 +160,7 @@ class Queries:
     sizes: Float[Tensor, "*batch heads n"]
     error: Float[Tensor, "*batch heads"]
     slack: Float[Tensor, "*batch n"]
+    change: Float[Tensor, "*weights heads"]
     joint_change: Float[Tensor, "*weights"]
 
 
@@ -163,9 +176,12 @@ def query_rows(block: Attention) -> Queries:
     with torch.no_grad():
         size = block.queries.norm(dim=-1).amax(-1)
         off = projection_error(*block.query_factors, None).amax(-1) + 2 * gamma(block.w_k.shape[-1] + 8) * size
-        error = scale * block.w_k.square().sum((-2, -1)).sqrt() * off * (1 + 1e-9)
+        error = scale * block.w_k.square().sum((-2, -1)).sqrt() * off * OWN_ROUNDING
         slack = 2 * gamma(rows.shape[-1] + 4) * beside.square().sum(-1).amax(-1)
-    return Queries(beside @ beside.mT, vector_norm(rows), error, slack, torch.minimum(*joint_norms(scale * block.w_q, block.w_k.mT)))
+    sizes = inflate(vector_norm(rows), rows.shape[-1] + 8)
+    change = scale * product_norm_upper(block.w_q, block.w_k.mT)
+    joint_change = torch.minimum(*joint_norms(scale * block.w_q, block.w_k.mT))
+    return Queries(beside @ beside.mT, sizes, error, slack, change, joint_change)
 
 
 @dc.dataclass(frozen=True, slots=True)
@@ -220,10 +236,11 @@ class Spread:
     Args:
         rows: whose spread it is.
         radius: of the ball, 0 where the tokens of these rows do not move.
-        heads: norm of the weighted rows of each head at the centre.
+        heads: norm of the weighted z of each head at the centre.
         largest: weight in each row of the map.
         total: sum of the weights of each row.
-        shift: of the mean where the spread feels it, else None.
+        error: of a row w' less the mean or constant taken off.
+        shift: of the mean of z where the spread feels it, else None.
     """
 
     rows: Rows
@@ -231,6 +248,7 @@ class Spread:
     heads: Float[Tensor, "*batch heads n"]
     largest: Float[Tensor, "*batch heads n"]
     total: Float[Tensor, "*batch heads n"]
+    error: Float[Tensor, "*batch heads n"]
     shift: Float[Tensor, "*batch heads n"] | None
 
     def joint(self, share: Float[Tensor, "*batch heads n"]) -> Float[Tensor, "*batch n"]:
@@ -239,49 +257,31 @@ class Spread:
         Args:
             share: > 0, of each head in each row.
         """
-        factor, heads = root(share), root(share) * self.heads
-        together = self.rows.joint.unsqueeze(-1) * heads.amax(-2)
-        apart = vector_norm((self.rows.factor_norm.unsqueeze(-1) * heads).mT)
+        factor = root(share)
+        heads, total = factor * self.heads, factor * root(self.total)
         moved = self.radius * self.rows.joint_change.unsqueeze(-1) * root((share * self.largest).amax(-2))
-        total = factor * root(self.total)
-        value = torch.minimum(together, apart) + moved + vector_norm((total * self.rows.error.unsqueeze(-1)).mT)
+        value = self._combined(heads) + moved
         if self.shift is not None:
-            value = value + vector_norm((total * self.shift).mT)
+            value = value + self._combined(total * self.shift)
+        value = torch.minimum(value, self._combined(factor * self.alone()))
+        value = value + vector_norm((total * self.error).mT)
         return inflate(value, heads.shape[-2] + 32)
 
+    def alone(self) -> Float[Tensor, "*batch heads n"]:
+        """The spread of z of each head, without the errors of rows."""
+        value = self.heads + self.radius * self.rows.reduced_change.unsqueeze(-1) * root(self.largest)
+        if self.shift is not None:
+            value = value + root(self.total) * self.shift
+        return inflate(value, 8)
 
-@dc.dataclass(frozen=True, slots=True)
+    def _combined(self, heads: Float[Tensor, "*batch heads n"]) -> Float[Tensor, "*batch n"]:
+        """Norm of all B_h Z_h side by side, from the norms of the Z_h."""
+        apart = vector_norm((self.rows.factor_norm.unsqueeze(-1) * heads).mT)
+        return torch.minimum(self.rows.joint.unsqueeze(-1) * heads.amax(-2), apart)
+
+
 class Spreads:
-    """Rows of keys or values on the ball of the given radius, seen from the mean of each row of the map at the centre."""
-
-    rows: Rows
-    upper: Float[Tensor, "*batch heads n m"]
-    radius: float
-    away: Float[Tensor, "*batch heads n m width"]
-    shift: Float[Tensor, "*batch heads n"]
-    far: Float[Tensor, "*batch heads n m"]
-
-    def plain(self) -> Spread:
-        """The root of the covariance over the ball."""
-        return self._spread(self.upper, None)
-
-    def weighted(self, factors: Float[Tensor, "*batch heads n m"]) -> Spread:
-        """The same for rows less their mean in the ball, weighted by P' f.
-
-        Args:
-            factors: f >= 0.
-        """
-        return self._spread(self.upper * factors, self.shift)
-
-    def _spread(self, weights: Tensor, shift: Tensor | None) -> Spread:
-        heads = spectral_norm_upper(root(weights).unsqueeze(-1) * self.away)
-        operations = weights.shape[-1] + 2 * self.away.shape[-1] + 32
-        largest, total = weights.amax(-1), inflate(weights.sum(-1), operations)
-        return Spread(self.rows, self.radius, inflate(heads, operations), largest, total, shift)
-
-
-def spreads(block: Attention, rows: Rows, maps: Maps, radius: float) -> Spreads:
-    """Rows against the means of the maps at the centre.
+    """Rows of keys or values on the ball of the given radius, seen from the mean of each row of the map at the centre.
 
     Args:
         block: in float64.
@@ -289,17 +289,44 @@ def spreads(block: Attention, rows: Rows, maps: Maps, radius: float) -> Spreads:
         maps: over the ball.
         radius: of the ball, 0 where the tokens of these rows do not move.
     """
-    means = block.probabilities @ rows.reduced
-    away = rows.reduced.unsqueeze(-3) - means.unsqueeze(-2)
-    operations = sum(away.shape[-2:]) + 16
-    distance = inflate(vector_norm(away), operations) * rows.factor_norm[..., None, None]
-    # The computed mean differs from that under the computed map, and that map's sum from 1.
-    largest = rows.reduced.detach().norm(dim=-1).amax(-1)
-    lost = rows.error + 8 * gamma(operations) * rows.factor_norm.detach() * largest
-    own = (radius * rows.change + lost).unsqueeze(-1)
-    shift = inflate((maps.away * distance).sum(-1) + own, operations)
-    far = inflate(distance + own.unsqueeze(-1) + shift.unsqueeze(-1), 8)
-    return Spreads(rows, maps.upper, radius, away, shift, far)
+
+    def __init__(self, block: Attention, rows: Rows, maps: Maps, radius: float) -> None:
+        self.rows, self.maps, self.radius = rows, maps, radius
+        self._away = rows.reduced.unsqueeze(-3) - (block.probabilities @ rows.reduced).unsqueeze(-2)
+        self._operations = 2 * sum(self._away.shape[-2:]) + 32
+        self._error = (rows.error + radius * rows.change_error).unsqueeze(-1) + torch.zeros_like(maps.upper[..., 0])
+        self.plain = self._spread(maps.upper, self._error, None)
+
+    def move(self, reach: Float[Tensor, "*batch heads n"], rounding: Float[Tensor, "*batch heads n m"]) -> None:
+        """Find how far means and rows are from where they were: `shift`, `far`.
+
+        Args:
+            reach: bound on sqrt(Var_hi(S)) over the ball, S how far the logits move.
+            rounding: of the maps at the centre.
+        """
+        distance = inflate(vector_norm(self._away), self._operations)
+        # The computed mean differs from that under the computed map, and that map's sum from 1.
+        lost = 8 * gamma(self._operations) * self.rows.reduced.detach().norm(dim=-1).amax(-1)
+        own = (self.radius * self.rows.reduced_change + lost).unsqueeze(-1)
+        by_entries = (self.maps.away * distance).sum(-1)
+        by_rate = (rounding * distance).sum(-1) + reach * self.plain.alone()
+        self.shift = inflate(torch.minimum(by_entries, by_rate) + own, self._operations)
+        self._error_of_mean = (2 + reach) * self._error
+        far = self.rows.factor_norm[..., None, None] * (distance + (own + self.shift).unsqueeze(-1))
+        self.far = inflate(far + self._error_of_mean.unsqueeze(-1), 8)
+
+    def weighted(self, factors: Float[Tensor, "*batch heads n m"]) -> Spread:
+        """The spread of the rows less their mean in the ball, weighted by P' f; after `move`.
+
+        Args:
+            factors: f >= 0.
+        """
+        return self._spread(self.maps.upper * factors, self._error_of_mean, self.shift)
+
+    def _spread(self, weights: Tensor, error: Tensor, shift: Tensor | None) -> Spread:
+        heads = inflate(spectral_norm_upper(root(weights).unsqueeze(-1) * self._away), self._operations)
+        largest, total = weights.amax(-1), inflate(weights.sum(-1), self._operations)
+        return Spread(self.rows, self.radius, heads, largest, total, error, shift)
 
 
 def head_sizes(block: Attention, rows: Rows) -> Float[Tensor, "*batch heads n"]:
