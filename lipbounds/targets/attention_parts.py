@@ -104,7 +104,7 @@ class BallParts:
 
     # -- the first differential ---------------------------------------------------------------------------------
 
-    def first(self) -> dict[str, Float[Tensor, "*batch"]]:
+    def first(self) -> dict[str, Float[Tensor, "*#batch"]]:
         """Mixing, query part and key part, as far as they occur."""
         parts = {}
         if self.block.memory_moves:
@@ -138,7 +138,7 @@ class BallParts:
 
     # -- the second differential --------------------------------------------------------------------------------
 
-    def second(self) -> dict[str, Float[Tensor, "*batch"]]:
+    def second(self) -> dict[str, Float[Tensor, "*#batch"]]:
         """How fast mixing, query part and key part change, as far as they occur."""
         self._prepare()
         weights = self.centre.values.joint_change
@@ -219,13 +219,13 @@ class BallParts:
             self._keys.move(reach, rounding)
 
     @cached_property
-    def _farthest(self) -> Float[Tensor, "*batch heads n 1"]:
+    def _farthest(self) -> Float[Tensor, "*#batch heads n 1"]:
         """Largest distance of the values of visible keys from their mean."""
         return torch.where(self.maps.upper > 0, self._values.far, 0.0).amax(-1, keepdim=True)
 
-    def _reach(self, factors: Float[Tensor, "*batch heads n one"]) -> Float[Tensor, "*batch n m"]:
+    def _reach(self, factors: Float[Tensor, "*#batch heads n one"]) -> Float[Tensor, "*#batch n m"]:
         return reach(self.centre.queries, self._query_radius, self.maps.pairs * factors)
 
 
-def _frobenius(entries: Float[Tensor, "*batch heads n m"]) -> Float[Tensor, "*batch"]:
+def _frobenius(entries: Float[Tensor, "*#batch heads n m"]) -> Float[Tensor, "*#batch"]:
     return inflate(vector_norm(entries.flatten(-3)), entries.shape[-3:].numel() + 8)

@@ -66,14 +66,14 @@ class Rows:
         joint_change: ||G|| or ||M||, for all heads together.
     """
 
-    reduced: Float[Tensor, "*batch heads m width"]
-    factor_norm: Float[Tensor, "*weights heads"]
-    joint: Float[Tensor, "*weights"]
-    error: Float[Tensor, "*batch heads"]
-    change: Float[Tensor, "*weights heads"]
-    reduced_change: Float[Tensor, "*weights heads"]
-    change_error: Float[Tensor, "*weights heads"]
-    joint_change: Float[Tensor, "*weights"]
+    reduced: Float[Tensor, "*#batch heads m width"]
+    factor_norm: Float[Tensor, "*#batch heads"]
+    joint: Float[Tensor, "*#batch"]
+    error: Float[Tensor, "*#batch heads"]
+    change: Float[Tensor, "*#batch heads"]
+    reduced_change: Float[Tensor, "*#batch heads"]
+    change_error: Float[Tensor, "*#batch heads"]
+    joint_change: Float[Tensor, "*#batch"]
 
 
 def key_rows(block: Attention) -> Rows:
@@ -97,10 +97,10 @@ def value_rows(block: Attention) -> Rows:
 
 
 def _rows(
-    tokens: Float[Tensor, "*batch heads m width"],
-    error: Float[Tensor, "*batch heads"],
-    weights: Float[Tensor, "*weights heads dim width"],
-    moving: Float[Tensor, "*weights heads width memory_dim"],
+    tokens: Float[Tensor, "*#batch heads m width"],
+    error: Float[Tensor, "*#batch heads"],
+    weights: Float[Tensor, "*#batch heads dim width"],
+    moving: Float[Tensor, "*#batch heads width memory_dim"],
 ) -> Rows:
     """Rows `weights` times a token of a head that is `moving` times a token of the block, plus a constant.
 
@@ -136,8 +136,8 @@ def _rows(
 
 
 def joint_norms(
-    left: Float[Tensor, "*weights heads rows inner"], right: Float[Tensor, "*weights heads inner cols"]
-) -> tuple[Float[Tensor, "*weights"], Float[Tensor, "*weights"]]:
+    left: Float[Tensor, "*#batch heads rows inner"], right: Float[Tensor, "*#batch heads inner cols"]
+) -> tuple[Float[Tensor, "*#batch"], Float[Tensor, "*#batch"]]:
     """Norms of all L_h R_h side by side and stacked: sup sqrt(sum_h <x, L_h R_h y>^2) over unit x, y is at most either.
 
     Args:
@@ -156,12 +156,12 @@ def joint_norms(
 class Queries:
     """u_hi = s W_K^h q_hi: norms and inner products between heads, the error of a row; ||G_h|| and ||G|| as in Rows."""
 
-    inner: Float[Tensor, "*batch n heads heads"]
-    sizes: Float[Tensor, "*batch heads n"]
-    error: Float[Tensor, "*batch heads"]
-    slack: Float[Tensor, "*batch n"]
-    change: Float[Tensor, "*weights heads"]
-    joint_change: Float[Tensor, "*weights"]
+    inner: Float[Tensor, "*#batch n heads heads"]
+    sizes: Float[Tensor, "*#batch heads n"]
+    error: Float[Tensor, "*#batch heads"]
+    slack: Float[Tensor, "*#batch n"]
+    change: Float[Tensor, "*#batch heads"]
+    joint_change: Float[Tensor, "*#batch"]
 
 
 def query_rows(block: Attention) -> Queries:
@@ -195,10 +195,10 @@ class Maps:
         away: of |P' - computed P|.
     """
 
-    upper: Float[Tensor, "*batch heads n m"]
-    pairs: Float[Tensor, "*batch heads n m"]
-    softmax_norm: Float[Tensor, "*batch heads n"]
-    away: Float[Tensor, "*batch heads n m"]
+    upper: Float[Tensor, "*#batch heads n m"]
+    pairs: Float[Tensor, "*#batch heads n m"]
+    softmax_norm: Float[Tensor, "*#batch heads n"]
+    away: Float[Tensor, "*#batch heads n m"]
 
 
 def maps_on_ball(block: Attention, radius: float) -> Maps:
@@ -213,7 +213,7 @@ def maps_on_ball(block: Attention, radius: float) -> Maps:
     return Maps(interval.upper, pairs, g_interval_upper(interval), _away(block, interval))
 
 
-def rounding_of_maps(block: Attention) -> Float[Tensor, "*batch heads n m"]:
+def rounding_of_maps(block: Attention) -> Float[Tensor, "*#batch heads n m"]:
     """Upper bound of |P - computed P| at the centre, entry by entry, without a gradient.
 
     Args:
@@ -245,13 +245,13 @@ class Spread:
 
     rows: Rows
     radius: float
-    heads: Float[Tensor, "*batch heads n"]
-    largest: Float[Tensor, "*batch heads n"]
-    total: Float[Tensor, "*batch heads n"]
-    error: Float[Tensor, "*batch heads n"]
-    shift: Float[Tensor, "*batch heads n"] | None
+    heads: Float[Tensor, "*#batch heads n"]
+    largest: Float[Tensor, "*#batch heads n"]
+    total: Float[Tensor, "*#batch heads n"]
+    error: Float[Tensor, "*#batch heads n"]
+    shift: Float[Tensor, "*#batch heads n"] | None
 
-    def joint(self, share: Float[Tensor, "*batch heads n"]) -> Float[Tensor, "*batch n"]:
+    def joint(self, share: Float[Tensor, "*#batch heads n"]) -> Float[Tensor, "*#batch n"]:
         """The spread of all heads with weights t_hij times the share of head h.
 
         Args:
@@ -267,14 +267,14 @@ class Spread:
         value = value + vector_norm((total * self.error).mT)
         return inflate(value, heads.shape[-2] + 32)
 
-    def alone(self) -> Float[Tensor, "*batch heads n"]:
+    def alone(self) -> Float[Tensor, "*#batch heads n"]:
         """The spread of z of each head, without the errors of rows."""
         value = self.heads + self.radius * self.rows.reduced_change.unsqueeze(-1) * root(self.largest)
         if self.shift is not None:
             value = value + root(self.total) * self.shift
         return inflate(value, 8)
 
-    def _combined(self, heads: Float[Tensor, "*batch heads n"]) -> Float[Tensor, "*batch n"]:
+    def _combined(self, heads: Float[Tensor, "*#batch heads n"]) -> Float[Tensor, "*#batch n"]:
         """Norm of all B_h Z_h side by side, from the norms of the Z_h."""
         apart = vector_norm((self.rows.factor_norm.unsqueeze(-1) * heads).mT)
         return torch.minimum(self.rows.joint.unsqueeze(-1) * heads.amax(-2), apart)
@@ -297,7 +297,7 @@ class Spreads:
         self._error = (rows.error + radius * rows.change_error).unsqueeze(-1) + torch.zeros_like(maps.upper[..., 0])
         self.plain = self._spread(maps.upper, self._error, None)
 
-    def move(self, reach: Float[Tensor, "*batch heads n"], rounding: Float[Tensor, "*batch heads n m"]) -> None:
+    def move(self, reach: Float[Tensor, "*#batch heads n"], rounding: Float[Tensor, "*#batch heads n m"]) -> None:
         """Find how far means and rows are from where they were: `shift`, `far`.
 
         Args:
@@ -315,7 +315,7 @@ class Spreads:
         far = self.rows.factor_norm[..., None, None] * (distance + (own + self.shift).unsqueeze(-1))
         self.far = inflate(far + self._error_of_mean.unsqueeze(-1), 8)
 
-    def weighted(self, factors: Float[Tensor, "*batch heads n m"]) -> Spread:
+    def weighted(self, factors: Float[Tensor, "*#batch heads n m"]) -> Spread:
         """The spread of the rows less their mean in the ball, weighted by P' f; after `move`.
 
         Args:
@@ -329,7 +329,7 @@ class Spreads:
         return Spread(self.rows, self.radius, heads, largest, total, error, shift)
 
 
-def head_sizes(block: Attention, rows: Rows) -> Float[Tensor, "*batch heads n"]:
+def head_sizes(block: Attention, rows: Rows) -> Float[Tensor, "*#batch heads n"]:
     """About the spread of the rows of each head at the centre, rounded to no side: to weigh heads against each other.
 
     Args:
@@ -341,7 +341,7 @@ def head_sizes(block: Attention, rows: Rows) -> Float[Tensor, "*batch heads n"]:
     return root(torch.maximum(variance, 1e-6 * moments))
 
 
-def balance(first: Float[Tensor, "*batch heads n"], second: Float[Tensor, "*batch heads n"]) -> Tensor:
+def balance(first: Float[Tensor, "*#batch heads n"], second: Float[Tensor, "*#batch heads n"]) -> Tensor:
     """Shares of the heads, all > 0: in sum_h a_h b_h <= sqrt(sum_h share_h b_h^2) sqrt(sum_h a_h^2 / share_h) equality
     holds for a_h / b_h. A thousandth of the largest head is added to each, so that no share is 0 or infinite.
 
@@ -356,7 +356,7 @@ def balance(first: Float[Tensor, "*batch heads n"], second: Float[Tensor, "*batc
     return sizes[0] / sizes[1]
 
 
-def reach(queries: Queries, radius: float, weights: Float[Tensor, "*batch heads n m"]) -> Float[Tensor, "*batch n m"]:
+def reach(queries: Queries, radius: float, weights: Float[Tensor, "*#batch heads n m"]) -> Float[Tensor, "*#batch n m"]:
     """Upper bound of the norm of sum_h t_hij u'_hi u'_hi^T over the ball.
 
     Args:
@@ -379,7 +379,7 @@ def reach(queries: Queries, radius: float, weights: Float[Tensor, "*batch heads 
     return inflate((root(square) + moved + lost).square(), 2 * heads + 32)
 
 
-def _largest_eigenvalue(gram: Float[Tensor, "*batch size size"]) -> Float[Tensor, "*batch"]:
+def _largest_eigenvalue(gram: Float[Tensor, "*#batch size size"]) -> Float[Tensor, "*#batch"]:
     """As computed by LAPACK; its gradient is that of v^T A v with the top eigenvector v held fixed."""
     if not (torch.is_grad_enabled() and gram.requires_grad):
         return torch.linalg.eigvalsh(gram)[..., -1].clamp(min=0)

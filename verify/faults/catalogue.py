@@ -11,6 +11,7 @@ from verify.faults import (
     faults_point,
     faults_published,
     faults_rotary,
+    faults_sharp_ball,
     faults_softmax,
 )
 from verify.faults.fault import Fault, faults_in
@@ -25,6 +26,7 @@ THEMES = (
     faults_estimators,
     faults_published,
     faults_rotary,
+    faults_sharp_ball,
 )
 FAULTS: dict[str, Fault] = {fault.name: fault for theme in THEMES for fault in faults_in(theme)}
 CONTROLS: dict[str, Fault] = {control.name: control for control in faults_in(controls)}
