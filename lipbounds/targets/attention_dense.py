@@ -9,6 +9,7 @@ of its largest column sum.
 
 from __future__ import annotations
 
+import dataclasses as dc
 import itertools
 import weakref
 
@@ -43,7 +44,8 @@ def dense_norm(block: Attention) -> Float[Tensor, "*batch"]:
         items = [dense_norm(item) for item in _items(block)]
         return torch.stack(items).reshape(block.batch_shape)
     moving = block.moving_input
-    if block in _FOUND and not block.logits.requires_grad:
+    tracked = torch.is_grad_enabled() and _is_tracked(block)
+    if block in _FOUND and not tracked:
         return _FOUND[block]
     with torch.no_grad():
         # A copy of its own: what a block caches under no_grad cuts gradients.
@@ -53,7 +55,7 @@ def dense_norm(block: Attention) -> Float[Tensor, "*batch"]:
         jacobian = torch.where(finite[..., None, None], jacobian, 0.0)
         value = inflate(verified_norm(jacobian) + _rounding(frozen, jacobian), 2)
         value = torch.where(finite & value.isfinite(), value, torch.inf)
-    if not torch.is_grad_enabled() or not block.logits.requires_grad:
+    if not tracked:
         _FOUND[block] = value
         return value
     with torch.no_grad():
@@ -61,6 +63,11 @@ def dense_norm(block: Attention) -> Float[Tensor, "*batch"]:
     image = block.jvp(top.unflatten(-1, moving.shape[-2:]))
     stretch = vector_norm(image.expand(*block.batch_shape, *image.shape[-2:]).flatten(-2))
     return value + (stretch - stretch.detach())
+
+
+def _is_tracked(block: Attention) -> bool:
+    fields = (getattr(block, field.name) for field in dc.fields(block))
+    return any(isinstance(value, Tensor) and value.requires_grad for value in fields)
 
 
 def _jacobian(block: Attention) -> Float[Tensor, "*batch out_size in_size"]:

@@ -20,9 +20,10 @@ Means and covariances of row i of head h are under P'_hi. What is bounded, with 
   ||Cov_hi(w)||^(1/2) + ||G_h|| eps, S the change of the logits. 'far': |w'_hj - mean'| <= |w_hj - c_hi| + ||G_h|| eps +
   shift.
 - 'reach' of the keys: the largest eigenvalue of sum_h t_hij u'_hi u'_hi^T is at most ( its root at the centre + sqrt(max_h
-  t_hij) ||G|| eps )^2. With t = f_hi pi_hij, pi_hij = sup min(P', 2 P'(1 - P')), it bounds a variance: J(p) <= diag(p) and
-  J(p) <= 2 diag(p (1 - p)) in the Loewner order (the second is diagonally dominant), so that for c_hj = <u'_hi, y_j>
-  sum_h f_hi Var_hi(c_h) <= sum_j reach_ij |y_j|^2.
+  t_hij) ||G|| eps )^2. With t = f_hi pi_hij it bounds a variance: for c_hj = <u'_hi, y_j>, sum_h f_hi Var_hi(c_h) <=
+  sum_j reach_ij |y_j|^2, where J(P'_hi) <= diag(pi_hi) in the Loewner order. Two such pi: J(p) <= diag(p), and J(p) <=
+  2 diag(p (1 - p)), since the difference is diagonally dominant. They must not be mixed within a row: the second is
+  taken for rows whose largest entry is above 0.55 at the centre, where it is the less, the first for the others.
 
 Of head h, W^T W + tau = L L^T, z = L^T k, B = W L^-T, tau so small that it is felt only where W is singular; what W - B L^T
 leaves is added to the rounding error of the rows. As ||G_h|| = ||B L^T W_K^T||, all of the above can also be said of z,
@@ -48,6 +49,7 @@ from lipbounds.targets.attention_rounding import logit_error, projection_error
 
 
 REGULARISATION = 2.0**-40  # tau, relative to the squared Frobenius norm of the weights
+PEAKED = 0.55  # not 1/2, at which many a row is exactly and rounding would choose
 OWN_ROUNDING = 1 + 1e-9  # pays for the rounding of error bounds themselves: sums of fewer than a million positive terms
 
 
@@ -190,7 +192,7 @@ class Maps:
 
     Args:
         upper: of P'.
-        pairs: pi, of min(P', 2 P' (1 - P')).
+        pairs: of pi, a diagonal above J(P').
         softmax_norm: of g_1 of each row.
         away: of |P' - computed P|.
     """
@@ -209,7 +211,8 @@ def maps_on_ball(block: Attention, radius: float) -> Maps:
         radius: eps.
     """
     interval = softmax_interval(block.logits, logit_radius(block, radius))
-    pairs = torch.minimum(interval.upper, 2 * variance_interval_upper(interval))
+    peaked = block.probabilities.amax(-1, keepdim=True) > PEAKED
+    pairs = torch.where(peaked, 2 * variance_interval_upper(interval), interval.upper)
     return Maps(interval.upper, pairs, g_interval_upper(interval), _away(block, interval))
 
 

@@ -9,8 +9,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from lipbounds.ops.interval import softmax_interval, variance_interval_upper
 from lipbounds.rounding import cast_up
 from lipbounds.targets.attention import Attention
+from lipbounds.targets.attention_ball import logit_radius
 from lipbounds.targets.attention_dense import dense_norm
 from lipbounds.targets.attention_parts import BallParts, Centre
 from lipbounds.targets.attention_suprema import Maps, reach
@@ -131,6 +133,20 @@ def half_of_the_variance(block: Attention, radius: float) -> Tensor:
     """J(p) <= diag(p (1 - p)), the diagonal of J alone; the off-diagonal entries double it."""
     halved = _with_maps(lambda parts, maps: dc.replace(maps, pairs=torch.minimum(maps.pairs / 2, maps.upper)))
     return direct(halved, block, radius)
+
+
+@planted(scope="ball", subtle=True)
+def least_of_two_diagonals(block: Attention, radius: float) -> Tensor:
+    """J(p) <= diag(min(p, 2 p (1 - p))): each of the two is above J(p), the least of them entry by entry is not."""
+    least = _with_maps(lambda parts, maps: dc.replace(maps, pairs=torch.minimum(maps.upper, 2 * parts.variance)))
+
+    class Least(least):
+        @property
+        def variance(self) -> Tensor:
+            interval = softmax_interval(self.block.logits, logit_radius(self.block, self.radius))
+            return variance_interval_upper(interval)
+
+    return direct(Least, block, radius)
 
 
 @planted(scope="ball", subtle=True)

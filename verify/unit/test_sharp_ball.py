@@ -165,7 +165,12 @@ def test_a_large_batch_goes_item_by_item(monkeypatch: pytest.MonkeyPatch) -> Non
     first = random_block(1, n=3)
     block = first.replace(
         x=torch.stack([first.x, 2 * first.x])[:, None],
-        w_v=torch.stack([first.w_v, first.w_v.flip(0), -3 * first.w_v]),
+        b_o=None,
+        **{
+            name: torch.stack([value, value.flip(0), -2 * value])
+            for name in ("w_q", "w_k", "w_v", "w_o", "b_q", "b_k", "b_v")
+            if (value := getattr(first, name)) is not None
+        },
         logit_bias=torch.tensor([0.0, -torch.inf, 1.0], dtype=torch.float64).expand(3, 3).triu().contiguous(),
     )
     together = dense_norm(block)
@@ -228,17 +233,20 @@ def test_spreads_and_reach_hold_in_the_ball(block: Attention, radius: float) -> 
             gram = torch.einsum("ijh,iha,ihb->ijab", weights, queries, queries)
             allowed = reach(parts.centre.queries, parts._query_radius, parts.maps.pairs)
             assert (torch.linalg.matrix_norm(gram, 2) <= allowed).all()
-    assert tightest > 0.3 or block.source_input.shape[-2] == 1
+    assert tightest > 0.2 or block.source_input.shape[-2] == 1
 
 
 def test_the_variance_of_a_row_is_within_its_pairs() -> None:
-    """J(p) <= diag(min(p, 2 p (1 - p))), the reason for `pairs`."""
-    p = torch.randn(200, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64).mul(3).softmax(-1)
-    allowed = torch.minimum(p, 2 * p * (1 - p))
-    rest = torch.diag_embed(allowed) - torch.diag_embed(p) + p.unsqueeze(-1) * p.unsqueeze(-2)
-    assert torch.linalg.eigvalsh(rest).amin() > -1e-12
-    half = torch.diag_embed(p * (1 - p)) - torch.diag_embed(p) + p.unsqueeze(-1) * p.unsqueeze(-2)
-    assert torch.linalg.eigvalsh(half).amin() < -0.1
+    """J(P) <= diag(pairs) in the Loewner order; not with the least of the two diagonals entry by entry, nor with half."""
+    block = small_block(0, 6, 8, 2, 6.0)
+    p, pairs = block.probabilities, BallParts(Centre(block), 0.0).maps.pairs
+    jacobian = torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)
+    assert (p.amax(-1) > 0.6).any() and (p.amax(-1) < 0.5).any()
+    smallest = lambda diagonal: torch.linalg.eigvalsh(torch.diag_embed(diagonal) - jacobian).amin()  # noqa: E731
+    assert smallest(pairs) > -1e-12
+    assert smallest(torch.minimum(p, 2 * p * (1 - p))) < -0.01
+    assert smallest(p * (1 - p)) < -0.01
+    assert (pairs < 0.5 * p).any()
 
 
 @pytest.mark.parametrize("radius", [0.0, 0.2])
@@ -267,7 +275,7 @@ def test_parts_are_above_the_differentials(block: Attention, radius: float) -> N
                 return left @ jacobian(x).reshape(-1, x.numel()) @ right
 
             direction = torch.func.grad(along)(point)
-    assert slope > 0.02
+    assert slope > 0.005
 
 
 def test_joint_norms_are_above_the_joint_form() -> None:
