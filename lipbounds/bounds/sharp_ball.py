@@ -9,7 +9,7 @@ can change there, is in lipbounds.targets.attention_parts, with proofs.
       sup ||J(X')|| <= ||J(X)|| + sum over the parts of min( sum_k (r_k - r_(k-1)) sup over the ball of radius r_k of
       the rate,  sup over the ball of the part + the part at X ),       0 = r_0 < ... < r_K = eps,
 
-  with ||J(X)|| from the dense Jacobian where that has at most 2**22 entries (an option), and sharp_ball.direct at radius
+  with ||J(X)|| from the dense Jacobian where that has at most 1200**2 entries (an option), and sharp_ball.direct at radius
   0 elsewhere. It tends to the truth at X as eps -> 0, linearly.
 - sharp_ball: the least of the two and of Theorem 3 on the ball; a minimum of bounds is one.
 
@@ -33,8 +33,8 @@ from lipbounds.targets.attention_parts import BallParts, Centre
 
 SUPPORTS: tuple[Feature, ...] = ("heads", "biases", "mask", "cross")
 CLAIM = Claim(kind="proved", scope="ball", norm="l2")
-DENSE = 2**22  # entries of the Jacobian of one batch item: 2048 x 2048
-SHELLS = (0.25, 0.5, 0.75, 1.0)  # r_k / eps
+DENSE = 1200**2  # entries of the Jacobian of one batch item: about a second
+SHELLS = (0.5, 1.0)  # r_k / eps; twice as many gain a tenth where logits move by one unit
 COST = "O((n D)^3) where the Jacobian is small, O(H n^2 (d^2 + H^2) + H D^3) elsewhere"
 Parts = dict[str, Tensor]
 
