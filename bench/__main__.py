@@ -1,4 +1,4 @@
-"""`python -m bench [tightness|readme] [--quick] [--force]`: run the benchmark, write its tables and figures."""
+"""`python -m bench [tightness|balls|readme] [--quick] [--force]`: run the benchmark, write its tables and figures."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from bench import features, figures, readme, tables
+from bench import balls, features, figures, readme, tables
 from bench.aggregate import aggregate
 from bench.evaluate import Case
 from bench.machine import ROOT
 from bench.models import Model, zoo
 from bench.records import RecordError, without_infinities
 from bench.store import RecordStore, write_atomically
+from bench.tasks import balls as ball_task
 from bench.tasks import tightness
 from lipbounds import registry
 
@@ -43,7 +44,9 @@ def main(arguments: Sequence[str] | None = None, models: Sequence[Model] | None 
     try:
         if options.task == "readme":
             return _readme(options)
-        return _tightness(options, zoo() if models is None else models)
+        chosen = zoo() if models is None else models
+        status = _tightness(options, chosen) if options.task != "balls" else 0
+        return status if options.task == "tightness" else max(status, _balls(options, chosen))
     except RecordError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
@@ -63,8 +66,9 @@ def _parser() -> argparse.ArgumentParser:
         "task",
         nargs="?",
         default="all",
-        choices=["all", "tightness", "readme"],
-        help="all and tightness: tables and figures of tightness; readme: copy the headline table into README.md",
+        choices=["all", "tightness", "balls", "readme"],
+        help="tightness: tables and figures of tightness; balls: curves over the radius of a ball; all: both; readme: "
+        "copy the headline table into README.md",
     )
     parser.add_argument(
         "--quick", action="store_true", help="few inputs; tables go to DIR/quick, records to the same file"
@@ -120,6 +124,38 @@ def _tightness(options: argparse.Namespace, models: Sequence[Model]) -> int:
     print(f"\n{outcome.evaluated} evaluations made, {outcome.reused} taken from {_shown(store.path)}.")
     print("Written: " + ", ".join(_shown(path) for path in paths))
     return _status(aggregates)
+
+
+def _balls(options: argparse.Namespace, models: Sequence[Model]) -> int:
+    command = "python -m bench balls" + (" --quick" if options.quick else "")
+    with RecordStore(options.results / "balls.jsonl") as store:
+        outcome = ball_task.run(
+            store,
+            quick=options.quick,
+            force=options.force,
+            time_limit=options.time_limit,
+            command=command,
+            models=models,
+            advance=lambda case: print(f"balls: {case.model}, layer {case.layer}", file=sys.stderr),
+        )
+        store.compact()
+        records = [store.records[key] for key in outcome.keys]
+        states = {record.environment for record in records}
+        environments = [store.environments[state] for state in sorted(states) if state in store.environments]
+    found = balls.blocks(records)
+    folder = options.results / "quick" if options.quick else options.results
+    path = folder / "balls.md"
+    write_atomically(path, balls.page(found, command, _shown(store.path), environments).encode())
+    paths = [path, *balls.draw(found, folder)]
+    print(f"\n{outcome.evaluated} evaluations on balls made, {outcome.reused} taken from {_shown(store.path)}.")
+    print("Written: " + ", ".join(_shown(path) for path in paths))
+    troubles = balls.violations(found)
+    troubles += [
+        f"{record.question.bound}: {record.error}" for record in records if record.status in ("failed", "timeout")
+    ]
+    for trouble in troubles:
+        print(trouble, file=sys.stderr)
+    return 1 if troubles else 0
 
 
 def write(aggregates: dict[str, Any], folder: Path) -> list[Path]:

@@ -9,7 +9,8 @@ can change there, is in lipbounds.targets.attention_parts, with proofs.
       sup ||J(X')|| <= ||J(X)|| + sum over the parts of min( sum_k (r_k - r_(k-1)) sup over the ball of radius r_k of
       the rate,  sup over the ball of the part + the part at X ),       0 = r_0 < ... < r_K = eps,
 
-  with ||J(X)|| from the dense Jacobian where that has at most 1200**2 entries (an option), and sharp_ball.direct at radius
+  with ||J(X)|| from the dense Jacobian where that has at most 1200**2 entries (an option), and sharp_ball.direct at
+  radius
   0 elsewhere. It tends to the truth at X as eps -> 0, linearly.
 - sharp_ball: the least of the two and of Theorem 3 on the ball; a minimum of bounds is one.
 
@@ -55,7 +56,9 @@ def direct(block: Attention, radius: float) -> tuple[Tensor, Terms]:
 @bound(
     name="sharp_ball.deviation",
     claim=CLAIM,
-    source=Source(title="lipbounds", statement="norm at the centre and integral of the second derivative, derived here"),
+    source=Source(
+        title="lipbounds", statement="norm at the centre and integral of the second derivative, derived here"
+    ),
     supports=SUPPORTS,
     cost=COST,
 )

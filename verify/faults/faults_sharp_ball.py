@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import dataclasses as dc
 from collections.abc import Callable
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from lipbounds.ops.interval import softmax_interval, variance_interval_upper
 from lipbounds.rounding import cast_up
 from lipbounds.targets.attention import Attention
-from lipbounds.targets.attention_ball import logit_radius
 from lipbounds.targets.attention_dense import dense_norm
 from lipbounds.targets.attention_parts import BallParts, Centre
-from lipbounds.targets.attention_suprema import Maps, reach
+from lipbounds.targets.attention_suprema import Maps
 from verify.faults.fault import planted
 
 
@@ -44,7 +41,9 @@ def deviation(
 
 def _cast(block: Attention, value: Tensor | float) -> Tensor:
     assert isinstance(value, Tensor)
-    return cast_up((value * (1 + 1e-12)).nan_to_num(nan=torch.inf, posinf=torch.inf).expand(block.batch_shape), block.dtype)
+    return cast_up(
+        (value * (1 + 1e-12)).nan_to_num(nan=torch.inf, posinf=torch.inf).expand(block.batch_shape), block.dtype
+    )
 
 
 def _without(name: str) -> Part:
@@ -78,12 +77,6 @@ def rate_at_the_centre(block: Attention, radius: float) -> Tensor:
 
 
 @planted(scope="ball")
-def inner_radius_of_each_shell(block: Attention, radius: float) -> Tensor:
-    """The rates are integrated with their values at the inner radius of each shell: a lower sum of a growing function."""
-    return deviation(BallParts, block, radius, shells=(0.25, 0.5, 0.75, 1.0), inner=True)
-
-
-@planted(scope="ball")
 def second_power_of_the_radius(block: Attention, radius: float) -> Tensor:
     """The deviation is taken to be of second order, eps^2 times the rate, as at a stationary point."""
     found, centre = deviation(BallParts, block.double, radius), dense_norm(block.double)
@@ -97,21 +90,13 @@ def query_part_fixed(block: Attention, radius: float) -> Tensor:
 
 
 @planted(scope="ball", subtle=True)
-def key_part_fixed(block: Attention, radius: float) -> Tensor:
-    """The key part is left as it is at the centre."""
-    return deviation(_without("key_part"), block, radius)
-
-
-@planted(scope="ball", subtle=True)
-def deviation_of_one_head(block: Attention, radius: float) -> Tensor:
-    """Only the first head moves away from the centre."""
+def capped_by_the_part_at_the_centre(block: Attention, radius: float) -> Tensor:
+    """A part is said to change by no more than its size at the centre, where it may be near 0: one-hot rows."""
     wide = block.double
-    groups = {name: getattr(wide, name)[..., :1, :, :] for name in ("w_q", "w_k", "w_v", "w_o")}
-    groups |= {n: getattr(wide, n)[..., :1, :] for n in ("b_q", "b_k", "b_v") if getattr(wide, n) is not None}
-    if wide.logit_bias is not None and wide.logit_bias.dim() > 2:
-        groups["logit_bias"] = wide.logit_bias[..., :1, :, :]
-    one = wide.replace(**groups)
-    return _cast(block, dense_norm(wide) + deviation(BallParts, one, radius) - dense_norm(one))
+    centre = Centre(wide)
+    there, rates = BallParts(centre, 0.0).first(), BallParts(centre, radius).second()
+    moved = [torch.minimum(radius * rates[name], part) for name, part in there.items()]
+    return _cast(block, dense_norm(wide) + sum(moved))
 
 
 @planted(scope="ball", subtle=True)
@@ -126,84 +111,6 @@ def maps_at_the_centre(block: Attention, radius: float) -> Tensor:
     """P at the centre in place of its supremum, everything else over the ball."""
     centre = _with_maps(lambda parts, maps: BallParts(parts.centre, 0.0).maps)
     return direct(centre, block, radius)
-
-
-@planted(scope="ball", subtle=True)
-def half_of_the_variance(block: Attention, radius: float) -> Tensor:
-    """J(p) <= diag(p (1 - p)), the diagonal of J alone; the off-diagonal entries double it."""
-    halved = _with_maps(lambda parts, maps: dc.replace(maps, pairs=torch.minimum(maps.pairs / 2, maps.upper)))
-    return direct(halved, block, radius)
-
-
-@planted(scope="ball", subtle=True)
-def least_of_two_diagonals(block: Attention, radius: float) -> Tensor:
-    """J(p) <= diag(min(p, 2 p (1 - p))): each of the two is above J(p), the least of them entry by entry is not."""
-    least = _with_maps(lambda parts, maps: dc.replace(maps, pairs=torch.minimum(maps.upper, 2 * parts.variance)))
-
-    class Least(least):
-        @property
-        def variance(self) -> Tensor:
-            interval = softmax_interval(self.block.logits, logit_radius(self.block, self.radius))
-            return variance_interval_upper(interval)
-
-    return direct(Least, block, radius)
-
-
-@planted(scope="ball", subtle=True)
-def queries_at_the_centre(block: Attention, radius: float) -> Tensor:
-    """u_i = s W_K q_i of the key part at the centre, everything else over the ball."""
-
-    class AtCentre(BallParts):
-        def _reach(self, factors: Tensor) -> Tensor:
-            return reach(self.centre.queries, 0.0, self.maps.pairs * factors)
-
-    return direct(AtCentre, block, radius)
-
-
-@planted(scope="ball", subtle=True)
-def values_and_keys_at_the_centre(block: Attention, radius: float) -> Tensor:
-    """Keys and values do not move with their tokens in the covariances, the maps do."""
-
-    class AtCentre(BallParts):
-        def __init__(self, centre: Centre, radius: float) -> None:
-            super().__init__(centre, radius)
-            for rows in (self._values, *((self._keys,) if self.block.query_moves else ())):
-                rows.plain = dc.replace(rows.plain, radius=0.0)
-
-    return direct(AtCentre, block, radius)
-
-
-@planted(scope="ball")
-def joint_norm_of_the_largest_head(block: Attention, radius: float) -> Tensor:
-    """The heads together are given the largest spread of one of them: their outputs add up."""
-
-    class Largest(BallParts):
-        @cached_property
-        def _sg(self):  # noqa: ANN202
-            spread = super()._sg
-            return dc.replace(spread, rows=dc.replace(spread.rows, joint=torch.ones_like(spread.rows.joint)))
-
-    return direct(Largest, block, radius)
-
-
-@planted(scope="ball")
-def sides_of_the_mixing_part_mixed_up(block: Attention, radius: float) -> Tensor:
-    """||[P_1 ... P_H]|| side by side with the M_h stacked, where sum_h P_h (x) M_h^T needs both the same way."""
-
-    class Crossed(BallParts):
-        def __init__(self, centre: Centre, radius: float) -> None:
-            super().__init__(centre, radius)
-            if self.block.memory_moves:
-                centre.mixing_weights = centre.mixing_weights[::-1]
-
-    return direct(Crossed, block, radius)
-
-
-@planted(scope="ball", subtle=True)
-def root_of_the_sum_of_squares(block: Attention, radius: float) -> Tensor:
-    """The three parts are combined as though their images were orthogonal."""
-    parts = BallParts(Centre(block.double), radius).first()
-    return _cast(block, torch.stack(torch.broadcast_tensors(*parts.values())).norm(dim=0))
 
 
 @planted(scope="ball")
