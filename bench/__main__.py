@@ -141,7 +141,7 @@ def _balls(options: argparse.Namespace, models: Sequence[Model]) -> int:
         store.compact()
         records = [store.records[key] for key in outcome.keys]
         states = {record.environment for record in records}
-        environments = [store.environments[state] for state in sorted(states) if state in store.environments]
+        environments = [store.environments[state]["environment"] for state in sorted(states)]
     found = balls.blocks(records)
     folder = options.results / "quick" if options.quick else options.results
     path = folder / "balls.md"

@@ -191,7 +191,7 @@ def query_rows(block: Attention) -> Queries:
 
 @dc.dataclass(frozen=True, slots=True)
 class Maps:
-    """The attention maps over the ball: the interval, what follows from it, and how far they are from the computed ones.
+    """The attention maps over the ball: ends of intervals, and how far the maps are from the computed ones.
 
     Args:
         upper: of P'.

@@ -28,7 +28,7 @@ def direct(parts: Part, block: Attention, radius: float) -> Tensor:
 def deviation(
     parts: Part, block: Attention, radius: float, *, shells: Shells = (0.5, 1.0), inner: bool = False
 ) -> Tensor:
-    """The exact norm at the centre plus the integral of the rates, without caps; with rates at the inner radii if so."""
+    """The exact norm at the centre plus the integral of the rates, without caps; at the inner radii if so."""
     wide = block.double
     centre = Centre(wide)
     value, before = dense_norm(wide), 0.0
