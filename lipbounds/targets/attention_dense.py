@@ -72,7 +72,7 @@ def _is_tracked(block: Attention) -> bool:
 
 
 def _jacobian(block: Attention) -> Float[Tensor, "*batch out_size in_size"]:
-    """Block (i, j) is sum_h P_ij (M_h^T + v~_j u_i^T), and, where i = j and the query moves, sum_hl P_il v~_l w_l^T too.
+    """Block (i, j) is sum_h P_ij (M_h^T + v~_j u_i^T), and, where i = j and the query moves, sum_hl P_il v~_l w_l^T.
 
     Of token i and head h: v~_l = W_O^T (value l less the mean value), u_i = s W_K q_i, w_l = s W_Q k_l, M_h = W_V W_O.
     """
