@@ -15,10 +15,11 @@ RESULTS = Path(__file__).parents[1] / "results"
 PAGES = {
     "tightness.md": "python -m bench",
     "bounds.md": "python -m bench",
+    "balls.md": "python -m bench balls",
     "nightly.md": "python -m verify.nightly",
     "detection.md": "python -m verify.faults.detection",
 }
-FIGURES = ("tightness.png",)
+FIGURES = ("tightness.png", "balls.png")
 MARKER = "<!-- measured -->"
 
 

@@ -26,9 +26,9 @@ def few_blocks(monkeypatch: pytest.MonkeyPatch) -> Case:
     return case
 
 
-def run(path: Path, **options: bool) -> tuple[task.Outcome, list[Record]]:
+def run(path: Path) -> tuple[task.Outcome, list[Record]]:
     with RecordStore(path) as store:
-        outcome = task.run(store, **options)
+        outcome = task.run(store)
         return outcome, [store.records[key] for key in outcome.keys]
 
 

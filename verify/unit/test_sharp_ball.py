@@ -14,7 +14,8 @@ from lipbounds.ops.interval import softmax_interval, variance_interval_upper
 from lipbounds.targets import attention_dense
 from lipbounds.targets.attention_dense import dense_norm
 from lipbounds.targets.attention_parts import BallParts, Centre
-from lipbounds.targets.attention_suprema import joint_norms, reach
+from lipbounds.targets.attention_rows import joint_norms
+from lipbounds.targets.attention_suprema import reach
 from verify.unit.blocks import random_block, true_norm
 
 
