@@ -10,8 +10,7 @@ can change there, is in lipbounds.targets.attention_parts, with proofs.
       the rate,  sup over the ball of the part + the part at X ),       0 = r_0 < ... < r_K = eps,
 
   with ||J(X)|| from the dense Jacobian where that has at most 1200**2 entries (an option), and sharp_ball.direct at
-  radius
-  0 elsewhere. It tends to the truth at X as eps -> 0, linearly.
+  radius 0 elsewhere. It tends to the truth at X as eps -> 0, linearly.
 - sharp_ball: the least of the two and of Theorem 3 on the ball; a minimum of bounds is one.
 
 Numerics: float64; every part is rounded up where it is made.
