@@ -101,7 +101,7 @@ def _table(title: str, rows: list[Row]) -> str:
         *(words for words, _, _ in CURVES),
         *(f"{words}, over the centre" for words in references),
     ]
-    centre = next((row["exact"] for row in rows if "exact" in row), None)
+    centre = next((row[UPPERS[0]] for row in rows if row["radius"] == 0 and UPPERS[0] in row), None)
     lines = []
     for row in rows:
         if LOWER not in row:

@@ -103,7 +103,7 @@ def run(
     outcome = Outcome()
     session = _Session(store, force, time_limit, command, outcome)
     for case, radii in cases(quick, models):
-        session.answer(case, registry.get("exact") if case.block.moving_input.numel() <= 2048 else None, None)
+        session.answer(case, registry.get(UPPERS[0]), Radius(0.0, 0.0))  # the norm at the centre
         for radius in radii:
             for name in (*UPPERS, LOWER):
                 session.answer(case, registry.get(name), radius)
@@ -120,19 +120,20 @@ class _Session:
     outcome: Outcome
     _environment: str = ""
 
-    def answer(self, case: Case, spec: BoundSpec | None, radius: Radius | None) -> Record | None:
-        if spec is None:
-            return None
-        value = None if radius is None else radius.value
-        asked = question(TASK, case, spec, OPTIONS.get(spec.name), value)
+    def answer(self, case: Case, spec: BoundSpec, radius: Radius) -> Record:
+        asked = question(TASK, case, spec, OPTIONS.get(spec.name), radius.value)
         self.outcome.keys.append(asked.key)
         known = self.store.records.get(asked.key)
         if known is not None and known.settled and not self.force:
             self.outcome.reused += 1
             return known
-        relative = None if radius is None else radius.relative
         record = evaluate(
-            asked, case.block, spec, time_limit=self.time_limit, environment=self._state(), relative_radius=relative
+            asked,
+            case.block,
+            spec,
+            time_limit=self.time_limit,
+            environment=self._state(),
+            relative_radius=radius.relative,
         )
         self.store.append(record)
         self.outcome.evaluated += 1
@@ -140,7 +141,7 @@ class _Session:
 
     def _state(self) -> str:
         if not self._environment:
-            names = ("exact", *UPPERS, LOWER)
+            names = (*UPPERS, LOWER)
             self._environment = self.store.add_environment(
                 {
                     "started": datetime.now(UTC).isoformat(timespec="milliseconds"),

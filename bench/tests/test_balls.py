@@ -36,7 +36,7 @@ def test_every_block_gets_its_centre_and_every_method_at_every_radius(tmp_path: 
     outcome, records = run(tmp_path / "balls.jsonl")
     asked = {(record.question.bound, record.question.radius) for record in records}
     methods = (*task.UPPERS, task.LOWER)
-    assert asked == {("exact", None)} | {(name, radius.value) for name in methods for radius in RADII}
+    assert asked == {("sharp_ball", 0.0)} | {(name, radius.value) for name in methods for radius in RADII}
     assert outcome.evaluated == len(asked)
     again, _ = run(tmp_path / "balls.jsonl")
     assert (again.evaluated, again.reused) == (0, len(asked))
