@@ -1,7 +1,7 @@
 r"""Sharp bounds on a ball ||X' - X||_F <= eps, ours: all heads jointly, and the truth at the centre plus a deviation.
 
 The differential has three parts, mixing, query part and key part: how each is bounded over the ball, and how fast each
-can change there, is in lipbounds.targets.attention_parts, with proofs.
+can change there, is in lipbounds.targets.attention_ball_parts, with proofs.
 
 - sharp_ball.direct: the sum of the three parts over the ball.
 - sharp_ball.deviation: along the segment from X to X' each part moves by at most the integral of its rate of change, so
@@ -27,8 +27,8 @@ from lipbounds.registry import Terms, bound
 from lipbounds.rounding import cast_up, inflate
 from lipbounds.targets.attention import Attention
 from lipbounds.targets.attention_ball import theorem_3_on_ball
+from lipbounds.targets.attention_ball_parts import BallParts, Centre
 from lipbounds.targets.attention_dense import dense_norm, jacobian_entries
-from lipbounds.targets.attention_parts import BallParts, Centre
 
 
 SUPPORTS: tuple[Feature, ...] = ("heads", "biases", "mask", "cross")

@@ -26,7 +26,7 @@ Means and covariances of row i of head h are under P'_hi. What is bounded, with 
   row: the second is taken for rows whose largest entry is above 0.55 at the centre, where it is the less, the first
   for the others.
 
-Of head h, ||G_h|| = ||B L^T W_K^T|| (lipbounds.targets.attention_rows), so all of the above can also be said of z,
+Of head h, ||G_h|| = ||B L^T W_K^T|| (lipbounds.targets.attention_ball_rows), so all of the above can also be said of z,
 head by head, and then of w through k or the sum of squares: the lesser is taken.
 
 Rounding: the error of a row of w, v or u, an absolute number a head, is added wherever its change is, for all tokens.
@@ -45,8 +45,8 @@ from lipbounds.ops.spectral import root, spectral_norm_upper, vector_norm
 from lipbounds.rounding import UNIT_ROUNDOFF, gamma, inflate
 from lipbounds.targets.attention import Attention
 from lipbounds.targets.attention_ball import logit_radius
+from lipbounds.targets.attention_ball_rows import Queries, Rows
 from lipbounds.targets.attention_rounding import logit_error
-from lipbounds.targets.attention_rows import Queries, Rows
 
 
 PEAKED = 0.55  # not 1/2, at which many a row is exactly and rounding would choose

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lipbounds.rounding import cast_up
 from lipbounds.targets.attention import Attention
+from lipbounds.targets.attention_ball_parts import BallParts, Centre
 from lipbounds.targets.attention_dense import dense_norm
-from lipbounds.targets.attention_parts import BallParts, Centre
 from lipbounds.targets.attention_suprema import Maps
 from verify.faults.fault import planted
 

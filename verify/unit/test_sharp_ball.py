@@ -12,9 +12,9 @@ from lipbounds import Attention
 from lipbounds.errors import UnsupportedAttention
 from lipbounds.ops.interval import softmax_interval, variance_interval_upper
 from lipbounds.targets import attention_dense
+from lipbounds.targets.attention_ball_parts import BallParts, Centre
+from lipbounds.targets.attention_ball_rows import joint_norms
 from lipbounds.targets.attention_dense import dense_norm
-from lipbounds.targets.attention_parts import BallParts, Centre
-from lipbounds.targets.attention_rows import joint_norms
 from lipbounds.targets.attention_suprema import reach
 from verify.unit.blocks import random_block, true_norm
 

@@ -51,7 +51,7 @@ from torch import Tensor
 from lipbounds.ops.spectral import root, spectral_norm_upper, vector_norm
 from lipbounds.rounding import inflate
 from lipbounds.targets.attention import Attention
-from lipbounds.targets.attention_rows import Queries, Rows, joint_norms, key_rows, query_rows, value_rows
+from lipbounds.targets.attention_ball_rows import Queries, Rows, joint_norms, key_rows, query_rows, value_rows
 from lipbounds.targets.attention_suprema import (
     Maps,
     Spread,
