@@ -1,4 +1,4 @@
-"""`python -m bench [tightness|certified|readme] [--quick] [--force]`: run the benchmark, write tables and figures."""
+"""`python -m bench [all|tightness|balls|certified|readme] [--quick] [--force]`: run it, write tables and figures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from bench import certified_tables, features, figures, readme, tables
+from bench import balls, certified_tables, features, figures, readme, tables
 from bench.aggregate import aggregate
 from bench.certified_data import Answers
 from bench.evaluate import Case
@@ -21,6 +21,7 @@ from bench.machine import ROOT, describe, environment
 from bench.models import Model, zoo
 from bench.records import RecordError, without_infinities
 from bench.store import RecordStore, write_atomically
+from bench.tasks import balls as ball_task
 from bench.tasks import certified, tightness
 from lipbounds import registry
 
@@ -48,7 +49,9 @@ def main(arguments: Sequence[str] | None = None, models: Sequence[Model] | None 
             return _readme(options)
         if options.task == "certified":
             return _certified(options)
-        return _tightness(options, zoo() if models is None else models)
+        chosen = zoo() if models is None else models
+        status = _tightness(options, chosen) if options.task != "balls" else 0
+        return status if options.task == "tightness" else max(status, _balls(options, chosen))
     except RecordError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
@@ -68,9 +71,10 @@ def _parser() -> argparse.ArgumentParser:
         "task",
         nargs="?",
         default="all",
-        choices=["all", "tightness", "certified", "readme"],
-        help="all and tightness: tables and figures of tightness; certified: certified radii beside an attack, and "
-        "bounds of whole models; readme: copy the headline table into README.md",
+        choices=["all", "tightness", "balls", "certified", "readme"],
+        help="tightness: tables and figures of tightness; balls: curves over the radius of a ball; all: these two; "
+        "certified: certified radii beside an attack, and bounds of whole models; readme: copy the headline table into "
+        "README.md",
     )
     parser.add_argument(
         "--quick", action="store_true", help="few inputs; tables go to DIR/quick, records to the same file"
@@ -152,6 +156,38 @@ def _certified(options: argparse.Namespace) -> int:
     print(f"{answers.made} answers made, {answers.reused} taken from {_shown(answers.path)}.")
     print("Written: " + ", ".join(_shown(path) for path in paths))
     troubles = certified.violations(data)
+    for trouble in troubles:
+        print(trouble, file=sys.stderr)
+    return 1 if troubles else 0
+
+
+def _balls(options: argparse.Namespace, models: Sequence[Model]) -> int:
+    command = "python -m bench balls" + (" --quick" if options.quick else "")
+    with RecordStore(options.results / "balls.jsonl") as store:
+        outcome = ball_task.run(
+            store,
+            quick=options.quick,
+            force=options.force,
+            time_limit=options.time_limit,
+            command=command,
+            models=models,
+            advance=lambda case: print(f"balls: {case.model}, layer {case.layer}", file=sys.stderr),
+        )
+        store.compact()
+        records = [store.records[key] for key in outcome.keys]
+        states = {record.environment for record in records}
+        environments = [store.environments[state]["environment"] for state in sorted(states)]
+    found = balls.blocks(records)
+    folder = options.results / "quick" if options.quick else options.results
+    path = folder / "balls.md"
+    write_atomically(path, balls.page(found, command, _shown(store.path), environments).encode())
+    paths = [path, *balls.draw(found, folder)]
+    print(f"\n{outcome.evaluated} evaluations on balls made, {outcome.reused} taken from {_shown(store.path)}.")
+    print("Written: " + ", ".join(_shown(path) for path in paths))
+    troubles = balls.violations(found)
+    troubles += [
+        f"{record.question.bound}: {record.error}" for record in records if record.status in ("failed", "timeout")
+    ]
     for trouble in troubles:
         print(trouble, file=sys.stderr)
     return 1 if troubles else 0

@@ -15,11 +15,12 @@ RESULTS = Path(__file__).parents[1] / "results"
 PAGES = {
     "tightness.md": "python -m bench",
     "bounds.md": "python -m bench",
+    "balls.md": "python -m bench balls",
     "certified.md": "python -m bench certified",
     "nightly.md": "python -m verify.nightly",
     "detection.md": "python -m verify.faults.detection",
 }
-FIGURES = ("tightness.png", "certified.png")
+FIGURES = ("tightness.png", "balls.png", "certified.png")
 MARKER = "<!-- measured -->"
 
 

@@ -10,9 +10,9 @@ from lipbounds.estimators._ball import Ball
 from lipbounds.estimators._krylov import largest_ritz_pair
 from lipbounds.estimators._operator import JacobianOperator
 from lipbounds.estimators._rayleigh import attained
-from lipbounds.estimators._roundoff import Roundoff
 from lipbounds.ops.spectral import vector_norm
 from lipbounds.rounding import gamma, inflate
+from lipbounds.targets.attention_roundoff import Roundoff
 
 
 CHUNK_ENTRIES = 2**22  # of the largest tensor made for the points that are treated at once
@@ -44,7 +44,8 @@ def quotients(
 ) -> Float[Tensor, " count *batch"]:
     """Lower bounds on |f(first) - f(second)| / |first - second|, rounded down; 0 for two equal points.
 
-    The difference of the outputs is known up to the rounding errors of both, bounded entry by entry (`_roundoff.py`).
+    The difference of the outputs is known up to the rounding errors of both, bounded entry by entry
+    (`targets/attention_roundoff.py`).
     They are subtracted, so two points too close together for float64 give a small number or 0, never a large one.
 
     Args:

@@ -15,9 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.errors import InvalidInput
-from lipbounds.estimators._roundoff import Roundoff
 from lipbounds.rounding import inflate
 from lipbounds.targets.attention import Attention
+from lipbounds.targets.attention_roundoff import Roundoff
 from lipbounds.targets.network import Network
 
 

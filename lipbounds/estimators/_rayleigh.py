@@ -16,7 +16,7 @@ def attained(
     """Lower bound sigma = ||J v|| / ||v|| on the norm of J, rounded down, and the relative residual of v.
 
     Promise: sigma is at most the exact norm. For an `Attention` the rounding of J v is bounded entry by entry
-    (`_roundoff.py`) and subtracted; for a `Network` its own arithmetic is taken as exact.
+    (`targets/attention_roundoff.py`) and subtracted; for a `Network` its own arithmetic is taken as exact.
 
     Args:
         operator: the Jacobian.

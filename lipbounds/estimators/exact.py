@@ -8,8 +8,8 @@ from torch import Tensor
 
 from lipbounds.claims import Claim, Source
 from lipbounds.errors import InvalidInput
-from lipbounds.estimators._dense_norm import verified_norm
 from lipbounds.estimators._operator import JacobianOperator, Target
+from lipbounds.ops.verified_norm import verified_norm
 from lipbounds.registry import Terms, bound
 from lipbounds.rounding import cast_up, inflate
 from lipbounds.targets.attention import Attention

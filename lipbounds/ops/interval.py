@@ -3,7 +3,7 @@ r"""Softmax rows whose logits are known up to an interval: |S'_j - S_j| <= r_j f
 P_j = 1/(1 + sum_{l != j} exp(S'_l - S'_j)) is largest with S'_j = S_j + r_j and all others lowered, least with the
 signs swapped; both are attained. The sum over l != j is a sum of non-negative terms for the largest key and a
 difference that loses at most one digit for the others, so neither end cancels, nor does 1 - lower, which is returned
-beside it."""
+beside it, rounded up."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from lipbounds.rounding import EXP_ULPS, UNIT_ROUNDOFF
 
 @dc.dataclass(frozen=True, slots=True)
 class SoftmaxInterval:
-    """Entrywise enclosure of softmax rows: lower <= P <= upper, and 1 - lower <= complement."""
+    """Entrywise enclosure of softmax rows: lower <= P <= upper, and 1 - P <= complement.
+
+    Where P is least, at t, also t (1 - t) <= lower * complement.
+    """
 
     lower: Float[Tensor, "*batch n"]
     upper: Float[Tensor, "*batch n"]
@@ -48,7 +51,8 @@ def softmax_interval(logits: Float[Tensor, "*batch n"], radius: Float[Tensor, "*
 
     upper = torch.sigmoid(best) * (1 + spread(best)) + SMALLEST_NORMAL
     lower = torch.sigmoid(worst) * (1 - spread(worst)) - SMALLEST_NORMAL
-    complement = torch.sigmoid(-worst) * (1 + spread(worst)) + SMALLEST_NORMAL
+    # `lower` may be too small by twice the spread, sigmoid(-worst) by one: the fourth pays for second-order terms.
+    complement = torch.sigmoid(-worst) * (1 + 4 * spread(worst)) + SMALLEST_NORMAL
     return SoftmaxInterval(
         lower=torch.where(visible, lower.clamp(min=0), 0.0),
         upper=torch.where(visible, upper.clamp(max=1), 0.0),
@@ -79,6 +83,20 @@ def g_interval_upper(interval: SoftmaxInterval) -> Float[Tensor, "*batch"]:
     at_lower_end = _largest_g(least, rest, second)
     value = torch.where(peak < least, at_lower_end, inside)
     return torch.clamp(value * (1 + 16 * UNIT_ROUNDOFF), max=0.5)
+
+
+def variance_interval_upper(interval: SoftmaxInterval) -> Float[Tensor, "*batch n"]:
+    """Upper bound of p_j (1 - p_j) for each entry of a probability row p in the interval; without cancellation.
+
+    t (1 - t) grows up to t = 1/2 and falls after it, so the largest value on [l, u] is at 1/2 moved into it.
+
+    Args:
+        interval: enclosure of the rows, in float64.
+    """
+    falling = interval.lower * interval.complement
+    rising = interval.upper * (1 - interval.upper)
+    value = torch.where(interval.lower > 0.5, falling, torch.where(interval.upper < 0.5, rising, 0.25))
+    return value * (1 + 8 * UNIT_ROUNDOFF)
 
 
 def _largest_g(first: Tensor, rest: Tensor, second: Tensor) -> Tensor:

@@ -85,6 +85,16 @@ def vector_norm(values: Float[Tensor, "*batch length"]) -> Float[Tensor, "*batch
     return (values / scale).norm(dim=-1) * scale.squeeze(-1)
 
 
+def root(squares: Tensor) -> Tensor:
+    """Square root with gradient 0 at 0.
+
+    Args:
+        squares: >= 0.
+    """
+    positive = squares > 0
+    return torch.where(positive, torch.where(positive, squares, 1.0).sqrt(), 0.0)
+
+
 def _scaled_norm(factors: Sequence[Tensor]) -> Tensor:
     """The norm rounded up, for factors with entries of order 1 (so that squares neither overflow nor vanish)."""
     left, right = _is_tall(factors), _is_wide(factors)

@@ -12,6 +12,7 @@ from verify.faults import (
     faults_published,
     faults_rotary,
     faults_sharp,
+    faults_sharp_ball,
     faults_softmax,
 )
 from verify.faults.fault import Fault, faults_in
@@ -27,6 +28,7 @@ THEMES = (
     faults_published,
     faults_rotary,
     faults_sharp,
+    faults_sharp_ball,
 )
 FAULTS: dict[str, Fault] = {fault.name: fault for theme in THEMES for fault in faults_in(theme)}
 CONTROLS: dict[str, Fault] = {control.name: control for control in faults_in(controls)}

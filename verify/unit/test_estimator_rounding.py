@@ -11,14 +11,14 @@ import torch
 
 from lipbounds import Attention
 from lipbounds.estimators._ball import Ball
-from lipbounds.estimators._dense_norm import verified_norm
 from lipbounds.estimators._measured import quotients
 from lipbounds.estimators._operator import sphere
-from lipbounds.estimators._roundoff import Roundoff
 from lipbounds.estimators.exact import exact
 from lipbounds.estimators.lanczos import lanczos, lanczos_certificate
 from lipbounds.estimators.power import power_iteration
+from lipbounds.ops.verified_norm import verified_norm
 from lipbounds.rounding import UNIT_ROUNDOFF, cast_down
+from lipbounds.targets.attention_roundoff import Roundoff
 from verify.unit.blocks import random_block, true_norm
 
 

@@ -12,9 +12,9 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import lipbounds
 from lipbounds import Attention, InvalidInput, UnsupportedAttention
-from lipbounds.estimators._roundoff import Roundoff
 from lipbounds.targets.attention_changes import key_norm, query_norm
 from lipbounds.targets.attention_rounding import logit_error
+from lipbounds.targets.attention_roundoff import Roundoff
 from lipbounds.targets.rotary import rotate, rotate_back, rotation_norm
 from lipbounds.testing import extended, oracles
 from lipbounds.testing._jacobian import jacobian_parts

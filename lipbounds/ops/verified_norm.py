@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.errors import InvalidInput
-from lipbounds.estimators._operator import power_of_two
+from lipbounds.ops.spectral import power_of_two
 from lipbounds.rounding import UNIT_ROUNDOFF, gamma, inflate
 
 
@@ -31,15 +31,15 @@ def verified_norm(matrix: Float[Tensor, "*batch rows cols"]) -> Float[Tensor, "*
     """
     if not bool(matrix.isfinite().all()):
         raise InvalidInput("the Jacobian must be finite, got entries that are not; rescale the weights or the input.")
-    scale = power_of_two(matrix.abs().amax((-2, -1)))
-    scaled = matrix / scale[..., None, None]
+    scale = power_of_two(matrix)
+    scaled = matrix / scale
     rows, cols = matrix.shape[-2:]
     gram = scaled @ scaled.mT if rows <= cols else scaled.mT @ scaled
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
     # |fl(G) - G| <= gamma(length) |M|^T |M|, and the norm of that is at most the squared Frobenius norm of M.
     product_error = 2 * gamma(max(rows, cols) + min(rows, cols)) * trace
     square = inflate(_verified_eigenvalue(gram) + product_error, 4)
-    return torch.where(trace > 0, inflate(square.sqrt(), 4), 0.0) * scale
+    return torch.where(trace > 0, inflate(square.sqrt(), 4), 0.0) * scale[..., 0, 0]
 
 
 def _verified_eigenvalue(gram: Float[Tensor, "*batch size size"]) -> Float[Tensor, "*batch"]:

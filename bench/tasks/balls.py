@@ -1,0 +1,154 @@
+"""Bounds on a ball as curves over its radius, above the largest value that ascent finds in it.
+
+A few blocks, radii from nearly nothing to a token's norm: layers of trained models on one input, and small blocks
+without
+biases of the make for which references of other methods are known (REFERENCES).
+"""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+
+from bench.evaluate import Case, evaluate, question
+from bench.machine import environment
+from bench.models import Model, tensors_hash, zoo
+from bench.radii import Radius
+from bench.records import Record
+from bench.store import RecordStore
+from bench.tasks.tightness import Outcome, declaration
+from lipbounds import registry
+from lipbounds.registry import BoundSpec
+from lipbounds.targets.attention import Attention
+
+
+TASK = "balls"
+RELATIVE = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the median norm of the tokens
+SMALL_RADII = (1e-3, 1e-2, 1e-1, 1.0)  # as they are: tokens of small blocks have norms of a few units
+LOWER = "ascent_jacobians"
+UPPERS = ("sharp_ball", "hu2024.ball")  # the first one carries the parts it is the least of
+OPTIONS: dict[str, dict[str, Any]] = {"sharp_ball": {"dense": 2**22}, LOWER: {"steps": 4, "restarts": 2}}
+LAYERS = {"minilm": (0, 3, 5), "digits-vit": (0,)}
+QUICK_LAYERS = {"minilm": (3,), "digits-vit": ()}
+# n, D, H, gain of the queries; auto_LiRPA (IBP) and emltorch there, as multiples of the norm at the centre by radius.
+SHAPES = {"random": (8, 16, 2, 1.0), "one-hot": (8, 16, 2, 12.0)}
+REFERENCES = {
+    "random": {"intervals (IBP)": {0.01: 1.431, 0.1: 7.01}, "Theorem 3, emltorch": {0.01: 35.5, 0.1: 36.3}},
+    "one-hot": {"intervals (IBP)": {0.01: 3.374, 0.1: 24.68}, "Theorem 3, emltorch": {0.01: 30.5, 0.1: 31.4}},
+}
+
+
+def small_block(gain: float, n: int, dim: int, heads: int, seed: int = 0) -> Attention:
+    """Gaussian tokens; weights of variance 1/dim, the query weights times `gain`, which makes rows one-hot."""
+    generator = torch.Generator().manual_seed(seed)
+    width = dim // heads
+    x = torch.randn(n, dim, generator=generator, dtype=torch.float64)
+    shapes = {**dict.fromkeys(("w_q", "w_k", "w_v"), (heads, dim, width)), "w_o": (heads, width, dim)}
+    weights = {name: torch.randn(*s, generator=generator, dtype=torch.float64) / dim**0.5 for name, s in shapes.items()}
+    weights["w_q"] = gain * weights["w_q"]
+    return Attention(x=x, **weights)
+
+
+def cases(quick: bool, models: Sequence[Model] | None = None) -> Iterator[tuple[Case, tuple[Radius, ...]]]:
+    """The blocks with the radii at which they are evaluated.
+
+    Args:
+        quick: fewer layers.
+        models: by default the zoo.
+    """
+    for name, (n, dim, heads, gain) in SHAPES.items():
+        block = small_block(gain, n, dim, heads)
+        digest = tensors_hash([("x", block.x), *((w, getattr(block, w)) for w in ("w_q", "w_k", "w_v", "w_o"))])
+        case = Case(
+            model=f"small-{name}", model_hash=digest, input="seed-0", input_hash=digest, layer=0, module="", block=block
+        )
+        yield case, tuple(Radius(radius, radius) for radius in SMALL_RADII)
+    chosen = QUICK_LAYERS if quick else LAYERS
+    for model in zoo() if models is None else models:
+        layers = chosen.get(model.name, ())
+        if not layers:
+            continue
+        for case in itertools.islice(model.cases(1), model.layers):
+            if case.layer in layers:
+                unit = case.block.moving_input.norm(dim=-1).median().item()
+                yield case, tuple(Radius(float(f"{share * unit:.6g}"), share) for share in RELATIVE)
+
+
+def run(
+    store: RecordStore,
+    *,
+    quick: bool = False,
+    force: bool = False,
+    time_limit: float = 120.0,
+    command: str = "",
+    models: Sequence[Model] | None = None,
+    advance: Callable[[Case], None] = lambda case: None,
+) -> Outcome:
+    """Evaluate what is not in the store yet.
+
+    Args:
+        store: where records come from and go to.
+        quick: fewer layers.
+        force: evaluate what is in the store again, too.
+        time_limit: seconds for one evaluation.
+        command: the command line, for the environment line.
+        models: by default the zoo.
+        advance: called after each block.
+    """
+    outcome = Outcome()
+    session = _Session(store, force, time_limit, command, outcome)
+    for case, radii in cases(quick, models):
+        session.answer(case, registry.get(UPPERS[0]), Radius(0.0, 0.0))  # the norm at the centre
+        for radius in radii:
+            for name in (*UPPERS, LOWER):
+                session.answer(case, registry.get(name), radius)
+        advance(case)
+    return outcome
+
+
+@dc.dataclass
+class _Session:
+    store: RecordStore
+    force: bool
+    time_limit: float
+    command: str
+    outcome: Outcome
+    _environment: str = ""
+
+    def answer(self, case: Case, spec: BoundSpec, radius: Radius) -> Record:
+        asked = question(TASK, case, spec, OPTIONS.get(spec.name), radius.value)
+        self.outcome.keys.append(asked.key)
+        known = self.store.records.get(asked.key)
+        if known is not None and known.settled and not self.force:
+            self.outcome.reused += 1
+            return known
+        record = evaluate(
+            asked,
+            case.block,
+            spec,
+            time_limit=self.time_limit,
+            environment=self._state(),
+            relative_radius=radius.relative,
+        )
+        self.store.append(record)
+        self.outcome.evaluated += 1
+        return record
+
+    def _state(self) -> str:
+        if not self._environment:
+            names = (*UPPERS, LOWER)
+            self._environment = self.store.add_environment(
+                {
+                    "started": datetime.now(UTC).isoformat(timespec="milliseconds"),
+                    "command": self.command,
+                    "environment": environment(),
+                    "methods": {name: declaration(registry.get(name)) for name in names},
+                    "models": {},
+                }
+            )
+        return self._environment

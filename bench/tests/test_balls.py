@@ -1,0 +1,76 @@
+"""The curves over the radius of a ball: what is evaluated, taken from the records, written and called a violation."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+from pathlib import Path
+
+import pytest
+
+from bench import balls
+from bench.evaluate import Case
+from bench.radii import Radius
+from bench.records import Record
+from bench.store import RecordStore
+from bench.tasks import balls as task
+from bench.tests.samples import tiny_case
+
+
+RADII = (Radius(0.01, 0.001), Radius(0.1, 0.01))
+
+
+@pytest.fixture
+def few_blocks(monkeypatch: pytest.MonkeyPatch) -> Case:
+    case = tiny_case()
+    monkeypatch.setattr(task, "cases", lambda *_: iter([(case, RADII)]))
+    return case
+
+
+def run(path: Path) -> tuple[task.Outcome, list[Record]]:
+    with RecordStore(path) as store:
+        outcome = task.run(store)
+        return outcome, [store.records[key] for key in outcome.keys]
+
+
+def test_every_block_gets_its_centre_and_every_method_at_every_radius(tmp_path: Path, few_blocks: Case) -> None:
+    outcome, records = run(tmp_path / "balls.jsonl")
+    asked = {(record.question.bound, record.question.radius) for record in records}
+    methods = (*task.UPPERS, task.LOWER)
+    assert asked == {("sharp_ball", 0.0)} | {(name, radius.value) for name in methods for radius in RADII}
+    assert outcome.evaluated == len(asked)
+    again, _ = run(tmp_path / "balls.jsonl")
+    assert (again.evaluated, again.reused) == (0, len(asked))
+
+
+def test_the_page_has_ratios_to_what_ascent_reached(tmp_path: Path, few_blocks: Case) -> None:
+    _, records = run(tmp_path / "balls.jsonl")
+    found = balls.blocks(records)
+    (rows,) = found.values()
+    assert [row["radius"] for row in rows] == [0.0, 0.01, 0.1]
+    assert rows[1]["sharp_ball"] == min(rows[1][name] for name in ("deviation", "direct", "theorem_3"))
+    text = balls.page(found, "command", "records", [])
+    assert f"| {rows[1]['radius']:g} " in text
+    assert "Violations" not in text
+    paths = balls.draw(found, tmp_path)
+    assert [path.name for path in paths] == ["balls.png", "balls.svg"]
+    assert all(path.stat().st_size > 1000 for path in paths)
+
+
+def test_a_bound_below_what_ascent_reached_is_a_violation(tmp_path: Path, few_blocks: Case) -> None:
+    _, records = run(tmp_path / "balls.jsonl")
+    wrong = [
+        dc.replace(record, value=record.value / 100)
+        if record.question.bound == "sharp_ball" and record.value
+        else record
+        for record in records
+    ]
+    found = balls.violations(balls.blocks(wrong))
+    assert len(found) == len(RADII)
+    assert "sharp_ball claims" in found[0]
+    assert "**Violations**" in balls.page(balls.blocks(wrong), "command", "records", [])
+
+
+def test_small_blocks_come_first_and_models_only_with_their_layers() -> None:
+    found = list(task.cases(True, models=[]))
+    assert [case.model for case, _ in found] == ["small-random", "small-one-hot"]
+    assert all(radius.value in task.SMALL_RADII for _, radii in found for radius in radii)

@@ -1,0 +1,295 @@
+"""The sharp bounds on a ball and the suprema they are made of, against points of the ball and derivatives there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import lipbounds
+from lipbounds import Attention
+from lipbounds.errors import UnsupportedAttention
+from lipbounds.ops.interval import softmax_interval, variance_interval_upper
+from lipbounds.targets import attention_dense
+from lipbounds.targets.attention_ball_parts import BallParts, Centre
+from lipbounds.targets.attention_ball_rows import joint_norms
+from lipbounds.targets.attention_dense import dense_norm
+from lipbounds.targets.attention_suprema import reach
+from verify.unit.blocks import random_block, true_norm
+
+
+BALL, DIRECT, DEVIATION = (lipbounds.get(f"sharp_ball{ending}") for ending in ("", ".direct", ".deviation"))
+CASES: dict[str, dict[str, Any]] = {
+    "self": {},
+    "causal": {"causal": True},
+    "one head": {"heads": 1, "biases": False},
+    "three heads": {"heads": 3},
+    "query": {"memory": random_block(3, n=5).x, "moves": "query"},
+    "memory": {"memory": random_block(3, n=5).x, "moves": "memory"},
+    "one key": {"memory": random_block(3, n=1).x, "moves": "memory"},
+}
+
+
+@pytest.fixture(params=CASES, ids=lambda name: name.replace(" ", "-"))
+def block(request: pytest.FixtureRequest) -> Attention:
+    return random_block(7, n=3, **CASES[request.param])
+
+
+def small_block(seed: int, n: int, dim: int, heads: int, gain: float) -> Attention:
+    """Without biases, weights of variance 1/dim, the queries times `gain`."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    width = dim // heads
+    weights = [draw(heads, dim, width) * dim**-0.5 for _ in range(3)]
+    return Attention(
+        x=draw(n, dim), w_q=gain * weights[0], w_k=weights[1], w_v=weights[2], w_o=draw(heads, width, dim) * dim**-0.5
+    )
+
+
+def in_ball(block: Attention, radius: float, count: int, seed: int = 0) -> list[Attention]:
+    """Random points on the sphere, half of them with all of the radius spent on one token."""
+    generator = torch.Generator().manual_seed(seed)
+    steps = torch.randn(count, *block.moving_input.shape, generator=generator, dtype=torch.float64)
+    token = torch.arange(count) % block.moving_input.shape[-2]
+    alone = torch.nn.functional.one_hot(token, block.moving_input.shape[-2]).unsqueeze(-1)
+    steps = torch.where((torch.arange(count) % 2 == 0)[:, None, None], steps, steps * alone)
+    steps = radius * steps / steps.flatten(1).norm(dim=1)[:, None, None]
+    return [block.at(block.moving_input + step) for step in steps]
+
+
+def covariance(block: Attention, rows: torch.Tensor) -> torch.Tensor:
+    """sum_h Cov_hi(rows_h), of rows in the space of tokens."""
+    means = block.probabilities @ rows
+    away = rows.unsqueeze(-3) - means.unsqueeze(-2)
+    return torch.einsum("hij,hija,hijb->iab", block.probabilities, away, away)
+
+
+# -- the bounds ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", [BALL, DEVIATION], ids=lambda spec: spec.name)
+def test_at_radius_zero_it_is_the_truth(spec: lipbounds.BoundSpec, block: Attention) -> None:
+    torch.testing.assert_close(spec(block, 0.0).value, true_norm(block), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("radius", [0.01, 0.3, 2.0])
+def test_above_the_truth_in_the_ball_by_ascent(block: Attention, radius: float) -> None:
+    bound = min(spec(block, radius).value for spec in (BALL, DIRECT, DEVIATION))
+    centre = block.moving_input
+    moving = in_ball(block, radius / 2, 1)[0].moving_input.clone().requires_grad_()
+    for _ in range(15):
+        reached = true_norm(block.at(moving))
+        assert reached <= bound
+        (gradient,) = torch.autograd.grad(reached, moving)
+        if gradient.norm() == 0:  # with one key the block is linear
+            break
+        step = moving.detach() + 0.2 * radius * gradient / gradient.norm() - centre
+        moving = (centre + step * min(1.0, radius / step.norm().item())).requires_grad_()
+
+
+def test_grows_with_the_radius(block: Attention) -> None:
+    for spec in (BALL, DIRECT, DEVIATION):
+        values = torch.stack([spec(block, radius).value for radius in [0.0, 1e-6, 1e-3, 0.1, 1.0, 10.0, 1e3]])
+        assert (values.diff() >= -1e-12 * values[1:]).all(), spec.name
+
+
+def test_tends_to_the_truth_in_proportion_to_the_radius(block: Attention) -> None:
+    slopes = [(BALL(block, radius).value - true_norm(block)) / radius for radius in (1e-4, 1e-5)]
+    torch.testing.assert_close(slopes[0], slopes[1], rtol=0.05, atol=1e-4)
+    assert slopes[0] < 1e3
+
+
+def test_the_least_of_three(block: Attention) -> None:
+    for radius in (0.0, 0.1, 3.0):
+        found = BALL(block, radius)
+        others = [DIRECT, DEVIATION, lipbounds.get("yudin2025_ball.biased")]
+        values = torch.stack([spec(block, radius).value for spec in others])
+        torch.testing.assert_close(found.value, values.amin(), rtol=1e-12, atol=0)
+        assert set(found.details) == {"deviation", "direct", "theorem_3"}
+
+
+# Intervals through the Jacobian (auto_LiRPA) and Theorem 3 over intervals (emltorch) on blocks of the same make, as
+# multiples of the norm at the centre at radius 0.01 and 0.1, the better of the two (theory.md, section 3).
+REFERENCES = {(8, 16, 2, 1): (1.43, 7.0), (8, 16, 2, 12): (3.37, 24.6), (32, 32, 4, 1): (2.31, 22.5)}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("shape", [*REFERENCES, (32, 32, 4, 12)])
+def test_below_what_others_reach(shape: tuple[int, int, int, int], seed: int) -> None:
+    block = small_block(seed, *shape)
+    references = REFERENCES.get(shape, (5.62, 151.0))
+    centre = BALL(block, 0.0).value
+    for radius, reference in zip((0.01, 0.1), references, strict=True):
+        assert BALL(block, radius).value < reference * centre
+
+
+def test_gradient() -> None:
+    block = random_block(8, n=2, dim=4)
+    for spec in (DIRECT, DEVIATION):
+        value = lambda x: spec(block.at(x), 0.2).value  # noqa: B023, E731
+        assert torch.autograd.gradcheck(value, block.x.clone().requires_grad_(), atol=1e-5), spec.name
+
+
+def test_gradient_for_the_weights() -> None:
+    block = random_block(9, n=2, dim=2)
+    for name in ("w_q", "w_k", "w_v", "w_o"):
+        value = lambda w: BALL(block.replace(**{name: w}), 0.01).value  # noqa: B023, E731
+        assert torch.autograd.gradcheck(value, getattr(block, name).clone().requires_grad_(), atol=1e-5), name
+
+
+def test_grouped_queries_are_repeated_heads() -> None:
+    block = random_block(4, n=3, dim=6, heads=3)
+    one = {name: getattr(block, name)[:1] for name in ("w_k", "w_v", "b_k", "b_v")}
+    repeated = {name: value.expand(3, *value.shape[1:]) for name, value in one.items()}
+    grouped = BALL(block.replace(**one), 0.1).value
+    torch.testing.assert_close(grouped, BALL(block.replace(**repeated), 0.1).value, rtol=1e-12, atol=0)
+
+
+def test_a_centre_too_large_to_form_is_bounded_by_the_parts(block: Attention) -> None:
+    found = DEVIATION(block, 0.01, dense=1)
+    torch.testing.assert_close(found.details["centre"], DIRECT(block, 0.0).value, rtol=1e-9, atol=0)
+    assert found.value > DEVIATION(block, 0.01).value
+
+
+def test_rotary_positions_are_refused() -> None:
+    angles = torch.tensor([[0.3], [0.7], [1.1]], dtype=torch.float64)
+    turn = torch.stack([angles.cos(), angles.sin()], -2)
+    with pytest.raises(UnsupportedAttention, match="rotary"):
+        BALL(random_block(1, n=3, dim=4).replace(query_rotation=turn, key_rotation=turn), 0.1)
+
+
+# -- the norm at the centre ---------------------------------------------------------------------------------------
+
+
+def test_a_large_batch_goes_item_by_item(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = random_block(1, n=3)
+    block = first.replace(
+        x=torch.stack([first.x, 2 * first.x])[:, None],
+        b_o=None,
+        **{
+            name: torch.stack([value, value.flip(0), -2 * value])
+            for name in ("w_q", "w_k", "w_v", "w_o", "b_q", "b_k", "b_v")
+            if (value := getattr(first, name)) is not None
+        },
+        logit_bias=torch.tensor([0.0, -torch.inf, 1.0], dtype=torch.float64).expand(3, 3).triu().contiguous(),
+    )
+    together = dense_norm(block)
+    monkeypatch.setattr(attention_dense, "BATCH_ENTRIES", 1)
+    alone = dense_norm(block.replace())
+    assert together.shape == (2, 3)
+    torch.testing.assert_close(alone, together, rtol=1e-12, atol=0)
+
+
+def test_the_norm_is_above_the_computed_one_by_rounding_only(block: Attention) -> None:
+    excess = dense_norm(block) / true_norm(block) - 1
+    assert 0 < excess < 1e-9
+
+
+# -- suprema ------------------------------------------------------------------------------------------------------
+
+
+def test_variance_over_an_interval() -> None:
+    logits = 3 * torch.randn(50, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    radius = torch.rand(50, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    allowed = variance_interval_upper(softmax_interval(logits, radius))
+    reached = torch.zeros_like(allowed)
+    for signs in torch.cartesian_prod(*[torch.linspace(-1, 1, 5, dtype=torch.float64)] * 4):
+        p = (logits + signs * radius).softmax(-1)
+        reached = torch.maximum(reached, p * (1 - p))
+    assert (reached <= allowed).all()
+    assert (reached >= 0.8 * allowed).all()
+
+
+def test_variance_near_one_does_not_cancel() -> None:
+    logits = torch.tensor([60.0, 0.0, 0.0], dtype=torch.float64)
+    allowed = variance_interval_upper(softmax_interval(logits, torch.zeros_like(logits)))
+    odds = 2 * torch.tensor(-60.0, dtype=torch.float64).exp()
+    torch.testing.assert_close(allowed[0], odds / (1 + odds) ** 2, rtol=1e-9, atol=0)
+    assert allowed[0] >= odds / (1 + odds) ** 2
+
+
+@pytest.mark.parametrize("radius", [0.0, 0.1, 1.0])
+def test_spreads_and_reach_hold_in_the_ball(block: Attention, radius: float) -> None:
+    parts = BallParts(Centre(block), radius)
+    parts.second()
+    tightest = 0.0
+    for moved in in_ball(block, radius * (1 - 1e-9), 60) if radius else [block]:
+        values = moved.values @ moved.w_o
+        found = [(covariance(moved, values), parts._sg)]
+        if block.query_moves:
+            keys = moved.scale_value * moved.keys @ moved.w_q.mT
+            found.append((covariance(moved, keys), parts._om))
+            far = (keys.unsqueeze(-3) - (moved.probabilities @ keys).unsqueeze(-2)).norm(dim=-1)
+            assert (far <= parts._keys.far).all()
+        far = (values.unsqueeze(-3) - (moved.probabilities @ values).unsqueeze(-2)).norm(dim=-1)
+        assert (far <= parts._values.far).all()
+        for matrix, spread in found:
+            norms, allowed = torch.linalg.matrix_norm(matrix, 2).sqrt(), spread.joint(parts.centre.even)
+            assert (norms <= allowed).all()
+            tightest = max(tightest, (norms / allowed).max().item())
+        if block.memory_moves:
+            queries = (moved.scale_value * moved.queries @ moved.w_k.mT).movedim(0, -2)  # n x heads x D
+            weights = parts.maps.pairs.movedim(0, -1)  # n x m x heads
+            gram = torch.einsum("ijh,iha,ihb->ijab", weights, queries, queries)
+            allowed = reach(parts.centre.queries, parts._query_radius, parts.maps.pairs)
+            assert (torch.linalg.matrix_norm(gram, 2) <= allowed).all()
+    assert tightest > 0.2 or block.source_input.shape[-2] == 1
+
+
+def test_the_variance_of_a_row_is_within_its_pairs() -> None:
+    """J(P) <= diag(pairs) in the Loewner order; not with the least of two diagonals in each entry, nor with half."""
+    block = small_block(0, 6, 8, 2, 6.0)
+    p, pairs = block.probabilities, BallParts(Centre(block), 0.0).maps.pairs
+    jacobian = torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)
+    assert (p.amax(-1) > 0.6).any()
+    assert (p.amax(-1) < 0.5).any()
+    smallest = lambda diagonal: torch.linalg.eigvalsh(torch.diag_embed(diagonal) - jacobian).amin()  # noqa: E731
+    assert smallest(pairs) > -1e-12
+    assert smallest(torch.minimum(p, 2 * p * (1 - p))) < -0.01
+    assert smallest(p * (1 - p)) < -0.01
+    assert (pairs < 0.5 * p).any()
+
+
+@pytest.mark.parametrize("radius", [0.0, 0.2])
+def test_parts_are_above_the_differentials(block: Attention, radius: float) -> None:
+    """The norm of J and of its derivative in a direction, at points of the ball, by automatic differentiation."""
+    parts = BallParts(Centre(block), radius)
+    first, second = sum(parts.first().values()), sum(parts.second().values())
+    generator = torch.Generator().manual_seed(0)
+    slope = 0.0
+    jacobian = torch.func.jacrev(block.function())
+    for moved in in_ball(block, radius * (1 - 1e-9), 2) if radius else [block]:
+        point = moved.moving_input
+        assert true_norm(moved) <= first
+        direction = torch.randn(point.shape, generator=generator, dtype=torch.float64)
+        for _ in range(5):  # towards the direction in which J moves most
+            if direction.norm() == 0:  # with one key the block is linear
+                slope = 1.0
+                break
+            direction = direction / direction.norm()
+            change = torch.func.jvp(jacobian, (point,), (direction,))[1]
+            left, size, right = torch.linalg.svd(change.reshape(-1, point.numel()))
+            assert size[0] <= second
+            slope = max(slope, (size[0] / second).item() if second > 0 else 1.0)
+
+            def along(x: torch.Tensor, left=left[:, 0], right=right[0]) -> torch.Tensor:
+                return left @ jacobian(x).reshape(-1, x.numel()) @ right
+
+            direction = torch.func.grad(along)(point)
+    assert slope > 0.005
+
+
+def test_joint_norms_are_above_the_joint_form() -> None:
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(3, *shape, generator=generator, dtype=torch.float64) for shape in ((5, 2), (2, 4)))
+    allowed = torch.minimum(*joint_norms(left, right))
+    x, y = torch.randn(5, generator=generator).double(), torch.randn(4, generator=generator).double()
+    products, reached = left @ right, 0.0
+    for _ in range(50):
+        x, y = x / x.norm(), y / y.norm()
+        inner = torch.einsum("a,hab,b->h", x, products, y)
+        reached = inner.norm()
+        x = torch.einsum("h,hab,b->a", inner, products, y)
+        y = torch.einsum("h,hab,a->b", inner, products, x)
+    assert 0.5 * allowed < reached <= allowed
