@@ -120,12 +120,12 @@ def test_no_certified_image_falls_to_autoattack() -> None:
     from lipbounds.targets.layers import Linear, Patches, Sequence
 
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(10, 4, generator=generator)
-    images = 0.3 + 0.4 * torch.rand(1, 1, 2, 2, generator=generator)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 10, bias=False))
+    weight = torch.randn(10, 64, generator=generator)
+    images = 0.3 + 0.4 * torch.rand(1, 1, 8, 8, generator=generator)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10, bias=False))
     model[1].weight.data = weight
     labels = model(images).argmax(1)
-    network = Sequence((Patches((2, 2), (2, 2)), Linear(weight)))
+    network = Sequence((Patches((8, 8), (8, 8)), Linear(weight)))
     radius = float(certify(network, images, labels).radius.min())
     assert all(certified.attack(model, images, labels, 0.98 * radius)["robust"])
     assert not all(certified.attack(model, images, labels, 1.05 * radius)["robust"])
