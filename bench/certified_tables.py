@@ -13,6 +13,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import NullFormatter
 
 from bench.store import write_atomically
 from bench.wording import figure, table
@@ -115,14 +116,20 @@ def draw(data: Data, folder: Path) -> list[Path]:
         ):
             rows = model["certificates"]
             radii = sorted({row["radius"] for row in rows if row["radius"] > 0})
-            start = min(radii, default=1e-3) / 3
+            shown = sorted([*radii, *(attack["radius"] for attack in model["attacks"] if attack["radius"] > 0)]) or [
+                1.0
+            ]
+            decades = shown[-1] > 100 * shown[0]  # within two decades a straight axis is easier to read
+            start = shown[0] / 3 if decades else 0.0
             edges = [start, *radii, *(radius * 1.0001 for radius in radii)]
             edges.sort()
             axes.plot(edges, [_share(rows, edge) for edge in edges], color="#0072B2", label="certified (proved)")
             attacked = [(a["radius"], sum(a["robust"]) / len(a["robust"])) for a in model["attacks"]]
             if attacked:
                 axes.plot(*zip(*attacked, strict=True), color="#D55E00", marker="o", label="AutoAttack leaves")
-            axes.set_xscale("log")
+            if decades:
+                axes.set_xscale("log")
+                axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set_ylim(-0.02, 1.02)
             axes.set_xlabel("radius, l2 norm of the pixels")
             axes.set_title(f"{TITLES.get(name, name)}\n{len(rows)} images", loc="left", fontsize=10)
