@@ -26,8 +26,8 @@ TASK = "tightness"
 SMALL = 1200  # largest dimension of a block that is measured by every estimator, the dense Jacobian included
 LOWER = "lanczos"
 CERTIFICATE = "lanczos_certificate"
-# Bounds at a point that cost seconds a block, with the number of inputs of each model they are evaluated at.
-COSTLY = {"sharp": 4}
+# Bounds that cost seconds a block, with the number of inputs of each model they are evaluated at.
+COSTLY = {"sharp": 3, "sharp_ball": 1, "sharp_ball.direct": 1, "sharp_ball.deviation": 1}
 STEPS = (30, 60, 120, 240)  # of Lanczos from below: the next number is tried while the residual is too large
 LARGEST_RESIDUAL = 1e-6
 CERTIFICATE_OPTIONS = {"delta": 1e-9, "steps": 60}  # 2 to 3 % above the truth in dimensions up to 50 000

@@ -296,9 +296,9 @@ def bench(*arguments: str, **options: Any) -> int:
 @pytest.mark.usefixtures("few_methods")
 def test_a_run_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = ["--results", str(tmp_path)]
-    assert bench("--quick", *results) == 0
+    assert bench("tightness", "--quick", *results) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["quick", "tightness.jsonl"]
-    assert bench(*results) == 0
+    assert bench("tightness", *results) == 0
     output = capsys.readouterr().out
     assert "16 evaluations made, 8 taken from" in output
     names = ["bounds.md", "tightness.json", "tightness.md", "tightness.png", "tightness.svg"]
