@@ -25,11 +25,6 @@ class Target:
                 parts.append(f"{field.name}={_shape(value)}")
         return f"{type(self).__name__}({', '.join(parts)}, {str(self.dtype).removeprefix('torch.')})"
 
-    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        """The same for IPython and Hypothesis, which print dataclasses in their own way."""
-        del cycle
-        printer.text(repr(self))
-
     @property
     def dtype(self) -> torch.dtype:
         """The floating dtype of all its tensors."""

@@ -11,6 +11,7 @@ one on blocks drawn by Hypothesis. A failure is a `Refuted` whose message ends w
 from __future__ import annotations
 
 import dataclasses as dc
+import warnings
 from collections.abc import Callable, Iterable
 
 import hypothesis
@@ -267,7 +268,10 @@ def _search(attempt: _Attempt, name: str, max_examples: int | None, seed: int | 
         except Unsupported:  # an honest refusal of a block is no broken promise
             hypothesis.reject()
 
-    (search if seed is None else hypothesis.seed(seed)(search))()
+    with warnings.catch_warnings():
+        # A counterexample is printed as a snippet: how long Hypothesis would print the block does not matter.
+        warnings.filterwarnings("ignore", "Generating overly large repr")
+        (search if seed is None else hypothesis.seed(seed)(search))()
 
 
 class _Drawer(ExampleDatabase):
