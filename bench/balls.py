@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,10 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from bench.drawing import save
 from bench.figures import COLOURS
 from bench.machine import describe
 from bench.records import Record
-from bench.store import write_atomically
 from bench.tasks.balls import LOWER, REFERENCES, UPPERS
 from bench.wording import figure, module_words, table
 
@@ -79,11 +78,14 @@ def page(found: dict[str, list[Row]], command: str, records_path: str, environme
     """
     parts = [
         "# Balls: bounds on a ball over its radius",
-        f"Made by `{command}` from `{records_path}`; nothing here is written by hand.",
+        f"Made by `{command}` from `{records_path}`.",
         *([f"**Violations**: {'; '.join(wrong)}."] if (wrong := violations(found)) else []),
         "Multiples of the largest norm of the Jacobian that gradient ascent in the ball found, a lower bound of the "
         "truth: a bound is *at most* so many times above it. The radius is in the Frobenius norm of the input. "
-        "`sharp_ball` is the least of the three columns after it; its centre is the exact norm up to 2**22 entries.",
+        "`sharp_ball` is the least of the three columns after it; its centre is the exact norm up to 2**22 entries. "
+        "All bounds are proved, on the ball, in l2; ascent is a lower bound.",
+        "Columns marked 'quoted' were not measured here: they are quoted from the project's theory page, made there "
+        "by other programs on other random blocks of the same kind, and are multiples of the norm at the centre.",
         "![curves](balls.png)",
     ]
     for title, rows in found.items():
@@ -99,7 +101,7 @@ def _table(title: str, rows: list[Row]) -> str:
         "radius",
         "ascent",
         *(words for words, _, _ in CURVES),
-        *(f"{words}, over the centre" for words in references),
+        *(f"{words}, quoted, over the centre" for words in references),
     ]
     centre = next((row[UPPERS[0]] for row in rows if row["radius"] == 0 and UPPERS[0] in row), None)
     lines = []
@@ -135,12 +137,7 @@ def draw(found: dict[str, list[Row]], folder: Path, name: str = "balls") -> list
         handles, labels = axes.flat[0].get_legend_handles_labels()
         canvas.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=3, frameon=False)
         canvas.tight_layout()
-        paths = [folder / f"{name}.{ending}" for ending in ("png", "svg")]
-        for path in paths:
-            content = BytesIO()
-            metadata = {"Date": None} if path.suffix == ".svg" else None
-            canvas.savefig(content, format=path.suffix[1:], bbox_inches="tight", metadata=metadata)
-            write_atomically(path, content.getvalue())
+        paths = save(canvas, folder, name)
         plt.close(canvas)
     return paths
 

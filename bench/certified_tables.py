@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from io import BytesIO
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,7 +14,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import NullFormatter
 
-from bench.store import write_atomically
+from bench.drawing import save
 from bench.wording import figure, table
 
 
@@ -138,11 +137,6 @@ def draw(data: Data, folder: Path) -> list[Path]:
             axes.legend(loc="lower left", fontsize=8, frameon=False)
             axes.set_ylabel("accuracy")
         canvas.tight_layout()
-        paths = [folder / f"certified.{ending}" for ending in ("png", "svg")]
-        for path in paths:
-            content = BytesIO()
-            metadata = {"Date": None} if path.suffix == ".svg" else None
-            canvas.savefig(content, format=path.suffix[1:], metadata=metadata)
-            write_atomically(path, content.getvalue())
+        paths = save(canvas, folder, "certified")
         plt.close(canvas)
     return paths

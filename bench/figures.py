@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from bench.store import write_atomically
+from bench.drawing import save
 from bench.wording import module_words, summary_words
 
 
@@ -51,12 +50,7 @@ def draw(aggregates: Aggregates, folder: Path, name: str = "tightness") -> list[
             _panel(side, other, aggregates, styles)
             side.tick_params(labelleft=False)
         _labels(axes, main, aggregates, styles)
-        paths = [folder / f"{name}.{ending}" for ending in ("png", "svg")]
-        for path in paths:
-            content = BytesIO()
-            metadata = {"Date": None} if path.suffix == ".svg" else None
-            canvas.savefig(content, format=path.suffix[1:], bbox_inches="tight", metadata=metadata)
-            write_atomically(path, content.getvalue())
+        paths = save(canvas, folder, name)
         plt.close(canvas)
     return paths
 

@@ -1,29 +1,23 @@
 """Bounds on a ball as curves over its radius, above the largest value that ascent finds in it.
 
 A few blocks, radii from nearly nothing to a token's norm: layers of trained models on one input, and small blocks
-without
-biases of the make for which references of other methods are known (REFERENCES).
+without biases of the make for which figures of other methods are known (REFERENCES, quoted and not measured here).
 """
 
 from __future__ import annotations
 
-import dataclasses as dc
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC, datetime
 from typing import Any
 
 import torch
 
-from bench.evaluate import Case, evaluate, question
-from bench.machine import environment
+from bench.evaluate import Case
 from bench.models import Model, tensors_hash, zoo
 from bench.radii import Radius
-from bench.records import Record
+from bench.session import Outcome, Session
 from bench.store import RecordStore
-from bench.tasks.tightness import Outcome, declaration
 from lipbounds import registry
-from lipbounds.registry import BoundSpec
 from lipbounds.targets.attention import Attention
 
 
@@ -101,54 +95,15 @@ def run(
         advance: called after each block.
     """
     outcome = Outcome()
-    session = _Session(store, force, time_limit, command, outcome)
+    answering = Session(
+        store=store, task=TASK, methods=[registry.get(name) for name in (*UPPERS, LOWER)], models={}, force=force,
+        time_limit=time_limit, command=command, outcome=outcome,
+    )  # fmt: skip
     for case, radii in cases(quick, models):
-        session.answer(case, registry.get(UPPERS[0]), Radius(0.0, 0.0))  # the norm at the centre
+        centre = registry.get(UPPERS[0])
+        answering.answer(case, centre, OPTIONS.get(centre.name, {}), Radius(0.0, 0.0))
         for radius in radii:
             for name in (*UPPERS, LOWER):
-                session.answer(case, registry.get(name), radius)
+                answering.answer(case, registry.get(name), OPTIONS.get(name, {}), radius)
         advance(case)
     return outcome
-
-
-@dc.dataclass
-class _Session:
-    store: RecordStore
-    force: bool
-    time_limit: float
-    command: str
-    outcome: Outcome
-    _environment: str = ""
-
-    def answer(self, case: Case, spec: BoundSpec, radius: Radius) -> Record:
-        asked = question(TASK, case, spec, OPTIONS.get(spec.name), radius.value)
-        self.outcome.keys.append(asked.key)
-        known = self.store.records.get(asked.key)
-        if known is not None and known.settled and not self.force:
-            self.outcome.reused += 1
-            return known
-        record = evaluate(
-            asked,
-            case.block,
-            spec,
-            time_limit=self.time_limit,
-            environment=self._state(),
-            relative_radius=radius.relative,
-        )
-        self.store.append(record)
-        self.outcome.evaluated += 1
-        return record
-
-    def _state(self) -> str:
-        if not self._environment:
-            names = (*UPPERS, LOWER)
-            self._environment = self.store.add_environment(
-                {
-                    "started": datetime.now(UTC).isoformat(timespec="milliseconds"),
-                    "command": self.command,
-                    "environment": environment(),
-                    "methods": {name: declaration(registry.get(name)) for name in names},
-                    "models": {},
-                }
-            )
-        return self._environment

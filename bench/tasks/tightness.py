@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import dataclasses as dc
 from collections.abc import Callable, Iterable, Iterator
-from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
-from bench.evaluate import Case, evaluate, question
-from bench.machine import environment
+from bench.evaluate import Case
 from bench.models import Model
 from bench.radii import INPUTS, SEARCHED_INPUTS, Radius, radii
-from bench.records import Record
+from bench.session import Outcome, Session, declaration
 from bench.store import RecordStore
 from lipbounds import registry
 from lipbounds.registry import BoundSpec
@@ -39,23 +37,6 @@ class Method(NamedTuple):
     spec: BoundSpec
     options: dict[str, Any]
     radius: Radius | None = None
-
-
-@dc.dataclass
-class Outcome:
-    """What a run did.
-
-    Args:
-        keys: of all records that belong to the run, evaluated now or found.
-        evaluated: number of evaluations made now.
-        reused: number of records found.
-        problems: models that could not be loaded or captured to the end, with the reason.
-    """
-
-    keys: list[str] = dc.field(default_factory=list)
-    evaluated: int = 0
-    reused: int = 0
-    problems: dict[str, str] = dc.field(default_factory=dict)
 
 
 def run(
@@ -81,7 +62,10 @@ def run(
     """
     outcome = Outcome()
     models = list(models)
-    session = _Session(store, models, force=force, time_limit=time_limit, command=command, outcome=outcome)
+    session = _Tightness(
+        store=store, task=TASK, methods=registry.select(), models={model.name: model.description for model in models},
+        force=force, time_limit=time_limit, command=command, outcome=outcome,
+    )  # fmt: skip
     for model in models:
         inputs: set[str] = set()
         for case in _cases(model, model.count(quick), outcome.problems):
@@ -100,64 +84,21 @@ def _cases(model: Model, count: int, problems: dict[str, str]) -> Iterator[Case]
 
 
 @dc.dataclass
-class _Session:
-    """A run under way: evaluates, or takes from the store."""
-
-    store: RecordStore
-    models: list[Model]
-    force: bool
-    time_limit: float
-    command: str
-    outcome: Outcome
-    _environment: str = ""
+class _Tightness(Session):
+    """Every method at one block after the other."""
 
     def bound(self, case: Case, number: int) -> None:
         """Every method at one block, whose input is the one of that number, from 1, among those of the model."""
         for method in methods(case, number):
-            self.answer(case, method)
+            self.answer(case, *method)
         self._lanczos(case)
 
     def _lanczos(self, case: Case) -> None:
         """The lower bound, with more steps until the Ritz vector is an eigenvector for all that matters."""
         for steps in STEPS:
-            record = self.answer(case, Method(registry.get(LOWER), {"steps": steps}))
+            record = self.answer(case, registry.get(LOWER), {"steps": steps})
             if record.status != "ok" or record.details.get("residual", 0.0) <= LARGEST_RESIDUAL:
                 return
-
-    def answer(self, case: Case, method: Method) -> Record:
-        """The record of one evaluation, from the store if it is settled there."""
-        spec, options, radius = method
-        asked = question(TASK, case, spec, options, None if radius is None else radius.value)
-        self.outcome.keys.append(asked.key)
-        known = self.store.records.get(asked.key)
-        if known is not None and known.settled and not self.force:
-            self.outcome.reused += 1
-            return known
-        record = evaluate(
-            asked,
-            case.block,
-            spec,
-            time_limit=self.time_limit,
-            environment=self.environment(),
-            relative_radius=None if radius is None else radius.relative,
-        )
-        self.store.append(record)
-        self.outcome.evaluated += 1
-        return record
-
-    def environment(self) -> str:
-        """The id of this run's environment line, written with the first record: a run that adds nothing leaves none."""
-        if not self._environment:
-            self._environment = self.store.add_environment(
-                {
-                    "started": datetime.now(UTC).isoformat(timespec="milliseconds"),
-                    "command": self.command,
-                    "environment": environment(),
-                    "methods": {spec.name: declaration(spec) for spec in registry.select()},
-                    "models": {model.name: model.description for model in self.models},
-                }
-            )
-        return self._environment
 
 
 def methods(case: Case, number: int = 1) -> Iterator[Method]:
@@ -198,18 +139,3 @@ def affordable(case: Case, spec: BoundSpec, number: int) -> bool:
 def refuted() -> dict[str, dict[str, Any]]:
     """The declarations of the refuted formulas, of every kind of attention, by name."""
     return {spec.name: declaration(spec) for spec in registry.refuted()}
-
-
-def declaration(spec: BoundSpec) -> dict[str, Any]:
-    """What a table says about a method, as it stands in the environment line."""
-    return {
-        "role": spec.role,
-        "version": spec.version,
-        "kind": spec.claim.kind,
-        "scope": spec.claim.scope,
-        "norm": spec.claim.norm,
-        "summary": spec.summary,
-        "source": str(spec.source),
-        "cost": spec.cost,
-        "target": spec.target.__name__,
-    }

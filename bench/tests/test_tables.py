@@ -328,7 +328,7 @@ def test_an_interrupt_says_how_to_go_on_and_leaves_the_records(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("bench.tasks.tightness._Session._lanczos", interrupted)
+        patch.setattr("bench.tasks.tightness._Tightness._lanczos", interrupted)
         assert bench("--results", str(tmp_path)) == 130
     assert "run the same command again" in capsys.readouterr().err
     assert len(read(tmp_path / "tightness.jsonl").records) == 3
