@@ -254,13 +254,13 @@ class JaSMin(TorchFunctionMode):
     @_uncompiled
     def _written_out(self, args: tuple[Any, ...]) -> None:
         """A product whose left factor is the result of a softmax over its last dimension: the map times the values."""
-        for result, logits in list(self._maps):
-            if args and args[0] is result:
-                self._maps.remove((result, logits))
-                if result.dim() >= 3:
-                    logits = additive(logits, logits.dtype)  # models write the most negative float for -inf
-                    self._keep(lambda chosen: _rows(logits, chosen))  # noqa: B023  used before the loop goes on
-                return
+        used = next((pair for pair in self._maps if args and args[0] is pair[0]), None)
+        if used is None:
+            return
+        self._maps = deque((pair for pair in self._maps if pair is not used), maxlen=REMEMBERED)
+        if used[0].dim() >= 3:
+            logits = additive(used[1], used[1].dtype)  # models write the most negative float for -inf
+            self._keep(lambda chosen: _rows(logits, chosen))
 
     def _follow(self, args: tuple[Any, ...], result: Any) -> None:
         """Dropout and casts of a map: still that map."""

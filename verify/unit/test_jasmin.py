@@ -292,6 +292,22 @@ def test_every_way_of_attending_is_seen(name: str) -> None:
     assert_slope(model, inputs, found)
 
 
+class TwoMaps(nn.Module):
+    """Two maps are made before the values meet the second of them, then the first."""
+
+    def forward(self, first: Tensor, second: Tensor, values: Tensor) -> Tensor:
+        one, other = first.softmax(-1), second.softmax(-1)
+        return (other @ values) + (one @ values)
+
+
+def test_maps_that_wait_together_are_told_apart() -> None:
+    first, second = draw(1, 2, 4, 4), draw(1, 2, 4, 4, seed=1)
+    model = TwoMaps()
+    with JaSMin(model) as reg:
+        model(first, second, draw(1, 2, 4, 3))
+        torch.testing.assert_close(reg.penalty(), (jasmin(first) + jasmin(second)) / 2)
+
+
 def test_only_the_model_counts() -> None:
     model, other = digits().eval(), digits(1).eval()
     with JaSMin(model) as reg:
