@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lipbounds.errors import InvalidInput
+from lipbounds.targets._shapes import broadcast_shape
 
 
 if TYPE_CHECKING:
@@ -148,8 +149,8 @@ def _check_logit_bias_shape(bias: Tensor, full: tuple[int, int, int]) -> None:
 def _check_batches(present: dict[str, Tensor]) -> None:
     leading = {name: tensor.shape[: -TRAILING[name]] for name, tensor in present.items()}
     try:
-        torch.broadcast_shapes(*leading.values())
-    except RuntimeError:
+        broadcast_shape(leading.values())
+    except ValueError:
         shapes = {name: tuple(shape) for name, shape in leading.items() if shape}
         raise InvalidInput(f"leading batch dimensions must broadcast against each other, got {shapes}.") from None
 

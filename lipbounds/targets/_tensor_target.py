@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lipbounds.errors import InvalidInput
 from lipbounds.targets._attention_checks import FLOAT_DTYPES
+from lipbounds.targets._shapes import broadcast_shape
 from lipbounds.targets.target import Target
 
 
@@ -44,7 +45,7 @@ class TensorTarget(Target):
     @cached_property
     def batch_shape(self) -> torch.Size:
         leading = [tensor.shape[: tensor.dim() - self.trailing[name]] for name, tensor in self.tensors.items()]
-        return torch.broadcast_shapes(*leading)
+        return broadcast_shape(leading)
 
     def forward(self) -> Float[Tensor, "*batch n out_dim"]:
         """The output of the block."""
@@ -78,8 +79,8 @@ def check_tensors(block: TensorTarget) -> None:
             )
     leading = {name: tensor.shape[: tensor.dim() - block.trailing[name]] for name, tensor in block.tensors.items()}
     try:
-        torch.broadcast_shapes(*leading.values())
-    except RuntimeError:
+        broadcast_shape(leading.values())
+    except ValueError:
         shapes = {name: tuple(shape) for name, shape in leading.items() if shape}
         raise InvalidInput(f"leading batch dimensions must broadcast against each other, got {shapes}.") from None
 

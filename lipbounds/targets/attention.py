@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lipbounds.claims import Feature
 from lipbounds.targets._attention_checks import check_attention, expand_groups
+from lipbounds.targets._shapes import broadcast_shape
 from lipbounds.targets.projection import affine_factors, merge_heads, project
 from lipbounds.targets.rotary import rotate, rotate_back
 from lipbounds.targets.target import Target
@@ -131,7 +132,7 @@ class Attention(Target):
         """The broadcast leading shape of inputs, weights and logit bias."""
         leading = [self.x.shape[:-2], self.source_input.shape[:-2], self.w_q.shape[:-3]]
         leading += [t.shape[:-3] for t in (self.logit_bias, self.query_rotation, self.key_rotation) if t is not None]
-        return torch.broadcast_shapes(*leading)
+        return broadcast_shape(leading)
 
     @cached_property
     def features(self) -> frozenset[Feature]:
