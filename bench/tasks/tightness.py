@@ -26,6 +26,8 @@ LOWER = "lanczos"
 CERTIFICATE = "lanczos_certificate"
 # Bounds that cost seconds a block, with the number of inputs of each model they are evaluated at.
 COSTLY = {"sharp": 3, "sharp_ball": 1, "sharp_ball.direct": 1, "sharp_ball.deviation": 1}
+# The two that sharp_ball is the least of, and keeps beside its value: at blocks of this many numbers it is enough.
+PARTS, LARGE = ("sharp_ball.direct", "sharp_ball.deviation"), 2**15
 STEPS = (30, 60, 120, 240)  # of Lanczos from below: the next number is tried while the residual is too large
 LARGEST_RESIDUAL = 1e-6
 CERTIFICATE_OPTIONS = {"delta": 1e-9, "steps": 60}  # 2 to 3 % above the truth in dimensions up to 50 000
@@ -133,6 +135,8 @@ def affordable(case: Case, spec: BoundSpec, number: int) -> bool:
     if number > COSTLY.get(spec.name, number):
         return False
     block = case.block
+    if spec.name in PARTS and block.moving_input.numel() >= LARGE:
+        return False
     return not searches or max(block.moving_input.numel(), block.tokens * block.w_o.shape[-1]) <= SMALL
 
 

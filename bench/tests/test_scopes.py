@@ -136,6 +136,8 @@ def test_large_blocks_are_bounded_and_not_searched() -> None:
         for tokens in (300, 301)  # of four features
     }
     assert answers == {300: [True, True, True], 301: [False, False, True]}
+    part = spec(lambda block, radius: None, name=tightness.PARTS[0], scope="ball")
+    assert [tightness.affordable(tiny_case(tokens=tokens), part, 1) for tokens in (8191, 8192)] == [True, False]
 
 
 # -- references ------------------------------------------------------------------------------------------------------
