@@ -70,6 +70,7 @@ def test_a_linear_classifier_has_the_exact_radius(seed: int, classes: int, metho
         assert exact * (1 - 1e-6) - 1e-8 <= float(found.radius[i]) <= min(exact, 10.0)
 
 
+@pytest.mark.usefixtures("as_a_user_runs_it")  # a search: the other tests keep the shape checks
 @settings(max_examples=3)
 @given(seed=st.integers(0, 10_000), flat=st.booleans(), method=st.sampled_from(["joint", "product"]))
 def test_no_attack_succeeds_inside_the_radius(seed: int, flat: bool, method: Any) -> None:
@@ -83,6 +84,7 @@ def test_no_attack_succeeds_inside_the_radius(seed: int, flat: bool, method: Any
     assert bool((found.lipschitz[found.radius > 0].amax(1) > 0).all())
 
 
+@pytest.mark.usefixtures("as_a_user_runs_it")  # a search: the other tests keep the shape checks
 def test_joint_gives_more_than_the_product() -> None:
     draw = Draw(1)
     network, x = classifier(draw), draw(2, 3, 4)
@@ -92,6 +94,7 @@ def test_joint_gives_more_than_the_product() -> None:
     assert bool((other > 0).all())
 
 
+@pytest.mark.usefixtures("as_a_user_runs_it")  # a search: the other tests keep the shape checks
 def test_radii_scale_with_the_input_and_not_with_the_logits() -> None:
     draw = Draw(2)
     first, rest = Linear(draw(4, 4)), classifier(draw)

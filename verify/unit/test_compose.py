@@ -86,6 +86,7 @@ LAYERS: dict[str, tuple[Callable[[Draw], Layer], Callable[[Draw], torch.Tensor]]
 }
 
 
+@pytest.mark.usefixtures("as_a_user_runs_it")  # a search: the other tests keep the shape checks
 @pytest.mark.parametrize("radius", [0.0, 1e-3, 0.1, 1.0])
 @pytest.mark.parametrize("name", LAYERS)
 def test_every_layer_is_bounded_in_its_ball(name: str, radius: float) -> None:
@@ -106,6 +107,7 @@ def test_what_acts_on_tokens_alone_is_exact_at_a_point(name: str) -> None:
     assert ratio((make(draw), inputs(draw), 0.0)) == pytest.approx(1, abs=1e-9)
 
 
+@pytest.mark.usefixtures("as_a_user_runs_it")  # a search: the other tests keep the shape checks
 @settings(max_examples=40)
 @given(
     seed=st.integers(0, 10_000),

@@ -44,6 +44,7 @@ def second_derivative(target: Attention, x: torch.Tensor) -> float:
     return best
 
 
+@pytest.mark.usefixtures("as_a_user_runs_it")  # a search: the other tests keep the shape checks
 @settings(max_examples=30)
 @given(
     seed=st.integers(0, 10_000),
@@ -118,6 +119,7 @@ def rows_in_ball(network: Layer, x: torch.Tensor, rows: torch.Tensor, radius: fl
     return [largest_norm(lambda x, row=row: row @ network(x).flatten(), x, radius, steps=4, starts=3) for row in rows]
 
 
+@pytest.mark.usefixtures("as_a_user_runs_it")  # a search: the other tests keep the shape checks
 @settings(max_examples=15)
 @given(
     seed=st.integers(0, 10_000),

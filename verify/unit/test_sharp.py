@@ -188,6 +188,7 @@ def test_a_batch_is_its_items(name: str) -> None:
     torch.testing.assert_close(lipbounds.get(name)(batch).value, alone, rtol=1e-12, atol=0)
 
 
+@pytest.mark.usefixtures("as_a_user_runs_it")  # a search: the other tests keep the shape checks
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("case", ["self", "causal", "query", "memory"])
 def test_gradient(name: str, case: str) -> None:
@@ -197,6 +198,7 @@ def test_gradient(name: str, case: str) -> None:
     assert torch.autograd.gradcheck(lambda x: bound(block.at(x)).value, moving, atol=1e-5)
 
 
+@pytest.mark.usefixtures("as_a_user_runs_it")  # a search: the other tests keep the shape checks
 @pytest.mark.parametrize("name", NAMES)
 def test_a_head_without_effect_leaves_the_gradient_alone(name: str) -> None:
     """Its norm is 0 up to rounding, and the direction of rounding is no gradient. Found by the contract suite."""

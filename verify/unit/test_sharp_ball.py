@@ -73,6 +73,7 @@ def test_at_radius_zero_it_is_the_truth(spec: lipbounds.BoundSpec, block: Attent
     torch.testing.assert_close(spec(block, 0.0).value, true_norm(block), rtol=1e-9, atol=0)
 
 
+@pytest.mark.usefixtures("as_a_user_runs_it")  # a search: the other tests keep the shape checks
 @pytest.mark.parametrize("radius", [0.01, 0.3, 2.0])
 def test_above_the_truth_in_the_ball_by_ascent(block: Attention, radius: float) -> None:
     bound = min(spec(block, radius).value for spec in (BALL, DIRECT, DEVIATION))
@@ -88,6 +89,7 @@ def test_above_the_truth_in_the_ball_by_ascent(block: Attention, radius: float) 
         moving = (centre + step * min(1.0, radius / step.norm().item())).requires_grad_()
 
 
+@pytest.mark.usefixtures("as_a_user_runs_it")  # a search: the other tests keep the shape checks
 def test_grows_with_the_radius(block: Attention) -> None:
     for spec in (BALL, DIRECT, DEVIATION):
         values = torch.stack([spec(block, radius).value for radius in [0.0, 1e-6, 1e-3, 0.1, 1.0, 10.0, 1e3]])
@@ -100,6 +102,7 @@ def test_tends_to_the_truth_in_proportion_to_the_radius(block: Attention) -> Non
     assert slopes[0] < 1e3
 
 
+@pytest.mark.usefixtures("as_a_user_runs_it")  # a search: the other tests keep the shape checks
 def test_the_least_of_three(block: Attention) -> None:
     for radius in (0.0, 0.1, 3.0):
         found = BALL(block, radius)
@@ -114,6 +117,7 @@ def test_the_least_of_three(block: Attention) -> None:
 REFERENCES = {(8, 16, 2, 1): (1.43, 7.0), (8, 16, 2, 12): (3.37, 24.6), (32, 32, 4, 1): (2.31, 22.5)}
 
 
+@pytest.mark.usefixtures("as_a_user_runs_it")  # a search: the other tests keep the shape checks
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("shape", [*REFERENCES, (32, 32, 4, 12)])
 def test_below_what_others_reach(shape: tuple[int, int, int, int], seed: int) -> None:
@@ -124,6 +128,7 @@ def test_below_what_others_reach(shape: tuple[int, int, int, int], seed: int) ->
         assert BALL(block, radius).value < reference * centre
 
 
+@pytest.mark.usefixtures("as_a_user_runs_it")  # a search: the other tests keep the shape checks
 def test_gradient() -> None:
     block = random_block(8, n=2, dim=4)
     for spec in (DIRECT, DEVIATION):
@@ -131,6 +136,7 @@ def test_gradient() -> None:
         assert torch.autograd.gradcheck(value, block.x.clone().requires_grad_(), atol=1e-5), spec.name
 
 
+@pytest.mark.usefixtures("as_a_user_runs_it")  # a search: the other tests keep the shape checks
 def test_gradient_for_the_weights() -> None:
     block = random_block(9, n=2, dim=2)
     for name in ("w_q", "w_k", "w_v", "w_o"):
@@ -209,6 +215,7 @@ def test_variance_near_one_does_not_cancel() -> None:
     assert allowed[0] >= odds / (1 + odds) ** 2
 
 
+@pytest.mark.usefixtures("as_a_user_runs_it")  # a search: the other tests keep the shape checks
 @pytest.mark.parametrize("radius", [0.0, 0.1, 1.0])
 def test_spreads_and_reach_hold_in_the_ball(block: Attention, radius: float) -> None:
     parts = BallParts(Centre(block), radius)

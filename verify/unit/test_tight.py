@@ -14,6 +14,7 @@ from lipbounds.testing.oracles import jacobian_norm
 from lipbounds.testing.tight import tight_blocks
 
 
+@pytest.mark.usefixtures("as_a_user_runs_it")  # a search: the other tests keep the shape checks
 @pytest.mark.parametrize("name", ["yudin2025.biased", "yudin2025.biased_exact", "centred.products", "covariance.exact"])
 @hypothesis.given(block=tight_blocks(dtype=torch.float64))
 def test_bounds_equal_the_truth(name: str, block: Attention) -> None:
