@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -116,6 +117,9 @@ def _clear_errors(name_or_path: str | Path, supported: str) -> Iterator[None]:
             f"name_or_path must be {supported} and without code from the checkpoint, "
             f"got name_or_path='{name_or_path}'; load it yourself and use the module. ({_first_line(error)})"
         ) from error
+    except UnpicklingError as error:
+        reason = "the weights are a pickle that is damaged or holds more than tensors; convert them to safetensors"
+        raise InvalidInput(_not_found(name_or_path, reason)) from error
     except Exception as error:  # a damaged config or pickle makes transformers and torch raise anything
         raise InvalidInput(_not_found(name_or_path, f"{type(error).__name__}: {_first_line(error)}")) from error
 
