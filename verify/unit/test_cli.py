@@ -340,7 +340,7 @@ def harmless() -> Iterator[None]:
         yield
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(arguments=st.lists(st.sampled_from(WORDS) | st.text(max_size=8), max_size=8))
 def test_no_arguments_make_a_traceback(arguments: list[str]) -> None:
     with harmless():
