@@ -12,10 +12,11 @@ from lipbounds.capture import operations as ops
 from lipbounds.capture.blocks import Call
 from lipbounds.capture.fused import traced_call
 from lipbounds.capture.masks import additive
-from lipbounds.capture.operands import Layout, trace
+from lipbounds.capture.operands import Layout
 from lipbounds.capture.projections import product_operands
 from lipbounds.capture.recorder import Recorder
 from lipbounds.capture.steps import AFFINE, MOVES_AND_CASTS, Step, factor, reindex, replay
+from lipbounds.capture.tracing import trace
 from lipbounds.capture.trouble import check_dropout, origin_in_words, unsupported
 
 
@@ -78,7 +79,8 @@ def written_out_call(
     masks = [other for step in before if step.kind in ("shift", "fill") for other in step.others]
     bias = reindex(after, _logit_bias(recorder, scores, before)).reshape(-1, *softmax.shape[-2:]).to(value.dtype)
     call, layout = traced_call(recorder, [*operands, values.expand(lead_of.shape)], gain, bias, masks)
-    return dc.replace(call, dtypes=(softmax.dtype, *(step.dtype for step in (*before, *after)))), layout
+    dtypes = (*call.dtypes, softmax.dtype, *(step.dtype for step in (*before, *after)))
+    return dc.replace(call, dtypes=dtypes), layout
 
 
 def _lead_in_scores(recorder: Recorder, scores: Tensor, before: list[Step], after: list[Step], softmax: Step) -> Tensor:
