@@ -63,6 +63,11 @@ class Call:
     start: int
     dtypes: tuple[torch.dtype, ...] = ()
 
+    @property
+    def sources(self) -> tuple[Tensor, ...]:
+        """What its output moves with: masks, weights and rotary positions are constant."""
+        return tuple(part.source for part in self.parts)
+
 
 def block_of(recorder: Recorder, call: Call, w_o: Tensor, b_o: Tensor | None, cross_moves: CrossMoves) -> Attention:
     """The complete block.

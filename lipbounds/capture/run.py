@@ -99,20 +99,17 @@ class _Collector:
         """Take note of one call; returns the tensors that an attention output moves with, None for other calls."""
         self._close(function, args, kwargs, result)
         if function in ops.FUSED_ATTENTION:
-            given = fused_arguments(args, kwargs)
-            self._begin(*fused_call(self._recorder, given), result)
-            return given["query"], given["key"], given["value"]
+            return self._begin(*fused_call(self._recorder, fused_arguments(args, kwargs)), result)
         if function in ops.MULTI_HEAD_ATTENTION:
             given = multi_head_arguments(args, kwargs)
             call, output = multi_head_call(self._recorder, given, result[0])
             self._finish(self._count, call, output)
             self._count += 1
-            return given["query"], given["key"], given["value"]
+            return call.sources
         if function in ops.PRODUCT:
             inputs = written_out_inputs(self._recorder, args, kwargs)
             if inputs is not None:
-                self._begin(*written_out_call(self._recorder, args, kwargs, inputs), result)
-            return inputs
+                return self._begin(*written_out_call(self._recorder, args, kwargs, inputs), result)
         for factor in tensors_in(args) if function in ops.OTHER_PRODUCT else ():
             refuse_changed_map(self._recorder, factor)
         return None
@@ -134,9 +131,10 @@ class _Collector:
             )
         return [self._done[index] for index in sorted(self._done)]
 
-    def _begin(self, call: Call, layout: Layout, mixed: Tensor) -> None:
+    def _begin(self, call: Call, layout: Layout, mixed: Tensor) -> tuple[Tensor, ...]:
         self._open[self._count] = self._outputs[mixed] = _Open(self._count, call, layout, version(mixed))
         self._count += 1
+        return call.sources
 
     def _close(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Complete the block whose attention output goes into this call, if it is a projection."""

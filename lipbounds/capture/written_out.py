@@ -17,7 +17,7 @@ from lipbounds.capture.projections import product_operands
 from lipbounds.capture.recorder import Recorder
 from lipbounds.capture.steps import AFFINE, MOVES_AND_CASTS, Step, factor, reindex, replay
 from lipbounds.capture.tracing import trace
-from lipbounds.capture.trouble import check_dropout, origin_in_words, unsupported
+from lipbounds.capture.trouble import check_dropout, origin_in_words, unfollowed_in_words, unsupported
 
 
 # What a model fills in for a hidden logit; nothing below it survives the softmax unless the whole row is hidden.
@@ -42,7 +42,7 @@ def written_out_inputs(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[s
         raise unsupported(
             recorder.module,
             "the logits must be a product of queries and keys, scaled and masked only, "
-            f"got {origin_in_words(recorder, scores_root)} on the way",
+            f"got {unfollowed_in_words(recorder, scores_root)}",
         )
     return (*product_operands(scores.args, scores.kwargs), right)
 

@@ -107,6 +107,12 @@ def test_queries_and_memory_may_have_rotations_of_their_own() -> None:
         assert block.moves == moves
 
 
+def test_positions_that_are_no_buffer_may_be_shared_by_blocks() -> None:
+    """The tokens of the second block were computed with the cosines of the first."""
+    model = nn.Sequential(Fused(change=both(llama)), Fused(change=both(llama)))
+    assert [block.attention.query_rotation.shape for block in run(model, tokens())] == [(6, 2, 2)] * 2
+
+
 def test_gradients_reach_the_angles_of_learned_positions() -> None:
     class Learned(Fused):
         def __init__(self) -> None:
