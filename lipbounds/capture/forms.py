@@ -17,6 +17,11 @@ from lipbounds.capture.recorder import Recorder
 from lipbounds.capture.steps import LINEAR, Step
 
 
+# A cast to one of these is the identity up to rounding; one to integers or eight bits is a function of its own.
+FINE_DTYPES = (
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.complex64, torch.complex128),
+)
 # Numbers of the entries of the projection, and their coefficients in float64 or complex128; a value is the sum of its
 # terms.
 Term = tuple[Tensor, Tensor]
@@ -53,7 +58,7 @@ def form_of(recorder: Recorder, tensor: Tensor, root: Tensor) -> Form | Tensor:
         current = waiting[-1]
         step = recorder.fresh_step(current)
         if id(current) not in known:
-            if step is None or step.kind not in LINEAR:
+            if step is None or step.kind not in LINEAR or step.dtype not in FINE_DTYPES:
                 return current
             needed = [part for part in _moving(recorder, step) if id(part) not in known]
             if needed:

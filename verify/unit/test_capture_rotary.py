@@ -76,10 +76,12 @@ TURNS: dict[str, tuple[Change, int]] = {
 def test_a_turned_block_has_the_output_and_the_derivative_of_the_model(name: str) -> None:
     turn, pairs = TURNS[name]
     block = check_whole(Fused(change=both(turn)), tokens()).attention
-    assert "rotary" in block.features
+    assert block.query_rotation is not None
+    assert block.key_rotation is not None
     assert block.query_rotation.equal(block.key_rotation)
-    assert block.query_rotation.shape == ((3,) if name == "items at places of their own" else ()) + (6, 2, pairs)
-    close(block.query_rotation.square().sum(-2), torch.ones(1).expand(block.query_rotation.sum(-2).shape))
+    items = (3,) if name == "items at places of their own" else ()
+    assert block.query_rotation.shape == (*items, 6, 2, pairs)
+    close(block.query_rotation.square().sum(-2), torch.ones(*items, 6, pairs))
 
 
 def test_rotations_are_the_models_own_cosines_and_sines_and_weights_stay_as_they_are() -> None:
@@ -142,6 +144,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "tokens added": (both(lambda t: t + t.roll(1, -2)), "features of one token"),
     "rms_norm": (both(lambda t: llama(F.rms_norm(t, (WIDTH,)))), r"got torch\.nn\.functional\.rms_norm .*QK-norm"),
     "norm written out": (both(lambda t: llama(normalised(t))), "factors computed from them; .*QK-norm"),
+    "rounded": (both(lambda t: llama(t.to(torch.int64).to(t.dtype))), r"got torch\.Tensor\.to in between"),
     "changed in place": (both(lambda t: llama(t.clone().mul_(2))), "got torch.Tensor.mul_"),
 }
 
