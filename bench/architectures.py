@@ -13,9 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lipbounds.capture import CapturedAttention, capture
-from lipbounds.targets.attention import Attention
-
 
 START_SEED = 0
 TOKENS = 64
@@ -32,7 +29,6 @@ class Architecture:
         layers: number of attention blocks.
         chosen: the layers that are bounded.
         input: makes an input from a seed.
-        blocks: the attention blocks of the model at an input.
         seconds: expected for all evaluations at one block.
     """
 
@@ -41,7 +37,6 @@ class Architecture:
     layers: int
     chosen: tuple[int, ...]
     input: Callable[[int], Tensor]
-    blocks: Callable[[nn.Module, Tensor], list[CapturedAttention]] = capture
     seconds: float
 
     def model(self) -> nn.Module:
@@ -63,53 +58,6 @@ def image(seed: int) -> Tensor:
 def words(seed: int) -> Tensor:
     """One text of uniformly random tokens."""
     return torch.randint(VOCABULARY, (1, TOKENS), generator=torch.Generator().manual_seed(seed))
-
-
-def llama_blocks(model: nn.Module, tokens: Tensor) -> list[CapturedAttention]:
-    """The attention blocks of a `LlamaModel`, put together from its weights and what goes into each attention module.
-
-    Args:
-        model: a `transformers.LlamaModel`.
-        tokens: of batch size 1.
-    """
-    calls: list[tuple[str, nn.Module, dict[str, Any]]] = []
-    handles = [
-        module.register_forward_pre_hook(
-            lambda module, _, given, name=name: calls.append((name, module, given)), with_kwargs=True
-        )
-        for name, module in model.named_modules()
-        if name.endswith("self_attn")
-    ]
-    try:
-        model(tokens)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [
-        CapturedAttention(module=name, index=index, attention=_llama_block(module, given), residual=0.0)
-        for index, (name, module, given) in enumerate(calls)
-    ]
-
-
-def _llama_block(module: Any, given: dict[str, Any]) -> Attention:
-    width = module.head_dim
-    cos, sin = given["position_embeddings"]
-    rotation = torch.stack([cos, sin], -2)[0, ..., : width // 2]  # both halves hold the same angles
-
-    def columns(projection: nn.Linear) -> Tensor:
-        return projection.weight.mT.unflatten(-1, (-1, width)).movedim(-2, 0).contiguous()
-
-    return Attention(
-        x=given["hidden_states"],
-        w_q=columns(module.q_proj),
-        w_k=columns(module.k_proj),
-        w_v=columns(module.v_proj),
-        w_o=module.o_proj.weight.mT.unflatten(0, (-1, width)).contiguous(),
-        query_rotation=rotation,
-        key_rotation=rotation,
-        scale=module.scaling,
-        causal=True,
-    )
 
 
 ARCHITECTURES = {
@@ -159,7 +107,6 @@ ARCHITECTURES = {
         layers=12,
         chosen=(0, 6, 11),
         input=words,
-        blocks=llama_blocks,
         seconds=10.0,
     ),
 }

@@ -236,7 +236,7 @@ def _digits(count: int) -> Iterator[Case]:
 def _architecture(name: str, found: Architecture, count: int) -> Iterator[Case]:
     model = found.model()
     inputs = [
-        (f"seed-{seed}", tensors_hash([("input", given)]), functools.partial(found.blocks, model, given))
+        (f"seed-{seed}", tensors_hash([("input", given)]), functools.partial(capture, model, given))
         for seed in range(count)
         for given in [found.input(seed)]
     ]

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from typing import cast
 
 import pytest
 import torch
-import transformers
 
-from bench.architectures import VOCABULARY, llama_blocks, words
 from bench.models import SENTENCES, Model, interleaved, tensors_hash, zoo
 
 
@@ -39,35 +36,6 @@ def test_models_and_inputs_are_the_same_every_time_and_quick_ones_come_first(nam
     for one, other in zip(model.cases(1), model.cases(1), strict=True):
         assert torch.equal(one.block.w_q, other.block.w_q)
         assert torch.equal(one.block.x, other.block.x)
-
-
-def test_the_llama_blocks_give_what_the_model_computes() -> None:
-    """In float64, so that nothing but a wrong weight, head, mask or position can make a difference."""
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=24,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
-        model = transformers.LlamaModel(config).eval().double()
-        for parameter in model.parameters():  # the start of the model is too small for positions to matter
-            parameter.copy_(torch.randn_like(parameter) / 2)
-        outputs: list[torch.Tensor] = []
-        for layer in model.layers:
-            cast(torch.nn.Module, layer.self_attn).register_forward_hook(lambda *call: outputs.append(call[-1][0]))
-        blocks = llama_blocks(model, words(0)[:, :9])
-    assert len(blocks) == len(outputs) == 2
-    for found, output in zip(blocks, outputs, strict=True):
-        block = found.attention
-        assert block.features == {"heads", "mask", "rotary"}
-        torch.testing.assert_close(block.forward(), output, rtol=1e-10, atol=1e-10)
-        still = torch.tensor([1.0, 0.0]).double()[:, None].expand(9, 2, 3)
-        unturned = block.replace(query_rotation=still, key_rotation=still)
-        assert (unturned.forward() - output).abs().max() > 1e-2
 
 
 def test_a_run_leaves_the_random_state_of_the_caller_alone() -> None:

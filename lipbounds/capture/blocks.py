@@ -63,6 +63,11 @@ class Call:
     start: int
     dtypes: tuple[torch.dtype, ...] = ()
 
+    @property
+    def sources(self) -> tuple[Tensor, ...]:
+        """What its output moves with: masks, weights and rotary positions are constant."""
+        return tuple(part.source for part in self.parts)
+
 
 def block_of(recorder: Recorder, call: Call, w_o: Tensor, b_o: Tensor | None, cross_moves: CrossMoves) -> Attention:
     """The complete block.
@@ -78,6 +83,7 @@ def block_of(recorder: Recorder, call: Call, w_o: Tensor, b_o: Tensor | None, cr
     fields: dict[str, Any] = {
         **{"x": query.tokens, "w_q": query.weight, "w_k": key.weight, "w_v": value.weight, "w_o": w_o},
         **{"b_q": query.bias, "b_k": key.bias, "b_v": value.bias, "b_o": b_o},
+        **{"query_rotation": query.rotation, "key_rotation": key.rotation},
         **{"scale": call.scale, "logit_bias": call.logit_bias, "causal": call.causal},
     }
     if not (torch.equal(query.tokens, key.tokens) and torch.equal(query.tokens, value.tokens)):

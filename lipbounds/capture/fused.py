@@ -10,9 +10,10 @@ from torch import Tensor
 
 from lipbounds.capture.blocks import Call
 from lipbounds.capture.masks import additive, for_layout
-from lipbounds.capture.operands import Layout, Operand, check_constant, parts_and_layout, trace
+from lipbounds.capture.operands import Layout, Operand, check_constant, parts_and_layout
 from lipbounds.capture.recorder import Recorder
-from lipbounds.capture.trouble import dropout_error
+from lipbounds.capture.tracing import trace
+from lipbounds.capture.trouble import dropout_error, unsupported
 
 
 _FUSED_DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
@@ -57,6 +58,12 @@ def traced_call(
         mask_sources: the model's own tensors that the mask was read from.
         causal: queries see no later keys.
     """
+    query, key, _ = operands
+    alike = (query.rotation is None) == (key.rotation is None) and _order(query).equal(_order(key))
+    if not alike:
+        raise unsupported(
+            recorder.module, "queries and keys must be turned in the same pairs of features, got different ones"
+        )
     lead = torch.broadcast_shapes(*(operand.lead for operand in operands))
     parts, layout = parts_and_layout(recorder, [operand.expand(lead) for operand in operands])
     area = parts[0].tokens.shape[-2], parts[1].tokens.shape[-2]
@@ -69,5 +76,12 @@ def traced_call(
         logit_bias=None if mask is None else for_layout(mask.to(parts[0].tokens.dtype), lead, area, layout),
         causal=causal,
         start=recorder.common_start([operand.invocations for operand in operands]),
+        dtypes=tuple(dtype for operand in operands for dtype in operand.dtypes),
     )
     return call, layout
+
+
+def _order(operand: Operand) -> Tensor:
+    """The column of the call that each column of the operand is."""
+    columns = operand.features.shape[-1]
+    return torch.arange(columns, device=operand.features.device) if operand.order is None else operand.order

@@ -1,4 +1,4 @@
-"""From the queries, keys and values of an attention call back to tokens, weights and heads."""
+"""Queries, keys and values traced back to their projections, and sorted into batch items and heads."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lipbounds.capture.projections import Projection, projection_of
+from lipbounds.capture.projections import Projection
 from lipbounds.capture.recorder import Invocation, Recorder
-from lipbounds.capture.steps import MOVES_AND_SCALES, factor, reindex
-from lipbounds.capture.trouble import check_dropout, origin_in_words, unsupported
+from lipbounds.capture.trouble import unsupported
 
 
 @dc.dataclass(frozen=True, eq=False, slots=True, kw_only=True)
@@ -23,6 +22,7 @@ class Part:
         tokens: shape `*batch n in`.
         weight: shape `heads in width`.
         bias: shape `heads width`.
+        rotation: as `Attention` has it.
         source: the model's own tensor that holds the tokens.
     """
 
@@ -30,6 +30,7 @@ class Part:
     weight: Tensor
     bias: Tensor | None
     source: Tensor
+    rotation: Tensor | None = None
 
 
 @dc.dataclass(frozen=True, eq=False, slots=True, kw_only=True)
@@ -40,7 +41,10 @@ class Operand:
         projection: the call that made them.
         rows: the number of the token that each row belongs to; shape `*lead n`.
         features: the number of the output feature that each column is; shape `*lead width`.
-        factor: what they were multiplied by after the projection.
+        factor: what they were multiplied by after the projection: one number, or one a column.
+        rotation: rotary positions; shape `*lead n 2 pairs`.
+        order: the column of the call that each column here is, where they were sorted; shape `width`.
+        dtypes: in which they were computed, where not in that of the tokens.
         constants: the model's own tensors that weights and factor were read from.
         invocations: the modules that were running during the projection.
     """
@@ -51,15 +55,22 @@ class Operand:
     factor: float | Tensor
     constants: tuple[Tensor, ...]
     invocations: tuple[Invocation, ...]
+    rotation: Tensor | None = None
+    order: Tensor | None = None
+    dtypes: tuple[torch.dtype, ...] = ()
 
     def expand(self, lead: torch.Size) -> Operand:
         """Broadcast the leading dimensions to `lead` and flatten them."""
         rows, features = (t.expand(*lead, t.shape[-1]).reshape(-1, t.shape[-1]) for t in (self.rows, self.features))
-        return dc.replace(self, rows=rows, features=features)
+        rotation = self.rotation
+        if rotation is not None:
+            rotation = rotation.expand(*lead, *rotation.shape[-3:]).reshape(-1, *rotation.shape[-3:])
+        return dc.replace(self, rows=rows, features=features, rotation=rotation)
 
     def take(self, lead: Tensor) -> Operand:
         """The entries of a flat leading dimension that the index tensor `lead` names."""
-        return dc.replace(self, rows=self.rows[lead], features=self.features[lead])
+        rotation = None if self.rotation is None else self.rotation[lead]
+        return dc.replace(self, rows=self.rows[lead], features=self.features[lead], rotation=rotation)
 
     def times(self, gain: Tensor, read_from: Iterable[Tensor]) -> Operand:
         """Multiplied by one more number, which was computed from the tensors `read_from`."""
@@ -68,47 +79,6 @@ class Operand:
     @property
     def lead(self) -> torch.Size:
         return self.rows.shape[:-1]
-
-
-def trace(recorder: Recorder, tensor: Tensor, role: str, *, transposed: bool = False, repeats: int = 1) -> Operand:
-    """Find the projection behind the queries, keys or values of a call, and which token and feature went where.
-
-    The steps between projection and call are not interpreted: they are run again on the token numbers and on the
-    feature numbers. Whatever layout the model chose, the result says which weight belongs to which head.
-
-    Args:
-        recorder: of the run.
-        tensor: shape `*lead n width`.
-        role: "queries", "keys" or "values", for messages.
-        transposed: `tensor` has the shape `*lead width n` instead.
-        repeats: how often each head is used (grouped-query attention).
-    """
-    root, chain = recorder.walk(tensor, MOVES_AND_SCALES)
-    found = projection_of(recorder, root)
-    if found is None:
-        raise unsupported(
-            recorder.module,
-            f"the {role} must come from a linear projection of the tokens through re-indexing and scaling only, "
-            f"got {origin_in_words(recorder, root)} in between",
-        )
-    check_dropout(recorder.module, chain)
-    index = [reindex(chain, table) for table in (found.row_index(), found.feature_index())]
-    index = [table.mT if transposed else table for table in index]
-    rows, features = (t.repeat_interleave(repeats, -3) if repeats > 1 else t for t in index)
-    mixed = (rows != rows[..., :1]).any() | (features != features[..., :1, :]).any()
-    if bool(mixed) or rows.shape[-2:] != (tensor.mT if transposed else tensor).shape[-2:]:
-        raise unsupported(
-            recorder.module, f"each row of the {role} of a head must hold features of one token, got tokens mixed"
-        )
-    record = recorder.record(root)
-    return Operand(
-        projection=found,
-        rows=rows[..., 0],
-        features=features[..., 0, :],
-        factor=factor(chain),
-        constants=(*found.constants, *(other for step in chain if step.kind == "scale" for other in step.others)),
-        invocations=() if record is None else record.invocations,
-    )
 
 
 @dc.dataclass(frozen=True, eq=False, slots=True, kw_only=True)
@@ -166,12 +136,24 @@ def _part(recorder: Recorder, operand: Operand, layout: Layout) -> Part:
     if bool((rows.sort(dim=-1).values.diff(dim=-1) == 0).any()):
         raise unsupported(recorder.module, "each token must be used once in a block, got one that is repeated")
     found = operand.projection
-    check_constant(recorder, found.tokens, "projection weights", operand.constants)
+    check_constant(recorder, found.tokens, "projection weights and rotary positions", operand.constants)
     # Indexing copies, so later in-place changes of the model's tensors do not reach the block.
     tokens = found.rows(found.tokens)[rows].view(*layout.batch_shape, rows.shape[-1], -1)
     weight = found.weight[:, features].movedim(0, 1) * operand.factor
     bias = None if found.bias is None else found.bias[features] * operand.factor
-    return Part(tokens=tokens, weight=weight, bias=bias, source=found.tokens)
+    rotation = None if operand.rotation is None else _rotation(recorder, operand.rotation, layout)
+    return Part(tokens=tokens, weight=weight, bias=bias, source=found.tokens, rotation=rotation)
+
+
+def _rotation(recorder: Recorder, rotation: Tensor, layout: Layout) -> Tensor:
+    """Without its heads, and without the batch if it is the same for all."""
+    rotation = rotation[layout.cell]
+    if not bool((rotation == rotation[:, :1]).all()):
+        raise unsupported(recorder.module, "rotary positions must be the same for all heads, got different ones")
+    rotation = rotation[:, 0]
+    if bool((rotation == rotation[:1]).all()):
+        return rotation[0].clone()
+    return rotation.view(*layout.batch_shape, *rotation.shape[1:])
 
 
 def check_constant(recorder: Recorder, tokens: Tensor, name: str, constants: Iterable[Any]) -> None:

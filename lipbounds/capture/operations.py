@@ -29,14 +29,24 @@ REINDEX: Functions = _named(
 WITHOUT_STRIDES = {torch.Tensor.view: torch.Tensor.reshape, torch.Tensor.view_as: torch.Tensor.reshape_as}
 # Re-indexing if all but one of the tensors are empty, as in the first step of a key-value cache.
 JOIN: Functions = _named("cat", "concat", "concatenate")
+STACK: Functions = _named("stack")
 COPY: Functions = _named("contiguous", "clone", "detach")
 CAST: Functions = _named("to", "type", "type_as", "float", "double", "half", "bfloat16")
 DROPOUT: Functions = _named("dropout") | {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout}
+
+# Queries and keys that went through one of these are no linear function of the tokens.
+NORMALIZE: Functions = frozenset({F.layer_norm, F.rms_norm, F.normalize, F.group_norm})
 
 MULTIPLY: Functions = _named("mul", "multiply", "__mul__", "__rmul__")
 DIVIDE: Functions = _named("div", "divide", "true_divide", "__truediv__")
 ADD: Functions = _named("add", "__add__", "__radd__")
 SUBTRACT: Functions = _named("sub", "subtract", "__sub__")
+NEGATE: Functions = _named("neg", "negative", "__neg__")
+AS_COMPLEX: Functions = _named("view_as_complex")
+AS_REAL: Functions = _named("view_as_real")
+# Linear in tensors made of one projection, if all else that goes in is constant: what rotary positions are made of.
+COMBINE: Functions = MULTIPLY | DIVIDE | ADD | SUBTRACT | NEGATE | JOIN | STACK | AS_COMPLEX | AS_REAL
+FOLLOWED: Functions = REINDEX | COPY | CAST | DROPOUT | COMBINE
 FILL: Functions = _named("masked_fill", "where")
 SOFTMAX: Functions = _named("softmax") | {F.softmax, torch.special.softmax}
 
@@ -55,6 +65,8 @@ MULTI_HEAD_ATTENTION: Functions = frozenset({F.multi_head_attention_forward})
 QUESTION: Functions = _named("size", "dim", "numel", "is_floating_point", "is_complex") | frozenset(
     getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_nested", "requires_grad")
 )
+# They take the shape, dtype or device of the second tensor, not its values.
+FIRST_ONLY: Functions = CAST | _named("view_as", "reshape_as", "expand_as")
 # They take the shape and dtype of a tensor, not its values.
 LIKE: Functions = _named(
     *("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"),

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lipbounds.capture import operations as ops
-from lipbounds.capture.steps import AFFINE, Kinds, Step, classify, tensors_in, version
+from lipbounds.capture.steps import AFFINE, LINEAR, Kinds, Step, classify, tensors_in, version
 
 
 Function = Callable[..., Any]
@@ -77,15 +77,18 @@ class Recorder(TorchFunctionMode):
         if not outputs and not changed:
             return result
         inputs = None if self.listener is None else self.listener(func, args, kwargs, result)
-        taken = () if func in ops.LIKE else inputs if inputs is not None else tuple(t for t, _ in before)
+        if inputs is None:
+            used = 0 if func in ops.LIKE else 1 if func in ops.FIRST_ONLY else len(before)
+            inputs = tuple(tensor for tensor, _ in before[:used])
         for tensor in changed:
-            self._add(tensor, func, None, taken)
+            self._add(tensor, func, None, inputs)
         known = {id(tensor) for tensor, _ in before}
         for position, output in enumerate(outputs):
             # A function that returns its argument unchanged, as `contiguous` often does, leaves its origin as it was.
             if id(output) not in known:
                 pick = position if isinstance(result, tuple | list) else None
-                self._add(output, func, classify(func, args, kwargs, output, pick, self.is_score), taken)
+                step = classify(func, args, kwargs, output, pick, self.is_score, self.projected)
+                self._add(output, func, step, inputs)
         return result
 
     def _add(self, tensor: Tensor, func: Function, step: Step | None, taken: tuple[Tensor, ...]) -> None:
@@ -128,6 +131,13 @@ class Recorder(TorchFunctionMode):
         """Whether `tensor` is a product of two matrices, apart from steps that keep it affine in that product."""
         step = self.fresh_step(self.walk(tensor, AFFINE)[0])
         return step is not None and step.function in ops.PRODUCT
+
+    def projected(self, tensor: Tensor) -> Tensor | None:
+        """The result of a projection that `tensor` was made of by linear steps; None if there is no such."""
+        root = self.walk(tensor, LINEAR)[0]
+        step = self.fresh_step(root)
+        found = step is not None and (step.function in ops.PROJECTION or step.kind == "shift")
+        return root if found else None
 
     def is_parameter(self, tensor: Tensor) -> bool:
         """Whether `tensor` is a parameter or buffer of the model."""

@@ -38,7 +38,8 @@ def capture(model: nn.Module, *args: Any, cross_moves: CrossMoves = "query", **k
     The model is run once. Each block is recomputed from what was captured and compared with what the model computed.
     Attention is found in calls of `scaled_dot_product_attention`, in `nn.MultiheadAttention` (also inside
     `nn.TransformerEncoderLayer`) and where it is written out as `softmax(scale * q @ k.T + mask) @ v`. Self-attention
-    is told from cross-attention by the values: queries, keys and values projected from equal tokens. A captured block
+    is told from cross-attention by the values: queries, keys and values projected from equal tokens. Rotary positions
+    are read off the steps between projection and attention, in whatever layout these have. A captured block
     ends with its output projection; a bias that is added in a separate call afterwards is not part of it.
 
     Args:
@@ -52,7 +53,7 @@ def capture(model: nn.Module, *args: Any, cross_moves: CrossMoves = "query", **k
         tensors are copied.
 
     Raises:
-        Unsupported: a block that `Attention` cannot express, such as one with rotary positions, or no block at all.
+        Unsupported: a block that `Attention` cannot express, such as one with normalised queries, or no block at all.
         InvalidInput: dropout that is active; a query that sees no key; inference mode.
     """
     if not isinstance(model, nn.Module):
@@ -98,20 +99,17 @@ class _Collector:
         """Take note of one call; returns the tensors that an attention output moves with, None for other calls."""
         self._close(function, args, kwargs, result)
         if function in ops.FUSED_ATTENTION:
-            given = fused_arguments(args, kwargs)
-            self._begin(*fused_call(self._recorder, given), result)
-            return given["query"], given["key"], given["value"]
+            return self._begin(*fused_call(self._recorder, fused_arguments(args, kwargs)), result)
         if function in ops.MULTI_HEAD_ATTENTION:
             given = multi_head_arguments(args, kwargs)
             call, output = multi_head_call(self._recorder, given, result[0])
             self._finish(self._count, call, output)
             self._count += 1
-            return given["query"], given["key"], given["value"]
+            return call.sources
         if function in ops.PRODUCT:
             inputs = written_out_inputs(self._recorder, args, kwargs)
             if inputs is not None:
-                self._begin(*written_out_call(self._recorder, args, kwargs, inputs), result)
-            return inputs
+                return self._begin(*written_out_call(self._recorder, args, kwargs, inputs), result)
         for factor in tensors_in(args) if function in ops.OTHER_PRODUCT else ():
             refuse_changed_map(self._recorder, factor)
         return None
@@ -133,9 +131,10 @@ class _Collector:
             )
         return [self._done[index] for index in sorted(self._done)]
 
-    def _begin(self, call: Call, layout: Layout, mixed: Tensor) -> None:
+    def _begin(self, call: Call, layout: Layout, mixed: Tensor) -> tuple[Tensor, ...]:
         self._open[self._count] = self._outputs[mixed] = _Open(self._count, call, layout, version(mixed))
         self._count += 1
+        return call.sources
 
     def _close(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Complete the block whose attention output goes into this call, if it is a projection."""

@@ -15,13 +15,15 @@ from lipbounds.errors import InvalidInput
 
 
 # reindex: moves entries around; same: copies; cast: changes the dtype; scale: times one number; shift: plus a tensor;
-# fill: overwrites some entries; dropout: with a positive probability; call: not followed, only looked at.
-Kind = Literal["reindex", "same", "cast", "scale", "shift", "fill", "dropout", "call"]
+# fill: overwrites some entries; combine: linear in what was made of one projection; dropout: with a positive
+# probability; call: not followed, only looked at.
+Kind = Literal["reindex", "same", "cast", "scale", "shift", "fill", "combine", "dropout", "call"]
 Kinds = tuple[Kind, ...]
 MOVES: Kinds = ("reindex", "same", "dropout")
 MOVES_AND_SCALES: Kinds = (*MOVES, "scale")
 MOVES_AND_CASTS: Kinds = (*MOVES, "cast")
 AFFINE: Kinds = (*MOVES_AND_SCALES, "cast", "shift", "fill")
+LINEAR: Kinds = (*MOVES_AND_SCALES, "cast", "combine")
 
 
 @dc.dataclass(frozen=True, eq=False, slots=True)
@@ -77,6 +79,7 @@ def classify(
     output: Tensor,
     pick: int | None,
     is_score: Callable[[Tensor], bool],
+    projected: Callable[[Tensor], Tensor | None],
 ) -> Step | None:
     """The call as a step; None if it does nothing that capture can follow.
 
@@ -86,12 +89,15 @@ def classify(
         kwargs: its keyword arguments.
         output: the result, or one of several.
         pick: which of several results `output` is.
-        is_score: tells whether a tensor is made of attention scores; sums are followed for those only.
+        is_score: tells whether a tensor is made of attention scores; sums with constants are followed for those only.
+        projected: the result of a projection that a tensor was made of by linear steps, or None.
     """
     tensors = tensors_in(args, kwargs)
     if not tensors:
         return None
     kind, source = _kind(function, args, kwargs, tensors, output, is_score)
+    if kind is None and function in ops.COMBINE:
+        kind, source = _combined(function, kwargs, tensors, projected)
     if kind is None or source is None:
         return None
     versions = tuple((tensor, version(tensor)) for tensor in tensors)
@@ -149,6 +155,30 @@ def _scaled(
         if isinstance(source, Tensor) and source is not other and source.shape == output.shape and is_number:
             return None if function in ops.DIVIDE and source is second else source
     return None
+
+
+def _combined(
+    function: Callable[..., Any],
+    kwargs: dict[str, Any],
+    tensors: list[Tensor],
+    projected: Callable[[Tensor], Tensor | None],
+) -> tuple[Kind | None, Tensor | None]:
+    """A call that is linear in tensors made of one projection.
+
+    A sum is followed only if all of it was made of the same one: to follow residual connections would keep the whole
+    run in memory.
+    """
+    filled = [tensor for tensor in tensors if tensor.numel() > 0]
+    roots = [projected(tensor) for tensor in filled]
+    moving = [tensor for tensor, root in zip(filled, roots, strict=True) if root is not None]
+    if not moving or "alpha" in kwargs or "rounding_mode" in kwargs:
+        return None, None
+    if function in ops.MULTIPLY | ops.DIVIDE:
+        fits = len(filled) == 2 and len(moving) == 1 and (function in ops.MULTIPLY or moving[0] is filled[0])
+    else:
+        two = len(filled) == 2 or function not in ops.ADD | ops.SUBTRACT
+        fits = two and all(root is roots[0] for root in roots)
+    return ("combine", moving[0]) if fits else (None, None)
 
 
 def replay(chain: Iterable[Step], value: Tensor) -> Tensor:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor
 from torch.overrides import resolve_name
 
+from lipbounds.capture import operations as ops
 from lipbounds.capture.recorder import Recorder
 from lipbounds.capture.steps import Step
 from lipbounds.errors import InvalidInput, Unsupported
+
+
+QK_NORM = "a normalisation of queries and keys (QK-norm) is not part of Attention"
 
 
 def place(module: str) -> str:
@@ -22,6 +27,24 @@ def unsupported(module: str, reason: str) -> Unsupported:
     return Unsupported(
         f"{place(module)} cannot be captured: {reason}; build the Attention by hand if the block has this form."
     )
+
+
+def unfollowed_in_words(recorder: Recorder, tensor: Tensor) -> str:
+    """The functions nearest to `tensor`, where the trace ends, that are not followed from there to a projection."""
+    origin = recorder.origin(tensor)
+    waiting, seen, met = [origin], {origin}, dict[Any, None]()
+    while waiting:
+        origin = waiting.pop()
+        if origin is None or origin.function is None or origin.function in ops.PROJECTION:
+            continue
+        if origin.function not in ops.FOLLOWED:
+            met[origin.function] = None
+            continue
+        fresh = [parent for parent in origin.parents if parent not in seen]
+        seen.update(fresh)
+        waiting.extend(fresh)
+    names = " and ".join(map(function_name, met)) if met else origin_in_words(recorder, tensor)
+    return f"{names} in between" + (f"; {QK_NORM}" if not ops.NORMALIZE.isdisjoint(met) else "")
 
 
 def origin_in_words(recorder: Recorder, tensor: Tensor) -> str:

@@ -12,11 +12,12 @@ from lipbounds.capture import operations as ops
 from lipbounds.capture.blocks import Call
 from lipbounds.capture.fused import traced_call
 from lipbounds.capture.masks import additive
-from lipbounds.capture.operands import Layout, trace
+from lipbounds.capture.operands import Layout
 from lipbounds.capture.projections import product_operands
 from lipbounds.capture.recorder import Recorder
 from lipbounds.capture.steps import AFFINE, MOVES_AND_CASTS, Step, factor, reindex, replay
-from lipbounds.capture.trouble import check_dropout, origin_in_words, unsupported
+from lipbounds.capture.tracing import trace
+from lipbounds.capture.trouble import check_dropout, origin_in_words, unfollowed_in_words, unsupported
 
 
 # What a model fills in for a hidden logit; nothing below it survives the softmax unless the whole row is hidden.
@@ -41,7 +42,7 @@ def written_out_inputs(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[s
         raise unsupported(
             recorder.module,
             "the logits must be a product of queries and keys, scaled and masked only, "
-            f"got {origin_in_words(recorder, scores_root)} on the way",
+            f"got {unfollowed_in_words(recorder, scores_root)}",
         )
     return (*product_operands(scores.args, scores.kwargs), right)
 
@@ -78,7 +79,8 @@ def written_out_call(
     masks = [other for step in before if step.kind in ("shift", "fill") for other in step.others]
     bias = reindex(after, _logit_bias(recorder, scores, before)).reshape(-1, *softmax.shape[-2:]).to(value.dtype)
     call, layout = traced_call(recorder, [*operands, values.expand(lead_of.shape)], gain, bias, masks)
-    return dc.replace(call, dtypes=(softmax.dtype, *(step.dtype for step in (*before, *after)))), layout
+    dtypes = (*call.dtypes, softmax.dtype, *(step.dtype for step in (*before, *after)))
+    return dc.replace(call, dtypes=dtypes), layout
 
 
 def _lead_in_scores(recorder: Recorder, scores: Tensor, before: list[Step], after: list[Step], softmax: Step) -> Tensor:

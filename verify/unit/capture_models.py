@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor, nn
 
 from lipbounds.capture import CapturedAttention, capture
@@ -168,39 +167,3 @@ def multi_head(**options: Any) -> nn.Module:
     for parameter in layer.parameters():  # biases start at zero, where a lost one would not be seen
         nn.init.normal_(parameter)
     return layer
-
-
-SIZES = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 32}
-TEXT = {"vocab_size": 50, "max_position_embeddings": 20, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-T5 = {"vocab_size": 50, "d_model": 24, "d_kv": 6, "d_ff": 32, "num_layers": 3, "num_decoder_layers": 1, "num_heads": 4}
-GPT2 = {
-    "vocab_size": 50,
-    "n_embd": 24,
-    "n_layer": 3,
-    "n_head": 4,
-    "n_positions": 20,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-DISTIL = {"dim": 24, "n_layers": 3, "n_heads": 4, "hidden_dim": 32}
-HUB: dict[str, tuple[dict[str, Any], str, str]] = {
-    "Bert": (SIZES | TEXT, "encoder.layer.{}.attention.self", "encoder.layer.{}.attention.output.dense"),
-    "Roberta": (SIZES | TEXT, "encoder.layer.{}.attention.self", "encoder.layer.{}.attention.output.dense"),
-    "DistilBert": (DISTIL | TEXT, "transformer.layer.{}.attention", "transformer.layer.{}.attention.out_lin"),
-    "GPT2": (GPT2, "h.{}.attn", "h.{}.attn.c_proj"),
-    "ViT": (SIZES | {"image_size": 16, "patch_size": 4}, "", "layers.{}.attention.o_proj"),
-    "T5": (T5, "encoder.block.{}.layer.0.SelfAttention", "encoder.block.{}.layer.0.SelfAttention.o"),
-}
-
-
-def hub_model(name: str, implementation: str = "sdpa") -> nn.Module:
-    config = getattr(transformers, f"{name}Config")(**HUB[name][0], attn_implementation=implementation)
-    return getattr(transformers, f"{name}Model")(config).eval()
-
-
-def hub_inputs(name: str, padded: bool) -> dict[str, Tensor]:
-    if name == "ViT":
-        return {"pixel_values": torch.randn(2, 3, 16, 16)}
-    ids = torch.randint(3, 50, (2, 7))
-    mask = {"attention_mask": (torch.arange(7) < torch.tensor([[7], [4]])).long()} if padded else {}
-    return {"input_ids": ids, **mask, **({"decoder_input_ids": ids[:, :5]} if name == "T5" else {})}

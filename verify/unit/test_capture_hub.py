@@ -2,45 +2,96 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import transformers
+from torch import Tensor, nn
 
+from lipbounds.capture import CapturedAttention, capture
 from lipbounds.errors import Unsupported
 from lipbounds.models.minilm import minilm_folder
-from verify.unit.capture_models import (
-    HUB,
-    SIZES,
-    TEXT,
-    close,
-    hub_inputs,
-    hub_model,
-    run,
-)
+from verify.unit.capture_hub_models import HUB, hub_inputs, hub_model
+from verify.unit.capture_models import close, run
 from verify.unit.capture_models import float64_and_seed as float64_and_seed
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize(
-    ("name", "padded"), [(name, p) for name in HUB for p in (False, True) if name != "ViT" or not p]
-)
-def test_every_layer_of_a_transformers_model_is_found(name: str, implementation: str, padded: bool) -> None:
-    model, outputs = hub_model(name, implementation), []
-    for i in range(3):
-        projection = model.get_submodule(HUB[name][2].format(i))
-        projection.register_forward_hook(lambda *call: outputs.append(call[-1]))
-    found = run(model, **hub_inputs(name, padded))
-    assert len(found) == (5 if name == "T5" else 3)
-    # ViT's written-out attention rounds its maps to float32.
-    tolerance = 1e-6 if (name, implementation) == ("ViT", "eager") else 1e-12
-    for i, (block, output) in enumerate(zip(found[:3], outputs, strict=True)):
-        assert block.module == (HUB[name][1] or "layers.{}.attention").format(i)
-        torch.testing.assert_close(block.attention.forward(), output, rtol=tolerance, atol=tolerance)
-        assert block.residual < tolerance
+CASES = [(name, way, False) for name, hub in HUB.items() for way in hub.captured]
+CASES += [("Bert", "sdpa", True), ("GPT2", "eager", True), ("Mistral", "sdpa", True), ("T5", "eager", True)]
+# Models that take the softmax or turn the queries in float32 whatever the rest is in.
+TOLERANCE = 3e-6
+
+
+class Calls:
+    """The first input and the output of every call of a module that has the form of a block or a layer."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.calls: list[tuple[Tensor, Tensor]] = []
+        for module in model.modules():
+            module.register_forward_hook(self._note)
+
+    def _note(self, module: nn.Module, given: tuple[Any, ...], result: Any) -> None:
+        output = result[0] if isinstance(result, tuple) else result
+        if given and isinstance(given[0], Tensor) and isinstance(output, Tensor):
+            self.calls.append((given[0], output))
+
+    def into(self, value: Tensor) -> Tensor:
+        """The model's own tensor of this value, which was given to a module."""
+        return next(given for given, _ in self.calls if given.equal(value))
+
+    def out_of(self, value: Tensor) -> Tensor:
+        """The model's own tensor of this value, up to rounding, which a module returned."""
+        return next(
+            output
+            for _, output in self.calls
+            if output.shape == value.shape and torch.allclose(output, value, rtol=TOLERANCE, atol=TOLERANCE)
+        )
+
+
+def check_derivative(found: CapturedAttention, calls: Calls) -> None:
+    """The derivative of the block is what autograd finds between two tensors of the model itself."""
+    block, cotangent = found.attention, torch.randn_like(found.attention.forward())
+    tokens, output = calls.into(block.x), calls.out_of(block.forward())
+    (expected,) = torch.autograd.grad(output, tokens, cotangent, retain_graph=True)
+    torch.testing.assert_close(block.vjp(cotangent), expected, rtol=TOLERANCE, atol=TOLERANCE * float(expected.norm()))
+
+
+@pytest.mark.usefixtures("as_a_user_runs_it")  # shape checks at every recorded call would triple the time
+@pytest.mark.parametrize(("name", "way", "padded"), CASES)
+def test_every_block_of_a_transformers_model_is_found_with_its_derivative(name: str, way: str, padded: bool) -> None:
+    model = hub_model(name, way)
+    calls = Calls(model)
+    found = capture(model, **hub_inputs(name, padded))
+    assert [block.index for block in found] == list(range(HUB[name].blocks))
+    for block in found:
+        assert block.residual < TOLERANCE
+        if way == HUB[name].captured[0]:
+            check_derivative(block, calls)
+    assert tuple(block.index for block in found if block.attention.moves == "query") == HUB[name].crossed
+
+
+@pytest.mark.parametrize("name", [name for name, hub in HUB.items() if hub.refused])
+def test_what_no_attention_can_express_is_refused_with_module_and_reason(name: str) -> None:
+    for way in ["sdpa"] * HUB[name].sdpa + ["eager"]:
+        with pytest.raises(Unsupported, match=rf"the attention in '.+' cannot be captured: .*{HUB[name].refused}"):
+            run(hub_model(name, way), **hub_inputs(name))
+
+
+def test_logits_changed_in_place_are_refused() -> None:
+    with pytest.raises(Unsupported, match=r"self_attention.*got torch\.Tensor\.div_"):
+        run(hub_model("Falcon", "eager"), **hub_inputs("Falcon"))
+
+
+def test_grouped_weights_are_those_of_the_model_once_for_each_query_head() -> None:
+    (found, _) = run(model := hub_model("Llama"), **hub_inputs("Llama"))
+    keys = model.layers[0].self_attn.k_proj.weight.view(2, 8, 32).mT
+    assert found.attention.w_k.equal(keys.repeat_interleave(2, 0))
+    assert found.attention.causal
 
 
 def test_a_batch_of_one_stays_a_batch_in_spite_of_a_flat_projection() -> None:
-    assert run(hub_model("GPT2"), torch.randint(3, 50, (1, 7)))[0].attention.x.shape == (1, 7, 24)
+    assert run(hub_model("GPT2"), torch.randint(3, 50, (1, 7)))[0].attention.x.shape == (1, 7, 32)
 
 
 @pytest.mark.parametrize("name", ["Bert", "GPT2"])
@@ -64,12 +115,6 @@ def test_a_pretrained_encoder_is_captured_with_its_own_weights(dtype: torch.dtyp
     for block, layer in zip(found, model.encoder.layer, strict=True):
         assert block.attention.w_k.equal(layer.attention.self.key.weight.view(12, 32, 384).mT)
         assert block.attention.dtype == dtype
-
-
-def test_rotary_positions_are_refused_with_module_and_function() -> None:
-    llama = transformers.LlamaModel(transformers.LlamaConfig(**SIZES, **TEXT))
-    with pytest.raises(Unsupported, match=r"'layers\.0\.self_attn'.*queries.*got torch\.Tensor\.add"):
-        run(llama, torch.randint(3, 50, (2, 7)))
 
 
 def test_capturing_does_not_change_the_output_of_the_model() -> None:

@@ -48,7 +48,7 @@ UNSUPPORTED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "keys shifted": (lambda: Fused(change=lambda q, k, v: (q, k + 1, v)), "keys.*got torch.Tensor.add"),
     "cached": (
         lambda: Fused(change=lambda q, k, v: (q, torch.cat([k, k], -2), torch.cat([v, v], -2))),
-        "got torch.cat",
+        "used once",
     ),
     "tokens mixed": (lambda: Fused(change=lambda q, k, v: (q.mT.reshape(q.shape), k, v)), "features of one token"),
     "tokens repeated": (lambda: Fused(change=lambda q, k, v: (q[:, :, :1].expand(q.shape), k, v)), "used once"),
