@@ -59,7 +59,7 @@ def _maps(data: Data) -> Figure | None:
     for number, entry in enumerate(shown["maps"]):
         axes = canvas.add_subplot(grid[3 * number])
         weights, g_1 = np.array(entry["map"]), np.array(entry["g_1"])
-        picture = axes.imshow(weights, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        axes.imshow(weights, cmap="Blues", vmin=0, vmax=1, aspect="auto")
         axes.set_title(f"{entry['kind']}\nlayer {entry['layer']}, head {entry['head']}", loc="left", fontsize=9)
         axes.set_xlabel("key")
         axes.set_xticks([0, len(weights[0]) - 1])
@@ -74,7 +74,7 @@ def _maps(data: Data) -> Figure | None:
         bars.tick_params(labelleft=False, left=False)
         bars.spines[["top", "right"]].set_visible(False)
     place = canvas.add_axes((0.91, 0.2, 0.009, 0.55))
-    canvas.colorbar(picture, cax=place, label="attention")
+    canvas.colorbar(mpl.cm.ScalarMappable(mpl.colors.Normalize(0, 1), "Blues"), cax=place, label="attention")
     canvas.text(
         0.125,
         1.06,

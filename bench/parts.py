@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.sparse.linalg import LinearOperator, svds
-from scipy.stats import spearmanr
 from torch import Tensor
 
+from bench.correlation import spearman_within
 from bench.evaluate import Case, question
 from bench.records import Record
 from bench.tasks.tightness import LARGEST_RESIDUAL, LOWER, SMALL, STEPS, TASK
@@ -123,9 +123,12 @@ def row_correlations(block: Attention) -> dict[str, float | None] | None:
     g_1 = g_upper_from_logits(block.logits).mean(-2).numpy()
     whole, mixing = jacobian(block), jacobian(mixing_block(block))
     parts = {"constant": whole, "mixing": mixing, "softmax": whole - mixing}
-    with np.errstate(invalid="ignore"):
-        found = {name: float(spearmanr(g_1, _row_norms(part, block.tokens)).statistic) for name, part in parts.items()}
-    return {name: value if np.isfinite(value) else None for name, value in found.items()}
+    found: dict[str, float | None] = {}
+    for name, part in parts.items():
+        norms = _row_norms(part, block.tokens)
+        value = float(spearman_within(g_1[None], norms[None], np.arange(block.tokens)[None])[0])
+        found[name] = value if np.isfinite(value) else None
+    return found
 
 
 def _row_norms(dense: Tensor, tokens: int) -> np.ndarray:
@@ -139,8 +142,9 @@ def _norm(forward: Any, backward: Any, out_shape: tuple[int, ...], in_shape: tup
     def product(function: Any, shape: tuple[int, ...]) -> Any:
         return lambda vector: function(torch.from_numpy(np.asarray(vector).reshape(shape).copy())).numpy().ravel()
 
-    operator: Any = LinearOperator(
-        size, matvec=product(forward, in_shape), rmatvec=product(backward, out_shape), dtype=np.float64
-    )
+    make: Any = LinearOperator  # the stubs of scipy know one of its two forms
+    operator = make(size, matvec=product(forward, in_shape), rmatvec=product(backward, out_shape), dtype=np.float64)
     start = np.random.default_rng(0).standard_normal(min(size))
-    return float(svds(operator, k=1, tol=TOLERANCE, v0=start, return_singular_vectors=False)[0])
+    options: dict[str, Any] = {"k": 1, "tol": TOLERANCE, "v0": start, "return_singular_vectors": False}
+    values: Any = svds(operator, **options)
+    return float(values[0])

@@ -12,7 +12,7 @@ from bench.perturbation import Effort, Norm, _apgd, smallest_found
 EFFORT = Effort(iterations=20, fab_targets=9, apgd_targets=3)
 
 
-def linear() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+def linear() -> tuple[nn.Sequential, torch.Tensor, torch.Tensor]:
     """Ten classes, two images far from the ends of [0, 1]."""
     generator = torch.Generator().manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 10, bias=False))
@@ -21,14 +21,21 @@ def linear() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     return model, images, model(images).argmax(1)
 
 
-def truth(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, dual: float) -> torch.Tensor:
-    weight, logits = model[1].weight.double(), model(images).double()
+def truth(model: nn.Sequential, images: torch.Tensor, labels: torch.Tensor, dual: float) -> torch.Tensor:
+    weight, logits = model.get_parameter("1.weight").double(), model(images).double()
     found = []
     for row, label in zip(logits, labels, strict=True):
         others = torch.arange(10) != label
         slopes = torch.linalg.vector_norm((weight[label] - weight)[others], dual, dim=1)
         found.append(((row[label] - row[others]) / slopes).min())
     return torch.stack(found)
+
+
+class Shift(nn.Module):
+    """Makes the last class win."""
+
+    def forward(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits + torch.arange(10.0)
 
 
 @pytest.mark.parametrize(("norm", "dual"), [("L2", 2.0), ("Linf", 1.0)])
@@ -58,7 +65,7 @@ def test_apgd_keeps_to_the_radius_of_each_image(norm: Norm, dual: float) -> None
 def test_nothing_found_is_infinite() -> None:
     pytest.importorskip("pyautoattack")
     model, images, labels = linear()
-    model[1].weight.data.zero_()
-    model[1].bias = nn.Parameter(torch.arange(10.0))
+    model.get_parameter("1.weight").data.zero_()
+    model = nn.Sequential(model, Shift())
     found = smallest_found(model, images, torch.full_like(labels, 9), "L2", EFFORT)
     assert found.isinf().all()
