@@ -14,7 +14,6 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
 
 from bench.attention_links import MEAN, Data, arrays, attacked, over_layers
 from bench.correlation import estimate, spearman_within
@@ -132,13 +131,19 @@ def _scatter(data: Data) -> Figure:
         axes = next(places)
         _points(axes, over_layers(found[MEAN]), distances[:1])
         axes.set(xlabel="mean g_1 (mean over layers)", ylabel="perturbation that fools it, l2")
-        axes.set_title(_title(f"{name}: g_1 and the perturbation", over_layers(found[MEAN]), distances[:1]), **_LEFT)
+        axes.set_title(
+            _title(
+                f"{name}: g_1 and what fools an image,\none point an image", over_layers(found[MEAN]), distances[:1]
+            ),
+            **_LEFT,
+        )
         axes = next(places)
         _points(axes, first, distances[:1])
         ends = [0, float(max(first.max(), distances.max()))]
-        axes.plot(ends, ends, color="black", linewidth=0.8)
+        axes.plot(ends, ends, color="black", linewidth=0.8, label="equal")
+        axes.legend(fontsize=8, frameon=False)
         axes.set(xlabel="margin over slope (linear model)", ylabel="perturbation that fools it, l2")
-        axes.set_title(_title(f"{name}: margin over slope", first, distances[:1]), **_LEFT)
+        axes.set_title(_title(f"{name}: margin over slope and what fools\nan image", first, distances[:1]), **_LEFT)
     canvas.tight_layout()
     return canvas
 
@@ -153,13 +158,13 @@ def _constants(axes: Axes, name: str, model: Data) -> None:
     for layer, colour in enumerate(colours):
         axes.scatter(x[layer], y[layer], s=11, color=colour, label=f"layer {layer}", linewidths=0)
     axes.set_yscale("log")
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.minorticks_off()
     axes.yaxis.set_major_formatter("{x:g}")
     ticks = [tick for tick in (1, 2, 3, 5, 10, 20, 30, 50, 100) if y.min() * 0.9 <= tick <= y.max() * 1.1]
     axes.set_yticks(ticks)
     axes.set(xlabel="mean g_1 of the block", ylabel="true local constant of the block")
-    axes.set_title(_title(f"{name}: g_1 and the constant,\nwithin layers", x, y), **_LEFT)
-    axes.legend(fontsize=7, frameon=False, handletextpad=0.1, ncols=2)
+    axes.set_title(_title(f"{name}: g_1 and the constants of blocks,\nwithin layers", x, y), **_LEFT)
+    axes.legend(fontsize=7, framealpha=0.8, edgecolor="none", handletextpad=0.1, borderpad=0.1, ncols=2)
     _frame(axes)
 
 

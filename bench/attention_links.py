@@ -1,7 +1,8 @@
 """The numbers behind the page of the task `attention`: arrays over layers and inputs, and the links of the explanation.
 
-The explanation under test (Yudin et al. 2025): rows with a small g_1 give small local constants, and these make a model
-harder to fool. Each link is a correlation with the sign that the explanation claims.
+The explanation under test, as the notes of this project take it from Yudin et al. 2025: rows with a small g_1 give
+small local constants, and these make a model harder to fool. Each link is a correlation with the sign that the
+explanation claims.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ DESCRIPTIONS = {
     "share of the most attended key": "most_attended",
     "share of the first key": "first",
 }
-PARTS = {"constant": "true constant", "mixing": "mixing part", "softmax": "softmax part"}
+CONSTANT, WHOLE = "true constant", "the norm of the whole Jacobian"
+PARTS = {"constant": CONSTANT, "mixing": "mixing part", "softmax": "softmax part"}
 
 
 class Link(NamedTuple):
@@ -100,7 +102,7 @@ def links(data: Data, name: str) -> list[Link]:
     """
     model = data["models"][name]
     found = arrays(model)
-    constant = found[PARTS["constant"]]
+    constant = found[CONSTANT]
     chain = [
         *_rows(model),
         Link(
@@ -109,12 +111,28 @@ def links(data: Data, name: str) -> list[Link]:
         Link("blocks: mean g_1 with the true constant", 1, estimate(spearman_within, found[MEAN], constant)),
         Link("blocks: largest g_1 with the true constant", 1, estimate(spearman_within, found[LARGEST], constant)),
     ]
-    for norm in data["attacks"].get(name, {}).get("distances", {}):
-        of, distances = attacked(data["attacks"][name], model, norm)
-        for words in (MEAN, LARGEST, "true constant"):
-            correlation = estimate(spearman_within, over_layers(of[words]), distances[:1])
-            chain.append(Link(f"images: {words} with the perturbation, {norm}", -1, correlation))
-    return chain
+    return [*chain, *_images(data["attacks"][name], model)] if name in data["attacks"] else chain
+
+
+def _images(attack: Data, model: Data) -> list[Link]:
+    """From the blocks to the whole network, and from both to the perturbations that fool images."""
+    found = []
+    for number, norm in enumerate(attack["distances"]):
+        of, distances = attacked(attack, model, norm)
+        whole = np.array(attack["first"]["jacobian"])[None]
+        blocks = {words: over_layers(of[words]) for words in (MEAN, LARGEST, CONSTANT)}
+        if number == 0:
+            found += [Link(f"images: {words} with {WHOLE}", 1, _spearman(x, whole)) for words, x in blocks.items()]
+        every = {**blocks, WHOLE: whole}
+        found += [
+            Link(f"images: {words} with the perturbation, {norm}", -1, _spearman(x, distances[:1]))
+            for words, x in every.items()
+        ]
+    return found
+
+
+def _spearman(x: np.ndarray, y: np.ndarray) -> Estimate:
+    return estimate(spearman_within, x, y)
 
 
 def factors(data: Data, name: str) -> list[Link]:
@@ -126,9 +144,7 @@ def factors(data: Data, name: str) -> list[Link]:
     """
     model = data["models"][name]
     found = arrays(model)
-    rows = [
-        Link(words, 1, estimate(thirds_ratio, found[MEAN], found[words])) for words in ("softmax part", "true constant")
-    ]
+    rows = [Link(words, 1, estimate(thirds_ratio, found[MEAN], found[words])) for words in ("softmax part", CONSTANT)]
     for norm in data["attacks"].get(name, {}).get("distances", {}):
         of, distances = attacked(data["attacks"][name], model, norm)
         ratio = estimate(thirds_ratio, over_layers(of[MEAN]), distances[:1])
@@ -146,7 +162,7 @@ def whole_network(attack: Data, norm: str) -> dict[str, Estimate]:
     first = {key: np.array(values)[None] for key, values in attack["first"].items()}
     distances = np.array(attack["distances"][norm])[None]
     numbers = {
-        "norm of the Jacobian of the logits": first["jacobian"],
+        "norm of the Jacobian": first["jacobian"],
         "largest slope of a difference of logits": first["slope"],
         "margin": first["margin"],
         "margin / norm of the Jacobian": first["margin"] / first["jacobian"],

@@ -50,11 +50,13 @@ def report(data: Data, command: str, records_path: str, environment: str) -> str
     parts = [
         "# Attention distributions, local constants and perturbations",
         f"Made by `{command}` from `{records_path}`; nothing here is written by hand.",
-        "The explanation under test (Yudin et al. 2025): rows of attention with a small "
-        "g_1 = p_(1) (1 - p_(1) + p_(2)) give small local Lipschitz constants, and these make a model harder to fool. "
-        "Here it is tested across inputs, at fixed weights; whether training with the penalty JaSMin lowers constants "
-        "and helps robustness is another question, which `python -m bench robustness` is about.",
+        "The explanation under test, as the notes of this project take it from Yudin et al. 2025: rows of attention "
+        "with a small g_1 = p_(1) (1 - p_(1) + p_(2)) give small local Lipschitz constants, and these make a model "
+        "harder to fool. Here it is tested across inputs, at fixed weights; whether training with the penalty JaSMin "
+        "lowers constants and helps robustness is another question, which `python -m bench robustness` is about.",
         "## What was found",
+        "Spearman's correlation with its 95 % interval. Factor: median in the third of the inputs with the largest "
+        "mean g_1 over that in the third with the smallest.",
         "\n".join(f"- {line}" for line in statements(data, chains, measures)),
         "![attention maps beside g_1 of their rows](attention_maps.png)",
         "![g_1 against the true constant, and perturbations](attention_scatter.png)",
@@ -62,8 +64,8 @@ def report(data: Data, command: str, records_path: str, environment: str) -> str
         "Spearman's correlation and its 95 % interval. `holds`: the interval is on the claimed side of 0; `the "
         "opposite`: on the other side; `not seen`: 0 is inside. Claimed are positive correlations, but negative ones "
         "with the perturbation. Blocks: within layers, pooled. Rows: mean over blocks of the correlation over the "
-        "rows of a block, g_1 being the mean over heads. Images: geometric mean over layers. With about twenty "
-        "intervals a table, one misses its truth by chance.",
+        "rows of a block, g_1 being the mean over heads. Images: geometric mean over layers. Of twenty such "
+        "intervals one misses its truth by chance.",
         _links(chains),
         "By how much: the median in the third of the inputs with the largest mean g_1 over that in the third with the "
         "smallest, mean over layers. 1 is no difference.",

@@ -28,7 +28,7 @@ from lipbounds import registry
 
 
 INPUTS = 8
-PROFILE = task.Profile(inputs={"minilm": INPUTS}, attacked={}, rows=2)
+PROFILE = task.Profile(inputs={"minilm": INPUTS}, attacked={}, rows=1)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def made(path: Path) -> Iterator[dict[str, Any]]:
-    """Two layers of tiny inputs, under the name of the model whose maps are drawn, with few bounds."""
+    """One block of tiny inputs, under the name of the model whose maps are drawn, with few bounds."""
     few = [registry.get(name) for name in ("sharp_fast", "yudin2025.biased")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(task, "_by_input", lambda name, count: (cases(seed) for seed in range(count)))
@@ -53,7 +53,7 @@ def data(made: dict[str, Any]) -> dict[str, Any]:
 
 
 def cases(seed: int) -> list[Case]:
-    return [dc.replace(tiny_case(seed, layer, tokens=4), model="minilm") for layer in range(2)]
+    return [dc.replace(tiny_case(seed, layer, tokens=4), model="minilm") for layer in range(1)]
 
 
 def dense(block: Any, function: Any) -> torch.Tensor:
@@ -134,7 +134,7 @@ def test_a_run_goes_on_where_it_stopped(path: Path, data: dict[str, Any]) -> Non
     again = Answers(path)
     assert task.run(again, PROFILE, {}) == data
     assert (again.made, again.reused) == (0, INPUTS + 1)
-    assert [answer["rows"] for answer in data["models"]["minilm"]["inputs"]] == [True] * 2 + [False] * (INPUTS - 2)
+    assert [answer["rows"] for answer in data["models"]["minilm"]["inputs"]] == [True] + [False] * (INPUTS - 1)
     assert all({"commit", "dirty"} <= answer.keys() for answer in again.found.values())
 
 
@@ -183,7 +183,7 @@ def test_page_and_figures(tmp_path: Path, data: dict[str, Any]) -> None:
 def test_violations(data: dict[str, Any]) -> None:
     assert task.violations(data, {}) == []
     given = planted(data, 1.0)
-    given["models"]["digits-vit"]["inputs"][0]["layers"][1]["bounds"]["test.bound"] /= 4
+    given["models"]["digits-vit"]["inputs"][0]["layers"][0]["bounds"]["test.bound"] /= 4
     (found,) = task.violations(given, {})
     assert "test.bound claims" in found
     given = planted(data, 1.0)
