@@ -6,7 +6,18 @@ import math
 
 import numpy as np
 
-from bench.attention_links import CONSTANT, LARGEST, MEAN, WHOLE, Data, Link, arrays, bound_names, whole_network
+from bench.attention_links import (
+    AT_LENGTH,
+    CONSTANT,
+    LARGEST,
+    MEAN,
+    WHOLE,
+    Data,
+    Link,
+    arrays,
+    bound_names,
+    whole_network,
+)
 from bench.correlation import Estimate, estimate, spearman_within
 from bench.wording import figure
 
@@ -26,6 +37,8 @@ def statements(data: Data, chains: dict[str, list[Link]], measures: dict[str, li
         _summary(chains),
         _claim("**Smaller g_1, smaller local constant of the block**", chains, f"blocks: {MEAN} with the {CONSTANT}",
                measures, CONSTANT),
+        _claim("**The same with the length of the input held fixed, where it varies**", chains,
+               f"blocks: {MEAN} with the {CONSTANT}{AT_LENGTH}"),
         _claim("**Smaller largest g_1 (which Theorem 3 uses), smaller local constant of the block**", chains,
                f"blocks: {LARGEST} with the {CONSTANT}"),
         _claim("**Smaller g_1, smaller local constant of the whole network**", chains, f"images: {MEAN} with {WHOLE}"),
@@ -48,7 +61,12 @@ def _summary(chains: dict[str, list[Link]]) -> str:
     }
     cells = []
     for words, start in steps.items():
-        found = [link for chain in chains.values() for link in chain if link.words.startswith(start)]
+        found = [
+            link
+            for chain in chains.values()
+            for link in chain
+            if link.words.startswith(start) and not link.words.endswith(AT_LENGTH)
+        ]
         held = sum(link.found.verdict(link.sign) == "holds" for link in found)
         cells += [f"with {words} in {held} of {len(found)} cases"] if found else []
     return (

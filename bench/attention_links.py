@@ -29,6 +29,7 @@ DESCRIPTIONS = {
     "share of the first key": "first",
 }
 CONSTANT, WHOLE = "true constant", "the norm of the whole Jacobian"
+AT_LENGTH = ", length held fixed"
 PARTS = {"constant": CONSTANT, "mixing": "mixing part", "softmax": "softmax part"}
 
 

@@ -64,7 +64,8 @@ def report(data: Data, command: str, records_path: str, environment: str) -> str
         "Spearman's correlation and its 95 % interval. `holds`: the interval is on the claimed side of 0; `the "
         "opposite`: on the other side; `not seen`: 0 is inside. Claimed are positive correlations, but negative ones "
         "with the perturbation. Blocks: within layers, pooled. Rows: mean over blocks of the correlation over the "
-        "rows of a block, g_1 being the mean over heads. Images: geometric mean over layers. Of twenty such "
+        "rows of a block, g_1 being the mean over heads. Length held fixed: partial correlation given the number of "
+        "tokens. Images: geometric mean over layers. Of twenty such "
         "intervals one misses its truth by chance.",
         _links(chains),
         "By how much: the median in the third of the inputs with the largest mean g_1 over that in the third with the "

@@ -47,6 +47,20 @@ def spearman_within(x: np.ndarray, y: np.ndarray, drawn: np.ndarray) -> np.ndarr
     return _pooled(_ranks(x, counts), _ranks(y, counts), counts)
 
 
+def spearman_within_given(z: np.ndarray) -> Statistic:
+    """The statistic that is Spearman's partial correlation within layers, pooled: what is left with `z` held fixed.
+
+    Args:
+        z: `[layers, inputs]`.
+    """
+
+    def statistic(x: np.ndarray, y: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+        xy, xz, yz = (spearman_within(*pair, drawn) for pair in ((x, y), (x, z), (y, z)))
+        return (xy - xz * yz) / np.sqrt((1 - xz**2) * (1 - yz**2))
+
+    return statistic
+
+
 def pearson_logs_within(x: np.ndarray, y: np.ndarray, drawn: np.ndarray) -> np.ndarray:
     """Pearson's correlation of logarithms within layers, pooled."""
     return _pooled(np.log(x), np.log(y), _counts(drawn))

@@ -15,6 +15,7 @@ from bench.correlation import (
     pearson_logs_within,
     spearman_across,
     spearman_within,
+    spearman_within_given,
     thirds_ratio,
 )
 
@@ -46,6 +47,16 @@ def test_within_layers_is_blind_to_what_tells_layers_apart() -> None:
     shifts = np.array([[1.0], [100.0], [1e4]])
     assert estimate(spearman_within, x * shifts, y / shifts) == estimate(spearman_within, x, y)
     assert estimate(spearman_across, x * shifts, y / shifts).value < 0 < estimate(spearman_across, x, y).value
+
+
+def test_what_follows_from_a_third_number_alone_is_gone_with_it_held_fixed() -> None:
+    random = np.random.default_rng(0)
+    z = random.random((1, 300))
+    x, y = z + 0.3 * random.random(z.shape), z + 0.3 * random.random(z.shape)
+    assert estimate(spearman_within, x, y).low > 0.8
+    given = estimate(spearman_within_given(z), x, y)
+    assert given.low < 0 < given.high
+    assert estimate(spearman_within_given(random.random(z.shape)), x, y).low > 0.8
 
 
 def test_intervals_hold_the_value_shrink_and_repeat() -> None:
