@@ -13,6 +13,7 @@ mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
@@ -75,7 +76,7 @@ def _maps(data: Data) -> Figure | None:
         bars.tick_params(labelleft=False, left=False)
         bars.spines[["top", "right"]].set_visible(False)
     place = canvas.add_axes((0.91, 0.2, 0.009, 0.55))
-    canvas.colorbar(mpl.cm.ScalarMappable(SHADES, "Blues"), cax=place, label="attention")
+    canvas.colorbar(ScalarMappable(SHADES, "Blues"), cax=place, label="attention")
     canvas.text(
         0.125,
         1.06,

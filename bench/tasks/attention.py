@@ -68,7 +68,7 @@ PROFILES = {
     ),
     "standard": Profile(
         inputs={
-            **{"digits-vit": 100, "lipschitz-vit": 40, "minilm": 24},
+            **{"digits-vit": 100, "lipschitz-vit": 40, "minilm": 20},
             **{"torch-encoder": 12, "random-4-heads": 16, "random-1-head": 16},
         },
         attacked={"digits-vit": 100, "lipschitz-vit": 40},
