@@ -11,7 +11,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bench.correlation import Estimate, estimate, mean_of_first, spearman_within, thirds_ratio
+from bench.correlation import (
+    Estimate,
+    estimate,
+    mean_of_first,
+    spearman_within,
+    spearman_within_given,
+    thirds_ratio,
+)
 
 
 Data = dict[str, Any]
@@ -106,12 +113,14 @@ def links(data: Data, name: str) -> list[Link]:
     constant = found[CONSTANT]
     chain = [
         *_rows(model),
-        Link(
-            "blocks: mean g_1 with the softmax part", 1, estimate(spearman_within, found[MEAN], found["softmax part"])
-        ),
-        Link("blocks: mean g_1 with the true constant", 1, estimate(spearman_within, found[MEAN], constant)),
-        Link("blocks: largest g_1 with the true constant", 1, estimate(spearman_within, found[LARGEST], constant)),
+        Link(f"blocks: {MEAN} with the softmax part", 1, _spearman(found[MEAN], found["softmax part"])),
+        Link(f"blocks: {MEAN} with the {CONSTANT}", 1, _spearman(found[MEAN], constant)),
+        Link(f"blocks: {LARGEST} with the {CONSTANT}", 1, _spearman(found[LARGEST], constant)),
     ]
+    if np.ptp(found["tokens"]) > 0:  # longer inputs have other maps and other constants
+        for words in ("softmax part", CONSTANT):
+            given = estimate(spearman_within_given(found["tokens"]), found[MEAN], found[words])
+            chain.append(Link(f"blocks: {MEAN} with the {words}{AT_LENGTH}", 1, given))
     return [*chain, *_images(data["attacks"][name], model)] if name in data["attacks"] else chain
 
 

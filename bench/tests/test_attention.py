@@ -170,6 +170,16 @@ def test_a_planted_explanation_is_seen_with_its_sign(data: dict[str, Any], power
     assert "`test.bound` 1.00" in page
 
 
+def test_the_length_of_the_input_is_held_fixed_where_it_varies(data: dict[str, Any]) -> None:
+    words = "blocks: mean g_1 with the true constant, length held fixed"
+    given = planted(data, 1.0)
+    assert words not in {link.words for link in links(given, "digits-vit")}
+    for number, answer in enumerate(given["models"]["digits-vit"]["inputs"]):
+        answer["layers"][0]["tokens"] = 4 + number % 3
+    assert words in {link.words for link in links(given, "digits-vit")}
+    assert "length of the input held fixed" in attention_tables.report(given, "command", "records", "a machine")
+
+
 def test_page_and_figures(tmp_path: Path, data: dict[str, Any]) -> None:
     given = planted(data, 1.0)
     assert data["examples"]["input"] == cases(INPUTS - 1)[0].input  # no text is long enough, so the last one
