@@ -1,4 +1,4 @@
-"""`python -m bench [all|tightness|balls|certified|readme] [--quick] [--force]`: run it, write tables and figures."""
+"""`python -m bench [all|tightness|balls|certified|attention|readme] [--quick] [--force]`: run it, write the results."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from bench import balls, certified_tables, features, figures, readme, tables
+from bench import attention_figures, attention_tables, balls, certified_tables, features, figures, readme, tables
 from bench.aggregate import aggregate
 from bench.certified_data import Answers
 from bench.evaluate import Case
 from bench.machine import ROOT, describe, environment
 from bench.models import Model, zoo
 from bench.records import RecordError, without_infinities
-from bench.store import RecordStore, write_atomically
+from bench.store import RecordStore, read, write_atomically
+from bench.tasks import attention, certified, tightness
 from bench.tasks import balls as ball_task
-from bench.tasks import certified, tightness
 from lipbounds import registry
 
 
@@ -49,6 +49,8 @@ def main(arguments: Sequence[str] | None = None, models: Sequence[Model] | None 
             return _readme(options)
         if options.task == "certified":
             return _certified(options)
+        if options.task == "attention":
+            return _attention(options)
         chosen = zoo() if models is None else models
         status = _tightness(options, chosen) if options.task != "balls" else 0
         return status if options.task == "tightness" else max(status, _balls(options, chosen))
@@ -71,10 +73,10 @@ def _parser() -> argparse.ArgumentParser:
         "task",
         nargs="?",
         default="all",
-        choices=["all", "tightness", "balls", "certified", "readme"],
+        choices=["all", "tightness", "balls", "certified", "attention", "readme"],
         help="tightness: tables and figures of tightness; balls: curves over the radius of a ball; all: these two; "
-        "certified: certified radii beside an attack, and bounds of whole models; readme: copy the headline table into "
-        "README.md",
+        "certified: certified radii beside an attack, and bounds of whole models; attention: "
+        "attention maps beside local constants and attacks; readme: copy the headline table into README.md",
     )
     parser.add_argument(
         "--quick", action="store_true", help="few inputs; tables go to DIR/quick, records to the same file"
@@ -156,6 +158,30 @@ def _certified(options: argparse.Namespace) -> int:
     print(f"{answers.made} answers made, {answers.reused} taken from {_shown(answers.path)}.")
     print("Written: " + ", ".join(_shown(path) for path in paths))
     troubles = certified.violations(data)
+    for trouble in troubles:
+        print(trouble, file=sys.stderr)
+    return 1 if troubles else 0
+
+
+def _attention(options: argparse.Namespace) -> int:
+    command = "python -m bench attention" + (" --quick" if options.quick else "")
+    profile = attention.PROFILES["quick" if options.quick else "standard"]
+    answers = Answers(options.results / "attention.jsonl")
+    known = read(options.results / "tightness.jsonl").records
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("starting", total=attention.pieces(profile))
+
+        def advance(what: str) -> None:
+            progress.update(task, advance=1, description=what)
+
+        data = attention.run(answers, profile, known, force=options.force, advance=advance)
+    folder = options.results / "quick" if options.quick else options.results
+    text = attention_tables.report(data, command, _shown(answers.path), describe(environment()))
+    write_atomically(folder / "attention.md", text.encode())
+    paths = [folder / "attention.md", *attention_figures.draw(data, folder)]
+    print(f"{answers.made} answers made, {answers.reused} taken from {_shown(answers.path)}.")
+    print("Written: " + ", ".join(_shown(path) for path in paths))
+    troubles = attention.violations(data, Answers(options.results / "certified.jsonl").found)
     for trouble in troubles:
         print(trouble, file=sys.stderr)
     return 1 if troubles else 0

@@ -17,10 +17,18 @@ PAGES = {
     "bounds.md": "python -m bench",
     "balls.md": "python -m bench balls",
     "certified.md": "python -m bench certified",
+    "attention.md": "python -m bench attention",
     "nightly.md": "python -m verify.nightly",
     "detection.md": "python -m verify.faults.detection",
 }
-FIGURES = ("tightness.png", "balls.png", "certified.png")
+FIGURES = (
+    "tightness.png",
+    "balls.png",
+    "certified.png",
+    "attention_maps.png",
+    "attention_statistics.png",
+    "attention_scatter.png",
+)
 MARKER = "<!-- measured -->"
 
 
