@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses as dc
 import hashlib
 import json
-import math
 from typing import Any, Literal
 
 from lipbounds.errors import LipboundsError
+from lipbounds.files import without_infinities as without_infinities
 
 
 SCHEMA_VERSION = 1
@@ -157,14 +157,6 @@ def to_json(content: Any, **options: Any) -> str:
     return json.dumps(
         without_infinities(content), separators=(",", ":"), ensure_ascii=False, allow_nan=False, **options
     )
-
-
-def without_infinities(content: Any) -> Any:
-    if isinstance(content, dict):
-        return {name: without_infinities(value) for name, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [without_infinities(value) for value in content]
-    return str(content) if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def check_schema(fields: dict[str, Any], place: str) -> None:

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from bench.records import SCHEMA_VERSION, Record, RecordError, check_schema, content_hash, to_json
+from lipbounds.files import write_atomically as write_atomically
 
 
 if sys.platform != "win32":
@@ -208,20 +209,6 @@ class RecordStore:
             os.fsync(file)
         finally:
             os.close(file)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file in one step: readers and killed runs see the old or the new content, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _lock_folder(folder: Path) -> int | None:

@@ -1,19 +1,30 @@
-"""Compare, verify and use local Lipschitz bounds of transformers."""
+"""Compare, verify and use local Lipschitz bounds of transformers.
 
-from lipbounds.claims import BoundResult as BoundResult
-from lipbounds.claims import Claim as Claim
-from lipbounds.claims import Source as Source
-from lipbounds.errors import InvalidInput as InvalidInput
-from lipbounds.errors import LipboundsError as LipboundsError
-from lipbounds.errors import UnknownBound as UnknownBound
-from lipbounds.errors import Unsupported as Unsupported
-from lipbounds.errors import UnsupportedAttention as UnsupportedAttention
-from lipbounds.registry import BoundSpec as BoundSpec
-from lipbounds.registry import bound as bound
-from lipbounds.registry import get as get
-from lipbounds.registry import refuted as refuted
-from lipbounds.registry import select as select
-from lipbounds.targets.attention import Attention as Attention
+The public names are those of `lipbounds._public`. They are imported at their first use: torch takes seconds to import,
+and `lipbounds --help` passes through here.
+"""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from lipbounds._public import *  # noqa: F403
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if not name.startswith("_"):
+        public = importlib.import_module("lipbounds._public")
+        globals().update({key: value for key, value in vars(public).items() if not key.startswith("_")})
+        if name in globals():  # a public name, or a submodule that came in with them
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    public = importlib.import_module("lipbounds._public")
+    return sorted({*globals(), *vars(public)})

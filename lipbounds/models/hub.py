@@ -1,7 +1,8 @@
 """Any Hugging Face encoder or decoder, from its name or a folder, ready to have its attention read.
 
 Whether the network may be used is left to Hugging Face's own switch: with HF_HUB_OFFLINE=1 only folders and the local
-cache are read. Code that comes with a checkpoint is never run.
+cache are read. Code that comes with a checkpoint is not run unless the caller says so; pickled weights are read with
+`weights_only=True`, which runs none either.
 """
 
 from __future__ import annotations
@@ -9,17 +10,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.image_processing_base import ImageProcessingMixin
 
-from lipbounds.errors import InvalidInput, Unsupported
+from lipbounds.errors import InvalidInput, LipboundsError, Unsupported
 
 
-def load_hub_model(name_or_path: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_hub_model(
+    name_or_path: str | Path, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The body of a model (no task head), on the CPU, in evaluation mode, with PyTorch's fused attention.
 
     Safetensors files are preferred. A pooler that the checkpoint has no weights for is taken off, because its random
@@ -28,20 +33,22 @@ def load_hub_model(name_or_path: str | Path, *, dtype: torch.dtype = torch.float
     Args:
         name_or_path: a name on the Hugging Face hub such as "google/vit-base-patch16-224", or a folder.
         dtype: of all floating-point weights; float32 holds those stored in bfloat16 and float16 exactly.
+        trust_remote_code: run the code that comes with the checkpoint.
 
     Raises:
         InvalidInput: nothing is found under that name, or the checkpoint is damaged or lacks weights.
         Unsupported: the checkpoint is of an unknown kind, needs its own code, or cannot use the fused attention.
     """
-    folder = Path(name_or_path)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise InvalidInput(_not_found(name_or_path, "the folder has no config.json"))
     with _clear_errors(name_or_path, 'a model that transformers can build with attn_implementation="sdpa"'):
+        folder = Path(name_or_path)
+        if folder.is_dir() and not (folder / "config.json").is_file():
+            raise InvalidInput(_not_found(name_or_path, "the folder has no config.json"))
         # Mismatched shapes are let through here to be refused below, with a shorter message.
         model, loading = AutoModel.from_pretrained(
             str(name_or_path),
             attn_implementation="sdpa",
-            trust_remote_code=False,
+            trust_remote_code=trust_remote_code,
+            weights_only=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
@@ -49,18 +56,19 @@ def load_hub_model(name_or_path: str | Path, *, dtype: torch.dtype = torch.float
     return model.to(dtype).eval()
 
 
-def load_hub_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
+def load_hub_tokenizer(name_or_path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a text model.
 
     Args:
         name_or_path: a name on the Hugging Face hub, or a folder.
+        trust_remote_code: run the code that comes with the checkpoint.
 
     Raises:
         InvalidInput: no tokenizer is found under that name.
         Unsupported: the tokenizer is of an unknown kind or needs its own code.
     """
     with _clear_errors(name_or_path, "a text model whose tokenizer transformers can build"):
-        tokenizer = AutoTokenizer.from_pretrained(str(name_or_path), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(str(name_or_path), trust_remote_code=trust_remote_code)
     # Without vocabulary files transformers makes a tokenizer with special tokens and at most a bare space: it turns
     # every text into unknown tokens.
     if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:
@@ -68,17 +76,52 @@ def load_hub_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def image_settings(name_or_path: str | Path, model: PreTrainedModel) -> dict[str, Any]:
+    """Size of the images of a model, and the mean and standard deviation of each channel they are normalised with.
+
+    Args:
+        name_or_path: where the model is from.
+        model: an image model whose config has an `image_size`.
+
+    Raises:
+        InvalidInput: the settings are no numbers, or too few.
+    """
+    with _clear_errors(name_or_path, "an image model"):
+        size: Any = model.config.image_size
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        channels = int(getattr(model.config, "num_channels", 3))
+        try:
+            settings, _ = ImageProcessingMixin.get_image_processor_dict(str(name_or_path))
+        except OSError:  # no preprocessor_config.json: the pixels go in as they are
+            settings = {"do_normalize": False}
+        mean, std = (
+            tuple(float(value) for value in settings.get(name, ())) if settings.get("do_normalize", True) else ()
+            for name in ("image_mean", "image_std")
+        )
+        if {len(mean), len(std)} - {0, channels} or not all(value > 0 for value in std):
+            reason = f"preprocessor_config.json must hold {channels} means and as many positive standard deviations"
+            raise InvalidInput(_not_found(name_or_path, f"{reason}, got {mean} and {std}"))
+        return {"channels": channels, "height": int(height), "width": int(width), "mean": mean, "std": std}
+
+
 @contextmanager
 def _clear_errors(name_or_path: str | Path, supported: str) -> Iterator[None]:
     try:
         yield
+    except LipboundsError:
+        raise
     except (OSError, SafetensorError) as error:
         raise InvalidInput(_not_found(name_or_path, _first_line(error))) from error
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         raise Unsupported(
             f"name_or_path must be {supported} and without code from the checkpoint, "
             f"got name_or_path='{name_or_path}'; load it yourself and use the module. ({_first_line(error)})"
         ) from error
+    except UnpicklingError as error:
+        reason = "the weights are a pickle that is damaged or holds more than tensors; convert them to safetensors"
+        raise InvalidInput(_not_found(name_or_path, reason)) from error
+    except Exception as error:  # a damaged config or pickle makes transformers and torch raise anything
+        raise InvalidInput(_not_found(name_or_path, f"{type(error).__name__}: {_first_line(error)}")) from error
 
 
 def _not_found(name_or_path: str | Path, reason: str) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import operator
 import sys
 from typing import Any
 
 from lipbounds.claims import FEATURES, Claim, Source
 from lipbounds.errors import InvalidInput
+from lipbounds.imports import import_object
 from lipbounds.registry import BoundSpec, registry
 
 
@@ -26,8 +25,7 @@ def load_spec(path: str) -> BoundSpec:
     """
     if ":" not in path:
         return registry.get(path)
-    module, _, attribute = path.partition(":")
-    found = _import(path, module, attribute)
+    found = import_object(path, "a bound")
     if isinstance(found, BoundSpec):
         return found
     if not callable(found):
@@ -56,13 +54,3 @@ def expression(spec: BoundSpec) -> str | None:
     if attributes and not name.startswith("lipbounds."):
         return f"load_spec({name + ':' + attributes[0]!r})"
     return f"lipbounds.get({spec.name!r})" if spec in list(registry) else None
-
-
-def _import(path: str, module: str, attribute: str) -> Any:
-    try:
-        return operator.attrgetter(attribute)(importlib.import_module(module))
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise InvalidInput(
-            f"a bound must be given as package.module:attribute, got {path!r} ({error}); "
-            "check the spelling, and that the package is installed or on PYTHONPATH."
-        ) from error

@@ -9,7 +9,7 @@ import lipbounds
 
 
 def verify(bound: str, report: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "lipbounds.cli", "verify", bound, "--seconds", "20", "--report", str(report)]
+    command = [sys.executable, "-m", "lipbounds", "verify", bound, "--seconds", "20", "--report", str(report)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 

@@ -1,46 +1,28 @@
-"""The command line: `lipbounds bounds` and `lipbounds verify`."""
+"""`lipbounds verify`: attack a bound."""
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Column, Table
+from rich.table import Table
 
-from lipbounds import registry
-from lipbounds.claims import SCOPE_WORDS
-from lipbounds.errors import LipboundsError
+from lipbounds.cli.console import FOUND, OK, AsJson, output, print_json, progress
+from lipbounds.files import json_text, write_atomically
 
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
-output = Console()
-messages = Console(stderr=True)
-
-SOUND, COUNTEREXAMPLE, USAGE = 0, 1, 2
+if TYPE_CHECKING:
+    from lipbounds.testing.session import Report
 
 
-@app.command()
-def bounds() -> None:
-    """List the bounds and estimators: what each promises, and where it is from."""
-    table = Table(Column("name", no_wrap=True), "kind", "scope", "norm", "supports", "source")
-    for spec in registry.select():
-        supports = ", ".join(sorted(spec.supports))
-        table.add_row(spec.name, spec.claim.kind, spec.claim.scope, spec.claim.norm, supports, str(spec.source))
-    output.print(table)
-
-
-@app.command()
-def verify(
+def command(
     bound: Annotated[str, typer.Argument(help="package.module:attribute, or the name of a registered bound.")],
     seconds: Annotated[float, typer.Option(help="Time to spend.", min=0)] = 60.0,
     seed: Annotated[int, typer.Option(help="Of all searches.", min=0)] = 0,
-    report: Annotated[Path | None, typer.Option(help="Write the report here as JSON.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write the report here as JSON, too.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Attack a bound: random blocks with shrinking, invariances, gradient ascent.
 
@@ -50,34 +32,27 @@ def verify(
     from lipbounds.testing.loading import load_spec
 
     sys.path.insert(0, "")  # a bound in the working directory is found, as python -m would find it
-    try:
-        spec = load_spec(bound)
-    except LipboundsError as error:
-        messages.print(f"[red]error[/red]: {escape(str(error))}", highlight=False, soft_wrap=True)
-        raise typer.Exit(USAGE) from error
-    with _progress() as progress:
-        task = progress.add_task(spec.name, total=1.0)
+    spec = load_spec(bound)
+    with progress() as bar:
+        task = bar.add_task(spec.name, total=1.0)
         found = session.verify(
             spec,
             seconds=seconds,
             seed=seed,
-            progress=lambda what, share: progress.update(task, completed=share, description=f"{spec.name}: {what}"),
+            progress=lambda what, share: bar.update(task, completed=share, description=f"{spec.name}: {what}"),
         )
     if report is not None:
-        report.write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
-    _print_report(found)
-    raise typer.Exit(SOUND if found.sound_so_far else COUNTEREXAMPLE)
+        write_atomically(report, json_text(found.to_dict()).encode())
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        _print_report(found)
+    raise typer.Exit(OK if found.sound_so_far else FOUND)
 
 
-def _progress() -> Progress:
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=messages, transient=True)
+def _print_report(found: Report) -> None:
+    from lipbounds.claims import SCOPE_WORDS
 
-
-def _print_report(found: object) -> None:
-    from lipbounds.testing.session import Report
-
-    assert isinstance(found, Report)
     if not found.sound_so_far:
         output.print(f"[bold red]{found.name}: counterexample[/bold red], check {found.refuted_by!r}", highlight=False)
         output.print(found.message, highlight=False, markup=False, soft_wrap=True)
@@ -98,12 +73,3 @@ def _print_report(found: object) -> None:
             name = f"[bold]{row.name}[/bold]" if row.name == found.name else row.name
             table.add_row(name, f"{row.median:.2f}", f"{row.worst:.1f}", str(row.blocks))
         output.print(table)
-
-
-def main() -> None:
-    """Entry point of the console script."""
-    app()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,6 @@
+"""`python -m lipbounds` is the command `lipbounds`."""
+
+from lipbounds.cli import main
+
+
+main()

@@ -1,0 +1,15 @@
+"""Compare, verify and use local Lipschitz bounds of transformers."""
+
+from __future__ import annotations
+
+import typer
+
+from lipbounds.cli import bounds, verify
+from lipbounds.cli.console import OneLineErrors
+
+
+app = typer.Typer(cls=OneLineErrors, no_args_is_help=True, add_completion=False, help=__doc__)
+
+# One line a command. Its file imports torch and what an extra brings inside the function: --help waits for neither.
+app.command("bounds")(bounds.command)
+app.command("verify")(verify.command)

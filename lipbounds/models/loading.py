@@ -1,0 +1,145 @@
+"""A model from what a user types: a bundled name, a Hugging Face folder or name, or the path of a Python object."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lipbounds.errors import InvalidInput
+from lipbounds.imports import import_object
+
+
+InputKind = Literal["text", "image", "tensor"]
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class ImageInput:
+    """What the images of a model look like.
+
+    Args:
+        channels: of an image.
+        height: in pixels.
+        width: in pixels.
+        mean: subtracted from each channel of an image with values in [0, 1]; empty if nothing is.
+        std: by which each channel is then divided; empty if it is not.
+    """
+
+    channels: int
+    height: int
+    width: int
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    def normalised(self, images: Float[Tensor, "*batch channels height width"]) -> Tensor:
+        """The images as the model takes them, of the same shape.
+
+        Args:
+            images: values in [0, 1].
+        """
+        for values, apply in ((self.mean, torch.sub), (self.std, torch.div)):
+            if values:
+                images = apply(images, torch.tensor(values, dtype=images.dtype, device=images.device)[:, None, None])
+        return images
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model and how it is fed.
+
+    Args:
+        name: what the user typed. It may hold any characters: escape it where that matters.
+        module: in evaluation mode.
+        kind: of its input: a text to be tokenized, an image, or any other tensor.
+        tokenizer: of a text model, called as `tokenizer(text, return_tensors="pt")`; None for the others.
+        image: what the images look like; None for the others.
+    """
+
+    name: str
+    module: nn.Module
+    kind: InputKind
+    tokenizer: Callable[..., Any] | None = None
+    image: ImageInput | None = None
+
+
+def load_model(name: str, *, trust_remote_code: bool = False) -> LoadedModel:
+    """The model of that name, on the CPU and in evaluation mode.
+
+    Weights are read as safetensors, or else as pickles with `weights_only=True`, which runs no code. A Python path runs
+    the code it names.
+
+    Args:
+        name: `digits-vit`, `lipschitz-vit` or `minilm`; or a folder with a Hugging Face checkpoint, or a name on its
+            hub; or `package.module:attribute`, where a module or a function without arguments that returns one lies.
+        trust_remote_code: run the code that comes with a Hugging Face checkpoint.
+
+    Raises:
+        InvalidInput: there is no such model, or it is damaged.
+        Unsupported: it is of an unknown kind, or needs code that comes with it.
+    """
+    if name in BUNDLED:
+        return BUNDLED[name]()
+    if ":" in name:
+        return _from_python(name)
+    return _from_hub(name, trust_remote_code)
+
+
+def _digits_vit() -> LoadedModel:
+    from lipbounds.models.digits_vit import load_digits_vit
+
+    return LoadedModel(name="digits-vit", module=load_digits_vit(), kind="image", image=_DIGIT)
+
+
+def _lipschitz_vit() -> LoadedModel:
+    from lipbounds.models.lipschitz_vit import load_lipschitz_vit
+
+    return LoadedModel(name="lipschitz-vit", module=load_lipschitz_vit(), kind="image", image=_DIGIT)
+
+
+def _minilm() -> LoadedModel:
+    from lipbounds.models.minilm import load_minilm
+
+    model, tokenizer = load_minilm()
+    return LoadedModel(name="minilm", module=model, kind="text", tokenizer=tokenizer)
+
+
+_DIGIT = ImageInput(channels=1, height=8, width=8)
+BUNDLED: dict[str, Callable[[], LoadedModel]] = {
+    "digits-vit": _digits_vit,
+    "lipschitz-vit": _lipschitz_vit,
+    "minilm": _minilm,
+}
+
+
+def _from_python(path: str) -> LoadedModel:
+    found = import_object(path, "a model in Python")
+    if not isinstance(found, nn.Module) and callable(found):
+        try:
+            found = found()
+        except Exception as error:  # the function is the user's, and so is what it raises
+            raise InvalidInput(
+                f"{path} must be a function that returns a torch.nn.Module when called without arguments, but it "
+                f"raised {type(error).__name__}: {error}."
+            ) from error
+    if not isinstance(found, nn.Module):
+        raise InvalidInput(
+            f"{path} must be a torch.nn.Module, or a function without arguments that returns one, got "
+            f"{type(found).__name__}."
+        )
+    return LoadedModel(name=path, module=found.eval(), kind="tensor")
+
+
+def _from_hub(name: str, trust_remote_code: bool) -> LoadedModel:
+    from lipbounds.models.hub import image_settings, load_hub_model, load_hub_tokenizer
+
+    model = load_hub_model(name, trust_remote_code=trust_remote_code)
+    if model.main_input_name == "input_ids":
+        tokenizer = load_hub_tokenizer(name, trust_remote_code=trust_remote_code)
+        return LoadedModel(name=name, module=model, kind="text", tokenizer=tokenizer)
+    if model.main_input_name == "pixel_values" and hasattr(model.config, "image_size"):
+        return LoadedModel(name=name, module=model, kind="image", image=ImageInput(**image_settings(name, model)))
+    return LoadedModel(name=name, module=model, kind="tensor")
