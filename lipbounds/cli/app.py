@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from lipbounds.cli import bounds, verify
+from lipbounds.cli import bounds, report, verify
 from lipbounds.cli.console import OneLineErrors
 
 
@@ -12,4 +12,5 @@ app = typer.Typer(cls=OneLineErrors, no_args_is_help=True, add_completion=False,
 
 # One line a command. Its file imports torch and what an extra brings inside the function: --help waits for neither.
 app.command("bounds")(bounds.command)
+app.command("report")(report.command)
 app.command("verify")(verify.command)

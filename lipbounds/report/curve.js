@@ -41,8 +41,6 @@ function drawCurve(here, methods) {
   const axes = { x: axis(all.map((number) => number.radius), CHART.left, CHART.width - CHART.right),
     y: axis(values, CHART.height - CHART.bottom, CHART.top) };
   svg.setAttribute("viewBox", `0 0 ${CHART.width} ${CHART.height}`);
-  svg.setAttribute("width", CHART.width);
-  svg.setAttribute("height", CHART.height);
   svg.setAttribute("aria-label", `Bounds on balls of layer ${here.layer} over the radius; the table has the numbers`);
   drawAxes(svg, axes);
   const path = (numbers) => numbers.map((number, i) => `${i ? "L" : "M"}${axes.x.at(number.radius)},${axes.y.at(number.value)}`).join("");
@@ -75,27 +73,33 @@ function putLabels(svg, labels) {
   }
 }
 
+// Ticks at powers of ten, and at twice and five times these where there would be few.
 function axis(values, from, to) {
-  let [low, high] = [Math.floor(Math.log10(Math.min(...values))), Math.ceil(Math.log10(Math.max(...values)))];
-  if (low === high) [low, high] = [low - 1, high + 1];
+  const [low, high] = [Math.log10(Math.min(...values)) - 0.08, Math.log10(Math.max(...values)) + 0.08];
   const at = (value) => Math.round(10 * (from + ((Math.log10(value) - low) / (high - low)) * (to - from))) / 10;
-  return { at, powers: Array.from({ length: high - low + 1 }, (_, i) => low + i) };
+  const steps = high - low < 2.5 ? [1, 2, 5] : [1];
+  const every = Math.ceil((high - low) / 8);
+  const ticks = [];
+  for (let power = Math.floor(low); power <= high; power += every) {
+    for (const step of steps) ticks.push(Number(`${step}e${power}`));
+  }
+  return { at, ticks: ticks.filter((value) => Math.log10(value) >= low && Math.log10(value) <= high) };
 }
 
 function drawAxes(svg, { x, y }) {
   const [bottom, right] = [CHART.height - CHART.bottom, CHART.width - CHART.right];
-  const every = Math.ceil(y.powers.length / 8);
-  for (const power of y.powers.filter((_, i) => i % every === 0)) {
-    const at = y.at(10 ** power);
+  for (const value of y.ticks) {
+    const at = y.at(value);
     put(svg, "line", null, { x1: CHART.left, x2: right, y1: at, y2: at, class: "axis" });
-    put(svg, "text", tick(power), { x: CHART.left - 8, y: at + 4, "text-anchor": "end", class: "quiet" });
+    put(svg, "text", tick(value), { x: CHART.left - 8, y: at + 4, "text-anchor": "end", class: "quiet" });
   }
-  for (const power of x.powers) {
-    const at = x.at(10 ** power);
+  put(svg, "line", null, { x1: CHART.left, x2: right, y1: bottom, y2: bottom, class: "axis" });
+  for (const value of x.ticks) {
+    const at = x.at(value);
     put(svg, "line", null, { x1: at, x2: at, y1: bottom, y2: bottom + 5, class: "axis" });
-    put(svg, "text", tick(power), { x: at, y: bottom + 19, "text-anchor": "middle", class: "quiet" });
+    put(svg, "text", tick(value), { x: at, y: bottom + 19, "text-anchor": "middle", class: "quiet" });
   }
   put(svg, "text", "radius", { x: right, y: bottom + 35, "text-anchor": "end", class: "quiet" });
 }
 
-const tick = (power) => (power >= -3 && power <= 4 ? String(Number(`1e${power}`)) : `1e${power}`);
+const tick = (value) => (value >= 1e-3 && value < 1e5 ? String(value) : value.toExponential());

@@ -48,7 +48,8 @@ const clip = (text, length) => {
 };
 
 // Text that may run from right to left must not reorder what stands beside it.
-const quoted = (text) => `\u201c\u2068${text}\u2069\u201d`;
+const apart = (text) => `\u2068${text}\u2069`;
+const quoted = (text) => `\u201c${apart(text)}\u201d`;
 
 // The stylesheet has the two ends, so that a change from light to dark needs no drawing.
 const shade = (share) => `color-mix(in oklab, var(--high) ${(100 * share).toFixed(1)}%, var(--low))`;
@@ -57,7 +58,7 @@ function showTop() {
   byId("model").textContent = data.model;
   byId("summary").textContent = input().summary;
   byId("run").textContent =
-    `Input: ${input().name}. Weights ${data.dtype} on ${data.device}, seed ${data.seed}, torch ${data.torch}.`;
+    `Input: ${apart(input().name)} \u2013 weights ${data.dtype} on ${data.device}, seed ${data.seed}, torch ${data.torch}.`;
   byId("version").textContent = data.lipbounds;
   const notes = byId("notes");
   notes.replaceChildren();
@@ -157,7 +158,7 @@ function choose(position, i) {
 function putBar(list, label, number, share, act) {
   const item = put(list, "li");
   if (act) put(item, "button", label, { type: "button", title: label }).addEventListener("click", act);
-  else put(item, "span", clip(label, 16), { title: label });
+  else put(item, "span", label);
   put(item, "i").style.width = `${100 * share}%`;
   putNumber(item, "b", number);
 }
@@ -180,7 +181,7 @@ function showTokens() {
   const found = layer().fragile_tokens;
   for (const token of found) {
     const number = layer().tokens[token];
-    putBar(list, `${token}: ${layer().moving[token]}`, number, number.value / layer().tokens[found[0]].value || 0);
+    putBar(list, `${token}: ${apart(clip(layer().moving[token], 12))}`, number, number.value / layer().tokens[found[0]].value || 0);
   }
   if (!found.length) put(list, "li", "Not computed.");
 }
