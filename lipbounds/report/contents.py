@@ -73,7 +73,9 @@ def rounded(value: float, kind: Kind, digits: int) -> Decimal:
     exact = Decimal(value)
     if not exact:
         return Decimal(0)
-    return exact.quantize(Decimal(1).scaleb(exact.adjusted() - digits + 1), rounding=SIDES[kind])
+    short = exact.quantize(Decimal(1).scaleb(exact.adjusted() - digits + 1), rounding=SIDES[kind])
+    # 9.996 became 10.00, which has a digit too many.
+    return short.quantize(Decimal(1).scaleb(short.adjusted() - digits + 1))
 
 
 def shown(value: float, kind: Kind) -> str:

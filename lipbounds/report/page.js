@@ -79,7 +79,8 @@ function showLayers() {
   input().layers.forEach((one, position) => {
     const row = put(body, "tr");
     const name = put(row, "th", String(one.layer), { scope: "row" });
-    put(name, "small", one.module, { title: one.module });
+    // What tells modules apart stands at the end of their names: the style cuts them at the start.
+    put(name, "small", `\u2066${one.module}\u2069`, { title: one.module });
     for (const number of [one.bound, one.constant, one.lower, one.ratio]) putNumber(row, "td", number);
     one.heads.forEach((each, i) => putCell(put(row, "td", null, { class: "cell" }), one, each, position, i, scale));
   });

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lipbounds.report.contents import InputReport, LayerReport, Number, least, shown
+from lipbounds.report.contents import InputReport, LayerReport, Number, least
 
 
 MOST = 6
@@ -32,8 +32,8 @@ def _certainty(constant: Number, layers: int) -> str:
     if constant.kind != "probable" or constant.delta is None:
         return "exact up to rounding, proved"
     # The layer was chosen after looking at all of them, so the chances of all of them to fail add up.
-    chance = shown(constant.delta * layers, "proved")
-    return f"probable: the chance that it fails for any of the {layers} layers is at most {chance}"
+    which = f"any of the {layers} layers" if layers > 1 else "the layer"
+    return f"probable: the chance that it fails for {which} is at most {constant.delta * layers:.3g}"
 
 
 def _size(layer: LayerReport) -> float | None:
