@@ -123,6 +123,7 @@ function scaleOf(numbers) {
 function showHead() {
   const one = head();
   byId("head-title").textContent = `Layer ${layer().layer}, head ${one.head}`;
+  byId("module").textContent = apart(layer().module);
   const list = byId("head-numbers");
   list.replaceChildren();
   const sink = quoted(layer().keys[one.sink]);
