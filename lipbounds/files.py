@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from lipbounds.errors import InvalidInput
+
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace a file in one step: readers and killed runs see the old or the new content, never a part.
@@ -17,7 +19,10 @@ def write_atomically(path: Path, content: bytes) -> None:
         content: of the whole file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    if _is_special(path):
+        path.write_bytes(content)
+        return
+    temporary = _beside(path)
     try:
         with temporary.open("wb") as file:
             file.write(content)
@@ -28,13 +33,43 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def check_writable(path: Path) -> None:
+    """Refuse a path that no file can be written to, before the work whose result it is meant for.
+
+    Args:
+        path: of the file; its folder is made if missing, as it would be later.
+
+    Raises:
+        InvalidInput: it is a folder, or no file can be made there.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        if not _is_special(path):
+            _beside(path).touch()
+            _beside(path).unlink()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InvalidInput(f"a file must be written, got the path '{path}' ({reason}); pass another path.") from error
+
+
+def _is_special(path: Path) -> bool:
+    """Such as /dev/stdout, which is written to and never replaced."""
+    return path.exists() and not path.is_file()
+
+
+def _beside(path: Path) -> Path:
+    return path.absolute().with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
 def json_text(content: Any) -> str:
-    """JSON over several lines, ending in a line break.
+    """JSON over several lines, in ASCII, ending in a line break.
 
     Args:
         content: what JSON can hold, and non-finite numbers, which are written as the strings "inf", "-inf" and "nan".
     """
-    return json.dumps(without_infinities(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(without_infinities(content), indent=2, allow_nan=False) + "\n"
 
 
 def without_infinities(content: Any) -> Any:

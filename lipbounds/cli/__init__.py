@@ -9,10 +9,13 @@ def main() -> None:
     """Entry point of the console script and of `python -m lipbounds`."""
     try:
         from lipbounds.cli.app import app
+
+        for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a letter gets its code instead of a traceback
+            stream.reconfigure(errors="backslashreplace")
+        app(prog_name="lipbounds")
     except ModuleNotFoundError as error:
         if error.name not in ("rich", "typer"):
             raise
-        sys.exit(
-            f"error: the command line needs {error.name}, which is not installed; run `pip install 'lipbounds[cli]'`."
-        )
-    app(prog_name="lipbounds")
+        sys.exit(f"error: the command line needs {error.name}, got none; run `pip install 'lipbounds[cli]'`.")
+    except KeyboardInterrupt:  # while the command line itself was being imported
+        sys.exit(130)

@@ -57,8 +57,6 @@ class OneLineErrors(TyperGroup):
             fail(
                 f"this needs {error.name}, which is not installed; run `pip install 'lipbounds[{EXTRAS[error.name]}]'`."
             )
-        except BrokenPipeError:
-            raise
         except OSError as error:
             if error.filename is None:
                 raise
@@ -88,15 +86,15 @@ def print_json(content: dict[str, Any]) -> None:
     """Print an object as JSON on stdout, without wrapping or colours.
 
     Args:
-        content: what JSON can hold; non-finite numbers are written as the strings "inf", "-inf" and "nan".
+        content: what JSON can hold, and non-finite numbers.
     """
     print(json_text(content), end="")  # noqa: T201
 
 
 def progress() -> Progress:
-    """A progress bar on stderr that is gone when it is done; tasks are added by the caller."""
+    """A progress bar on stderr, where that is a terminal, and gone when it is done; tasks are added by the caller."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=messages, transient=True)
+    return Progress(*columns, console=messages, transient=True, disable=not messages.is_terminal)
 
 
 def _explain(error: Any) -> None:

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lipbounds.cli.console import output, progress
+from lipbounds.cli.options import Device, Dtype, Seed
 
 
 if TYPE_CHECKING:
     from lipbounds.models.loading import LoadedModel
     from lipbounds.report import ModelInput
-
-DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 def command(
@@ -36,9 +35,9 @@ def command(
     ] = None,
     page: Annotated[Path, typer.Option("--output", help="The HTML file to write.")] = Path("report.html"),
     json: Annotated[Path | None, typer.Option(help="Write the same numbers here as JSON, too.")] = None,
-    device: Annotated[str, typer.Option(help="Where the model runs, such as cuda.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")] = "float32",
-    seed: Annotated[int, typer.Option(help="Of all random starts.", min=0)] = 0,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    seed: Seed = 0,
     max_seconds: Annotated[
         float | None, typer.Option(help="After which nothing new is begun; the page names what is missing.")
     ] = None,
@@ -50,13 +49,17 @@ def command(
 
     Without data a text model gets one short sentence, and a bundled image model one image.
     """
-    from lipbounds.files import write_atomically
+    from lipbounds.files import check_writable, write_atomically
     from lipbounds.models.loading import load_model
     from lipbounds.report import measure, to_json, write_page
     from lipbounds.report.layer import plan
     from lipbounds.report.summary import summary
 
-    _check_paths(page, json)
+    for path in (page, json):
+        if path is not None:
+            check_writable(path)
+    if json is not None and json.resolve() == page.resolve():
+        raise typer.BadParameter("--json and --output must be two files")
     plan(bounds=bounds or (), radii=eps, delta=1e-9, seed=seed)  # a wrong name is told before a model is loaded
     with progress() as bar:
         task = bar.add_task(f"{model}: loading", total=1.0)
@@ -81,25 +84,13 @@ def command(
     output.print(f"Open {page} in a browser.", highlight=False, markup=False, soft_wrap=True)
 
 
-def _check_paths(*paths: Path | None) -> None:
-    from lipbounds.errors import InvalidInput
-
-    for path in paths:
-        if path is not None and path.is_dir():
-            raise InvalidInput(f"the file to write must not be a folder, got '{path}'; add a name.")
-
-
 def _runs(
-    loaded: LoadedModel, text: list[str] | None, data: Path | None, images: Path | None, device: str, dtype: str
+    loaded: LoadedModel, text: list[str] | None, data: Path | None, images: Path | None, device: Any, dtype: Any
 ) -> list[ModelInput]:
     """The inputs that the options name, where the model is."""
-    import torch
-
     from lipbounds.errors import InvalidInput
     from lipbounds.report.inputs import check_runs, default_inputs, from_file, from_images, from_texts, placed
 
-    if dtype not in DTYPES:
-        raise InvalidInput(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}.")
     given: list[Any] = [name for name in (text, data, images) if name]
     if len(given) > 1:
         raise InvalidInput("inputs must come from one of --text, --data and --images, got more than one.")
@@ -111,11 +102,7 @@ def _runs(
         runs = from_images(loaded, images)
     else:
         runs = default_inputs(loaded)
-    try:
-        where = torch.device(device)
-        loaded.module.to(where, getattr(torch, dtype))
-    except (RuntimeError, AssertionError) as error:
-        raise InvalidInput(f"device must be one that torch has here, got {device!r}; use cpu.") from error
-    runs = placed(runs, where, getattr(torch, dtype))
+    loaded.module.to(device, dtype)
+    runs = placed(runs, device, dtype)
     check_runs(loaded, runs)
     return runs

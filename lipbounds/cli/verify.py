@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from lipbounds.cli.console import FOUND, OK, AsJson, output, print_json, progress
-from lipbounds.files import json_text, write_atomically
+from lipbounds.cli.options import Seed
+from lipbounds.files import check_writable, json_text, write_atomically
 
 
 if TYPE_CHECKING:
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
 def command(
     bound: Annotated[str, typer.Argument(help="package.module:attribute, or the name of a registered bound.")],
     seconds: Annotated[float, typer.Option(help="Time to spend.", min=0)] = 60.0,
-    seed: Annotated[int, typer.Option(help="Of all searches.", min=0)] = 0,
+    seed: Seed = 0,
     report: Annotated[Path | None, typer.Option(help="Write the report here as JSON, too.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -31,15 +34,17 @@ def command(
     from lipbounds.testing import session
     from lipbounds.testing.loading import load_spec
 
+    if report is not None:
+        check_writable(report)
     sys.path.insert(0, "")  # a bound in the working directory is found, as python -m would find it
     spec = load_spec(bound)
     with progress() as bar:
-        task = bar.add_task(spec.name, total=1.0)
+        task = bar.add_task(escape(spec.name), total=1.0)
         found = session.verify(
             spec,
             seconds=seconds,
             seed=seed,
-            progress=lambda what, share: bar.update(task, completed=share, description=f"{spec.name}: {what}"),
+            progress=lambda what, share: bar.update(task, completed=share, description=f"{escape(spec.name)}: {what}"),
         )
     if report is not None:
         write_atomically(report, json_text(found.to_dict()).encode())
@@ -53,15 +58,16 @@ def command(
 def _print_report(found: Report) -> None:
     from lipbounds.claims import SCOPE_WORDS
 
+    name = escape(found.name)
     if not found.sound_so_far:
-        output.print(f"[bold red]{found.name}: counterexample[/bold red], check {found.refuted_by!r}", highlight=False)
+        output.print(f"[bold red]{name}: counterexample[/bold red], check {found.refuted_by!r}", highlight=False)
         output.print(found.message, highlight=False, markup=False, soft_wrap=True)
         output.print("\nRun this to see it:\n", highlight=False)
         print(found.snippet)  # noqa: T201 - to be piped into a file: no wrapping, no markup
         return
     tried = sum(found.examples.values())
     promise = f"{found.kind}, {SCOPE_WORDS[found.scope]}"
-    output.print(f"[bold green]{found.name}: sound so far[/bold green] ({promise})", highlight=False)
+    output.print(f"[bold green]{name}: sound so far[/bold green] ({promise})", highlight=False)
     output.print(f"{tried} blocks in {len(found.examples)} checks, {found.seconds:.0f} s, seed {found.seed}.")
     if found.worst_ratio is not None:
         output.print(f"Largest true / claimed norm found by ascent: {found.worst_ratio:.6f}.", highlight=False)
@@ -70,6 +76,6 @@ def _print_report(found: Report) -> None:
             "bound", "median times the truth", "worst", "blocks", title="Tightness on a fixed sample of blocks"
         )
         for row in found.comparisons:
-            name = f"[bold]{row.name}[/bold]" if row.name == found.name else row.name
-            table.add_row(name, f"{row.median:.2f}", f"{row.worst:.1f}", str(row.blocks))
+            style = "bold" if row.name == found.name else ""
+            table.add_row(Text(row.name, style), f"{row.median:.2f}", f"{row.worst:.1f}", str(row.blocks))
         output.print(table)

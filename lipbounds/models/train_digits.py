@@ -18,10 +18,11 @@ import torch
 from jaxtyping import Float
 from rich.console import Console
 from rich.progress import Progress
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lipbounds.files import write_atomically
 from lipbounds.models.digits_data import LabelledImages, load_digits_split
 from lipbounds.models.digits_vit import IMAGE_SIZE, DigitsViT
 
@@ -108,8 +109,32 @@ def evaluate(model: nn.Module, part: LabelledImages) -> tuple[float, float]:
     return accuracy, F.cross_entropy(logits, part.labels).item()
 
 
+def train_and_save(output: Path, *, seed: int = 0, epochs: int = EPOCHS, console: Console) -> float:
+    """Train, judge on the test images, write the weights with their history, and return the test accuracy.
+
+    Args:
+        output: the file to write; it is there whole or not at all.
+        seed: of the first weights, the order of the images and the distortions.
+        epochs: passes over the training images.
+        console: where the progress goes.
+    """
+    split = load_digits_split()
+    model = train(split.train, split.validation, seed=seed, epochs=epochs, console=console)
+    accuracy, _ = evaluate(model, split.test)
+    history = {
+        "command": f"python -m lipbounds.models.train_digits --seed {seed} --epochs {epochs}",
+        "seed": seed,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "test_accuracy": round(accuracy, 4),
+    }
+    # One entry only: safetensors writes several in an order of its own, and the same weights must be the same bytes.
+    write_atomically(output, save(model.state_dict(), {"training": json.dumps(history)}))
+    return accuracy
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Train, judge on the test images and write the weights with their history."""
+    """Train as the command line says."""
     parser = argparse.ArgumentParser(
         prog="python -m lipbounds.models.train_digits", description="Train the digits ViT."
     )
@@ -120,19 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.epochs < 1:
         parser.error(f"--epochs must be at least 1, got {options.epochs}")
     console = Console(stderr=True)
-    split = load_digits_split()
-    model = train(split.train, split.validation, seed=options.seed, epochs=options.epochs, console=console)
-    accuracy, _ = evaluate(model, split.test)
-    history = {
-        "command": f"{parser.prog} --seed {options.seed} --epochs {options.epochs}",
-        "seed": options.seed,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "test_accuracy": round(accuracy, 4),
-    }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    # One entry only: safetensors writes several in an order of its own, and the same weights must be the same bytes.
-    save_file(model.state_dict(), options.output, {"training": json.dumps(history)})
+    accuracy = train_and_save(options.output, seed=options.seed, epochs=options.epochs, console=console)
     console.print(f"test accuracy {accuracy:.4f}; weights in {options.output}")
 
 

@@ -120,9 +120,10 @@ WRONG = {
     "eps": (["--eps", "-1"], "radii (eps) must be finite and above 0"),
     "bound": (["--bounds", "yudin2025.biasd"], "did you mean"),
     "no inputs": ([], "pass --data FILE"),
+    "a folder": (["--output", "{folder}"], "a file must be written"),
     "both": (["--text", "a", "--images", "."], "must come from one of --text, --data and --images"),
-    "dtype": (["--dtype", "int8"], "dtype must be one of float64"),
-    "device": (["--data", "{x}", "--device", "moon"], "device must be one that torch has"),
+    "dtype": (["--dtype", "int8"], "must be one of float64"),
+    "device": (["--data", "{x}", "--device", "moon"], "must be a device that is here"),
     "shape": (["--data", "{wrong}"], "must run on the input, got a tensor of shape (1, 6, 5)"),
 }
 
@@ -133,7 +134,7 @@ def test_what_is_wrong_is_told_in_one_line(
 ) -> None:
     torch.save(tiny_input(), tmp_path / "x.pt")
     torch.save(torch.zeros(1, 6, 5), tmp_path / "wrong.pt")
-    given = [a.format(x=tmp_path / "x.pt", wrong=tmp_path / "wrong.pt") for a in arguments]
+    given = [a.format(x=tmp_path / "x.pt", wrong=tmp_path / "wrong.pt", folder=tmp_path) for a in arguments]
     status = command("verify.unit.reported:tiny_model", "--output", str(tmp_path / "r.html"), *given)
     error = capsys.readouterr().err
     assert status == 2

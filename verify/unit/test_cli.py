@@ -1,0 +1,351 @@
+"""The command line: help, output, exit statuses, and errors in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+import lipbounds
+from lipbounds import cli, registry
+from lipbounds.cli import bench as bench_command
+from lipbounds.cli.app import app
+from lipbounds.errors import LipboundsError
+from lipbounds.testing import session
+from lipbounds.testing.session import Comparison, Report
+
+
+RESULTS = Path(__file__).parents[2] / "results"
+COMMANDS = [command.name or "" for command in app.registered_commands]
+SOUND = Report(
+    name="sharp",
+    kind="proved",
+    scope="point",
+    seed=3,
+    examples={"value": 20},
+    worst_ratio=0.5,
+    comparisons=[Comparison(name="[red]", median=float("inf"), worst=2.0, blocks=3)],
+)
+WRONG = Report(
+    name="mine", kind="proved", scope="point", seed=0, refuted_by="value", message="[red]too small", snippet="x = 1\n"
+)
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(app, arguments)
+
+
+def one_line_error(*arguments: str) -> str:
+    done = run(*arguments)
+    assert done.exit_code == 2, done.output
+    assert isinstance(done.exception, SystemExit)
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ")
+    return done.stderr
+
+
+@pytest.fixture
+def verified(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
+    """Make the session return a report, or raise, without searching."""
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the command puts the working directory there
+
+    def outcome(found: Any) -> None:
+        monkeypatch.setattr(session, "verify", mock.Mock(side_effect=[found]))
+
+    return outcome
+
+
+# -- help -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str) -> None:
+    done = run(command, "--help")
+    assert done.exit_code == 0
+    assert f"Usage: lipbounds {command}" in done.stdout.replace("root", "lipbounds")
+    listed = run("--help").stdout
+    assert f" {command} " in listed
+
+
+def test_without_a_command_the_help_is_shown() -> None:
+    done = run()
+    assert done.exit_code == 2
+    assert "Usage" in done.stdout
+    assert "bounds" in done.stdout
+
+
+def test_help_waits_for_nothing_heavy() -> None:
+    heavy = ("torch", "numpy", "hypothesis", "transformers", "sklearn", "pytest")
+    source = f"""
+import sys
+from lipbounds.cli import main
+for command in {[[], *([name] for name in COMMANDS)]}:
+    sys.argv = ["lipbounds", *command, "--help"]
+    try:
+        main()
+    except SystemExit as exit:
+        assert not exit.code, exit.code
+assert not set({heavy}) & set(sys.modules), set({heavy}) & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", source], check=True, capture_output=True)
+
+
+def test_python_m_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "lipbounds", "--help"], capture_output=True, text=True, check=True)
+    assert "Usage: lipbounds" in done.stdout
+
+
+# -- bounds -----------------------------------------------------------------------------------------------------------
+
+
+def test_bounds_lists_what_is_registered() -> None:
+    done = run("bounds", "--json")
+    assert done.exit_code == 0
+    rows = json.loads(done.stdout)["bounds"]
+    assert [row["name"] for row in rows] == [spec.name for spec in registry.standing()]
+    row = next(row for row in rows if row["name"] == "yudin2025.biased")
+    assert (row["kind"], row["scope"], row["norm"]) == ("proved", "point", "l2")
+    assert "2507.07814" in row["source"]
+    shown = run("bounds")
+    assert shown.exit_code == 0
+    assert all(spec.name in shown.stdout for spec in registry.standing())
+
+
+# -- verify -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("found", "status"), [(SOUND, 0), (WRONG, 1)])
+def test_verify_says_what_was_found(found: Report, status: int, verified: Any, tmp_path: Path) -> None:
+    verified(found)
+    done = run("verify", "sharp", "--json", "--report", str(tmp_path / "new" / "report.json"))
+    assert done.exit_code == status
+    assert json.loads(done.stdout)["sound_so_far"] == (status == 0)
+    assert (tmp_path / "new" / "report.json").read_text() == done.stdout
+    verified(found)
+    shown = run("verify", "sharp")
+    assert shown.exit_code == status
+    assert ("sound so far" if status == 0 else "x = 1\n") in shown.stdout
+    assert "[red]" in shown.stdout, "what comes from a bound is no markup"
+
+
+def test_verify_passes_on_its_options(verified: Any) -> None:
+    verified(SOUND)
+    run("verify", "sharp", "--seconds", "2.5", "--seed", "7")
+    (call,) = session.verify.call_args_list
+    assert call.args == (lipbounds.get("sharp"),)
+    assert (call.kwargs["seconds"], call.kwargs["seed"]) == (2.5, 7)
+
+
+@pytest.mark.parametrize(
+    ("bound", "message"),
+    [
+        ("sharpp", "did you mean"),
+        ("no_such_module:x", "check the spelling"),
+        ("json:dumpss", "check the spelling"),
+        ("json:__name__", "got str"),
+        (":", "check the spelling"),
+        ("[red]:x", "[red]"),
+    ],
+)
+@pytest.mark.usefixtures("verified")
+def test_a_bound_that_is_not_there_is_one_line(bound: str, message: str) -> None:
+    assert message in one_line_error("verify", bound)
+
+
+@pytest.mark.usefixtures("verified")
+def test_a_bound_whose_module_breaks_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "breaks_at_import.py").write_text("1 /")
+    monkeypatch.chdir(tmp_path)
+    assert "SyntaxError" in one_line_error("verify", "breaks_at_import:x")
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("nothing", "No such command 'nothing'"),
+        ("bounds --jso", "--json"),
+        ("bounds extra", "unexpected extra argument"),
+        ("verify", "Missing argument 'bound'"),
+        ("verify sharp --seconds x", "Invalid value for '--se"),
+        ("verify sharp --seconds -1", "Invalid value for '--seconds'"),
+        ("verify sharp --seed 1.5", "Invalid value for '--se"),
+        ("verify sharp --seed -1", "Invalid value for '--seed'"),
+        ("verify sharp --report .", "pass another path"),
+        ("verify sharp --report", "requires an argument"),
+        ("compare a b", "check the path"),
+        ("compare a", "Missing argument 'after'"),
+        ("compare a b --fail-above -5%", "5% or 0.05"),
+        ("compare a b --fail-above nan", "5% or 0.05"),
+        ("compare a b --fail-above %", "5% or 0.05"),
+        ("train-digits --epochs 0", "Invalid value for '--epochs'"),
+        ("train-digits --output .", "pass another path"),
+        ("train-digits --seed 99999999999999999999", "Invalid value for '--seed'"),
+    ],
+)
+@pytest.mark.usefixtures("verified")
+def test_bad_input_is_one_line_with_the_fix(arguments: str, message: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert message in one_line_error(*arguments.split())
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (LipboundsError("first line\nsecond"), "error: first line second\n"),
+        (ModuleNotFoundError("no", name="hypothesis"), "pip install 'lipbounds[verify]'"),
+        (ModuleNotFoundError("no", name="transformers"), "pip install 'lipbounds[models]'"),
+        (PermissionError(13, "Permission denied", "/some/file"), "/some/file: Permission denied"),
+    ],
+)
+def test_what_a_command_raises_is_one_line(error: Exception, message: str, verified: Any) -> None:
+    verified(error)
+    assert message in one_line_error("verify", "sharp")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), ModuleNotFoundError("no", name="lipbounds.oops")])
+def test_a_bug_keeps_its_traceback(error: Exception, verified: Any) -> None:
+    verified(error)
+    assert run("verify", "sharp").exception is error
+
+
+def test_after_ctrl_c_nothing_half_written_is_left(verified: Any, tmp_path: Path) -> None:
+    verified(KeyboardInterrupt())
+    done = run("verify", "sharp", "--report", str(tmp_path / "report.json"))
+    assert (done.exit_code, done.stdout) == (130, "")
+    assert "Stopped" in done.stderr
+    assert not [*tmp_path.iterdir()]
+
+
+def test_without_typer_the_way_to_get_it_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "typer", None)  # pyright: ignore[reportArgumentType]
+    monkeypatch.delitem(sys.modules, "lipbounds.cli.app")
+    with pytest.raises(SystemExit, match=r"needs typer.*pip install 'lipbounds\[cli\]'"):
+        cli.main()
+
+
+# -- compare ----------------------------------------------------------------------------------------------------------
+
+
+def test_compare_has_an_exit_status_for_ci(tmp_path: Path) -> None:
+    before = RESULTS / "tightness.json"
+    content = json.loads(before.read_text())
+    worse = content["models"]["minilm"]["overall"][1]
+    worse["median"] *= 1.1
+    after = tmp_path / "after.json"
+    after.write_text(json.dumps(content))
+    assert run("compare", str(before), str(before)).exit_code == 0
+    assert run("compare", str(after), str(before)).exit_code == 0
+    done = run("compare", str(before), str(after))
+    assert done.exit_code == 1
+    assert "1 worse by more than 5%" in done.stdout
+    assert run("compare", str(before), str(after), "--fail-above", "11%").exit_code == 0
+    found = json.loads(run("compare", str(before), str(after), "--json", "--fail-above", "0.02").stdout)
+    assert found["regressed"]
+    assert found["fail_above"] == 0.02
+    assert [(row["model"], row["method"]) for row in found["worse"]] == [("minilm", worse["bound"])]
+
+
+# -- bench and train-digits -------------------------------------------------------------------------------------------
+
+
+def test_bench_outside_of_a_checkout_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(lipbounds, "__path__", [str(tmp_path / "site-packages" / "lipbounds")])
+    assert "tox -e bench" in one_line_error("bench")
+
+
+@pytest.mark.parametrize("below", [".", "docs", "bench/data"])
+def test_bench_is_found_from_inside_a_checkout(below: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(RESULTS.parent / below)
+    assert bench_command.checkout() == RESULTS.parent
+
+
+def test_bench_passes_arguments_and_exit_status_on(tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
+    for folder in ("bench", "lipbounds"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "bench" / "__init__.py").touch()
+    (tmp_path / "bench" / "__main__.py").write_text("import sys; print(sys.argv[1:]); sys.exit(1)")
+    (tmp_path / "lipbounds" / "registry.py").touch()
+    monkeypatch.chdir(tmp_path / "bench")
+    assert run("bench", "readme", "--time-limit", "-1", "--", "--help").exit_code == 1
+    assert capfd.readouterr().out == "['readme', '--time-limit', '-1', '--help']\n"
+
+
+@pytest.mark.parametrize(("status", "expected"), [(0, 0), (1, 1), (2, 2), (130, 130), (-2, 130), (-9, 1)])
+def test_bench_is_waited_for_after_ctrl_c(status: int, expected: int) -> None:
+    with mock.patch.object(bench_command.subprocess, "Popen") as popen:
+        popen.return_value.__enter__.return_value.wait.side_effect = [KeyboardInterrupt, status]
+        assert run("bench", "tightness", "--quick").exit_code == expected
+    (command,) = popen.call_args.args
+    assert command[1:] == ["-m", "bench", "tightness", "--quick"]
+
+
+def test_train_digits_writes_weights_that_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lipbounds.models import train_digits
+    from lipbounds.models.digits_vit import DigitsViT, load_digits_vit
+
+    trained = DigitsViT()
+    train = mock.Mock(return_value=trained)
+    monkeypatch.setattr(train_digits, "train", train)
+    path = tmp_path / "weights.safetensors"
+    done = run("train-digits", "--epochs", "3", "--seed", "7", "--output", str(path), "--json")
+    assert done.exit_code == 0
+    assert json.loads(done.stdout)["output"] == str(path)
+    assert (train.call_args.kwargs["seed"], train.call_args.kwargs["epochs"]) == (7, 3)
+    loaded = load_digits_vit(path).state_dict()
+    assert all(torch.equal(loaded[name], weight) for name, weight in trained.state_dict().items())
+
+
+# -- fuzzing ----------------------------------------------------------------------------------------------------------
+
+OPTIONS = sorted(
+    {
+        name
+        for command in app.registered_commands
+        for name in run(command.name, "--help").stdout.split()
+        if name.startswith("--")
+    }
+)
+WORDS = [*COMMANDS, *OPTIONS, "sharp", "--", "-", "5%", "1", "-1", "0.5", "nan", "inf", str(RESULTS / "certified.json")]
+
+
+@contextlib.contextmanager
+def harmless() -> Iterator[None]:
+    """Nothing is searched, trained or written."""
+    with (
+        mock.patch.object(session, "verify", return_value=SOUND),
+        mock.patch("lipbounds.models.train_digits.train_and_save", return_value=0.5),
+        mock.patch.object(bench_command, "_run", return_value=0),
+        mock.patch("lipbounds.cli.verify.write_atomically"),
+        mock.patch("lipbounds.files._beside", return_value=mock.Mock()),
+        mock.patch.object(Path, "mkdir"),
+        mock.patch.object(sys, "path", [*sys.path]),
+    ):
+        yield
+
+
+@settings(max_examples=100)
+@given(arguments=st.lists(st.sampled_from(WORDS) | st.text(max_size=8), max_size=8))
+def test_no_arguments_make_a_traceback(arguments: list[str]) -> None:
+    with harmless():
+        done = run(*arguments)
+    assert done.exception is None or isinstance(done.exception, SystemExit)
+    assert done.exit_code in {0, 1, 2, 130}
+    if done.exit_code == 2 and arguments:
+        assert done.stderr.startswith("error: ")
