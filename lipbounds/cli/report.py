@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from lipbounds.cli.console import output, progress
 from lipbounds.cli.options import Device, Dtype, Seed
@@ -60,9 +61,9 @@ def command(
             check_writable(path)
     if json is not None and json.resolve() == page.resolve():
         raise typer.BadParameter("--json and --output must be two files")
-    plan(bounds=bounds or (), radii=eps, delta=1e-9, seed=seed)  # a wrong name is told before a model is loaded
+    plan(bounds=bounds or (), radii=eps or None, delta=1e-9, seed=seed)  # a wrong name is told before a model is loaded
     with progress() as bar:
-        task = bar.add_task(f"{model}: loading", total=1.0)
+        task = bar.add_task(escape(f"{model}: loading"), total=1.0)
         loaded = load_model(model, trust_remote_code=trust_remote_code)
         runs = _runs(loaded, text, data, images, device, dtype)
         found = measure(
@@ -70,11 +71,11 @@ def command(
             runs,
             name=loaded.name,
             bounds=bounds or (),
-            radii=eps,
+            radii=eps or None,
             layers=layers or (),
             seed=seed,
             max_seconds=max_seconds,
-            progress=lambda what, share: bar.update(task, completed=share, description=f"{model}: {what}"),
+            progress=lambda what, share: bar.update(task, completed=share, description=escape(f"{model}: {what}")),
         )
     write_page(found, page)
     if json is not None:

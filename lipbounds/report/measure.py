@@ -15,6 +15,7 @@ from lipbounds.capture import CapturedAttention, capture
 from lipbounds.errors import InvalidInput
 from lipbounds.report.contents import InputReport, ModelReport
 from lipbounds.report.layer import LayerWork, Plan, plan
+from lipbounds.report.maps import without_most_maps
 
 
 Progress = Callable[[str, float], None]
@@ -85,6 +86,10 @@ def measure(
             found = capture(model, *run.args, **run.kwargs)
         work.append([LayerWork(one, run.labels, wanted) for one in _chosen(found, layers)])
     _compute([one for blocks in work for one in blocks], wanted, max_seconds, tell)
+    measured = tuple(
+        InputReport(name=run.name, layers=tuple(part for one in blocks for part in one.reports()))
+        for run, blocks in zip(runs, work, strict=True)
+    )
     parameter = next(iter(model.parameters()), torch.zeros(()))
     return ModelReport(
         model=name or type(model).__name__,
@@ -93,10 +98,7 @@ def measure(
         seed=seed,
         lipbounds=__version__,
         torch=torch.__version__,
-        inputs=tuple(
-            InputReport(name=run.name, layers=tuple(part for one in blocks for part in one.reports()))
-            for run, blocks in zip(runs, work, strict=True)
-        ),
+        inputs=without_most_maps(measured),
     )
 
 

@@ -16,10 +16,12 @@ LABELS = (HOSTILE, "[CLS]", "the", "\u202emovie", "\u2028", "\ud800")  # right t
 
 
 def tiny_model() -> nn.Module:
-    """Two layers of three heads on tokens of twelve features."""
+    """Two layers of three heads with biases on tokens of twelve features."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         layers = [nn.TransformerEncoderLayer(12, 3, 16, dropout=0.0, batch_first=True) for _ in range(2)]
+        for layer in layers:
+            nn.init.normal_(layer.self_attn.in_proj_bias)
     return nn.Sequential(*layers).eval()
 
 

@@ -14,11 +14,11 @@ from torch import nn
 from lipbounds.capture import capture
 from lipbounds.errors import InvalidInput, UnknownBound, Unsupported
 from lipbounds.estimators.tokens import token_lower
-from lipbounds.report import from_json, measure, to_json
+from lipbounds.report import from_json, maps, measure, to_json
 from lipbounds.report.contents import Number, shown
 from lipbounds.report.heads import heads_alone
 from lipbounds.report.page import page
-from lipbounds.report.summary import summary
+from lipbounds.report.summary import fragile_heads, summary
 from verify.unit.blocks import random_block, true_norm
 from verify.unit.reported import tiny_input, tiny_model, tiny_report
 
@@ -173,9 +173,24 @@ def test_bounds_radii_and_layers_are_those_asked_for() -> None:
 
 
 def test_a_bound_that_makes_no_promise_is_left_out_and_named() -> None:
-    report = measure(tiny_model(), tiny_input(), bounds=["yudin2025.theorem3"], radii=[])
+    report = measure(tiny_model(), tiny_input(), bounds=["yudin2025.theorem3"], radii=[], layers=[0])
     layer = report.inputs[0].layers[0]
-    assert all(number.method != "yudin2025.theorem3" for number in layer.proved) or not layer.notes
+    assert layer.proved == ()
+    (note,) = layer.notes
+    assert note.startswith("yudin2025.theorem3 makes no promise for a block with biases")
+    assert layer.constant is not None
+    assert "is the most fragile" in summary(report.inputs[0])
+
+
+def test_of_too_many_maps_those_of_the_most_fragile_heads_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(maps, "MAP_ENTRIES", 5 * 36)
+    run, other = maps.without_most_maps(tiny_report().inputs)
+    kept = {
+        (position, head.head) for position, layer in enumerate(run.layers) for head in layer.heads if head.attention
+    }
+    assert kept == set(fragile_heads(run, 3))  # the second input keeps two
+    assert sum(head.attention is not None for layer in other.layers for head in layer.heads) == 2
+    assert run.layers[0].heads[0].g_1 == tiny_report().inputs[0].layers[0].heads[0].g_1
 
 
 # -- what is refused ----------------------------------------------------------------------------------------------
