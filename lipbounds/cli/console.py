@@ -24,6 +24,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object inst
 
 # Packages that only an extra brings, with that extra.
 EXTRAS = {
+    "PIL": "models",
     "hypothesis": "verify",
     "numpy": "verify",
     "pytest": "verify",

@@ -41,7 +41,7 @@ def dense_norm(block: Attention) -> Float[Tensor, "*batch"]:
         block: in float64; the caller sees to it that its Jacobian is small (`jacobian_entries`).
     """
     if block.batch_shape.numel() * jacobian_entries(block) > BATCH_ENTRIES and block.batch_shape.numel() > 1:
-        items = [dense_norm(item) for item in _items(block)]
+        items = [dense_norm(item) for item in batch_items(block)]
         return torch.stack(items).reshape(block.batch_shape)
     moving = block.moving_input
     tracked = torch.is_grad_enabled() and _is_tracked(block)
@@ -105,8 +105,8 @@ def _rounding(block: Attention, jacobian: Tensor) -> Float[Tensor, "*batch"]:
     return inflate(rows.amax((-2, -1)).sqrt() * columns.amax((-2, -1)).sqrt(), 8).expand(block.batch_shape)
 
 
-def _items(block: Attention) -> list[Attention]:
-    """The batch items one by one, in the order of the flattened batch."""
+def batch_items(block: Attention) -> list[Attention]:
+    """The batch items one by one, each without batch dimensions, in the order of the flattened batch."""
     names = {"x": 2, "memory": 2, "logit_bias": 3, "b_o": 1, "query_rotation": 3, "key_rotation": 3}
     names |= {"w_q": 3, "w_k": 3, "w_v": 3, "w_o": 3, "b_q": 2, "b_k": 2, "b_v": 2}
     fields = {name: (getattr(block, name), own) for name, own in names.items() if getattr(block, name) is not None}

@@ -21,20 +21,25 @@ LARGEST_EXPONENT = 600.0  # exp of it is finite; infinite slack would make the g
 
 def largest_g_1(block: Attention) -> Float[Tensor, "*batch heads"]:
     """max_i g_1(P_i) of each head, at least the largest softmax Jacobian norm of its rows."""
-    return _largest_row(block, softmax.g_upper_from_logits(block.logits))
+    return row_g_1(block).amax(-1)
+
+
+def row_g_1(block: Attention) -> Float[Tensor, "*batch heads n"]:
+    """g_1(P_i) of each row, at least the norm of its softmax Jacobian."""
+    return _with_slack(block, softmax.g_upper_from_logits(block.logits))
 
 
 def largest_softmax_norm(block: Attention) -> Float[Tensor, "*batch heads"]:
     """max_i ||J(P_i)|| of each head, exact."""
-    return _largest_row(block, softmax_spectrum.spectral_norm_upper_from_logits(block.logits))
+    return _with_slack(block, softmax_spectrum.spectral_norm_upper_from_logits(block.logits)).amax(-1)
 
 
-def _largest_row(block: Attention, norms: Float[Tensor, "*batch heads n"]) -> Float[Tensor, "*batch heads"]:
-    """Largest row with the slack for rounded logits; never above 1/2, which always holds."""
+def _with_slack(block: Attention, norms: Float[Tensor, "*batch heads n"]) -> Float[Tensor, "*batch heads n"]:
+    """Each row with the slack for rounded logits; never above 1/2, which always holds."""
     exponent = 4 * logit_error(block)
     blurred = (exponent > LARGEST_EXPONENT) & (norms > 0)  # a norm of 0 is that of a single visible key: exact
     slack = exponent.clamp(max=LARGEST_EXPONENT).exp()
-    return torch.where(blurred, 0.5, norms * slack).clamp(max=0.5).amax(-1)
+    return torch.where(blurred, 0.5, norms * slack).clamp(max=0.5)
 
 
 def map_norm(block: Attention) -> Float[Tensor, "*batch heads"]:

@@ -1,0 +1,109 @@
+"""`lipbounds report`: which layers and heads of a model are fragile, and why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from lipbounds.cli.console import output, progress
+from lipbounds.cli.options import Device, Dtype, Seed
+
+
+if TYPE_CHECKING:
+    from lipbounds.models.loading import LoadedModel
+    from lipbounds.report import ModelInput
+
+
+def command(
+    model: Annotated[
+        str,
+        typer.Argument(help="minilm, digits-vit, lipschitz-vit, a Hugging Face name or folder, or package:attribute."),
+    ],
+    text: Annotated[list[str] | None, typer.Option(help="A text to run a text model on; repeatable.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="A text file, one text a line, or a tensor: .pt, .npy or .safetensors.")
+    ] = None,
+    images: Annotated[Path | None, typer.Option(help="A folder with pictures, for an image model.")] = None,
+    bounds: Annotated[
+        list[str] | None, typer.Option(help="A proved bound instead of the default ones; repeatable.")
+    ] = None,
+    eps: Annotated[list[float] | None, typer.Option(help="The radius of a ball; repeatable.")] = None,
+    layers: Annotated[
+        list[int] | None, typer.Option(help="The number of a layer; repeatable. All if left out.")
+    ] = None,
+    page: Annotated[Path, typer.Option("--output", help="The HTML file to write.")] = Path("report.html"),
+    json: Annotated[Path | None, typer.Option(help="Write the same numbers here as JSON, too.")] = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    seed: Seed = 0,
+    max_seconds: Annotated[
+        float | None, typer.Option(help="After which nothing new is begun; the page names what is missing.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the code that comes with a Hugging Face checkpoint.")
+    ] = False,
+) -> None:
+    """Write one HTML file: layers and heads with bounds and constants, attention maps, bounds on balls.
+
+    Without data a text model gets one short sentence, and a bundled image model one image.
+    """
+    from lipbounds.files import check_writable, write_atomically
+    from lipbounds.models.loading import load_model
+    from lipbounds.report import measure, to_json, write_page
+    from lipbounds.report.layer import plan
+    from lipbounds.report.summary import summary
+
+    for path in (page, json):
+        if path is not None:
+            check_writable(path)
+    if json is not None and json.resolve() == page.resolve():
+        raise typer.BadParameter("--json and --output must be two files")
+    plan(bounds=bounds or (), radii=eps or None, delta=1e-9, seed=seed)  # a wrong name is told before a model is loaded
+    with progress() as bar:
+        task = bar.add_task(escape(f"{model}: loading"), total=1.0)
+        loaded = load_model(model, trust_remote_code=trust_remote_code)
+        runs = _runs(loaded, text, data, images, device, dtype)
+        found = measure(
+            loaded.module,
+            runs,
+            name=loaded.name,
+            bounds=bounds or (),
+            radii=eps or None,
+            layers=layers or (),
+            seed=seed,
+            max_seconds=max_seconds,
+            progress=lambda what, share: bar.update(task, completed=share, description=escape(f"{model}: {what}")),
+        )
+    write_page(found, page)
+    if json is not None:
+        write_atomically(json, to_json(found).encode())
+    for run in found.inputs:
+        output.print(summary(run), highlight=False, markup=False, soft_wrap=True)
+    output.print(f"Open {page} in a browser.", highlight=False, markup=False, soft_wrap=True)
+
+
+def _runs(
+    loaded: LoadedModel, text: list[str] | None, data: Path | None, images: Path | None, device: Any, dtype: Any
+) -> list[ModelInput]:
+    """The inputs that the options name, where the model is."""
+    from lipbounds.errors import InvalidInput
+    from lipbounds.report.inputs import check_runs, default_inputs, from_file, from_images, from_texts, placed
+
+    given: list[Any] = [name for name in (text, data, images) if name]
+    if len(given) > 1:
+        raise InvalidInput("inputs must come from one of --text, --data and --images, got more than one.")
+    if text:
+        runs = from_texts(loaded, text)
+    elif data is not None:
+        runs = from_file(loaded, data)
+    elif images is not None:
+        runs = from_images(loaded, images)
+    else:
+        runs = default_inputs(loaded)
+    loaded.module.to(device, dtype)
+    runs = placed(runs, device, dtype)
+    check_runs(loaded, runs)
+    return runs

@@ -1,0 +1,63 @@
+"""How far the output of a block can move when one token alone moves: a lower bound for every token at once.
+
+J_j, the columns of the Jacobian that belong to token j, is J restricted to inputs that are zero at every other token.
+Power iteration with J_j^T J_j is that with J^T J in which all but token j is set to zero after each step.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lipbounds.estimators._operator import JacobianOperator
+from lipbounds.estimators._options import check_steps_and_seed
+from lipbounds.rounding import cast_down, gamma, inflate
+from lipbounds.targets.attention import Attention
+from lipbounds.targets.attention_roundoff import Roundoff
+
+
+@torch.no_grad()
+def token_lower(block: Attention, *, steps: int = 20, seed: int = 0) -> Float[Tensor, "*batch moving"]:
+    """Lower bound on the norm of the Jacobian with respect to each token of the moving input, in the l2 norm.
+
+    Promise: each value is ||J v|| / ||v|| for a v that is zero at all other tokens, the bounded rounding of J v
+    subtracted, hence at most ||J_j||, whatever the iteration did.
+
+    Args:
+        block: the attention block.
+        steps: applications of J^T J.
+        seed: of the random start.
+
+    Raises:
+        InvalidInput: `steps` or `seed` is out of range.
+    """
+    check_steps_and_seed(steps, seed)
+    operator = JacobianOperator(block)
+    assert isinstance(operator.target, Attention)
+    wide = operator.target
+    count, width = wide.moving_input.shape[-2:]
+    lead = (count, *[1] * len(operator.batch_shape))
+    own = torch.eye(count, dtype=torch.float64, device=operator.device).view(*lead, count, 1)
+    generator = torch.Generator().manual_seed(seed)
+    v = torch.randn(count, *operator.batch_shape, count, width, generator=generator, dtype=torch.float64)
+    v = _unit(v.to(operator.device) * own)
+    for _ in range(steps):
+        image = wide.vjp(wide.jvp(v) / operator.scale[..., None, None]) * own
+        v = torch.where(_length(image) > 0, _unit(image), v)
+    image = wide.jvp(v)
+    size = image.shape[-2:].numel()
+    error = inflate(_length(Roundoff(wide).jvp(v.abs())), size + 4)
+    certain = _length(image) * (1 - 2 * gamma(size + 4)) - error
+    lower = (certain / inflate(_length(v), width + 8)).clamp(min=0)[..., 0, 0]
+    return cast_down(lower.movedim(0, -1), block.dtype)
+
+
+def _length(v: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(v, dim=(-2, -1), keepdim=True)
+
+
+def _unit(v: Tensor) -> Tensor:
+    """Of length 1; the zero vector is divided by 1."""
+    length = _length(v)
+    return v / torch.where(length > 0, length, 1.0)

@@ -1,0 +1,42 @@
+"""A head alone, and what its attention map looks like."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lipbounds.targets.attention import Attention
+
+
+def heads_alone(block: Attention, start: int = 0, stop: int | None = None) -> Attention:
+    """Blocks of one head each, as a batch: the head with its own rows of the output projection, without output bias.
+
+    The outputs of all of them add up to that of the block without its output bias.
+
+    Args:
+        block: without batch dimensions.
+        start: first head.
+        stop: head after the last one; all that are left if None.
+    """
+    chosen = slice(start, block.heads if stop is None else stop)
+    weights = {name: getattr(block, name)[chosen].unsqueeze(-3) for name in ("w_q", "w_k", "w_v", "w_o")}
+    biases = {
+        name: None if getattr(block, name) is None else getattr(block, name)[chosen].unsqueeze(-2)
+        for name in ("b_q", "b_k", "b_v")
+    }
+    mask = block.logit_bias
+    if mask is not None and mask.dim() == 3 and mask.shape[0] > 1:
+        mask = mask[chosen].unsqueeze(-3)
+    return block.replace(**weights, **biases, b_o=None, logit_bias=mask)
+
+
+def mean_entropy(maps: Float[Tensor, "heads n m"]) -> Float[Tensor, " heads"]:
+    """Entropy of a row in nats, mean over the rows of each head: 0 if every query sees one key, log m if all alike."""
+    return torch.special.entr(maps).sum(-1).mean(-1)
+
+
+def sinks(maps: Float[Tensor, "heads n m"]) -> tuple[list[int], list[float]]:
+    """For each head the key that gets most of the attention, and its share of it, mean over the queries."""
+    share, key = maps.mean(-2).max(-1)
+    return key.tolist(), share.tolist()

@@ -1,0 +1,148 @@
+"""Running a model, and computing every number of a report within a limit of time."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lipbounds import __version__
+from lipbounds.capture import CapturedAttention, capture
+from lipbounds.errors import InvalidInput
+from lipbounds.report.contents import InputReport, ModelReport
+from lipbounds.report.layer import LayerWork, Plan, plan
+from lipbounds.report.maps import without_most_maps
+
+
+Progress = Callable[[str, float], None]
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class ModelInput:
+    """What a model is run on once.
+
+    Args:
+        name: for people, such as the text.
+        args: of the model, with batch size 1.
+        kwargs: of the model, with batch size 1.
+        labels: one a token; numbers are shown where the count of tokens is another.
+    """
+
+    name: str
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = dc.field(default_factory=dict)
+    labels: tuple[str, ...] = ()
+
+
+def measure(
+    model: nn.Module,
+    inputs: Sequence[ModelInput] | Tensor,
+    *,
+    name: str | None = None,
+    bounds: Sequence[str] = (),
+    radii: Sequence[float] | None = None,
+    layers: Sequence[int] = (),
+    delta: float = 1e-9,
+    seed: int = 0,
+    max_seconds: float | None = None,
+    progress: Progress | None = None,
+) -> ModelReport:
+    """The numbers of a report on the attention of a model: proved, probable and lower bounds, layer by layer.
+
+    All are local Lipschitz constants in the l2 norm (of all entries of a block's input and output), of the attention
+    block with its output projection, without normalisation and residual. They are evaluated in float64 on the weights
+    as they are.
+
+    Args:
+        model: in evaluation mode.
+        inputs: what it is run on; the items of a tensor are run one by one.
+        name: of the model, for people.
+        bounds: names of proved bounds, at the point or on a ball; the default ones take the place of a scope of which
+            none is named.
+        radii: of the balls, in the l2 norm of the input of a block.
+        layers: numbers of the blocks wanted; all if empty.
+        delta: with which each probable bound may fail.
+        seed: of all random starts.
+        max_seconds: after which nothing new is begun; what is missing then is named in the report.
+        progress: told what is being done, and which share is.
+
+    Raises:
+        InvalidInput: an argument breaks a rule above.
+        Unsupported: no attention is found, or one that `capture` cannot express.
+    """
+    wanted = plan(bounds=bounds, radii=radii, delta=delta, seed=seed)
+    if max_seconds is not None and not max_seconds > 0:
+        raise InvalidInput(f"max_seconds must be above 0, got {max_seconds=}; leave it out for no limit.")
+    runs = _runs(inputs)
+    tell = progress or (lambda what, share: None)
+    work = []
+    for number, run in enumerate(runs):
+        tell("running the model", 0.02 * number / len(runs))
+        with torch.no_grad():
+            found = capture(model, *run.args, **run.kwargs)
+        work.append([LayerWork(one, run.labels, wanted) for one in _chosen(found, layers)])
+    _compute([one for blocks in work for one in blocks], wanted, max_seconds, tell)
+    measured = tuple(
+        InputReport(name=run.name, layers=tuple(part for one in blocks for part in one.reports()))
+        for run, blocks in zip(runs, work, strict=True)
+    )
+    parameter = next(iter(model.parameters()), torch.zeros(()))
+    return ModelReport(
+        model=name or type(model).__name__,
+        dtype=str(parameter.dtype).removeprefix("torch."),
+        device=str(parameter.device),
+        seed=seed,
+        lipbounds=__version__,
+        torch=torch.__version__,
+        inputs=without_most_maps(measured),
+    )
+
+
+def _runs(inputs: Sequence[ModelInput] | Tensor) -> list[ModelInput]:
+    if isinstance(inputs, Tensor):
+        if inputs.dim() < 2 or not len(inputs):
+            raise InvalidInput(
+                f"inputs must be a tensor with a batch dimension of at least one item, got shape "
+                f"{tuple(inputs.shape)}; add one with inputs[None]."
+            )
+        return [ModelInput(name=f"input {i + 1}", args=(inputs[i : i + 1],)) for i in range(len(inputs))]
+    if not inputs or not all(isinstance(one, ModelInput) for one in inputs):
+        raise InvalidInput("inputs must be a tensor or a non-empty sequence of ModelInput, got something else.")
+    return list(inputs)
+
+
+def _chosen(found: list[CapturedAttention], layers: Sequence[int]) -> list[CapturedAttention]:
+    missing = sorted(set(layers) - {one.index for one in found})
+    if missing:
+        raise InvalidInput(f"layers must be among 0 to {len(found) - 1}, the attention calls found, got {missing}.")
+    return [one for one in found if not layers or one.index in layers]
+
+
+def _compute(work: list[LayerWork], wanted: Plan, max_seconds: float | None, tell: Progress) -> None:
+    """Stage by stage, so that a limit of time leaves the same numbers for as many layers as possible."""
+    deadline = None if max_seconds is None else time.monotonic() + max_seconds
+    stages: list[tuple[str, Callable[[LayerWork], None], float]] = [
+        ("layers", LayerWork.whole, 2.0),
+        ("heads", LayerWork.heads, 2.0),
+        ("tokens", LayerWork.tokens, 1.0),
+        *[(f"ball {radius:g}", _on_ball(radius), 1.5) for radius in wanted.radii],
+    ]
+    total = sum(share for _, _, share in stages) * len(work)
+    done = 0.0
+    for what, stage, share in stages:
+        for one in work:
+            tell(f"layer {one.found.index}: {what}", 0.02 + 0.98 * done / total)
+            if deadline is not None and time.monotonic() > deadline:
+                one.skip(what, max_seconds)
+            else:
+                with torch.no_grad():
+                    stage(one)
+            done += share
+
+
+def _on_ball(radius: float) -> Callable[[LayerWork], None]:
+    return lambda work: work.ball(radius)

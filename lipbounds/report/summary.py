@@ -1,0 +1,68 @@
+"""The sentence at the top of a report, and what is most fragile."""
+
+from __future__ import annotations
+
+from lipbounds.report.contents import InputReport, LayerReport, Number, least
+
+
+MOST = 6
+
+
+def summary(run: InputReport) -> str:
+    """Which layer is the most fragile at this input, and what is known about it.
+
+    Args:
+        run: at one input.
+    """
+    known = [layer for layer in run.layers if _size(layer) is not None]
+    if not known:
+        return "No number was computed before the time was up."
+    worst = max(known, key=lambda layer: _size(layer) or 0.0)
+    bound = least(worst.proved)
+    proved = "" if bound is None else f"; proved bound {bound.shown} ({bound.method})"
+    if worst.constant is None:
+        return f"At this input, layer {worst.layer} has the largest bound{proved.removeprefix(';')}."
+    return (
+        f"At this input, layer {worst.layer} is the most fragile: a small move of its input can move the output of its "
+        f"attention up to {worst.constant.shown} times as far ({_certainty(worst.constant, len(known))}){proved}."
+    )
+
+
+def _certainty(constant: Number, layers: int) -> str:
+    if constant.kind != "probable" or constant.delta is None:
+        return "exact up to rounding, proved"
+    # The layer was chosen after looking at all of them, so the chances of all of them to fail add up.
+    which = f"any of the {layers} layers" if layers > 1 else "the layer"
+    return f"probable: the chance that it fails for {which} is at most {constant.delta * layers:.3g}"
+
+
+def _size(layer: LayerReport) -> float | None:
+    number = layer.constant or least(layer.proved)
+    return None if number is None else number.value
+
+
+def fragile_heads(run: InputReport, most: int = MOST) -> list[tuple[int, int]]:
+    """The heads with the largest constants, largest first: the place of the layer in the list, and the head.
+
+    Args:
+        run: at one input.
+        most: how many.
+    """
+    sizes = [
+        (-head.constant.value, position, head.head)
+        for position, layer in enumerate(run.layers)
+        for head in layer.heads
+        if head.constant is not None
+    ]
+    return [(position, head) for _, position, head in sorted(sizes)[:most]]
+
+
+def fragile_tokens(layer: LayerReport, most: int = MOST) -> list[int]:
+    """The tokens that move the output most when they move alone, as far as the lower bounds show, largest first.
+
+    Args:
+        layer: at one input.
+        most: how many.
+    """
+    order = sorted(range(len(layer.tokens)), key=lambda token: -layer.tokens[token].value)
+    return order[:most]

@@ -1,0 +1,224 @@
+"""The numbers of a report are what they say they are."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import re
+from decimal import Decimal
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lipbounds.capture import capture
+from lipbounds.errors import InvalidInput, UnknownBound, Unsupported
+from lipbounds.estimators.tokens import token_lower
+from lipbounds.report import from_json, maps, measure, to_json
+from lipbounds.report.contents import Number, shown
+from lipbounds.report.heads import heads_alone
+from lipbounds.report.page import page
+from lipbounds.report.summary import fragile_heads, summary
+from verify.unit.blocks import random_block, true_norm
+from verify.unit.reported import tiny_input, tiny_model, tiny_report
+
+
+def draw(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+
+BLOCKS = {
+    "biases": {},
+    "one mask for all heads": {"logit_bias": draw(4, 4)},
+    "a mask with one head": {"logit_bias": draw(1, 4, 4)},
+    "a mask for each head": {"logit_bias": draw(2, 4, 4)},
+    "causal": {"causal": True},
+    "grouped keys": {"w_k": draw(1, 6, 3), "w_v": draw(1, 6, 3), "b_k": draw(1, 3), "b_v": draw(1, 3)},
+    "a memory": {"memory": draw(5, 6), "moves": "memory"},
+}
+
+
+# -- heads and tokens ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fields", BLOCKS.values(), ids=BLOCKS.keys())
+def test_the_heads_alone_add_up_to_the_block(fields: dict[str, Any]) -> None:
+    block = random_block(3, **fields)
+    alone = heads_alone(block)
+    assert alone.batch_shape == (2,)
+    assert alone.heads == 1
+    torch.testing.assert_close(alone.forward().sum(0) + block.b_o, block.forward(), rtol=1e-12, atol=1e-12)
+    tangent = draw(*block.moving_input.shape)
+    torch.testing.assert_close(alone.jvp(tangent).sum(0), block.jvp(tangent), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(heads_alone(block, 1).forward()[0], alone.forward()[1])
+
+
+@pytest.mark.parametrize("fields", [BLOCKS["biases"], BLOCKS["causal"], BLOCKS["a memory"]])
+def test_a_token_alone_moves_the_output_as_far_as_its_columns_say(fields: dict[str, Any]) -> None:
+    block = random_block(4, **fields)
+    jacobian = torch.func.jacrev(block.function())(block.moving_input)
+    columns = jacobian.flatten(0, 1)  # outputs x tokens x features
+    truth = torch.linalg.matrix_norm(columns.movedim(1, 0), 2)
+    found = token_lower(block)
+    assert bool((found <= truth).all())
+    assert bool((found >= 0.95 * truth).all())
+
+
+def test_a_token_that_nothing_depends_on_counts_as_zero() -> None:
+    block = random_block(
+        4,
+        memory=draw(5, 6),
+        moves="memory",
+        logit_bias=torch.tensor([[0.0, 0, 0, 0, -torch.inf]]).double().expand(4, 5),
+    )
+    assert token_lower(block)[-1] == 0
+
+
+# -- the numbers --------------------------------------------------------------------------------------------------
+
+
+def test_every_number_lies_on_its_side_of_the_truth() -> None:
+    with torch.no_grad():
+        found = capture(tiny_model(), tiny_input())
+    for layer, one in zip(tiny_report().inputs[0].layers, found, strict=True):
+        block = one.attention.double.replace(x=one.attention.double.x[0])
+        parts = [(layer, block)]
+        for head in layer.heads:
+            alone = heads_alone(block, head.head, head.head + 1)
+            parts.append(
+                (
+                    head,
+                    alone.replace(
+                        **{n: getattr(alone, n)[0] for n in ("w_q", "w_k", "w_v", "w_o", "b_q", "b_k", "b_v")}
+                    ),
+                )
+            )
+        for part, target in parts:
+            truth = float(true_norm(target))
+            assert part.constant is not None
+            assert part.lower is not None
+            assert len(part.proved) == 3
+            assert all(number.value >= truth for number in part.proved)
+            assert truth <= part.constant.value <= truth * (1 + 1e-6)
+            assert truth * (1 - 1e-6) <= part.lower.value <= truth
+        assert [number.radius for number in layer.balls] == [0.1, 0.1, 1.0, 1.0]
+        assert all(number.value >= layer.constant.value for number in layer.balls)
+
+
+def test_rows_of_attention_and_their_g_1_are_those_of_the_block() -> None:
+    with torch.no_grad():
+        block = capture(tiny_model(), tiny_input())[1].attention
+    p = block.probabilities[0].double()
+    top = p.sort(-1, descending=True).values
+    g_1 = top[..., 0] * (1 - top[..., 0] + top[..., 1])
+    for head in tiny_report().inputs[0].layers[1].heads:
+        torch.testing.assert_close(torch.tensor(head.attention).double(), p[head.head], rtol=1e-3, atol=1e-7)
+        torch.testing.assert_close(torch.tensor(head.g_1).double(), g_1[head.head], rtol=2e-3, atol=0)
+        assert head.sink == p[head.head].mean(0).argmax()
+
+
+@pytest.mark.parametrize("value", [1.38528, 0.99999, 12.0001, 1234.5, 99.95, 1e-9, 3.3e8, 0.5])
+def test_what_is_shown_is_on_the_same_side_as_the_number(value: float) -> None:
+    assert Decimal(value) <= Decimal(shown(value, "proved")) <= Decimal(value) * Decimal("1.0101")
+    assert Decimal(value) >= Decimal(shown(value, "lower")) >= Decimal(value) * Decimal("0.989")
+    assert len(re.sub(r"e.*|\D", "", shown(value, "lower")).strip("0")) <= 3
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(1.38528, "1.39"), (39.1, "39.2"), (9.9933, "10.0"), (1234.5, "1240"), (0.0, "0"), (float("inf"), "inf")],
+)
+def test_numbers_are_shown_plainly(value: float, text: str) -> None:
+    assert shown(value, "proved") == text
+
+
+def test_the_summary_names_the_layer_with_the_largest_constant() -> None:
+    run = tiny_report().inputs[0]
+    worst = max(run.layers, key=lambda layer: layer.constant.value)
+    words = summary(run)
+    assert f"layer {worst.layer} is the most fragile" in words
+    assert f"up to {worst.constant.shown} times as far (exact" in words
+    assert f"proved bound {min(worst.proved, key=lambda n: n.value).shown} (" in words
+
+
+def test_a_probable_constant_says_how_probable() -> None:
+    run = tiny_report().inputs[0]
+    probable = Number(
+        value=9.0, method="lanczos_certificate", kind="probable", scope="point", norm="l2", dtype="float64", delta=1e-9
+    )
+    layers = (dc.replace(run.layers[0], constant=probable), run.layers[1])
+    words = summary(dc.replace(run, layers=layers))
+    assert "(probable: the chance that it fails for any of the 2 layers is at most 2e-09)" in words
+
+
+def test_what_there_was_no_time_for_is_named() -> None:
+    report = measure(tiny_model(), tiny_input(), max_seconds=1e-9)
+    (run,) = report.inputs
+    assert summary(run) == "No number was computed before the time was up."
+    assert "heads: not computed, the limit of 1e-09 seconds was reached" in run.layers[0].notes
+    assert run.layers[0].heads[0].attention is not None
+    assert from_json(to_json(report)) == report
+    assert "not computed" in page(report)
+
+
+def test_bounds_radii_and_layers_are_those_asked_for() -> None:
+    report = measure(
+        tiny_model(), tiny_input(2), bounds=["yudin2025.biased", "yudin2025_ball.biased"], radii=[0.5], layers=[1]
+    )
+    assert [len(run.layers) for run in report.inputs] == [1, 1]
+    layer = report.inputs[1].layers[0]
+    assert layer.layer == 1
+    assert [number.method for number in layer.proved] == ["yudin2025.biased"]
+    assert [(number.method, number.radius) for number in layer.balls] == [("yudin2025_ball.biased", 0.5)]
+
+
+def test_a_bound_that_makes_no_promise_is_left_out_and_named() -> None:
+    report = measure(tiny_model(), tiny_input(), bounds=["yudin2025.theorem3"], radii=[], layers=[0])
+    layer = report.inputs[0].layers[0]
+    assert layer.proved == ()
+    (note,) = layer.notes
+    assert note.startswith("yudin2025.theorem3 makes no promise for a block with biases")
+    assert layer.constant is not None
+    assert "is the most fragile" in summary(report.inputs[0])
+
+
+def test_of_too_many_maps_those_of_the_most_fragile_heads_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(maps, "MAP_ENTRIES", 5 * 36)
+    run, other = maps.without_most_maps(tiny_report().inputs)
+    kept = {
+        (position, head.head) for position, layer in enumerate(run.layers) for head in layer.heads if head.attention
+    }
+    assert kept == set(fragile_heads(run, 3))  # the second input keeps two
+    assert sum(head.attention is not None for layer in other.layers for head in layer.heads) == 2
+    assert run.layers[0].heads[0].g_1 == tiny_report().inputs[0].layers[0].heads[0].g_1
+
+
+# -- what is refused ----------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "a bound that is none": ({"bounds": ["yudin"]}, UnknownBound, "no bound or estimator named 'yudin'"),
+    "a lower bound": ({"bounds": ["lanczos"]}, InvalidInput, "bounds must name standing proved bounds"),
+    "another norm": ({"bounds": ["covariance_token.rows"]}, (InvalidInput, UnknownBound), "bounds must|no bound"),
+    "a negative radius": ({"radii": [0.1, -1.0]}, InvalidInput, r"radii \(eps\) must be finite and above 0"),
+    "an infinite radius": ({"radii": [float("inf")]}, InvalidInput, r"radii \(eps\) must be finite and above 0"),
+    "a layer that is none": ({"layers": [0, 7]}, InvalidInput, r"layers must be among 0 to 1.*got \[7\]"),
+    "no time": ({"max_seconds": 0.0}, InvalidInput, "max_seconds must be above 0"),
+    "a wrong delta": ({"delta": 2.0}, InvalidInput, "delta must be above 0 and below 1"),
+}
+
+
+@pytest.mark.parametrize(("options", "error", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_a_bad_argument_is_named(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        measure(tiny_model(), tiny_input(), **options)
+
+
+def test_a_model_without_attention_is_refused() -> None:
+    with pytest.raises(Unsupported, match="the model must call scaled_dot_product_attention"):
+        measure(nn.Linear(12, 3), tiny_input())
+
+
+@pytest.mark.parametrize("inputs", [torch.zeros(0, 6, 12), torch.zeros(3), []], ids=str)
+def test_inputs_must_be_there(inputs: Any) -> None:
+    with pytest.raises(InvalidInput, match="inputs must be a tensor"):
+        measure(tiny_model(), inputs)
