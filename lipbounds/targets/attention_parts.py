@@ -45,7 +45,7 @@ def mixing_part(block: Attention) -> Float[Tensor, "*batch"]:
     Args:
         block: in float64.
     """
-    by_head = (map_norm(block) * product_norm_upper(block.w_v, block.w_o)).sum(-1)
+    by_head = (map_norm(block) * block.weight_norms.through).sum(-1)
     w_v, w_o, unit = scaled_weights(block)
     maps = block.probabilities
     products = torch.einsum("...hij,...gkj->...ikhg", maps, maps).flatten(-2)
