@@ -101,7 +101,7 @@ def evaluate(
     status: Status = "ok"
     start = time.perf_counter()
     try:
-        with torch.no_grad(), _limited(time_limit):
+        with torch.no_grad(), limited(time_limit):
             result = spec(fresh, asked.radius, **options)
             if fresh.device.type == "cuda":
                 torch.cuda.synchronize(fresh.device)
@@ -129,7 +129,7 @@ def _means(parts: dict[str, Tensor]) -> dict[str, float]:
 
 
 @contextmanager
-def _limited(seconds: float) -> Iterator[None]:
+def limited(seconds: float) -> Iterator[None]:
     """Raise TimeLimitReached after so many seconds; signals exist on POSIX and in the main thread only."""
     if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
         yield

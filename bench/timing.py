@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import quantiles
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,6 +22,9 @@ MEGABYTE = 2**20
 def side_by_side(make: Make, baseline: Make, *, repeats: int, enough: float, device: torch.device) -> dict[str, Any]:
     """Times of a call and of the baseline, in turns, so that what else the machine does slows both.
 
+    On a CPU the ratio is that of processor times, all threads together, which count nothing while other programs run;
+    elsewhere it is that of wall times.
+
     The first call of each warms up and is not counted, unless it alone takes longer than `enough`.
 
     Args:
@@ -34,30 +37,46 @@ def side_by_side(make: Make, baseline: Make, *, repeats: int, enough: float, dev
     start = time.perf_counter()
     seconds_of(baseline(), device)
     pairs = [(seconds_of(make(), device), seconds_of(baseline(), device))]
-    if pairs[0][0] < enough:
+    if pairs[0][0].wall < enough:
         pairs = []
     while len(pairs) < repeats and (not pairs or time.perf_counter() - start < enough):
         pairs.append((seconds_of(make(), device), seconds_of(baseline(), device)))
     return {
-        "seconds": spread([own for own, _ in pairs]),
-        "baseline_seconds": spread([base for _, base in pairs]),
-        "ratio": spread([own / base for own, base in pairs]),
+        "seconds": spread([own.wall for own, _ in pairs]),
+        "baseline_seconds": spread([base.wall for _, base in pairs]),
+        "cost": spread([own.cost(device) for own, _ in pairs]),
+        "ratio": spread([own.cost(device) / base.cost(device) for own, base in pairs]),
         "repeats": len(pairs),
     }
 
 
-def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
-    """Wall time of one call, until the device is done.
+class Seconds(NamedTuple):
+    """Wall time and processor time of one call."""
+
+    wall: float
+    processor: float
+
+    def cost(self, device: torch.device) -> float:
+        """The time that is compared: of the processor where that does the work.
+
+        Args:
+            device: that the call ran on.
+        """
+        return self.processor if device.type == "cpu" else self.wall
+
+
+def seconds_of(call: Callable[[], Any], device: torch.device) -> Seconds:
+    """Time of one call, until the device is done.
 
     Args:
         call: what is timed.
         device: that it runs on.
     """
     _synchronise(device)
-    start = time.perf_counter()
+    start, processor = time.perf_counter(), time.process_time()
     call()
     _synchronise(device)
-    return time.perf_counter() - start
+    return Seconds(time.perf_counter() - start, time.process_time() - processor)
 
 
 def spread(values: Sequence[float]) -> list[float]:
@@ -96,6 +115,29 @@ def peak_memory(make: Make, device: torch.device) -> float | None:
     before = _resident("VmRSS")
     call()
     return (_resident("VmHWM") - before) / MEGABYTE
+
+
+def exponent(points: Sequence[tuple[float, float]]) -> dict[str, Any] | None:
+    """Growth exponent of a time: the slope of a straight line through the last points, in logarithms.
+
+    Args:
+        points: sizes and times, in order; the last four at most are used.
+
+    Returns:
+        the slope, the smallest and the largest slope between neighbours, and the sizes it was fitted over; None for
+        fewer than three points.
+    """
+    points = points[-4:]
+    if len(points) < 3:
+        return None
+    sizes, times = (torch.tensor(values, dtype=torch.float64).log() for values in zip(*points, strict=True))
+    centred = sizes - sizes.mean()
+    slopes = times.diff() / sizes.diff()
+    return {
+        "slope": float((centred * times).sum() / centred.square().sum()),
+        "between": [float(slopes.min()), float(slopes.max())],
+        "sizes": [points[0][0], points[-1][0]],
+    }
 
 
 def _resident(name: str) -> int:

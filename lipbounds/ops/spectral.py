@@ -1,9 +1,9 @@
 r"""Spectral norms of matrices and of products of matrices, rounded up.
 
 The norm of F_1 F_2 ... F_k is the square root of the largest eigenvalue of the smaller Gram matrix. Where the first
-factor is taller, and the last wider, than an inner size, the factor next to the smallest inner size is replaced by its
-triangular QR factor first, which leaves the norm alone: for the D x d weights of a head the eigenproblem is d x d,
-never D x D. What a factor needs for that is kept with it (`Factor`), so that weights pay for it once.
+factor is taller, and the last wider, than an inner size, the factor beside the smallest inner size, or both, are
+replaced by their triangular QR factors first, which leaves the norm alone: for the D x d weights of a head the
+eigenproblem is d x d, never D x D. What a factor needs for that is kept with it (`Factor`): weights pay for it once.
 
 Rounding, all relative to the product of Frobenius norms, which absorbs any cancellation inside the product:
 matrix products cost gamma(sum of inner sizes) (Higham 2002, section 3.5), a Householder QR of an m x k factor
@@ -194,10 +194,10 @@ def _top_right_vector(parts: Sequence[Factor]) -> Tensor:
 
 
 def _shrunk_side(parts: Sequence[Factor]) -> tuple[bool, bool]:
-    """Whether the first factor, or the last one, is replaced by its triangle: where that makes the Gram matrix smaller.
+    """Whether the first factor, and the last one, are replaced by their triangles.
 
-    The triangle has the inner size beside it as its outer one. One of the two is enough: the Gram matrix has the size
-    of the smaller side of the product.
+    A triangle has the inner size beside it as its outer one. Where a side of the product is the smallest size already,
+    nothing is; elsewhere the factor beside the smallest inner size is, and the other one if that pays for its QR.
     """
     if len(parts) == 1:
         return False, False
@@ -206,7 +206,15 @@ def _shrunk_side(parts: Sequence[Factor]) -> tuple[bool, bool]:
     smallest = min(rows, cols, first, last)
     if smallest in (rows, cols):
         return False, False
-    return (False, True) if last == smallest else (True, False)
+    items = math.prod(torch.broadcast_shapes(*(part.matrix.shape[:-2] for part in parts)))
+    if last == smallest:
+        return _pays(parts[0].matrix, rows, first, smallest, items), True
+    return True, _pays(parts[-1].matrix, cols, last, smallest, items)
+
+
+def _pays(matrix: Tensor, outer: int, inner: int, smallest: int, items: int) -> bool:
+    """Whether a QR of a factor costs less than what its long side costs the products and Gram matrices of all items."""
+    return outer > inner and 2 * matrix.numel() * inner < items * (outer - inner) * smallest * (inner + smallest)
 
 
 def _gram(matrix: Tensor) -> tuple[Tensor, int]:
