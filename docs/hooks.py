@@ -17,10 +17,11 @@ PAGES = {
     "bounds.md": "python -m bench",
     "balls.md": "python -m bench balls",
     "certified.md": "python -m bench certified",
+    "speed.md": "python -m bench speed",
     "nightly.md": "python -m verify.nightly",
     "detection.md": "python -m verify.faults.detection",
 }
-FIGURES = ("tightness.png", "balls.png", "certified.png")
+FIGURES = ("tightness.png", "balls.png", "certified.png", "speed.png")
 MARKER = "<!-- measured -->"
 
 

@@ -165,11 +165,13 @@ for n, m, causal, scale in ((40, 70, False, 0.4), (70, 70, True, 20.0)):
     truth = log_g_1(logits)
     assert torch.equal(visible, truth.isfinite()) and bool(visible.all()) != causal
     (truth * factors)[visible].sum().backward()
-    error = ((found - truth)[visible].abs() / (1 + truth[visible].abs())).max()
-    assert error < 2e-6, error
+    # Logits of float32 are off by d + 1 roundings of |q| |k|; log g_1 is made of four of them.
+    largest = scale * float(q.detach().norm(dim=-1).max() * k.detach().norm(dim=-1).max())
+    rounding = 4 * 17 * 2.0**-24 * (1 + largest)
+    assert (found - truth)[visible].abs().max() < rounding
     for given, wanted in ((q, wide_q), (k, wide_k)):
         error = (given.grad - wanted.grad).abs().max() / wanted.grad.abs().max()
-        assert error < 2e-5, error
+        assert error < rounding, error
 try:
     triton_top2.log_g_1(torch.zeros(3, 5), torch.zeros(3, 5), 1.0)
 except ValueError as error:
