@@ -1,4 +1,5 @@
 """`python -m bench [all|tightness|balls|certified|attention|readme] [--quick] [--force]`: run it, write the results."""
+"""`python -m bench [all|tightness|balls|certified|speed|readme] [--quick] [--force]`: run, write tables and figures."""
 
 from __future__ import annotations
 
@@ -10,10 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bench import attention_figures, attention_tables, balls, certified_tables, features, figures, readme, tables
+from bench import balls, certified_tables, features, figures, readme, speed_plan, speed_tables, tables
 from bench.aggregate import aggregate
 from bench.certified_data import Answers
 from bench.evaluate import Case
@@ -23,6 +26,7 @@ from bench.records import RecordError, without_infinities
 from bench.store import RecordStore, read, write_atomically
 from bench.tasks import attention, certified, tightness
 from bench.tasks import balls as ball_task
+from bench.tasks import certified, speed, tightness
 from lipbounds import registry
 
 
@@ -51,6 +55,8 @@ def main(arguments: Sequence[str] | None = None, models: Sequence[Model] | None 
             return _certified(options)
         if options.task == "attention":
             return _attention(options)
+        if options.task == "speed":
+            return _speed(options)
         chosen = zoo() if models is None else models
         status = _tightness(options, chosen) if options.task != "balls" else 0
         return status if options.task == "tightness" else max(status, _balls(options, chosen))
@@ -77,6 +83,10 @@ def _parser() -> argparse.ArgumentParser:
         help="tightness: tables and figures of tightness; balls: curves over the radius of a ball; all: these two; "
         "certified: certified radii beside an attack, and bounds of whole models; attention: "
         "attention maps beside local constants and attacks; readme: copy the headline table into README.md",
+        choices=["all", "tightness", "balls", "certified", "speed", "readme"],
+        help="tightness: tables and figures of tightness; balls: curves over the radius of a ball; all: these two; "
+        "certified: certified radii beside an attack, and bounds of whole models; speed: time and memory beside a "
+        "forward pass; readme: copy the headline table into README.md",
     )
     parser.add_argument(
         "--quick", action="store_true", help="few inputs; tables go to DIR/quick, records to the same file"
@@ -185,6 +195,26 @@ def _attention(options: argparse.Namespace) -> int:
     for trouble in troubles:
         print(trouble, file=sys.stderr)
     return 1 if troubles else 0
+def _speed(options: argparse.Namespace) -> int:
+    profile = "quick" if options.quick else "standard"
+    command = "python -m bench speed" + (" --quick" if options.quick else "")
+    answers = Answers(options.results / "speed.jsonl")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    data = speed.run(
+        answers,
+        speed_plan.PROFILES[profile],
+        device=device,
+        force=options.force,
+        advance=lambda what: print(f"speed: {what}", file=sys.stderr),
+    )
+    folder = options.results / "quick" if options.quick else options.results
+    page, numbers = folder / "speed.md", folder / "speed.json"
+    write_atomically(page, speed_tables.report(data, command, describe(environment())).encode())
+    write_atomically(numbers, (json.dumps(without_infinities(data), indent=1, ensure_ascii=False) + "\n").encode())
+    paths = [page, numbers, *speed_tables.draw(data, folder)]
+    print(f"{answers.made} answers made, {answers.reused} taken from {_shown(answers.path)}.")
+    print("Written: " + ", ".join(_shown(path) for path in paths))
+    return 0
 
 
 def _balls(options: argparse.Namespace, models: Sequence[Model]) -> int:

@@ -101,7 +101,7 @@ def evaluate(
     status: Status = "ok"
     start = time.perf_counter()
     try:
-        with torch.no_grad(), _limited(time_limit):
+        with torch.no_grad(), limited(time_limit):
             result = spec(fresh, asked.radius, **options)
             if fresh.device.type == "cuda":
                 torch.cuda.synchronize(fresh.device)
@@ -129,8 +129,13 @@ def _means(parts: dict[str, Tensor]) -> dict[str, float]:
 
 
 @contextmanager
-def _limited(seconds: float) -> Iterator[None]:
-    """Raise TimeLimitReached after so many seconds; signals exist on POSIX and in the main thread only."""
+def limited(seconds: float, *, processor: bool = False) -> Iterator[None]:
+    """Raise TimeLimitReached after so many seconds; signals exist on POSIX and in the main thread only.
+
+    Args:
+        seconds: the limit.
+        processor: whether it is of processor time instead of wall time.
+    """
     if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -138,10 +143,12 @@ def _limited(seconds: float) -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise TimeLimitReached
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    number = signal.SIGPROF if processor else signal.SIGALRM
+    timer = signal.ITIMER_PROF if processor else signal.ITIMER_REAL
+    before = signal.signal(number, stop)
+    signal.setitimer(timer, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(timer, 0)
+        signal.signal(number, before)

@@ -18,6 +18,7 @@ PAGES = {
     "balls.md": "python -m bench balls",
     "certified.md": "python -m bench certified",
     "attention.md": "python -m bench attention",
+    "speed.md": "python -m bench speed",
     "nightly.md": "python -m verify.nightly",
     "detection.md": "python -m verify.faults.detection",
 }
@@ -25,6 +26,7 @@ FIGURES = (
     "tightness.png",
     "balls.png",
     "certified.png",
+    "speed.png",
     "attention_maps.png",
     "attention_statistics.png",
     "attention_scatter.png",

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from lipbounds.claims import Claim, Source
-from lipbounds.ops.spectral import power_of_two, product_norm_upper, spectral_norm_upper
+from lipbounds.ops.spectral import power_of_two, product_norm_upper
 from lipbounds.registry import Terms, bound
 from lipbounds.rounding import cast_up, inflate
 from lipbounds.targets.attention import Attention
@@ -98,11 +98,11 @@ def weights(block: Attention) -> tuple[Tensor, Terms]:
 def change(block: Attention, radius: float) -> tuple[Tensor, Terms]:
     """The map frozen, plus its change by the constant 1/2 of the softmax, with keys and values centred."""
     wide = block.double
-    value_weights = spectral_norm_upper(wide.w_v)
+    value_weights = wide.weight_norms.values
     values = product_norm_upper(*_centred_factors(wide.x, wide.w_v)) + radius * value_weights
-    logits = product_norm_upper(*_centred_factors(wide.x, wide.w_k), wide.w_q.mT)
-    logits = logits + product_norm_upper(*wide.query_factors, wide.w_k.mT)
-    logits = logits + radius * product_norm_upper(wide.w_q, wide.w_k.mT)
+    logits = _change_by_queries(wide)
+    logits = logits + change_by_keys(wide)
+    logits = logits + radius * wide.weight_norms.logits
     mixing, softmax_part = value_weights * map_norm(wide), abs(wide.scale_value) / 2 * values * logits
     value = inflate(combine_heads(wide, mixing + softmax_part), 16)
     return cast_up(value, block.dtype), {"detail.mixing": mixing, "detail.softmax_part": softmax_part}
@@ -114,7 +114,7 @@ def _finish(block: Attention, change: Tensor) -> tuple[Tensor, Terms]:
     softmax_part = abs(wide.scale_value) * largest_softmax_norm(wide) * values * change
     mixing = torch.zeros_like(change)
     if wide.memory_moves:
-        mixing = spectral_norm_upper(wide.w_v) * map_norm(wide)
+        mixing = wide.weight_norms.values * map_norm(wide)
     value = inflate(combine_heads(wide, mixing + softmax_part), 8)
     return cast_up(value, block.dtype), {"detail.mixing": mixing, "detail.softmax_part": softmax_part}
 
@@ -122,7 +122,7 @@ def _finish(block: Attention, change: Tensor) -> tuple[Tensor, Terms]:
 def _change_by_queries(block: Attention) -> Tensor:
     """||K_c W_Q^T||, or max_i ||K_c R_i W_Q^T|| with rotary positions."""
     if block.query_rotation is None:
-        return product_norm_upper(*_centred_factors(block.source_input, block.w_k), block.w_q.mT)
+        return product_norm_upper(*_centred_factors(block.source_input, block.w_k), block.weight_norms.query_factor)
     keys = centred_keys(block)
     error = inflate(keys.error * keys.rows.shape[-2] ** 0.5, 4)
     return turned_product_norm(keys.rows, error, block.query_rotation, block.w_q)

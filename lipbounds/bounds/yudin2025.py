@@ -42,12 +42,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.claims import Claim, Source
-from lipbounds.ops.spectral import product_norm_upper, spectral_norm_upper
+from lipbounds.ops.spectral import spectral_norm_upper
 from lipbounds.registry import BoundSpec, Terms, bound
 from lipbounds.rounding import cast_up
 from lipbounds.targets.attention import Attention
 from lipbounds.targets.attention_changes import change_by_keys, change_by_queries
-from lipbounds.targets.attention_norms import combine_heads, largest_g_1, largest_softmax_norm, map_norm, output_norm
+from lipbounds.targets.attention_norms import (
+    combine_heads,
+    largest_g_1,
+    largest_softmax_norm,
+    map_norm,
+    output_norm,
+    value_norm,
+)
 
 
 SoftmaxNorm = Callable[[Attention], Float[Tensor, "*batch heads"]]
@@ -68,9 +75,9 @@ def one(block: Attention) -> Float[Tensor, "*batch heads"]:
 def _literal(block: Attention, softmax_norm: SoftmaxNorm) -> tuple[Tensor, Terms]:
     """Theorem 3 as printed, heads combined as the top of this file says."""
     inputs = spectral_norm_upper(block.x).unsqueeze(-1)
-    products = abs(block.scale_value) * product_norm_upper(block.w_q, block.w_k.mT)
+    products = abs(block.scale_value) * block.weight_norms.logits
     norms = softmax_norm(block)
-    values = spectral_norm_upper(block.w_v)
+    values = block.weight_norms.values
     return _combine(block, values * map_norm(block), values * 2 * inputs.square() * products * norms, norms)
 
 
@@ -83,8 +90,8 @@ def _with_biases(block: Attention, softmax_norm: SoftmaxNorm) -> tuple[Tensor, T
         logit_change = logit_change + change_by_queries(block)
     if block.memory_moves:
         logit_change = logit_change + change_by_keys(block)
-        mixing = spectral_norm_upper(block.w_v) * map_norm(block)
-    values = product_norm_upper(*block.value_factors)
+        mixing = block.weight_norms.values * map_norm(block)
+    values = value_norm(block)
     return _combine(block, mixing, values * norms * abs(block.scale_value) * logit_change, norms)
 
 

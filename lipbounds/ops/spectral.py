@@ -1,8 +1,9 @@
 r"""Spectral norms of matrices and of products of matrices, rounded up.
 
-The norm of F_1 F_2 ... F_k is the square root of the largest eigenvalue of the smaller Gram matrix, after a tall first
-factor and a wide last factor have been replaced by their triangular QR factors, which leaves the norm alone: for the
-D x d weights of a head the eigenproblem is d x d, never D x D.
+The norm of F_1 F_2 ... F_k is the square root of the largest eigenvalue of the smaller Gram matrix. Where the first
+factor is taller, and the last wider, than an inner size, the factor beside the smallest inner size, or both, are
+replaced by their triangular QR factors first, which leaves the norm alone: for the D x d weights of a head the
+eigenproblem is d x d, never D x D. What a factor needs for that is kept with it (`Factor`): weights pay for it once.
 
 Rounding, all relative to the product of Frobenius norms, which absorbs any cancellation inside the product:
 matrix products cost gamma(sum of inner sizes) (Higham 2002, section 3.5), a Householder QR of an m x k factor
@@ -15,12 +16,16 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.rounding import UNIT_ROUNDOFF, gamma, inflate
+
+
+SMALLEST_SCALE = 2.0**-300  # of a product that is taken as computed: what underflow took off it is far below rounding
 
 
 def spectral_norm_upper(matrix: Float[Tensor, "*batch rows cols"]) -> Float[Tensor, "*batch"]:
@@ -32,7 +37,47 @@ def spectral_norm_upper(matrix: Float[Tensor, "*batch rows cols"]) -> Float[Tens
     return product_norm_upper(matrix)
 
 
-def product_norm_upper(*factors: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+class Factor:
+    """A float64 matrix, or a batch of them, with what the norms of its products need of it, made at its first use.
+
+    Args:
+        matrix: finite entries.
+    """
+
+    def __init__(self, matrix: Float[Tensor, "*batch rows cols"]) -> None:
+        self.matrix = matrix
+
+    @cached_property
+    def scale(self) -> Float[Tensor, "*batch 1 1"]:
+        """A power of two of the size of the largest entry."""
+        return power_of_two(self.matrix.detach())
+
+    @cached_property
+    def scaled(self) -> Float[Tensor, "*batch rows cols"]:
+        """The matrix divided by its scale, which is exact."""
+        return self.matrix.detach() / self.scale
+
+    @cached_property
+    def size(self) -> Float[Tensor, "*batch"]:
+        """Frobenius norm of the scaled matrix."""
+        return self.scaled.square().sum((-2, -1)).sqrt()
+
+    @cached_property
+    def narrow(self) -> Float[Tensor, "*batch rows rank"]:
+        """A square matrix L with L L^T that of the scaled one, which is wide."""
+        return torch.linalg.qr(self.scaled.mT, mode="r").R.mT
+
+    @cached_property
+    def low(self) -> Float[Tensor, "*batch rank cols"]:
+        """A square matrix R with R^T R that of the scaled one, which is tall."""
+        return torch.linalg.qr(self.scaled, mode="r").R
+
+
+def product_norm_upper(
+    *factors: Float[Tensor, "..."] | Factor,
+    before_last: Float[Tensor, "..."] | None = None,
+    whole: Float[Tensor, "..."] | None = None,
+) -> Float[Tensor, "..."]:
     """Spectral norm of the exact product of float64 matrices, rounded up; batch dimensions broadcast.
 
     The product of the given floats is meant, not the rounded product, so the value is an upper bound also where the
@@ -41,17 +86,18 @@ def product_norm_upper(*factors: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
 
     Args:
         *factors: one or more matrices whose inner sizes match.
+        before_last: the product of all factors but the last where it is at hand, computed in float64 with sums in any
+            order; its gradient is not used.
+        whole: the same for the product of all factors.
     """
-    needs_gradient = torch.is_grad_enabled() and any(factor.requires_grad for factor in factors)
-    detached = [factor.detach() for factor in factors]
-    scales = [power_of_two(factor) for factor in detached]
-    scaled = [factor / scale for factor, scale in zip(detached, scales, strict=True)]
-    value = _product([scale[..., 0, 0] for scale in scales]) * _scaled_norm(scaled)
-    if not needs_gradient:
+    parts = [factor if isinstance(factor, Factor) else Factor(factor) for factor in factors]
+    scale = _product([part.scale for part in parts])
+    value = scale[..., 0, 0] * _scaled_norm(parts, _relative(before_last, parts[:-1]), _relative(whole, parts))
+    if not (torch.is_grad_enabled() and any(part.matrix.requires_grad for part in parts)):
         return value
-    image = _top_right_vector(scaled)
-    for factor in reversed(factors):
-        image = factor @ image
+    image = _top_right_vector(parts)
+    for part in reversed(parts):
+        image = part.matrix @ image
     stretch = image.squeeze(-1).norm(dim=-1)
     return value + (stretch - stretch.detach())
 
@@ -95,33 +141,48 @@ def root(squares: Tensor) -> Tensor:
     return torch.where(positive, torch.where(positive, squares, 1.0).sqrt(), 0.0)
 
 
-def _scaled_norm(factors: Sequence[Tensor]) -> Tensor:
+def _relative(computed: Tensor | None, parts: Sequence[Factor]) -> Tensor | None:
+    """A product divided by the scales of its factors; None where it may have lost digits to underflow."""
+    if computed is None:
+        return None
+    scale = _product([part.scale for part in parts])
+    return computed.detach() / scale if bool((scale > SMALLEST_SCALE).all()) else None
+
+
+def _scaled_norm(parts: Sequence[Factor], before_last: Tensor | None, whole: Tensor | None) -> Tensor:
     """The norm rounded up, for factors with entries of order 1 (so that squares neither overflow nor vanish)."""
-    left, right = _is_tall(factors), _is_wide(factors)
-    shrunk = [*factors]
+    left, right = _shrunk_side(parts)
+    shrunk = [part.scaled for part in parts]
     if left:
-        shrunk[0] = torch.linalg.qr(factors[0], mode="r").R
+        shrunk[0] = parts[0].low
     if right:
-        shrunk[-1] = torch.linalg.qr(factors[-1].mT, mode="r").R.mT
-    operations = sum(factor.shape[-1] for factor in factors[:-1]) + 2 * len(factors)
-    operations += 8 * (left * math.prod(factors[0].shape[-2:]) + right * math.prod(factors[-1].shape[-2:]))
+        shrunk[-1] = parts[-1].narrow
+    operations = sum(part.matrix.shape[-1] for part in parts[:-1]) + 2 * len(parts)
+    operations += 8 * (left * math.prod(parts[0].matrix.shape[-2:]) + right * math.prod(parts[-1].matrix.shape[-2:]))
     error = 0.0
-    if len(factors) > 1:
-        error = 2 * gamma(operations) * _product([factor.square().sum((-2, -1)).sqrt() for factor in factors])
-    gram, length = _gram(_chain(shrunk))
+    if len(parts) > 1:
+        error = 2 * gamma(operations) * _product([part.size for part in parts])
+    if whole is not None and not left | right:
+        product = whole
+    elif before_last is not None and not left:
+        product = before_last @ shrunk[-1]
+    else:
+        product = _chain(shrunk)
+    gram, length = _gram(product)
     largest = torch.linalg.eigvalsh(gram)[..., -1].clamp(min=0)
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)  # the squared Frobenius norm
     square = largest * (1 + 16 * gram.shape[-1] * UNIT_ROUNDOFF) + 2 * gamma(length + 2) * trace
     return inflate(square.sqrt() + error, 8)
 
 
-def _top_right_vector(factors: Sequence[Tensor]) -> Tensor:
+def _top_right_vector(parts: Sequence[Factor]) -> Tensor:
     """Unit top right singular vector of the product, as a column; zero where the product is zero."""
-    shrunk, basis = [*factors], None
-    if _is_tall(factors):
-        shrunk[0] = torch.linalg.qr(factors[0], mode="r").R
-    if _is_wide(factors):
-        basis, triangle = torch.linalg.qr(factors[-1].mT)
+    left, right = _shrunk_side(parts)
+    shrunk, basis = [part.scaled for part in parts], None
+    if left:
+        shrunk[0] = parts[0].low
+    if right:
+        basis, triangle = torch.linalg.qr(parts[-1].scaled.mT)
         shrunk[-1] = triangle.mT
     product = _chain(shrunk)
     gram, _ = _gram(product)
@@ -132,12 +193,28 @@ def _top_right_vector(factors: Sequence[Tensor]) -> Tensor:
     return vector if basis is None else basis @ vector
 
 
-def _is_tall(factors: Sequence[Tensor]) -> bool:
-    return len(factors) > 1 and factors[0].shape[-2] > factors[0].shape[-1]
+def _shrunk_side(parts: Sequence[Factor]) -> tuple[bool, bool]:
+    """Whether the first factor, and the last one, are replaced by their triangles.
+
+    A triangle has the inner size beside it as its outer one. Where a side of the product is the smallest size already,
+    nothing is; elsewhere the factor beside the smallest inner size is, and the other one if that pays for its QR.
+    """
+    if len(parts) == 1:
+        return False, False
+    rows, first = parts[0].matrix.shape[-2:]
+    last, cols = parts[-1].matrix.shape[-2:]
+    smallest = min(rows, cols, first, last)
+    if smallest in (rows, cols):
+        return False, False
+    items = math.prod(torch.broadcast_shapes(*(part.matrix.shape[:-2] for part in parts)))
+    if last == smallest:
+        return _pays(parts[0].matrix, rows, first, smallest, items), True
+    return True, _pays(parts[-1].matrix, cols, last, smallest, items)
 
 
-def _is_wide(factors: Sequence[Tensor]) -> bool:
-    return len(factors) > 1 and factors[-1].shape[-1] > factors[-1].shape[-2]
+def _pays(matrix: Tensor, outer: int, inner: int, smallest: int, items: int) -> bool:
+    """Whether a QR of a factor costs less than what its long side costs the products and Gram matrices of all items."""
+    return outer > inner and 2 * matrix.numel() * inner < items * (outer - inner) * smallest * (inner + smallest)
 
 
 def _gram(matrix: Tensor) -> tuple[Tensor, int]:

@@ -25,14 +25,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.claims import Feature
-from lipbounds.targets._attention_checks import check_attention, expand_groups
+from lipbounds.targets._attention_checks import TRAILING, check_attention, expand_groups
 from lipbounds.targets._shapes import broadcast_shape
 from lipbounds.targets.projection import affine_factors, merge_heads, project
 from lipbounds.targets.rotary import rotate, rotate_back
 from lipbounds.targets.target import Target
+from lipbounds.targets.weight_norms import NAMES, WeightNorms, norms_of
 
 
 Moves = Literal["self", "query", "memory"]
+UNWEIGHTED = TRAILING.keys() - set(NAMES)
 
 
 @dc.dataclass(frozen=True, eq=False, kw_only=True, repr=False)
@@ -260,7 +262,35 @@ class Attention(Target):
     @cached_property
     def double(self) -> Attention:
         """The same block in float64, where bounds are evaluated: floats of every supported dtype are exact there."""
-        return self if self.dtype == torch.float64 else self.to(torch.float64)
+        if self.dtype == torch.float64:
+            return self
+        norms = norms_of(self._weights)
+        tensors = {
+            name: value.double() for name, value in vars(self).items() if name in UNWEIGHTED and value is not None
+        }
+        # What was finite in a short dtype is finite in float64: nothing is to be checked again.
+        wide = object.__new__(Attention)
+        for name, value in {**vars(self), **tensors, **norms.weights}.items():
+            if name in self.__dataclass_fields__:
+                object.__setattr__(wide, name, value)
+        wide.__dict__["_norms"] = norms
+        return wide
+
+    @property
+    def weight_norms(self) -> WeightNorms:
+        """What bounds need of the weights alone; of a block in float64."""
+        weights = self._weights
+        if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights.values()):
+            return WeightNorms(weights)  # a graph of its own for each use
+        return self._norms
+
+    @cached_property
+    def _norms(self) -> WeightNorms:
+        return norms_of(self._weights)
+
+    @property
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: weight for name in NAMES if (weight := getattr(self, name)) is not None}
 
     def function(self) -> Callable[[Tensor], Tensor]:
         """The block as a plain function of its moving input, without validation, for automatic differentiation."""

@@ -21,10 +21,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.ops.interval import SoftmaxInterval, g_interval_upper, softmax_interval
-from lipbounds.ops.spectral import product_norm_upper, spectral_norm_upper
+from lipbounds.ops.nonnegative import nonnegative_norm_upper
 from lipbounds.rounding import gamma, inflate
 from lipbounds.targets.attention import Attention
-from lipbounds.targets.attention_norms import combine_heads
+from lipbounds.targets.attention_changes import change_by_keys, change_by_queries
+from lipbounds.targets.attention_norms import combine_heads, value_norm
 from lipbounds.targets.attention_rounding import logit_error
 
 
@@ -40,10 +41,10 @@ def theorem_3_on_ball(block: Attention, radius: float) -> tuple[Tensor, dict[str
     """
     interval = softmax_interval(block.logits, logit_radius(block, radius))
     norms = g_interval_upper(interval).amax(-1)
-    values = product_norm_upper(*block.value_factors)
+    values = value_norm(block)
     mixing = torch.zeros_like(norms)
     if block.memory_moves:
-        value_weights = spectral_norm_upper(block.w_v)
+        value_weights = block.weight_norms.values
         values = values + radius * value_weights
         mixing = value_weights * _map_norm(block, interval)
     softmax_part = values * norms * abs(block.scale_value) * _logit_change(block, radius)
@@ -67,7 +68,7 @@ def logit_radius(block: Attention, radius: float) -> Float[Tensor, "*batch heads
     elif block.moves == "memory":
         change = radius * key_sizes
     else:
-        curvature = product_norm_upper(block.w_q, block.w_k.mT).unsqueeze(-1)
+        curvature = block.weight_norms.logits.unsqueeze(-1)
         both = torch.stack(torch.broadcast_tensors(query_sizes, key_sizes)).norm(dim=0)
         apart = radius * both + (curvature * radius**2 / 2).unsqueeze(-1)
         together = radius * (by_query + by_key).norm(dim=-1) + curvature * radius**2
@@ -90,11 +91,11 @@ def _logit_change(block: Attention, radius: float) -> Float[Tensor, "*batch head
     """sup ||K' W_Q^T|| + sup ||Q' W_K^T||, as far as they occur."""
     total = torch.zeros_like(block.logits[..., 0, 0])
     if block.query_moves:
-        total = total + product_norm_upper(*block.key_factors, block.w_q.mT)
+        total = total + change_by_queries(block)
     if block.memory_moves:
-        total = total + product_norm_upper(*block.query_factors, block.w_k.mT)
+        total = total + change_by_keys(block)
     if block.moves == "self":  # only then does the matrix beside the moving one move, too
-        total = total + 2 * radius * product_norm_upper(block.w_q, block.w_k.mT)
+        total = total + 2 * radius * block.weight_norms.logits
     return total
 
 
@@ -102,6 +103,6 @@ def _map_norm(block: Attention, interval: SoftmaxInterval) -> Float[Tensor, "*ba
     """sup ||P'|| over the ball, rounded up."""
     maps = block.probabilities  # as computed: the interval holds the exact ones, so their difference is in `deviation`
     deviation = torch.maximum(interval.upper - maps, maps - interval.lower).clamp(min=0)
-    from_centre = spectral_norm_upper(maps) + deviation.norm(dim=(-2, -1))
+    from_centre = nonnegative_norm_upper(maps) + deviation.norm(dim=(-2, -1))
     by_columns = interval.upper.sum(-2).amax(-1).sqrt()
     return inflate(torch.minimum(from_centre, by_columns), sum(maps.shape[-2:]) + 16)

@@ -18,6 +18,7 @@ from lipbounds.ops.spectral import product_norm_upper, spectral_norm_upper, vect
 from lipbounds.rounding import inflate
 from lipbounds.targets.attention import Attention
 from lipbounds.targets.attention_rounding import projection_error
+from lipbounds.targets.projection import affine_tokens
 from lipbounds.targets.rotary import rotation_matrices, rotation_norm
 
 
@@ -28,7 +29,8 @@ def change_by_queries(block: Attention) -> Float[Tensor, "*batch heads"]:
         block: in float64.
     """
     if block.query_rotation is None:
-        return product_norm_upper(*block.key_factors, block.w_q.mT)
+        tokens, norms = affine_tokens(block.source_input, block.b_k), block.weight_norms
+        return product_norm_upper(tokens, norms.affine_keys, norms.query_factor, before_last=block.keys)
     error = _total_error(block.key_factors, block.key_rotation)
     return turned_product_norm(block.keys, error, block.query_rotation, block.w_q)
 
@@ -40,7 +42,8 @@ def change_by_keys(block: Attention) -> Float[Tensor, "*batch heads"]:
         block: in float64.
     """
     if block.key_rotation is None:
-        return product_norm_upper(*block.query_factors, block.w_k.mT)
+        tokens, norms = affine_tokens(block.x, block.b_q), block.weight_norms
+        return product_norm_upper(tokens, norms.affine_queries, norms.key_factor, before_last=block.queries)
     error = _total_error(block.query_factors, block.query_rotation)
     return turned_product_norm(block.queries, error, block.key_rotation, block.w_k)
 
@@ -89,7 +92,7 @@ def query_weights_norm(block: Attention) -> Float[Tensor, "*weights heads"]:
     Args:
         block: in float64.
     """
-    return spectral_norm_upper(block.w_q) * rotation_norm(block.query_rotation, block.w_q[..., 0, 0])
+    return block.weight_norms.queries * rotation_norm(block.query_rotation, block.w_q[..., 0, 0])
 
 
 def key_weights_norm(block: Attention) -> Float[Tensor, "*weights heads"]:
@@ -98,7 +101,7 @@ def key_weights_norm(block: Attention) -> Float[Tensor, "*weights heads"]:
     Args:
         block: in float64.
     """
-    return spectral_norm_upper(block.w_k) * rotation_norm(block.key_rotation, block.w_k[..., 0, 0])
+    return block.weight_norms.keys * rotation_norm(block.key_rotation, block.w_k[..., 0, 0])
 
 
 def _rotated_norm(

@@ -10,10 +10,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.ops import softmax, softmax_spectrum
-from lipbounds.ops.spectral import spectral_norm_upper, vector_norm
+from lipbounds.ops.nonnegative import nonnegative_norm_upper
+from lipbounds.ops.spectral import product_norm_upper, vector_norm
 from lipbounds.rounding import inflate, product
 from lipbounds.targets.attention import Attention
 from lipbounds.targets.attention_rounding import logit_error
+from lipbounds.targets.projection import affine_tokens
 
 
 LARGEST_EXPONENT = 600.0  # exp of it is finite; infinite slack would make the gradient NaN
@@ -46,13 +48,19 @@ def map_norm(block: Attention) -> Float[Tensor, "*batch heads"]:
     """||P|| of each head; never above sqrt(n), which holds for n rows that sum to 1."""
     # ||P|| >= sqrt(n / m), so a larger slack ends at sqrt(n), too.
     slack = torch.exp((2 * logit_error(block).amax(-1)).clamp(max=LARGEST_EXPONENT))
-    norm = inflate(spectral_norm_upper(block.probabilities) * slack, block.logits.shape[-1] + 16)
+    norm = inflate(nonnegative_norm_upper(block.probabilities) * slack, block.logits.shape[-1] + 16)
     return torch.clamp(norm, max=inflate(torch.tensor(float(block.tokens)).double().sqrt(), 2).item())
+
+
+def value_norm(block: Attention) -> Float[Tensor, "*batch heads"]:
+    """||V|| of each head, with its bias."""
+    tokens = affine_tokens(block.source_input, block.b_v)
+    return product_norm_upper(tokens, block.weight_norms.affine_values, whole=block.values)
 
 
 def output_norm(block: Attention) -> Float[Tensor, "*weights"]:
     """||W_O||, the spectral norm of the whole output projection."""
-    return spectral_norm_upper(block.w_o.flatten(-3, -2))
+    return block.weight_norms.output
 
 
 def combine_heads(block: Attention, heads: Float[Tensor, "*batch heads"]) -> Float[Tensor, "*batch"]:

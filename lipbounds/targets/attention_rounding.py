@@ -33,9 +33,10 @@ def logit_error(block: Attention) -> Float[Tensor, "*batch heads n"]:
         block: in float64 (`block.double`).
     """
     operations = 2 * max(block.w_q.shape[-2], block.w_k.shape[-2]) + block.w_q.shape[-1] + 6
-    query_size = _token_norms(block.x, block.b_q).unsqueeze(-2) * _weight_norm(block.w_q, block.b_q)
+    norms = block.weight_norms
+    query_size = _token_norms(block.x, block.b_q).unsqueeze(-2) * _weight_norm(norms.query_size, block.b_q)
     key_size = _token_norms(block.source_input, block.b_k).amax(-1)[..., None, None] * _weight_norm(
-        block.w_k, block.b_k
+        norms.key_size, block.b_k
     )
     if block.query_rotation is not None:
         operations += 10
@@ -82,7 +83,6 @@ def _token_norms(tokens: Tensor, bias: Tensor | None) -> Tensor:
     return (squares if bias is None else squares + 1).sqrt()
 
 
-def _weight_norm(weights: Tensor, bias: Tensor | None) -> Tensor:
+def _weight_norm(squares: Tensor, bias: Tensor | None) -> Tensor:
     """Frobenius norm of each head's weights with the bias as one more row, shaped [*weights, heads, 1]."""
-    squares = weights.square().sum((-2, -1))
     return (squares if bias is None else squares + bias.square().sum(-1)).sqrt().unsqueeze(-1)

@@ -30,8 +30,19 @@ def affine_factors(
     bias: Float[Tensor, "*weights heads head_dim"] | None,
 ) -> tuple[Tensor, Tensor]:
     """[tokens 1] and [weights; bias], or just tokens and weights."""
+    return affine_tokens(tokens, bias), affine_weights(weights, bias)
+
+
+def affine_tokens(
+    tokens: Float[Tensor, "*batch n dim"], bias: Float[Tensor, "*weights heads head_dim"] | None
+) -> Float[Tensor, "*batch one n dim_or_more"]:
+    """[tokens 1], or just the tokens where there is no bias, with an axis for the heads."""
     tokens = tokens.unsqueeze(-3)
-    if bias is None:
-        return tokens, weights
-    with_one = torch.cat([tokens, torch.ones_like(tokens[..., :1])], -1)
-    return with_one, torch.cat([weights, bias.unsqueeze(-2)], -2)
+    return tokens if bias is None else torch.cat([tokens, torch.ones_like(tokens[..., :1])], -1)
+
+
+def affine_weights(
+    weights: Float[Tensor, "*weights heads dim head_dim"], bias: Float[Tensor, "*weights heads head_dim"] | None
+) -> Float[Tensor, "*weights heads dim_or_more head_dim"]:
+    """[weights; bias], or just the weights."""
+    return weights if bias is None else torch.cat([weights, bias.unsqueeze(-2)], -2)

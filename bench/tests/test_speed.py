@@ -1,0 +1,180 @@
+"""The task `speed`: questions tell what is measured, answers are kept, and the page says what the data says."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import speed_tables, timing
+from bench.certified_data import Answers
+from bench.speed_plan import PROFILES, Profile, Shape, Target
+from bench.tasks import speed
+from bench.timing import exponent, peak_memory, side_by_side, spread
+
+
+CPU = torch.device("cpu")
+OTHER = {"tokens": 1, "width": 2, "heads": 1, "batch": 2, "dtype": "float64", "biases": True}
+TINY = dc.replace(
+    PROFILES["quick"],
+    axes={"tokens": 2, "width": 1, "heads": 1, "batch": 2, "dtype": 2},
+    methods=("yudin2025.biased", "havens2024.change"),
+    limit=60.0,
+    patience=60.0,
+    enough=0.01,
+    repeats=2,
+    streaming=(8,),
+)
+
+
+def test_times_are_taken_in_turns_and_the_ratio_is_of_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count()
+    order: list[str] = []
+    monkeypatch.setattr(timing.time, "process_time", lambda: float(next(clock)) * 0.5)
+
+    def call(name: str, ticks: int) -> Any:
+        def run() -> None:
+            order.append(name)
+            for _ in range(ticks):
+                next(clock)
+
+        return lambda: run
+
+    found = side_by_side(call("own", 5), call("base", 1), repeats=3, enough=60.0, device=CPU)
+    assert order == ["base", *["own", "base"] * 4]
+    assert found["ratio"] == [3.0, 3.0, 3.0]  # (5 + 1) / (1 + 1) ticks
+    assert found["cost"][1] == 3.0
+    assert found["repeats"] == 3
+
+
+def test_a_slow_call_is_made_once() -> None:
+    calls: list[int] = []
+    found = side_by_side(lambda: lambda: calls.append(1), lambda: lambda: None, repeats=9, enough=0.0, device=CPU)
+    assert (len(calls), found["repeats"]) == (1, 1)
+
+
+def test_spread_is_quartiles() -> None:
+    assert spread([3.0]) == [3.0, 3.0, 3.0]
+    assert spread([1.0, 2.0, 3.0, 4.0, 5.0]) == [2.0, 3.0, 4.0]
+
+
+@pytest.mark.skipif(not timing.CLEAR.exists(), reason="the peak of the resident set is reset by Linux alone")
+def test_the_peak_is_that_of_the_call() -> None:
+    size = 48 * 2**17  # 48 MB of float64
+
+    def twice() -> None:
+        first = torch.ones(size, dtype=torch.float64)
+        (first * 2).sum()
+
+    before = peak_memory(lambda: lambda: None, CPU)
+    found = peak_memory(lambda: twice, CPU)
+    assert before is not None
+    assert found is not None
+    assert before < 8
+    assert 90 < found < 120
+
+
+def test_growth_exponents() -> None:
+    points = [(n, 3e-9 * n**2 + (1.0 if n == 8 else 0.0)) for n in (8, 16, 32, 64, 128)]
+    fitted = exponent(points)
+    assert fitted is not None
+    assert fitted["slope"] == pytest.approx(2)
+    assert fitted["between"] == pytest.approx([2, 2])
+    assert fitted["sizes"] == [16, 128]
+    assert exponent(points[:2]) is None
+
+
+def test_questions_differ_where_times_may() -> None:
+    here = speed.place(CPU)
+    target = Target(title="", method="sharp_fast")
+    changed = [
+        target,
+        dc.replace(target, method="sharp"),
+        dc.replace(target, kept=False),
+        dc.replace(target, options={"steps": 3}),
+        *(dc.replace(target, shape=dc.replace(Shape(), **{name: value})) for name, value in OTHER.items()),
+    ]
+    questions = [repr(speed.question(one, here)) for one in changed]
+    questions.append(repr(speed.question(target, {**here, "code": "other"})))
+    assert len(set(questions)) == len(questions)
+
+
+def test_blocks_have_the_shape_they_are_asked_for() -> None:
+    block = Shape(tokens=5, width=8, heads=4, batch=3, dtype="bfloat16", biases=True).block(CPU)
+    assert block.x.shape == (3, 5, 8)
+    assert block.w_q.shape == (4, 8, 2)
+    assert (block.dtype, block.features) == (torch.bfloat16, {"heads", "biases"})
+    assert torch.equal(Shape().block(CPU).x, Shape().block(CPU).x)
+
+
+def test_a_method_is_measured() -> None:
+    answer = speed.measured(Target(title="", method="havens2024.change", shape=Shape(tokens=8, width=8)), TINY, CPU)
+    assert answer["repeats"] >= 1
+    assert all(answer[name][1] > 0 for name in ("seconds", "baseline_seconds", "cost", "ratio"))
+
+
+@pytest.fixture
+def data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Path, dict[str, Any]]:
+    """All that a run finds, with times that are made up."""
+    count = itertools.count(1)
+
+    def times(*_: Any) -> dict[str, Any]:
+        cost = [float(next(count))] * 3
+        return {"seconds": cost, "cost": cost, "ratio": cost, "repeats": 2, "megabytes": cost[0]}
+
+    monkeypatch.setattr(speed, "_both", times)
+    path = tmp_path / "speed.jsonl"
+    return path, speed.run(Answers(path), TINY, device=CPU)
+
+
+def test_answers_are_kept_and_the_page_has_them(data: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    path, found = data
+    again = Answers(path)
+    repeated = speed.run(again, TINY, device=CPU)
+    assert again.made == 0
+    assert repeated["rows"] == found["rows"]
+    assert {row["method"] for row in found["rows"]} == set(TINY.methods or ())
+    page = speed_tables.report(found, "python -m bench speed", "a machine")
+    answer = next(row for row in found["rows"] if row["method"] == "yudin2025.biased")["answer"]
+    assert f"| {speed_tables.figure(answer['ratio'][1])} " in page
+    assert "Everything was measured at every size." in page
+    assert "streaming_g1" in page
+    assert "Targets" not in page
+    paths = speed_tables.draw(found, tmp_path)
+    assert [one.name for one in paths] == ["speed.png", "speed.svg"]
+    first = paths[1].read_bytes()
+    assert speed_tables.draw(found, tmp_path)[1].read_bytes() == first
+
+
+@pytest.mark.usefixtures("data")
+def test_a_dear_method_stops_and_is_listed(tmp_path: Path) -> None:
+    profile: Profile = dc.replace(TINY, methods=("havens2024.change",), limit=0.0, streaming=())
+    found = speed.run(Answers(tmp_path / "other.jsonl"), profile, device=CPU)
+    assert {row["axis"]: row["value"] for row in found["stopped"]} == {"tokens": 64, "batch": 1, "dtype": "float32"}
+    assert "| `havens2024.change` | n = 64 (" in speed_tables.report(found, "command", "a machine")
+
+
+def test_an_error_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise ValueError("this | that")
+
+    monkeypatch.setattr(speed, "_both", broken)
+    answer = speed.measured(Target(title="", method="sharp_fast"), TINY, CPU)
+    assert answer == {"error": "ValueError: this | that"}
+
+
+def test_targets_that_are_missed_are_told(data: tuple[Path, dict[str, Any]]) -> None:
+    def target(ratio: float, limit: float | None) -> dict[str, Any]:
+        answer = {"ratio": [ratio] * 3, "cost": [0.5] * 3, "repeats": 3}
+        return {"title": f"r{ratio}", "method": "m", "limit": limit, "options": {}, "answer": answer}
+
+    error = {**target(1.0, 2.0), "title": "broken", "answer": {"error": "a|b"}}
+    targets = [target(1.2, 1.3), target(1.4, 1.3), target(9.0, None), error]
+    page = speed_tables.report({**data[1], "targets": targets}, "command", "a machine")
+    cells = [[cell.strip() for cell in line.split("|")] for line in page.splitlines() if line.startswith("| r")]
+    assert {row[1]: row[5] for row in cells} == {"r1.2": "yes", "r1.4": "missed", "r9.0": "-"}
+    assert "a/b" in page

@@ -1,0 +1,1 @@
+"""Quantities of attention maps that are too long to be stored."""
