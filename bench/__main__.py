@@ -1,4 +1,4 @@
-"""`python -m bench [all|tightness|balls|certified|readme] [--quick] [--force]`: run it, write tables and figures."""
+"""`python -m bench [all|tightness|balls|certified|robustness|readme] [--quick]`: run it, write tables and figures."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from bench import balls, certified_tables, features, figures, readme, tables
 from bench.aggregate import aggregate
-from bench.certified_data import Answers
+from bench.certified_data import Answers, NotAnswered
 from bench.evaluate import Case
 from bench.machine import ROOT, describe, environment
 from bench.models import Model, zoo
 from bench.records import RecordError, without_infinities
+from bench.robustness import command as robustness_command
 from bench.store import RecordStore, write_atomically
 from bench.tasks import balls as ball_task
 from bench.tasks import certified, tightness
@@ -40,8 +41,8 @@ def main(arguments: Sequence[str] | None = None, models: Sequence[Model] | None 
     options = parser.parse_args(arguments)
     if options.check and options.task != "readme":
         parser.error("--check goes with the task readme: python -m bench readme --check")
-    if options.full and (options.task != "certified" or options.quick):
-        parser.error("--full goes with the task certified, without --quick: python -m bench certified --full")
+    if options.full and (options.task not in ("certified", "robustness") or options.quick):
+        parser.error("--full goes with the tasks certified and robustness, without --quick")
     if not options.time_limit > 0:
         parser.error(f"--time-limit must be above 0, got {options.time_limit:g}")
     try:
@@ -49,9 +50,12 @@ def main(arguments: Sequence[str] | None = None, models: Sequence[Model] | None 
             return _readme(options)
         if options.task == "certified":
             return _certified(options)
+        if options.task == "robustness":
+            return _robustness(options)
         chosen = zoo() if models is None else models
         status = _tightness(options, chosen) if options.task != "balls" else 0
-        return status if options.task == "tightness" else max(status, _balls(options, chosen))
+        status = status if options.task == "tightness" else max(status, _balls(options, chosen))
+        return max(status, _robustness(options)) if options.task == "all" else status
     except RecordError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
@@ -71,15 +75,16 @@ def _parser() -> argparse.ArgumentParser:
         "task",
         nargs="?",
         default="all",
-        choices=["all", "tightness", "balls", "certified", "readme"],
-        help="tightness: tables and figures of tightness; balls: curves over the radius of a ball; all: these two; "
-        "certified: certified radii beside an attack, and bounds of whole models; readme: copy the headline table into "
-        "README.md",
+        choices=["all", "tightness", "balls", "certified", "robustness", "readme"],
+        help="tightness: tables and figures of tightness; balls: curves over the radius of a ball; all: these two, "
+        "and robustness as far as it is in the records; certified: certified radii beside an attack, and bounds of "
+        "whole models; robustness: robust accuracy of models trained with and without penalties; readme: copy the "
+        "headline table into README.md",
     )
     parser.add_argument(
         "--quick", action="store_true", help="few inputs; tables go to DIR/quick, records to the same file"
     )
-    parser.add_argument("--full", action="store_true", help="certified: 120 images a model, and large models (hours)")
+    parser.add_argument("--full", action="store_true", help="certified, robustness: more of everything (hours)")
     parser.add_argument("--force", action="store_true", help="evaluate again what is in the records")
     parser.add_argument("--results", type=Path, default=ROOT / "results", metavar="DIR", help="default: results")
     parser.add_argument("--time-limit", type=float, default=120.0, metavar="S", help="seconds for one evaluation")
@@ -159,6 +164,22 @@ def _certified(options: argparse.Namespace) -> int:
     for trouble in troubles:
         print(trouble, file=sys.stderr)
     return 1 if troubles else 0
+
+
+def _robustness(options: argparse.Namespace) -> int:
+    """With the task `all` only from records, but for the quick profile: training and attacks take hours."""
+    profile = "quick" if options.quick else "full" if options.full else "standard"
+    only_read = options.task == "all" and profile != "quick"
+    try:
+        answers, paths = robustness_command.run(
+            options.results, profile, force=options.force and not only_read, only_read=only_read
+        )
+    except NotAnswered:
+        print("robustness: not all of it is in the records; `python -m bench robustness` makes the rest (hours).")
+        return 0
+    print(f"{answers.made} answers made, {answers.reused} taken from {_shown(answers.path)}.")
+    print("Written: " + ", ".join(_shown(path) for path in paths))
+    return 0
 
 
 def _balls(options: argparse.Namespace, models: Sequence[Model]) -> int:

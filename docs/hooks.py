@@ -17,10 +17,13 @@ PAGES = {
     "bounds.md": "python -m bench",
     "balls.md": "python -m bench balls",
     "certified.md": "python -m bench certified",
+    "robustness.md": "python -m bench robustness",
     "nightly.md": "python -m verify.nightly",
     "detection.md": "python -m verify.faults.detection",
 }
 FIGURES = ("tightness.png", "balls.png", "certified.png")
+# Of a task that takes hours, so that a checkout may be without them; only the page that comes with them shows them.
+LATER_FIGURES = ("robustness.png", "robustness_constants.png", "robustness_g1.png")
 MARKER = "<!-- measured -->"
 
 
@@ -33,7 +36,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         else:
             missing = f"# {source.stem.capitalize()}\n\nNot made yet: run `{command}`.\n"
             files.append(File.generated(config, uri, content=missing))
-    for name in FIGURES:
+    for name in (*FIGURES, *(name for name in LATER_FIGURES if (RESULTS / name).exists())):
         files.append(File.generated(config, f"results/{name}", abs_src_path=str(RESULTS / name)))
     return files
 
