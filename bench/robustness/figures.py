@@ -25,7 +25,7 @@ Data = dict[str, Any]
 COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8A7B00", "#666666")
 MARKERS = "os^DvP<X>"
 NORM_TITLES = {"l_inf": "largest change of a pixel", "l2": "l2 norm of the change"}
-STYLE = {"svg.hashsalt": "robustness", "svg.fonttype": "none", "font.size": 10}
+STYLE: dict[Any, Any] = {"svg.hashsalt": "robustness", "svg.fonttype": "none", "font.size": 10}
 
 
 def draw(data: Data, summary: Data, folder: Path) -> list[Path]:

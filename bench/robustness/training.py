@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from bench.certified_data import Answer, Answers
@@ -43,6 +44,7 @@ class Workshop:
     split: DigitsSplit
     force: bool = False
     used: set[str] = dc.field(default_factory=set)  # environments of the answers given so far
+    _asked: set[str] = dc.field(default_factory=set)
     _environment: str = ""
 
     def ask(self, question: dict[str, Any], work: Any) -> Answer:
@@ -60,7 +62,10 @@ class Workshop:
             return {**answer, "seconds": time.perf_counter() - start, "environment": self._environment}
 
         asked = {"task": "robustness", "version": VERSION, **question}
-        answer = self.answers.ask(asked, timed, force=self.force)
+        # The reference of a choice is asked for more than once.
+        key = content_hash(asked)
+        answer = self.answers.ask(asked, timed, force=self.force and key not in self._asked)
+        self._asked.add(key)
         self.used.add(answer["environment"])
         return answer
 
@@ -94,8 +99,8 @@ class Workshop:
             if again != weights:
                 raise RecordError(
                     f"the weights of {recipe.setting}, seed {recipe.seed}, must have the hash {weights} of the records "
-                    f"in {self.answers.path}, but training gives {again} here (another machine or other versions); "
-                    "pass another --results, or --force to make every answer anew."
+                    f"in {self.answers.path}, but training gives {again} here (another machine, other versions or "
+                    "threads); pass another --results, or --force to make every answer anew."
                 )
             found = _loaded(path)
             assert found is not None
@@ -165,5 +170,5 @@ def _loaded(path: Path) -> DigitsViT | None:
     """None for a file that holds no such model."""
     try:
         return load_digits_vit(path)
-    except (InvalidInput, OSError):
+    except (InvalidInput, OSError, SafetensorError):
         return None

@@ -44,16 +44,17 @@ def run(workshop: Workshop, profile: Profile, *, advance: Advance = lambda what:
         profile: how much is done.
         advance: called before each piece of work with its name.
     """
-    settings = {}
-    for name in profile.settings:
-        setting = SETTINGS[name]
-        choice = choose(workshop, setting, profile, advance)
-        models = []
-        for seed in profile.seeds:
+    chosen = {name: choose(workshop, SETTINGS[name], profile, advance) for name in profile.settings}
+    settings = {
+        name: {"title": SETTINGS[name].title, "choice": choice, "models": []} for name, choice in chosen.items()
+    }
+    # Seed by seed, so that a run that is stopped early leaves whole seeds.
+    for seed in profile.seeds:
+        for name, choice in chosen.items():
             advance(f"{name}, seed {seed}: training")
-            model = workshop.trained(recipe(setting, choice["weight"], epochs=profile.epochs, seed=seed))
-            models.append({"seed": seed, **_measured(model, profile, advance)})
-        settings[name] = {"title": setting.title, "choice": choice, "models": models}
+            way = recipe(SETTINGS[name], choice["weight"], epochs=profile.epochs, seed=seed)
+            model = workshop.trained(way)
+            settings[name]["models"].append({"seed": seed, **_measured(model, profile, advance)})
     done = {"images": profile.images, "blocks": profile.blocks, "epochs": profile.epochs, "seeds": list(profile.seeds)}
     return {**done, "settings": settings, "environments": sorted(workshop.used)}
 

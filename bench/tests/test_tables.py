@@ -287,6 +287,7 @@ def few_methods(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "select", lambda **_: chosen)
     monkeypatch.setattr(registry, "refuted", list)
     monkeypatch.setattr(features, "page", lambda _: "# Bounds\n")
+    monkeypatch.setattr(command_line, "_robustness", lambda _: 0)  # trains models: tested in test_robustness.py
 
 
 def bench(*arguments: str, **options: Any) -> int:
