@@ -1,36 +1,39 @@
-"""`python -m bench [all|tightness|balls|certified|attention|readme] [--quick] [--force]`: run it, write the results."""
-"""`python -m bench [all|tightness|balls|certified|speed|readme] [--quick] [--force]`: run, write tables and figures."""
+"""`python -m bench [TASK] [--quick|--full] [--force]`: measure what is missing, write tables and figures."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-from bench import attention_figures, attention_tables, balls, certified_tables, features, figures, readme, tables
-from bench import balls, certified_tables, features, figures, readme, speed_plan, speed_tables, tables
-from bench.aggregate import aggregate
-from bench.certified_data import Answers
-from bench.evaluate import Case
-from bench.machine import ROOT, describe, environment
+from bench import readme
+from bench.certified_data import NotAnswered
+from bench.commands import attention, balls, certified, robustness, speed, tightness
+from bench.machine import ROOT
 from bench.models import Model, zoo
-from bench.records import RecordError, without_infinities
-from bench.store import RecordStore, read, write_atomically
-from bench.tasks import attention, certified, tightness
-from bench.tasks import balls as ball_task
-from bench.tasks import certified, speed, tightness
-from lipbounds import registry
+from bench.records import RecordError
 
 
-STALE, INTERRUPTED = 1, 130
+STALE, MISUSE, INTERRUPTED = 1, 2, 130
+# Minutes to hours from nothing: the task `all` writes their pages anew from the records that there are.
+LONG: dict[str, Callable[..., int]] = {
+    "certified": certified.run,
+    "speed": speed.run,
+    "attention": attention.run,
+    "robustness": robustness.run,
+}
+WITH_FULL = ("certified", "robustness")
+TASKS = {
+    "all": "tightness and balls, and the pages of the others from the records; with --quick, all of them",
+    "tightness": "tables and figures of tightness",
+    "balls": "curves over the radius of a ball",
+    "certified": "certified radii beside an attack, and bounds of whole models",
+    "speed": "time and memory beside a forward pass",
+    "attention": "attention maps beside local constants and attacks",
+    "robustness": "robust accuracy of models trained with and without penalties",
+    "readme": "copy the headline table into README.md",
+}
 
 
 def main(arguments: Sequence[str] | None = None, models: Sequence[Model] | None = None) -> int:
@@ -44,25 +47,19 @@ def main(arguments: Sequence[str] | None = None, models: Sequence[Model] | None 
     options = parser.parse_args(arguments)
     if options.check and options.task != "readme":
         parser.error("--check goes with the task readme: python -m bench readme --check")
-    if options.full and (options.task != "certified" or options.quick):
-        parser.error("--full goes with the task certified, without --quick: python -m bench certified --full")
+    if options.full and (options.task not in WITH_FULL or options.quick):
+        parser.error(f"--full goes with the tasks {' and '.join(WITH_FULL)}, without --quick")
     if not options.time_limit > 0:
         parser.error(f"--time-limit must be above 0, got {options.time_limit:g}")
     try:
         if options.task == "readme":
             return _readme(options)
-        if options.task == "certified":
-            return _certified(options)
-        if options.task == "attention":
-            return _attention(options)
-        if options.task == "speed":
-            return _speed(options)
-        chosen = zoo() if models is None else models
-        status = _tightness(options, chosen) if options.task != "balls" else 0
-        return status if options.task == "tightness" else max(status, _balls(options, chosen))
+        if options.task in LONG:
+            return LONG[options.task](options)
+        return _on_blocks(options, zoo() if models is None else models)
     except RecordError as error:
         print(f"bench: {error}", file=sys.stderr)
-        return 2
+        return MISUSE
     except KeyboardInterrupt:
         print(
             "\nStopped. Everything finished so far is in the records; run the same command again to go on from there.",
@@ -71,35 +68,17 @@ def main(arguments: Sequence[str] | None = None, models: Sequence[Model] | None 
         return INTERRUPTED
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench", description="Compare all registered bounds on real models."
-    )
-    parser.add_argument(
-        "task",
-        nargs="?",
-        default="all",
-        choices=["all", "tightness", "balls", "certified", "attention", "readme"],
-        help="tightness: tables and figures of tightness; balls: curves over the radius of a ball; all: these two; "
-        "certified: certified radii beside an attack, and bounds of whole models; attention: "
-        "attention maps beside local constants and attacks; readme: copy the headline table into README.md",
-        choices=["all", "tightness", "balls", "certified", "speed", "readme"],
-        help="tightness: tables and figures of tightness; balls: curves over the radius of a ball; all: these two; "
-        "certified: certified radii beside an attack, and bounds of whole models; speed: time and memory beside a "
-        "forward pass; readme: copy the headline table into README.md",
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="few inputs; tables go to DIR/quick, records to the same file"
-    )
-    parser.add_argument("--full", action="store_true", help="certified: 120 images a model, and large models (hours)")
-    parser.add_argument("--force", action="store_true", help="evaluate again what is in the records")
-    parser.add_argument("--results", type=Path, default=ROOT / "results", metavar="DIR", help="default: results")
-    parser.add_argument("--time-limit", type=float, default=120.0, metavar="S", help="seconds for one evaluation")
-    parser.add_argument(
-        "--check", action="store_true", help="readme: exit with 1 if the README is stale, write nothing"
-    )
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="PATH", help="default: README.md")
-    return parser
+def _on_blocks(options: argparse.Namespace, models: Sequence[Model]) -> int:
+    """The tasks on attention blocks, and with `all` the pages of the long ones."""
+    statuses = [tightness.run(options, models)] if options.task != "balls" else []
+    if options.task != "tightness":
+        statuses.append(balls.run(options, models))
+    for name, run in LONG.items() if options.task == "all" else ():
+        try:
+            statuses.append(run(options, only_read=not options.quick))
+        except NotAnswered:
+            print(f"{name}: not all of it is in the records; `python -m bench {name}` makes the rest.")
+    return max(statuses)
 
 
 def _readme(options: argparse.Namespace) -> int:
@@ -111,201 +90,24 @@ def _readme(options: argparse.Namespace) -> int:
     return 0
 
 
-def _tightness(options: argparse.Namespace, models: Sequence[Model]) -> int:
-    command = "python -m bench tightness" + (" --quick" if options.quick else "")
-    with RecordStore(options.results / "tightness.jsonl") as store:
-        if store.repaired:
-            print(store.repaired, file=sys.stderr)
-        with _progress(models, options.quick) as advance:
-            outcome = tightness.run(
-                store,
-                models,
-                quick=options.quick,
-                force=options.force,
-                time_limit=options.time_limit,
-                command=command,
-                advance=advance,
-            )
-        store.compact()
-        records = [store.records[key] for key in outcome.keys]
-        if not records:
-            raise RecordError(f"no block could be bounded: {outcome.problems}.")
-        aggregates = aggregate(
-            records,
-            store.environments,
-            command=command,
-            records_path=_shown(store.path),
-            problems=outcome.problems,
-            refuted=tightness.refuted(),
-        )
-    paths = write(aggregates, options.results / "quick" if options.quick else options.results)
-    print(tables.short(aggregates))
-    print(f"\n{outcome.evaluated} evaluations made, {outcome.reused} taken from {_shown(store.path)}.")
-    print("Written: " + ", ".join(_shown(path) for path in paths))
-    return _status(aggregates)
-
-
-def _certified(options: argparse.Namespace) -> int:
-    profile = "quick" if options.quick else "full" if options.full else "standard"
-    command = "python -m bench certified" + ("" if profile == "standard" else f" --{profile}")
-    chosen = certified.PROFILES[profile]
-    answers = Answers(options.results / "certified.jsonl")
-    total = sum(chosen.certified.values()) + len(chosen.whole)
-    total += sum(chosen.radii for count in chosen.attacked.values() if count)
-    with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("starting", total=total + 1)
-
-        def advance(what: str) -> None:
-            progress.update(task, advance=1, description=what)
-
-        data = certified.run(answers, chosen, force=options.force, advance=advance)
-        progress.update(task, completed=total + 1, description="done")
-    folder = options.results / "quick" if options.quick else options.results
-    page, numbers = folder / "certified.md", folder / "certified.json"
-    write_atomically(page, certified_tables.report(data, command, describe(environment())).encode())
-    write_atomically(numbers, (json.dumps(without_infinities(data), indent=1, ensure_ascii=False) + "\n").encode())
-    paths = [page, numbers, *certified_tables.draw(data, folder)]
-    print(f"{answers.made} answers made, {answers.reused} taken from {_shown(answers.path)}.")
-    print("Written: " + ", ".join(_shown(path) for path in paths))
-    troubles = certified.violations(data)
-    for trouble in troubles:
-        print(trouble, file=sys.stderr)
-    return 1 if troubles else 0
-
-
-def _attention(options: argparse.Namespace) -> int:
-    command = "python -m bench attention" + (" --quick" if options.quick else "")
-    profile = attention.PROFILES["quick" if options.quick else "standard"]
-    answers = Answers(options.results / "attention.jsonl")
-    known = read(options.results / "tightness.jsonl").records
-    with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("starting", total=attention.pieces(profile))
-
-        def advance(what: str) -> None:
-            progress.update(task, advance=1, description=what)
-
-        data = attention.run(answers, profile, known, force=options.force, advance=advance)
-    folder = options.results / "quick" if options.quick else options.results
-    text = attention_tables.report(data, command, _shown(answers.path), describe(environment()))
-    write_atomically(folder / "attention.md", text.encode())
-    paths = [folder / "attention.md", *attention_figures.draw(data, folder)]
-    print(f"{answers.made} answers made, {answers.reused} taken from {_shown(answers.path)}.")
-    print("Written: " + ", ".join(_shown(path) for path in paths))
-    troubles = attention.violations(data, Answers(options.results / "certified.jsonl").found)
-    for trouble in troubles:
-        print(trouble, file=sys.stderr)
-    return 1 if troubles else 0
-def _speed(options: argparse.Namespace) -> int:
-    profile = "quick" if options.quick else "standard"
-    command = "python -m bench speed" + (" --quick" if options.quick else "")
-    answers = Answers(options.results / "speed.jsonl")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    data = speed.run(
-        answers,
-        speed_plan.PROFILES[profile],
-        device=device,
-        force=options.force,
-        advance=lambda what: print(f"speed: {what}", file=sys.stderr),
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description="Compare all registered bounds on real models."
     )
-    folder = options.results / "quick" if options.quick else options.results
-    page, numbers = folder / "speed.md", folder / "speed.json"
-    write_atomically(page, speed_tables.report(data, command, describe(environment())).encode())
-    write_atomically(numbers, (json.dumps(without_infinities(data), indent=1, ensure_ascii=False) + "\n").encode())
-    paths = [page, numbers, *speed_tables.draw(data, folder)]
-    print(f"{answers.made} answers made, {answers.reused} taken from {_shown(answers.path)}.")
-    print("Written: " + ", ".join(_shown(path) for path in paths))
-    return 0
-
-
-def _balls(options: argparse.Namespace, models: Sequence[Model]) -> int:
-    command = "python -m bench balls" + (" --quick" if options.quick else "")
-    with RecordStore(options.results / "balls.jsonl") as store:
-        outcome = ball_task.run(
-            store,
-            quick=options.quick,
-            force=options.force,
-            time_limit=options.time_limit,
-            command=command,
-            models=models,
-            advance=lambda case: print(f"balls: {case.model}, layer {case.layer}", file=sys.stderr),
-        )
-        store.compact()
-        records = [store.records[key] for key in outcome.keys]
-        states = {record.environment for record in records}
-        environments = [store.environments[state]["environment"] for state in sorted(states)]
-    found = balls.blocks(records)
-    folder = options.results / "quick" if options.quick else options.results
-    path = folder / "balls.md"
-    write_atomically(path, balls.page(found, command, _shown(store.path), environments).encode())
-    paths = [path, *balls.draw(found, folder)]
-    print(f"\n{outcome.evaluated} evaluations on balls made, {outcome.reused} taken from {_shown(store.path)}.")
-    print("Written: " + ", ".join(_shown(path) for path in paths))
-    troubles = balls.violations(found)
-    troubles += [
-        f"{record.question.bound}: {record.error}" for record in records if record.status in ("failed", "timeout")
-    ]
-    for trouble in troubles:
-        print(trouble, file=sys.stderr)
-    return 1 if troubles else 0
-
-
-def write(aggregates: dict[str, Any], folder: Path) -> list[Path]:
-    """Write the tables and figures and return their paths.
-
-    Args:
-        aggregates: what `bench.aggregate.aggregate` returned.
-        folder: where they go; made if missing.
-    """
-    page, data = folder / "tightness.md", folder / "tightness.json"
-    write_atomically(page, tables.report(aggregates).encode())
-    write_atomically(data, (json.dumps(without_infinities(aggregates), indent=1, ensure_ascii=False) + "\n").encode())
-    declared = folder / "bounds.md"
-    write_atomically(declared, features.page(list(registry.registry)).encode())
-    return [page, data, declared, *figures.draw(aggregates, folder)]
-
-
-def _status(aggregates: dict[str, Any]) -> int:
-    """1, with the reasons on stderr, if something failed or is refuted."""
-    troubles = [f"{name} is incomplete: {reason}" for name, reason in aggregates["problems"].items()]
-    for name, model in aggregates["models"].items():
-        failed = [row for row in model["not_answered"] if row["status"] != "unsupported"]
-        troubles += [
-            f"{name}: {row['bound']} {row['status']} at {row['count']} blocks: {row['error']}" for row in failed
-        ]
-        troubles += [
-            f"{name}, layer {row['layer']}, {row['input']}: {row['bound']} claims <= {row['value']:.6g}, but "
-            f"{row['lower_bound']} reaches {row['reached']:.6g}"
-            for row in model["violations"]
-        ]
-    for trouble in troubles:
-        print(trouble, file=sys.stderr)
-    return 1 if troubles else 0
-
-
-@contextmanager
-def _progress(models: Sequence[Model], quick: bool) -> Iterator[Any]:
-    """A progress bar on stderr; blocks count by what they are expected to cost, for a fair remaining time."""
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+    helps = "; ".join(f"{name}: {what}" for name, what in TASKS.items())
+    parser.add_argument("task", nargs="?", default="all", choices=TASKS, help=helps)
+    parser.add_argument(
+        "--quick", action="store_true", help="few inputs; tables go to DIR/quick, records to the same file"
     )
-    total = sum(len(model.bounded) * model.count(quick) * model.seconds for model in models)
-    with Progress(*columns, console=console, speed_estimate_period=120) as progress:
-        task = progress.add_task("starting", total=total)
-
-        def advance(case: Case, seconds: float) -> None:
-            progress.update(task, advance=seconds, description=f"{case.model}, {case.input}, layer {case.layer}")
-
-        yield advance
-
-
-def _shown(path: Path) -> str:
-    """Relative to the repository if it is inside."""
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+    parser.add_argument("--full", action="store_true", help=f"{', '.join(WITH_FULL)}: more of everything (hours)")
+    parser.add_argument("--force", action="store_true", help="evaluate again what is in the records")
+    parser.add_argument("--results", type=Path, default=ROOT / "results", metavar="DIR", help="default: results")
+    parser.add_argument("--time-limit", type=float, default=120.0, metavar="S", help="seconds for one evaluation")
+    parser.add_argument(
+        "--check", action="store_true", help="readme: exit with 1 if the README is stale, write nothing"
+    )
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="PATH", help="default: README.md")
+    return parser
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The file of answers of the task `certified`: one JSON line each, appended whole, so that a killed run goes on."""
+"""The files of answers of `certified` and `robustness`: one JSON line each, appended whole; a killed run goes on."""
 
 from __future__ import annotations
 
@@ -16,18 +16,23 @@ from lipbounds.files import write_atomically
 Answer = dict[str, Any]
 
 
+class NotAnswered(RecordError):
+    """A question whose answer is not in a file that is only to be read."""
+
+
 class Answers:
     """Answers by the content of their question.
 
     Args:
         path: of the file; made if missing.
+        only_read: make no answers.
 
     Raises:
         RecordError: a line is of another schema version, or no answer; a torn last line is cut off.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, only_read: bool = False) -> None:
+        self.path, self.only_read = path, only_read
         self.found: dict[str, Answer] = {}
         self.made = self.reused = 0
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,11 +56,16 @@ class Answers:
             question: all that the answer depends on, ready for JSON.
             work: makes the answer.
             force: make it again.
+
+        Raises:
+            NotAnswered: it is not in the file, which is only read.
         """
         key = content_hash(question)
         if key in self.found and not force:
             self.reused += 1
             return self.found[key]
+        if self.only_read:
+            raise NotAnswered(f"{self.path} has no answer to {question}.")
         fields = {"schema_version": SCHEMA_VERSION, "key": key, **question, **work()}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(fields, ensure_ascii=False) + "\n")

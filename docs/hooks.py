@@ -17,6 +17,7 @@ PAGES = {
     "bounds.md": "python -m bench",
     "balls.md": "python -m bench balls",
     "certified.md": "python -m bench certified",
+    "robustness.md": "python -m bench robustness",
     "attention.md": "python -m bench attention",
     "speed.md": "python -m bench speed",
     "nightly.md": "python -m verify.nightly",
@@ -31,6 +32,8 @@ FIGURES = (
     "attention_statistics.png",
     "attention_scatter.png",
 )
+# Of a task that takes hours, so that a checkout may be without them; only the page that comes with them shows them.
+LATER_FIGURES = ("robustness.png", "robustness_constants.png", "robustness_g1.png")
 MARKER = "<!-- measured -->"
 
 
@@ -43,7 +46,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         else:
             missing = f"# {source.stem.capitalize()}\n\nNot made yet: run `{command}`.\n"
             files.append(File.generated(config, uri, content=missing))
-    for name in FIGURES:
+    for name in (*FIGURES, *(name for name in LATER_FIGURES if (RESULTS / name).exists())):
         files.append(File.generated(config, f"results/{name}", abs_src_path=str(RESULTS / name)))
     return files
 

@@ -8,7 +8,6 @@ ball, so what it leaves is above the truth, and what is certified below it.
 from __future__ import annotations
 
 import dataclasses as dc
-import logging
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.attacks import autoattack, distance, right
 from bench.certified_data import Answer, Answers
 from bench.models import tensors_hash
 from lipbounds.adapters.bert import bert_network
@@ -28,7 +28,6 @@ from lipbounds.compose import network_bound
 from lipbounds.compose.joint import JointNetwork
 from lipbounds.compose.network import AT_POINT, ON_BALL
 from lipbounds.compose.rewrite import flat, rewritten
-from lipbounds.errors import InvalidInput
 from lipbounds.estimators.whole_model import whole_model_constant
 from lipbounds.models.digits_data import load_digits_split
 from lipbounds.models.digits_vit import load_digits_vit
@@ -166,35 +165,14 @@ def attack(model: nn.Module, images: Tensor, labels: Tensor, radius: float) -> A
         radius: of the ball.
 
     Raises:
-        InvalidInput: pixels outside of [0, 1], to which the attack would move them without a word; fewer than ten
-            classes, with which its nine targets fail.
+        InvalidInput: as `bench.attacks.autoattack`.
     """
-    from pyautoattack import AutoAttack  # pyright: ignore[reportMissingImports]
-
-    if images.dim() != 4 or float(images.min()) < 0 or float(images.max()) > 1:
-        raise InvalidInput(
-            f"images must have four dimensions and pixels in [0, 1], got shape {tuple(images.shape)} and pixels from "
-            f"{float(images.min()):g} to {float(images.max()):g}."
-        )
-    with torch.no_grad():
-        classes = model(images[:1]).shape[1]
-    if classes < 10:
-        raise InvalidInput(f"AutoAttack-standard aims at nine other classes: need at least ten, got {classes}.")
-    logging.disable(logging.INFO)
     start = time.perf_counter()
-    try:
-        attacker = AutoAttack(model, norm="L2", eps=radius, seed=ATTACK_SEED, version="standard", device="cpu")
-        moved = attacker.run_standard_evaluation(images, labels, batch_size=len(images))
-    finally:
-        logging.disable(logging.NOTSET)
-    moved = moved[0] if isinstance(moved, tuple) else moved
-    with torch.no_grad():
-        robust = model(moved).argmax(1) == labels
-    distance = (moved.double() - images.double()).flatten(1).norm(dim=1).max()
+    moved = autoattack(model, images, labels, "l2", radius, seed=ATTACK_SEED)
     return {
-        "robust": robust.tolist(),
+        "robust": right(model, moved, labels).tolist(),
         # Steps of length `radius` in float32 may end a little outside.
-        "distance": max(radius, float(distance)),
+        "distance": max(radius, float(distance(moved, images, "l2").max())),
         "seconds": time.perf_counter() - start,
     }
 

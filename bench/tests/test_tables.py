@@ -287,6 +287,7 @@ def few_methods(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "select", lambda **_: chosen)
     monkeypatch.setattr(registry, "refuted", list)
     monkeypatch.setattr(features, "page", lambda _: "# Bounds\n")
+    monkeypatch.setattr(command_line, "LONG", {})  # tested in files of their own
 
 
 def bench(*arguments: str, **options: Any) -> int:
@@ -353,7 +354,7 @@ def test_readme_before_any_results_says_what_to_run(tmp_path: Path, capsys: pyte
     assert "run `python -m bench` first" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["--check"], ["--time-limit", "0"], ["speed"]], ids=str)
+@pytest.mark.parametrize("arguments", [["--check"], ["--time-limit", "0"], ["speed", "--full"]], ids=str)
 def test_a_command_line_that_means_nothing_is_refused(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         bench(*arguments)

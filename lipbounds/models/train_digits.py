@@ -11,7 +11,7 @@ import argparse
 import copy
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -36,9 +36,25 @@ WEIGHT_DECAY = 0.05
 LARGEST_SHIFT = 0.5
 LARGEST_STRETCH = 0.15
 
+# The model, distorted images, their labels, and the generator that everything random comes from.
+Loss = Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor]
+
+
+def cross_entropy(model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+    """The loss of the committed weights; draws nothing."""
+    return F.cross_entropy(model(images), labels)
+
 
 def train(
-    train_part: LabelledImages, validation_part: LabelledImages, *, seed: int, epochs: int, console: Console
+    train_part: LabelledImages,
+    validation_part: LabelledImages,
+    *,
+    seed: int,
+    epochs: int,
+    console: Console,
+    loss: Loss = cross_entropy,
+    weight_decay: float = WEIGHT_DECAY,
+    after_epoch: Callable[[float, float], None] = lambda accuracy, validation_loss: None,
 ) -> DigitsViT:
     """The model of the epoch with the best validation accuracy (among equals: the lowest validation loss).
 
@@ -47,16 +63,19 @@ def train(
     Args:
         train_part: images the gradients come from, distorted at random.
         validation_part: images the epoch is chosen with.
-        seed: of the first weights, the order of the images and the distortions.
+        seed: of the first weights, the order of the images, the distortions, and what the loss draws.
         epochs: passes over the training images.
         console: where the progress goes.
+        loss: what is minimised; it may add penalties or move the images.
+        weight_decay: of AdamW: every step also shrinks the weights by the learning rate times this.
+        after_epoch: called with the validation accuracy and loss of each epoch.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = DigitsViT()
     generator = torch.Generator().manual_seed(seed)
     steps = epochs * -(-len(train_part) // BATCH)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: share_of_peak_rate(step, steps))
     best, best_score = copy.deepcopy(model.state_dict()), (-1.0, 0.0)
     with Progress(console=console) as progress:
@@ -64,12 +83,13 @@ def train(
         for _ in range(epochs):
             model.train()
             for images, labels in batches(train_part, generator):
-                loss = F.cross_entropy(model(distorted(images, generator)), labels)
+                value = loss(model, distorted(images, generator), labels, generator)
                 optimizer.zero_grad()
-                loss.backward()
+                value.backward()
                 optimizer.step()
                 schedule.step()
             accuracy, validation_loss = evaluate(model, validation_part)
+            after_epoch(accuracy, validation_loss)
             if (accuracy, -validation_loss) > best_score:
                 best, best_score = copy.deepcopy(model.state_dict()), (accuracy, -validation_loss)
             shown = f"validation accuracy {accuracy:.4f}, best {best_score[0]:.4f}"

@@ -1,0 +1,35 @@
+"""`python -m bench attention`: attention maps beside local constants and attacks."""
+
+from __future__ import annotations
+
+import argparse
+
+from bench import attention_figures, attention_tables
+from bench.certified_data import Answers
+from bench.commands.common import command_of, finish, folder_of, profile_of, progress_bar, shown
+from bench.machine import describe, environment
+from bench.store import read, write_atomically
+from bench.tasks import attention
+
+
+def run(options: argparse.Namespace, *, only_read: bool = False) -> int:
+    """Answer what is missing, write the page and the figures; 1 if a certified image fell.
+
+    Args:
+        options: the command line.
+        only_read: make nothing anew.
+
+    Raises:
+        NotAnswered: something is missing, and nothing is to be made.
+    """
+    profile = attention.PROFILES[profile_of(options)]
+    answers = Answers(options.results / "attention.jsonl", only_read=only_read)
+    known = read(options.results / "tightness.jsonl").records
+    with progress_bar(attention.pieces(profile)) as advance:
+        data = attention.run(answers, profile, known, force=options.force and not only_read, advance=advance)
+    folder = folder_of(options)
+    command = command_of(options, "attention")
+    text = attention_tables.report(data, command, shown(answers.path), describe(environment()))
+    write_atomically(folder / "attention.md", text.encode())
+    paths = [folder / "attention.md", *attention_figures.draw(data, folder)]
+    return finish(answers, paths, attention.violations(data, Answers(options.results / "certified.jsonl").found))

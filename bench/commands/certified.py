@@ -1,0 +1,38 @@
+"""`python -m bench certified`: certified radii beside an attack, and bounds of whole models."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from bench import certified_tables
+from bench.certified_data import Answers
+from bench.commands.common import command_of, finish, folder_of, profile_of, progress_bar
+from bench.machine import describe, environment
+from bench.records import without_infinities
+from bench.store import write_atomically
+from bench.tasks import certified
+
+
+def run(options: argparse.Namespace, *, only_read: bool = False) -> int:
+    """Answer what is missing, write the page, the numbers and the figures; 1 if a certified image fell.
+
+    Args:
+        options: the command line.
+        only_read: make nothing anew.
+
+    Raises:
+        NotAnswered: something is missing, and nothing is to be made.
+    """
+    chosen = certified.PROFILES[profile_of(options)]
+    answers = Answers(options.results / "certified.jsonl", only_read=only_read)
+    pieces = sum(chosen.certified.values()) + len(chosen.whole)
+    pieces += sum(chosen.radii for count in chosen.attacked.values() if count)
+    with progress_bar(pieces) as advance:
+        data = certified.run(answers, chosen, force=options.force and not only_read, advance=advance)
+    folder = folder_of(options)
+    page, numbers = folder / "certified.md", folder / "certified.json"
+    text = certified_tables.report(data, command_of(options, "certified"), describe(environment()))
+    write_atomically(page, text.encode())
+    write_atomically(numbers, (json.dumps(without_infinities(data), indent=1, ensure_ascii=False) + "\n").encode())
+    return finish(answers, [page, numbers, *certified_tables.draw(data, folder)], certified.violations(data))

@@ -1,0 +1,47 @@
+"""`python -m bench robustness`: robust accuracy of models trained with and without penalties."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from bench.certified_data import Answers
+from bench.commands.common import command_of, finish, folder_of, profile_of, progress_bar
+from bench.records import without_infinities
+from bench.robustness import figures, tables
+from bench.robustness.settings import PROFILES
+from bench.robustness.summary import summarised
+from bench.robustness.training import Workshop
+from bench.store import write_atomically
+from bench.tasks import robustness
+from lipbounds.models.digits_data import load_digits_split
+
+
+WEIGHTS = Path(".work") / "robustness"  # under the folder of results; git ignores it
+
+
+def run(options: argparse.Namespace, *, only_read: bool = False) -> int:
+    """Train and attack what is missing, write the page, the numbers and the figures.
+
+    Args:
+        options: the command line.
+        only_read: make nothing anew.
+
+    Raises:
+        NotAnswered: something is missing, and nothing is to be made.
+    """
+    name = profile_of(options)
+    profile = PROFILES[name]
+    answers = Answers(options.results / "robustness.jsonl", only_read=only_read)
+    workshop = Workshop(answers, options.results / WEIGHTS, load_digits_split(), options.force and not only_read)
+    command = command_of(options, "robustness")
+    with progress_bar(robustness.pieces(profile)) as advance:
+        data = {"command": command, "profile": name, **robustness.run(workshop, profile, advance=advance)}
+    summary = summarised(data)
+    folder = folder_of(options)
+    page, numbers = folder / "robustness.md", folder / "robustness.json"
+    write_atomically(page, tables.report(data, summary, command).encode())
+    content = without_infinities({**summary, **data})
+    write_atomically(numbers, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    return finish(answers, [page, numbers, *figures.draw(data, summary, folder)])

@@ -1,0 +1,1 @@
+"""What penalties do to robust accuracy: digits ViTs trained with each, attacked, and measured."""

@@ -1,0 +1,137 @@
+"""The figures of the task `robustness`, from its data alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import matplotlib as mpl
+
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bench.drawing import save
+from bench.robustness.settings import BASELINE
+from bench.robustness.summary import measure_name
+
+
+Data = dict[str, Any]
+# Okabe and Ito's colours, told apart by colour-blind readers; markers tell them apart in grey.
+COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8A7B00", "#666666")
+MARKERS = "os^DvP<X>"
+NORM_TITLES = {"l_inf": "largest change of a pixel", "l2": "l2 norm of the change"}
+STYLE: dict[Any, Any] = {"svg.hashsalt": "robustness", "svg.fonttype": "none", "font.size": 10}
+
+
+def draw(data: Data, summary: Data, folder: Path) -> list[Path]:
+    """Robust accuracy against radius and against the local constant, and g_1 of rows; each as PNG and SVG.
+
+    Args:
+        data: what `bench.tasks.robustness.run` returned.
+        summary: what `bench.robustness.summary.summarised` made of it.
+        folder: where the files go.
+    """
+    paths = []
+    with mpl.rc_context(STYLE):
+        for name, canvas in (
+            ("robustness", _curves(data, summary)),
+            ("robustness_constants", _dots(data)),
+            ("robustness_g1", _histograms(data)),
+        ):
+            canvas.tight_layout()
+            paths += save(canvas, folder, name)
+            plt.close(canvas)
+    return paths
+
+
+def _curves(data: Data, summary: Data) -> Figure:
+    norms = _norms(data)
+    canvas, panels = plt.subplots(1, len(norms), figsize=(5.2 * len(norms), 4.2), dpi=150, squeeze=False)
+    for axes, (norm, radii) in zip(panels[0], norms.items(), strict=True):
+        for index, (name, setting) in enumerate(data["settings"].items()):
+            found = summary["intervals"][name]
+            shown = [found["clean"], *(found[measure_name(norm, eps)] for eps in radii)]
+            # A little apart, so that intervals do not hide each other.
+            shift = 0.012 * max(radii) * (index - (len(data["settings"]) - 1) / 2)
+            axes.errorbar(
+                [eps + shift for eps in (0.0, *radii)],
+                [100 * each["mean"] for each in shown],
+                yerr=[100 * (each["half"] or 0.0) for each in shown],
+                color=COLOURS[index % len(COLOURS)],
+                marker=MARKERS[index % len(MARKERS)],
+                markersize=4,
+                capsize=2,
+                linewidth=1.2,
+                label=setting["title"],
+            )
+        axes.set_xlabel(f"radius, {NORM_TITLES[norm]}")
+        axes.set_ylabel("robust accuracy, %")
+        axes.set_ylim(-3, 103)
+        _plain(axes)
+    panels[0][0].legend(fontsize=8, frameon=False, loc="lower left")
+    seeds = len(data["seeds"])
+    panels[0][0].set_title(f"{data['images']} images, {seeds} seeds, 95 % intervals", loc="left", fontsize=10)
+    return canvas
+
+
+def _dots(data: Data) -> Figure:
+    """One dot a model, at the smallest radius of each norm."""
+    norms = _norms(data)
+    canvas, panels = plt.subplots(1, len(norms), figsize=(5.2 * len(norms), 4.2), dpi=150, squeeze=False)
+    for axes, (norm, radii) in zip(panels[0], norms.items(), strict=True):
+        for index, setting in enumerate(data["settings"].values()):
+            axes.plot(
+                [median(model["constants"]) for model in setting["models"]],
+                [100 * model["robust"][norm][0]["worst"] for model in setting["models"]],
+                color=COLOURS[index % len(COLOURS)],
+                marker=MARKERS[index % len(MARKERS)],
+                markersize=5,
+                linestyle="none",
+                label=setting["title"],
+            )
+        axes.set_xscale("log")
+        axes.set_xlabel("local Lipschitz constant of the network, median over images")
+        axes.set_ylabel(f"robust accuracy at {norm} {radii[0]:g}, %")
+        _plain(axes)
+    panels[0][0].legend(fontsize=8, frameon=False)
+    return canvas
+
+
+def _histograms(data: Data) -> Figure:
+    """g_1 of all rows, by layer: the baseline, and JaSMin if it is there."""
+    names = [name for name in (BASELINE, "jasmin") if name in data["settings"]]
+    layers = len(data["settings"][names[0]]["models"][0]["layers"])
+    canvas, panels = plt.subplots(1, layers, figsize=(3.0 * layers, 2.8), dpi=150, squeeze=False, sharey=True)
+    for layer, axes in enumerate(panels[0]):
+        for name in names:
+            setting = data["settings"][name]
+            shares = _shares([model["layers"][layer]["g_1_counts"] for model in setting["models"]])
+            edges = [0.5 * place / len(shares) for place in range(len(shares) + 1)]
+            index = list(data["settings"]).index(name)
+            axes.stairs(shares, edges, color=COLOURS[index % len(COLOURS)], linewidth=1.4, label=setting["title"])
+        axes.set_title(f"layer {layer}", loc="left", fontsize=10)
+        axes.set_xlabel("g_1 of a row")
+        _plain(axes)
+    panels[0][0].set_ylabel("share of rows")
+    panels[0][-1].legend(fontsize=8, frameon=False)
+    return canvas
+
+
+def _shares(counts: list[list[int]]) -> list[float]:
+    """Mean over models of the shares of rows in each bin."""
+    return [mean(model[place] / sum(model) for model in counts) for place in range(len(counts[0]))]
+
+
+def _norms(data: Data) -> dict[str, list[float]]:
+    model = next(iter(data["settings"].values()))["models"][0]
+    return {norm: [row["eps"] for row in rows] for norm, rows in model["robust"].items()}
+
+
+def _plain(axes: Axes) -> None:
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,182 @@
+"""What is compared, and how much of it each profile does."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+from typing import Any
+
+from bench.attacks import Norm
+from lipbounds.models.train_digits import WEIGHT_DECAY
+
+
+VERSION = 1  # of what is computed here: raise it when numbers change
+BASELINE = "none"
+# Weights are chosen with a seed of its own; none of its numbers is reported as a result.
+CHOICE_SEED = 1000
+CHOICE_EPS = 0.05
+CHOICE_STEPS = 10
+CLEAN_LOSS = 0.01  # validation accuracy that a weight may cost, as a share
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Adversary:
+    """PGD that moves the training images.
+
+    Args:
+        norm: of the ball.
+        eps: its radius.
+        steps: number of steps, each of 2.5 eps over their number, from a random start.
+    """
+
+    norm: Norm = "l_inf"
+    eps: float = 0.1
+    steps: int = 5
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A way to train.
+
+    Args:
+        name: unique.
+        title: for tables.
+        penalty: of `bench.robustness.penalties`; empty for none.
+        grid: weights to choose from; of the penalty, or of the decay where there is no penalty; empty for none.
+        adversary: what moves the training images, if anything.
+        reference: the setting that weights are judged against, and that results are compared with beside the baseline.
+    """
+
+    name: str
+    title: str
+    penalty: str = ""
+    grid: tuple[float, ...] = ()
+    adversary: Adversary | None = None
+    reference: str = BASELINE
+
+
+SETTINGS = {
+    setting.name: setting
+    for setting in (
+        Setting(name=BASELINE, title="no penalty"),
+        Setting(name="weight-decay", title="weight decay", grid=(0.5, 1.5, 5.0)),
+        Setting(name="jasmin", title="JaSMin, k = 10", penalty="jasmin", grid=(0.03, 0.1, 0.3, 1.0)),
+        Setting(name="jasmin-0", title="JaSMin, k = 0", penalty="jasmin-0", grid=(0.003, 0.01, 0.03, 0.1)),
+        Setting(name="spectral", title="spectral norms (SpecFormer-like)", penalty="spectral", grid=(0.03, 0.1, 0.3)),
+        Setting(name="jacobian", title="Jacobian norm", penalty="jacobian", grid=(0.003, 0.01, 0.03, 0.1)),
+        Setting(name="sharp", title="log of sharp_fast", penalty="sharp", grid=(0.03, 0.1, 0.3)),
+        Setting(name="pgd", title="PGD training", adversary=Adversary()),
+        Setting(
+            name="pgd-jasmin",
+            title="PGD training + JaSMin, k = 10",
+            penalty="jasmin",
+            grid=(0.03, 0.1, 0.3),
+            adversary=Adversary(),
+            reference="pgd",
+        ),
+    )
+}
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """All that the weights of one model depend on, but for versions and hardware.
+
+    Args:
+        setting: its name.
+        penalty: of `bench.robustness.penalties`; empty for none.
+        weight: of the penalty.
+        weight_decay: of AdamW.
+        adversary: what moves the training images, if anything.
+        epochs: passes over the training images.
+        seed: of the first weights, the order of the images, the distortions, and of penalty and adversary.
+    """
+
+    setting: str
+    penalty: str
+    weight: float
+    weight_decay: float
+    adversary: Adversary | None
+    epochs: int
+    seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return dc.asdict(self)
+
+
+def recipe(setting: Setting, weight: float | None, *, epochs: int, seed: int) -> Recipe:
+    """How a model of a setting is trained.
+
+    Args:
+        setting: the setting.
+        weight: one of its grid; None where it has none.
+        epochs: passes over the training images.
+        seed: of everything random.
+    """
+    chosen = 0.0 if weight is None else weight
+    return Recipe(
+        setting=setting.name,
+        penalty=setting.penalty,
+        weight=chosen if setting.penalty else 0.0,
+        weight_decay=chosen if setting.grid and not setting.penalty else WEIGHT_DECAY,
+        adversary=setting.adversary,
+        epochs=epochs,
+        seed=seed,
+    )
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Profile:
+    """How much is done.
+
+    Args:
+        settings: names, the baseline first; a setting stands after its reference.
+        seeds: of the models that are reported.
+        epochs: of every training.
+        images: test images that are attacked, the first ones.
+        batch: images in one attack, and so in one answer.
+        eps: radii in each norm, rising.
+        blocks: test images at which attention blocks are measured, the first ones.
+        largest_grid: weights of a grid that are tried, from its middle; 0 for all.
+    """
+
+    settings: tuple[str, ...]
+    seeds: tuple[int, ...]
+    epochs: int
+    images: int
+    batch: int
+    eps: dict[Norm, tuple[float, ...]]
+    blocks: int
+    largest_grid: int = 0
+
+
+PROFILES = {
+    "quick": Profile(
+        settings=(BASELINE, "jasmin"),
+        seeds=(0, 1),
+        epochs=2,
+        images=3,
+        batch=3,
+        eps={"l_inf": (0.2,)},
+        blocks=1,
+        largest_grid=1,
+    ),
+    "standard": Profile(
+        settings=(BASELINE, "weight-decay", "jasmin", "spectral", "pgd", "pgd-jasmin"),
+        seeds=(0, 1, 2, 3, 4),
+        epochs=20,
+        images=50,
+        batch=50,
+        eps={"l_inf": (0.05, 0.1), "l2": (0.25, 0.5)},
+        blocks=20,
+    ),
+    "full": Profile(
+        settings=tuple(SETTINGS),
+        seeds=tuple(range(10)),
+        epochs=60,
+        images=200,
+        batch=100,
+        eps={"l_inf": (0.025, 0.05, 0.1, 0.15), "l2": (0.125, 0.25, 0.5, 1.0)},
+        blocks=50,
+    ),
+}

@@ -1,0 +1,196 @@
+"""The page of the task `robustness`, from its data alone."""
+
+from __future__ import annotations
+
+import math
+from statistics import mean, median
+from typing import Any
+
+from bench.robustness.measures import BOUNDS
+from bench.robustness.settings import (
+    CHOICE_EPS,
+    CHOICE_SEED,
+    CHOICE_STEPS,
+    SETTINGS,
+)
+from bench.robustness.summary import CONSTANTS, measure_name, verdict
+from bench.wording import figure, table
+
+
+Data = dict[str, Any]
+LEGEND = (
+    "Robust accuracy: the share of the test images that are classified right and that no attack changed: FGSM, PGD-40, "
+    "and AutoAttack-standard on the images that stood up to those two, all of that norm with that radius or a smaller "
+    "one. It is an upper bound of the truth: a better attack could leave less. Mean over seeds ± half the width of the "
+    "95 % interval by Student's t. The constant of the network is the spectral norm of the Jacobian of the logits with "
+    "respect to the pixels, median over the images; that of attention is the one of a block (probable upper bound by "
+    "Lanczos, fails with probability at most 1e-9), median over images, mean over layers; g_1 is the mean over images, "
+    "heads, rows and layers."
+)
+
+
+def report(data: Data, summary: Data, command: str) -> str:
+    """The page of results.
+
+    Args:
+        data: what `bench.tasks.robustness.run` returned.
+        summary: what `bench.robustness.summary.summarised` made of it.
+        command: that made it.
+    """
+    count = len(data["seeds"])
+    made = (
+        f"Digits ViTs, {data['epochs']} epochs, {count} seed{'s' if count > 1 else ''} a setting, the first "
+        f"{data['images']} test images (blocks: the first {data['blocks']}), pixels in [0, 1]."
+    )
+    parts = [
+        "# Robust accuracy with and without penalties",
+        f"Made by `{command}`; nothing here is written by hand. What is done, and why: [docs](../docs/robustness.md).",
+        made,
+        _headline(data, summary),
+        LEGEND,
+        "![Robust accuracy against the radius](robustness.png)",
+        "## What holds",
+        _findings(data, summary),
+        "## Compared with the reference",
+        "Paired t-tests over seeds, two-sided; p is corrected by Holm's rule over all tests of its table. With five "
+        "seeds Wilcoxon's test cannot fall below 0.06 and is not used. Accuracies differ by points, constants by "
+        "factors.",
+        _accuracy_changes(data, summary),
+        _constant_changes(data, summary),
+        "![Robust accuracy against the local constant](robustness_constants.png)",
+        "![g_1 of the rows by layer](robustness_g1.png)",
+        "## How the weights were chosen",
+        f"Validation images only, seed {CHOICE_SEED}, which is not among those reported: of the weights whose "
+        "validation accuracy is at most one point below that of the reference setting, the one with the best accuracy "
+        f"under PGD-{CHOICE_STEPS} (l_inf, {CHOICE_EPS:g}).",
+        _choices(data),
+        "## By attack",
+        _attacks(data, summary),
+        "## By layer",
+        _layers(data),
+        "## Environment",
+        "\n".join(f"- {line}" for line in data["environments"]),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _radii(data: Data) -> list[tuple[str, float]]:
+    model = next(iter(data["settings"].values()))["models"][0]
+    return [(norm, row["eps"]) for norm, rows in model["robust"].items() for row in rows]
+
+
+def _headline(data: Data, summary: Data) -> str:
+    titles = ["setting", "clean %", *(f"{norm} {eps:g} %" for norm, eps in _radii(data))]
+    titles += ["constant, network", "constant, attention", "g_1"]
+    measures = ["clean", *(measure_name(norm, eps) for norm, eps in _radii(data))]
+    body = []
+    for name, setting in data["settings"].items():
+        found = summary["intervals"][name]
+        body.append([setting["title"]])
+        body[-1] += [_with_half(found[measure], 100, 1) for measure in measures]
+        body[-1] += [_with_half(found[measure], 1, 3 if measure == "g_1" else 2) for measure in CONSTANTS]
+    return table(titles, body)
+
+
+def _with_half(found: Data, factor: float, digits: int) -> str:
+    middle = f"{factor * found['mean']:.{digits}f}"
+    return middle if found["half"] is None else f"{middle} ± {factor * found['half']:.{digits}f}"
+
+
+def _findings(data: Data, summary: Data) -> str:
+    """For each comparison of two settings, what is significant and by how much; in words, from the numbers."""
+    pairs = dict.fromkeys((row["setting"], row["reference"]) for row in summary["comparisons"])
+    lines = []
+    for name, reference in pairs:
+        rows = [row for row in summary["comparisons"] if (row["setting"], row["reference"]) == (name, reference)]
+        robust = [row for row in rows if row["family"] == "accuracies" and row["measure"] != "clean"]
+        constant = [row for row in rows if row["family"] == "constants"]
+        clean = [row for row in rows if row["measure"] == "clean"]
+        title, other = data["settings"][name]["title"], data["settings"][reference]["title"]
+        parts = [
+            f"clean accuracy {_said(clean)}",
+            f"robust accuracy {_said(robust)}",
+            f"local constants and g_1 {_said(constant)}",
+        ]
+        lines.append(f"- **{title}**, beside {other}: {'; '.join(parts)}.")
+    return "\n".join(lines)
+
+
+def _said(rows: list[Data]) -> str:
+    groups: dict[str, list[str]] = {}
+    for row in rows:
+        groups.setdefault(verdict(row), []).append(_amount(row))
+    return ", ".join(f"{what} ({'; '.join(amounts)})" for what, amounts in groups.items())
+
+
+def _amount(row: Data) -> str:
+    name = CONSTANTS.get(row["measure"], row["measure"].removesuffix(" worst"))
+    return f"{name}: {_change(row)}"
+
+
+def _change(row: Data) -> str:
+    """A difference in points or a factor, with its interval."""
+    middle, half = row["mean"], row["half"]
+    if row["family"] == "constants":
+        ends = "" if half is None else f" [{figure(math.exp(middle - half))}, {figure(math.exp(middle + half))}]"
+        return f"x {figure(math.exp(middle))}{ends}"
+    ends = "" if half is None else f" [{100 * (middle - half):+.1f}, {100 * (middle + half):+.1f}]"
+    return f"{100 * middle:+.1f}{ends}"
+
+
+def _accuracy_changes(data: Data, summary: Data) -> str:
+    measures = ["clean", *(measure_name(norm, eps) for norm, eps in _radii(data))]
+    return _changes(data, summary, {measure: f"{measure.removesuffix(' worst')}, points" for measure in measures})
+
+
+def _constant_changes(data: Data, summary: Data) -> str:
+    return _changes(data, summary, CONSTANTS)
+
+
+def _changes(data: Data, summary: Data, measures: dict[str, str]) -> str:
+    found = {(row["setting"], row["reference"], row["measure"]): row for row in summary["comparisons"]}
+    body = []
+    for name, reference in dict.fromkeys((name, reference) for name, reference, _ in found):
+        cells = [found[name, reference, measure] for measure in measures]
+        shown = [_change(row) + ("" if row["p"] is None else f", p = {row['corrected']:.2g}") for row in cells]
+        body.append([data["settings"][name]["title"], data["settings"][reference]["title"], *shown])
+    return table(["setting", "reference", *measures.values()], body) if body else ""
+
+
+def _choices(data: Data) -> str:
+    body = []
+    for name, setting in data["settings"].items():
+        choice = setting["choice"]
+        if not choice["rows"]:
+            continue
+        reference = data["settings"].get(SETTINGS[name].reference, {"title": SETTINGS[name].reference})["title"]
+        row = choice["reference"]
+        body.append([f"{reference} (reference)", "-", f"{100 * row['clean']:.1f}", f"{100 * row['robust']:.1f}", ""])
+        for row in choice["rows"]:
+            taken = "chosen" if row["weight"] == choice["weight"] else ""
+            shown = [f"{row['weight']:g}", f"{100 * row['clean']:.1f}", f"{100 * row['robust']:.1f}", taken]
+            body.append([setting["title"], *shown])
+    return table(["setting", "weight", "clean, validation %", f"PGD-{CHOICE_STEPS}, validation %", ""], body)
+
+
+def _attacks(data: Data, summary: Data) -> str:
+    body = []
+    for name, setting in data["settings"].items():
+        for norm, eps in _radii(data):
+            found = [summary["intervals"][name][measure_name(norm, eps, attack)] for attack in ("fgsm", "pgd", "worst")]
+            body.append([setting["title"], norm, f"{eps:g}", *(_with_half(each, 100, 1) for each in found)])
+    return table(["setting", "norm", "radius", "FGSM %", "PGD-40 %", "worst case %"], body)
+
+
+def _layers(data: Data) -> str:
+    caption = "Means over seeds of medians over images; g_1 as means, of all rows and of the largest row of each head."
+    body = []
+    for setting in data["settings"].values():
+        for index in range(len(setting["models"][0]["layers"])):
+            layers = [model["layers"][index] for model in setting["models"]]
+            row = [setting["title"], str(index)]
+            row += [figure(mean(median(layer[key]) for layer in layers)) for key in ("constant", *BOUNDS)]
+            row += [figure(mean(layer[key] for layer in layers)) for key in ("g_1_mean", "g_1_largest")]
+            body.append(row)
+    titles = ["setting", "layer", "constant (probable)", *(f"{name} (proved)" for name in BOUNDS)]
+    return f"{caption}\n\n{table([*titles, 'g_1', 'g_1, largest row'], body)}"

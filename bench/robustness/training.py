@@ -1,0 +1,174 @@
+"""Trained models as answers: the hash of the weights in the records, the weights in a folder that git ignores.
+
+Without the folder, as in a fresh clone, a model is trained again when something has to be computed with it, and must
+come out the same to the bit; where it does not (another machine, other versions), numbers of two sets of weights would
+mix in one table, so that is an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from bench.certified_data import Answer, Answers
+from bench.machine import describe, environment
+from bench.models import tensors_hash
+from bench.records import RecordError, content_hash
+from bench.robustness.penalties import loss_of
+from bench.robustness.settings import VERSION, Recipe
+from lipbounds.errors import InvalidInput
+from lipbounds.models.digits_data import DigitsSplit
+from lipbounds.models.digits_vit import DigitsViT, load_digits_vit
+from lipbounds.models.train_digits import evaluate, train
+
+
+@dc.dataclass
+class Workshop:
+    """Where models come from and answers go.
+
+    Args:
+        answers: the file of answers.
+        folder: of the weights.
+        split: the images.
+        force: make again what is in the file.
+    """
+
+    answers: Answers
+    folder: Path
+    split: DigitsSplit
+    force: bool = False
+    used: set[str] = dc.field(default_factory=set)  # environments of the answers given so far
+    _asked: set[str] = dc.field(default_factory=set)
+    _environment: str = ""
+
+    def ask(self, question: dict[str, Any], work: Any) -> Answer:
+        """An answer of this task, with the environment in which it was made.
+
+        Args:
+            question: all that the answer depends on.
+            work: makes the answer.
+        """
+
+        def timed() -> Answer:
+            start = time.perf_counter()
+            answer = work()
+            self._environment = self._environment or describe(environment())
+            return {**answer, "seconds": time.perf_counter() - start, "environment": self._environment}
+
+        asked = {"task": "robustness", "version": VERSION, **question}
+        # The reference of a choice is asked for more than once.
+        key = content_hash(asked)
+        answer = self.answers.ask(asked, timed, force=self.force and key not in self._asked)
+        self._asked.add(key)
+        self.used.add(answer["environment"])
+        return answer
+
+    def trained(self, recipe: Recipe) -> Trained:
+        """The model of a recipe: trained now, or known by the hash of its weights.
+
+        Args:
+            recipe: how it is trained.
+        """
+        answer = self.ask({"what": "train", **recipe.to_dict()}, lambda: self._train(recipe))
+        return Trained(recipe, answer["weights"], answer["validation_accuracy"], self)
+
+    def path(self, recipe: Recipe) -> Path:
+        """Where the weights of a recipe are kept."""
+        return self.folder / f"{recipe.setting}-{recipe.seed}-{content_hash(recipe.to_dict())}.safetensors"
+
+    def load(self, recipe: Recipe, weights: str) -> DigitsViT:
+        """The model of a recipe, from its file or trained again.
+
+        Args:
+            recipe: how it was trained.
+            weights: the hash that the records hold.
+
+        Raises:
+            RecordError: the weights are others.
+        """
+        path = self.path(recipe)
+        found = _loaded(path) if path.exists() else None
+        if found is None or weights_hash(found) != weights:
+            again = self._train(recipe)["weights"]
+            if again != weights:
+                raise RecordError(
+                    f"the weights of {recipe.setting}, seed {recipe.seed}, must have the hash {weights} of the records "
+                    f"in {self.answers.path}, but training gives {again} here (another machine, other versions or "
+                    "threads); pass another --results, or --force to make every answer anew."
+                )
+            found = _loaded(path)
+            assert found is not None
+        return found
+
+    def _train(self, recipe: Recipe) -> Answer:
+        history: list[tuple[float, float]] = []
+        model = train(
+            self.split.train,
+            self.split.validation,
+            seed=recipe.seed,
+            epochs=recipe.epochs,
+            console=Console(quiet=True),
+            loss=loss_of(recipe),
+            weight_decay=recipe.weight_decay,
+            after_epoch=lambda accuracy, loss: history.append((round(accuracy, 4), round(loss, 5))),
+        )
+        path = self.path(recipe)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        save_file(model.state_dict(), temporary)
+        temporary.replace(path)
+        accuracy, _ = evaluate(model, self.split.validation)
+        return {"weights": weights_hash(model), "history": history, "validation_accuracy": accuracy}
+
+
+@dc.dataclass
+class Trained:
+    """A model that is loaded when something has to be computed with it, and not before.
+
+    Args:
+        recipe: how it was trained.
+        weights: hash of its weights.
+        validation_accuracy: a share.
+        workshop: where it comes from.
+    """
+
+    recipe: Recipe
+    weights: str
+    validation_accuracy: float
+    workshop: Workshop = dc.field(repr=False)
+    _model: DigitsViT | None = dc.field(default=None, repr=False)
+
+    def model(self) -> DigitsViT:
+        """The model, in evaluation mode; its parameters need no gradient."""
+        if self._model is None:
+            self._model = self.workshop.load(self.recipe, self.weights).requires_grad_(False)
+        return self._model
+
+    def ask(self, question: dict[str, Any], work: Any) -> Answer:
+        """An answer about this model.
+
+        Args:
+            question: all that the answer depends on beside the weights.
+            work: makes the answer.
+        """
+        shared = {"setting": self.recipe.setting, "seed": self.recipe.seed, "weights": self.weights}
+        return self.workshop.ask({**question, **shared}, work)
+
+
+def weights_hash(model: DigitsViT) -> str:
+    """Content hash of the weights."""
+    return tensors_hash(model.state_dict().items())
+
+
+def _loaded(path: Path) -> DigitsViT | None:
+    """None for a file that holds no such model."""
+    try:
+        return load_digits_vit(path)
+    except (InvalidInput, OSError, SafetensorError):
+        return None
