@@ -61,16 +61,16 @@ def _summary(chains: dict[str, list[Link]]) -> str:
     }
     cells = []
     for words, start in steps.items():
-        found = [
-            link
-            for chain in chains.values()
-            for link in chain
-            if link.words.startswith(start) and not link.words.endswith(AT_LENGTH)
-        ]
+        found = []
+        for chain in chains.values():
+            links = [link for link in chain if link.words.startswith(start)]
+            fixed = [link for link in links if link.words.endswith(AT_LENGTH)]
+            found += fixed or links
         held = sum(link.found.verdict(link.sign) == "holds" for link in found)
         cells += [f"with {words} in {held} of {len(found)} cases"] if found else []
     return (
-        f"**In short**, across inputs a smaller g_1 goes {', '.join(cells)} (a case: a model, or a model and a norm)."
+        f"**In short**, across inputs a smaller g_1 goes {', '.join(cells)} (a case: a model, or a model "
+        "and a norm; the length of the input is held fixed where it varies)."
     )
 
 
