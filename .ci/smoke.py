@@ -24,7 +24,7 @@ from lipbounds.capture import capture
 assert lipbounds.__file__.startswith(PREFIX), lipbounds.__file__
 for name in ("typer", "rich", "hypothesis", "pytest", "transformers", "sklearn", "bench", "verify"):
     assert importlib.util.find_spec(name) is None, f"{name} came in without an extra"
-model = torch.nn.TransformerEncoderLayer(8, 2, 8, batch_first=True).eval()
+model = torch.nn.TransformerEncoderLayer(8, 2, 8, batch_first=True).eval().requires_grad_(False)
 block = capture(model, torch.randn(1, 4, 8))[0].attention
 bounds = lipbounds.select(block=block, kind="proved", scope="point")
 assert len(bounds) > 5, bounds
