@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses as dc
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -171,7 +172,7 @@ def _speed(options: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = speed.run(
         answers,
-        speed_plan.PROFILES[profile],
+        dc.replace(speed_plan.PROFILES[profile], stop=options.time_limit),
         device=device,
         force=options.force,
         advance=lambda what: print(f"speed: {what}", file=sys.stderr),

@@ -118,7 +118,7 @@ class Profile:
         methods: names; None for all.
         limit: a method that took longer than that, in seconds, is not measured at the next value of the axis.
         patience: the same for the methods in `LONG`, against the number of tokens.
-        stop: seconds of processor time after which a call is given up.
+        stop: seconds after which a call is given up.
         streaming: lengths of the maps that are never stored.
         enough: seconds of the cost of the repeats of one size.
         repeats: of each size, at most.
@@ -142,7 +142,7 @@ PROFILES = {
         methods=None,
         limit=0.25,
         patience=2.0,
-        stop=30.0,
+        stop=120.0,
         enough=0.2,
         repeats=5,
         targets=6.0,
