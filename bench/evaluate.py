@@ -129,13 +129,8 @@ def _means(parts: dict[str, Tensor]) -> dict[str, float]:
 
 
 @contextmanager
-def limited(seconds: float, *, processor: bool = False) -> Iterator[None]:
-    """Raise TimeLimitReached after so many seconds; signals exist on POSIX and in the main thread only.
-
-    Args:
-        seconds: the limit.
-        processor: whether it is of processor time instead of wall time.
-    """
+def limited(seconds: float) -> Iterator[None]:
+    """Raise TimeLimitReached after so many seconds; signals exist on POSIX and in the main thread only."""
     if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -143,12 +138,10 @@ def limited(seconds: float, *, processor: bool = False) -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise TimeLimitReached
 
-    number = signal.SIGPROF if processor else signal.SIGALRM
-    timer = signal.ITIMER_PROF if processor else signal.ITIMER_REAL
-    before = signal.signal(number, stop)
-    signal.setitimer(timer, seconds)
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
-        signal.setitimer(timer, 0)
-        signal.signal(number, before)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

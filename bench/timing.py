@@ -31,16 +31,17 @@ def side_by_side(make: Make, baseline: Make, *, repeats: int, enough: float, dev
         make: prepares a call, untimed, and returns it: nothing cached by the call before may flatter it.
         baseline: the same for what the time is divided by.
         repeats: how many times each is timed at most.
-        enough: seconds for all repeats, after which no further one is begun.
+        enough: seconds of the cost of all repeats, after which no further one is begun.
         device: where both run.
     """
-    start = time.perf_counter()
     seconds_of(baseline(), device)
     pairs = [(seconds_of(make(), device), seconds_of(baseline(), device))]
-    if pairs[0][0].wall < enough:
+    if pairs[0][0].cost(device) < enough:
         pairs = []
-    while len(pairs) < repeats and (not pairs or time.perf_counter() - start < enough):
+    spent = 0.0
+    while len(pairs) < repeats and (not pairs or spent < enough):
         pairs.append((seconds_of(make(), device), seconds_of(baseline(), device)))
+        spent += sum(seconds.cost(device) for seconds in pairs[-1])
     return {
         "seconds": spread([own.wall for own, _ in pairs]),
         "baseline_seconds": spread([base.wall for _, base in pairs]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses as dc
 import json
 import sys
 
@@ -30,7 +31,7 @@ def run(options: argparse.Namespace, *, only_read: bool = False) -> int:
     answers = Answers(options.results / "speed.jsonl", only_read=only_read)
     data = speed.run(
         answers,
-        speed_plan.PROFILES[profile_of(options)],
+        dc.replace(speed_plan.PROFILES[profile_of(options)], stop=options.time_limit),
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         force=options.force and not only_read,
         advance=lambda what: print(f"speed: {what}", file=sys.stderr),

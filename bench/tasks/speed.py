@@ -88,13 +88,14 @@ def _targets(
 ) -> list[dict[str, Any]]:
     """The blocks of ViT-B/16, and a training step of it."""
     found = []
+    longer = dc.replace(profile, enough=profile.targets)
     for target in TARGETS:
         advance(f"ViT-B/16: {target.method}")
-        answer = answers.ask(question(target, here), lambda t=target: measured(t, profile, device), force=force)
+        answer = answers.ask(question(target, here), lambda t=target: measured(t, longer, device), force=force)
         found.append({**dc.asdict(target), "answer": answer})
     advance("ViT-B/16: training step with JaSMin")
     asked = {"task": "speed", "version": VERSION, "what": "jasmin", **here}
-    answer = answers.ask(asked, lambda: _jasmin(profile, device), force=force)
+    answer = answers.ask(asked, lambda: _jasmin(longer, device), force=force)
     title = "training step with JaSMin, in units of one without"
     return [*found, {"title": title, "method": "jasmin", "limit": JASMIN_LIMIT, "answer": answer}]
 
@@ -152,10 +153,10 @@ def measured(target: Target, profile: Profile, device: torch.device) -> Answer:
         return lambda: function(block.moving_input)
 
     try:
-        with limited(profile.stop, processor=True), keep_weight_norms() if target.kept else nullcontext():
+        with limited(profile.stop), keep_weight_norms() if target.kept else nullcontext():
             return _both(make, forward, profile, device)
     except TimeLimitReached:
-        return {"error": f"no result within {profile.stop:g} s of processor time"}
+        return {"error": f"no result within {profile.stop:g} s"}
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
 
@@ -204,5 +205,5 @@ def _jasmin(profile: Profile, device: torch.device) -> Answer:
         optimizer.step()
 
     return side_by_side(
-        lambda: penalised, lambda: plain, repeats=profile.repeats, enough=30 * profile.enough, device=device
+        lambda: penalised, lambda: plain, repeats=profile.repeats, enough=2 * profile.enough, device=device
     )

@@ -113,6 +113,7 @@ def test_blocks_have_the_shape_they_are_asked_for() -> None:
 
 def test_a_method_is_measured() -> None:
     answer = speed.measured(Target(title="", method="havens2024.change", shape=Shape(tokens=8, width=8)), TINY, CPU)
+    assert "error" not in answer, answer
     assert answer["repeats"] >= 1
     assert all(answer[name][1] > 0 for name in ("seconds", "baseline_seconds", "cost", "ratio"))
 
