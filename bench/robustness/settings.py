@@ -153,8 +153,8 @@ class Profile:
 PROFILES = {
     "quick": Profile(
         settings=(BASELINE, "jasmin"),
-        seeds=(0, 1),
-        epochs=2,
+        seeds=(0,),
+        epochs=5,
         images=3,
         batch=3,
         eps={"l_inf": (0.2,)},

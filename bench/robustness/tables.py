@@ -52,9 +52,9 @@ def report(data: Data, summary: Data, command: str) -> str:
         "## What holds",
         _findings(data, summary),
         "## Compared with the reference",
-        "Paired t-tests over seeds, two-sided; p is corrected by Holm's rule over all tests of its table. With five "
-        "seeds Wilcoxon's test cannot fall below 0.06 and is not used. Accuracies differ by points, constants by "
-        "factors.",
+        "Paired t-tests over seeds, two-sided; p is corrected by Holm's rule over all tests of its table. "
+        "Wilcoxon's test, which with five seeds cannot fall below 0.06, is not used. Accuracies differ by points, "
+        "constants by factors.",
         _accuracy_changes(data, summary),
         _constant_changes(data, summary),
         "![Robust accuracy against the local constant](robustness_constants.png)",
