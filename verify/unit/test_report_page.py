@@ -14,7 +14,7 @@ import pytest
 from lipbounds.errors import InvalidInput
 from lipbounds.report import from_json, to_json, write_page, write_report
 from lipbounds.report.as_json import to_dict
-from lipbounds.report.page import page
+from lipbounds.report.page import embedded, page
 from verify.unit.reported import HOSTILE, LABELS, Elements, tiny_input, tiny_model, tiny_report
 
 
@@ -47,6 +47,7 @@ def test_the_page_holds_the_numbers_of_the_json_file() -> None:
 def test_names_of_strangers_are_inert() -> None:
     text = page(tiny_report())
     assert HOSTILE not in text
+    assert not set("<>&") & set(embedded(tiny_report()))  # nothing in it can end or open an element, or a comment
     elements = Elements(text)
     assert [tag for tag, _ in elements.found if tag in ("script", "img", "style")] == ["style", "script", "script"]
     assert json.loads(elements.texts["data"])["model"] == HOSTILE
