@@ -158,8 +158,9 @@ def test_verify_says_what_was_found(found: Report, status: int, verified: Any, t
 
 def test_verify_passes_on_its_options(verified: Any) -> None:
     verified(SOUND)
+    search: Any = session.verify
     run("verify", "sharp", "--seconds", "2.5", "--seed", "7")
-    (call,) = session.verify.call_args_list
+    (call,) = search.call_args_list
     assert call.args == (lipbounds.get("sharp"),)
     assert (call.kwargs["seconds"], call.kwargs["seed"]) == (2.5, 7)
 
@@ -363,12 +364,7 @@ def test_a_device_or_dtype_that_is_not_there_is_one_line(arguments: str) -> None
 # -- fuzzing ----------------------------------------------------------------------------------------------------------
 
 OPTIONS = sorted(
-    {
-        name
-        for command in app.registered_commands
-        for name in run(command.name, "--help").stdout.split()
-        if name.startswith("--")
-    }
+    {name for command in COMMANDS for name in run(command, "--help").stdout.split() if name.startswith("--")}
 )
 WORDS = [*COMMANDS, *OPTIONS, "sharp", "--", "-", "5%", "1", "-1", "0.5", "nan", "inf", str(RESULTS / "certified.json")]
 
