@@ -97,8 +97,8 @@ def _form(recorder: Recorder, tensor: Tensor, role: str) -> tuple[Tensor, Form, 
 def _check_no_norm(recorder: Recorder, root: Tensor, form: Form, role: str) -> None:
     """Refuse factors that were computed from the projection itself."""
     origin = recorder.origin(root)
-    for constant in form.constants if origin is not None else ():
-        if origin in recorder.ancestors(constant, since=origin.time):
+    for constant in form.constants:
+        if origin is not None and origin in recorder.ancestors(constant, since=origin.time):
             _refuse(recorder, role, f"they must be linear in the tokens, got factors computed from them; {QK_NORM}")
 
 
