@@ -54,7 +54,7 @@ class Shape:
         return Attention(
             x=draw(*leading, self.tokens, self.width, scale=1.0),
             w_o=draw(self.heads, inner, self.width, scale=self.width**-0.5),
-            **weights,
+            **weights,  # pyright: ignore[reportArgumentType]
         )
 
 

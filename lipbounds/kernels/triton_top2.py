@@ -15,6 +15,9 @@ Nothing of size n x m is stored. Written for CUDA; tested on a CPU through Trito
 set before this module is imported), never measured on a GPU here.
 """
 
+# Kernels are a language of their own inside Python, which its type annotations do not describe.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
 from __future__ import annotations
 
 from typing import Any
