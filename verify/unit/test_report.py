@@ -29,7 +29,10 @@ def draw(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 
 
+ANGLES = draw(4, 2)
+TURNS = torch.stack([ANGLES.cos(), ANGLES.sin()], -2)
 BLOCKS = {
+    "rotary": {"dim": 8, "query_rotation": TURNS, "key_rotation": TURNS},
     "biases": {},
     "one mask for all heads": {"logit_bias": draw(4, 4)},
     "a mask with one head": {"logit_bias": draw(1, 4, 4)},
@@ -55,7 +58,7 @@ def test_the_heads_alone_add_up_to_the_block(fields: dict[str, Any]) -> None:
     torch.testing.assert_close(heads_alone(block, 1).forward()[0], alone.forward()[1])
 
 
-@pytest.mark.parametrize("fields", [BLOCKS["biases"], BLOCKS["causal"], BLOCKS["a memory"]])
+@pytest.mark.parametrize("fields", [BLOCKS["biases"], BLOCKS["rotary"], BLOCKS["a memory"]])
 def test_a_token_alone_moves_the_output_as_far_as_its_columns_say(
     fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
