@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.records import SCHEMA_VERSION, RecordError, content_hash
+from bench.records import SCHEMA_VERSION, RecordError, check_schema, content_hash
+from bench.store import parsed
+from lipbounds.files import write_atomically
 
 
 Answer = dict[str, Any]
@@ -21,7 +23,7 @@ class Answers:
         path: of the file; made if missing.
 
     Raises:
-        RecordError: a line that is not the last is no JSON, or of another schema version.
+        RecordError: a line is of another schema version, or no answer; a torn last line is cut off.
     """
 
     def __init__(self, path: Path) -> None:
@@ -29,17 +31,17 @@ class Answers:
         self.found: dict[str, Answer] = {}
         self.made = self.reused = 0
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         for number, line in enumerate(lines, 1):
-            try:
-                fields = json.loads(line)
-            except json.JSONDecodeError as error:
-                if number == len(lines):  # what a killed run left
-                    path.write_text("".join(f"{kept}\n" for kept in lines[:-1]), encoding="utf-8")
-                    break
-                raise RecordError(f"{path}:{number} is no JSON; restore the file.") from error
-            if fields.get("schema_version") != SCHEMA_VERSION:
-                raise RecordError(f"{path}:{number} must have schema version {SCHEMA_VERSION}; move the file away.")
+            fields = parsed(line)
+            if fields is None and number == len(lines) and not line.endswith(b"\n"):  # what a killed run left
+                write_atomically(path, b"".join(lines[:-1]))
+                break
+            if fields is None:
+                raise RecordError(f"line {number} of {path} is no JSON object; restore the file.")
+            check_schema(fields, f"line {number} of {path}")
+            if not isinstance(fields.get("key"), str):
+                raise RecordError(f"line {number} of {path} must have a key; restore the file.")
             self.found[fields["key"]] = fields
 
     def ask(self, question: Answer, work: Callable[[], Answer], *, force: bool = False) -> Answer:

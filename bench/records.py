@@ -115,6 +115,21 @@ class Record:
         fields = {"schema_version": SCHEMA_VERSION, "key": self.question.key, **dc.asdict(self.question), **answer}
         return {name: value for name, value in fields.items() if value not in (None, {}, "")}
 
+    def _check_types(self) -> None:
+        """Refuse what was not written by `to_dict`; the question needs no check, for the key is its hash."""
+        types = {
+            str: ("kind", "scope", "status", "error", "environment"),
+            int: ("tokens", "heads"),
+            int | float: (
+                "seconds",
+                *(name for name in ("relative_radius", "delta") if getattr(self, name) is not None),
+            ),
+        }
+        for wanted, names in types.items():
+            for name in names:
+                if not isinstance(getattr(self, name), wanted):
+                    raise TypeError(f"{name}={getattr(self, name)!r}")
+
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Record:
         """The record that `to_dict` took apart.
@@ -123,25 +138,27 @@ class Record:
             fields: as parsed from JSON.
 
         Raises:
-            RecordError: a field is missing or unknown, or the key does not fit the fields.
+            RecordError: a field is missing, unknown or of another type, or the key does not fit the fields.
         """
         fields = {name: value for name, value in fields.items() if name != "schema_version"}
         key = fields.pop("key", None)
         asked = {field.name for field in dc.fields(Question)}
-        for name in ("terms", "details"):
-            fields[name] = {term: float(value) for term, value in fields.get(name, {}).items()}
-        if "value" in fields:
-            fields["value"] = float(fields["value"])
         try:
+            for name in ("terms", "details"):
+                fields[name] = {term: float(value) for term, value in fields.get(name, {}).items()}
+            if "value" in fields:
+                fields["value"] = float(fields["value"])
             question = Question(**{name: value for name, value in fields.items() if name in asked})
             record = cls(question=question, **{name: value for name, value in fields.items() if name not in asked})
-        except TypeError as error:
+            record._check_types()
+            wanted = question.key
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
             raise RecordError(
                 f"a record must have the fields of schema version {SCHEMA_VERSION}, got {error}."
             ) from error
-        if key != question.key:
+        if key != wanted:
             raise RecordError(
-                f"the key must be the hash of the record's fields, {question.key}, got key={key!r}; the line was "
+                f"the key must be the hash of the record's fields, {wanted}, got key={key!r}; the line was "
                 "edited: delete it and run `python -m bench` again."
             )
         return record

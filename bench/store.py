@@ -55,16 +55,19 @@ class Contents:
             RecordError: another schema version; no such record; a block that no earlier line describes.
         """
         check_schema(fields, place)
-        if fields.get("record") == "environment":
+        kind = fields.get("record")
+        if kind in ("environment", "block") and not isinstance(fields.get("id"), str):
+            raise RecordError(f"{place} must have an id, got id={fields.get('id')!r}; restore the file.")
+        if kind == "environment":
             self.environments[fields["id"]] = fields
-        elif fields.get("record") == "block":
+        elif kind == "block":
             self.blocks[fields["id"]] = {name: fields[name] for name in BLOCK_FIELDS if name in fields}
         else:
-            block = self.blocks.get(fields.pop("block", ""))
-            if block is None:
+            name = fields.pop("block", "")
+            if not isinstance(name, str) or name not in self.blocks:
                 raise RecordError(f"{place} must name a block that an earlier line describes; restore the file.")
             try:
-                self.put(Record.from_dict(fields | block))
+                self.put(Record.from_dict(fields | self.blocks[name]))
             except RecordError as error:
                 raise RecordError(f"{place}: {error}") from error
 
@@ -98,7 +101,7 @@ def read(path: Path) -> Contents:
     torn = 0
     contents = Contents()
     for number, line in enumerate(lines, 1):
-        fields = _parsed(line)
+        fields = parsed(line)
         if fields is not None:
             contents.add(fields, f"line {number} of {path}")
         elif number == len(lines) and not line.endswith(b"\n"):
@@ -110,11 +113,15 @@ def read(path: Path) -> Contents:
     return dc.replace(contents, torn=torn)
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    """The object on a line; None if there is none, which no beginning of an object is."""
+def parsed(line: bytes) -> dict[str, Any] | None:
+    """The object on a line; None if there is none, which no beginning of an object is.
+
+    Args:
+        line: any bytes.
+    """
     try:
         fields = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return fields if isinstance(fields, dict) else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 
@@ -11,7 +12,8 @@ def main() -> None:
         from lipbounds.cli.app import app
 
         for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a letter gets its code instead of a traceback
-            stream.reconfigure(errors="backslashreplace")
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
         app(prog_name="lipbounds")
     except ModuleNotFoundError as error:
         if error.name not in ("rich", "typer"):

@@ -8,7 +8,7 @@ cache are read. Code that comes with a checkpoint is not run unless the caller s
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -90,10 +90,9 @@ def image_settings(name_or_path: str | Path, model: PreTrainedModel) -> dict[str
         size: Any = model.config.image_size
         height, width = size if isinstance(size, list | tuple) else (size, size)
         channels = int(getattr(model.config, "num_channels", 3))
-        try:
+        settings: dict[str, Any] = {"do_normalize": False}  # without preprocessor_config.json pixels go in as they are
+        with suppress(OSError):
             settings, _ = ImageProcessingMixin.get_image_processor_dict(str(name_or_path))
-        except OSError:  # no preprocessor_config.json: the pixels go in as they are
-            settings = {"do_normalize": False}
         mean, std = (
             tuple(float(value) for value in settings.get(name, ())) if settings.get("do_normalize", True) else ()
             for name in ("image_mean", "image_std")

@@ -13,6 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
+import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -21,6 +22,8 @@ import lipbounds
 from lipbounds import cli, registry
 from lipbounds.cli import bench as bench_command
 from lipbounds.cli.app import app
+from lipbounds.cli.console import OneLineErrors
+from lipbounds.cli.options import Device, Dtype
 from lipbounds.errors import LipboundsError
 from lipbounds.testing import session
 from lipbounds.testing.session import Comparison, Report
@@ -102,6 +105,19 @@ assert not set({heavy}) & set(sys.modules), set({heavy}) & set(sys.modules)
     subprocess.run([sys.executable, "-c", source], check=True, capture_output=True)
 
 
+def test_the_package_has_its_public_names_before_they_are_used() -> None:
+    source = """
+import sys, lipbounds
+assert "torch" not in sys.modules
+assert {"Attention", "get", "select"} <= set(dir(lipbounds))
+assert lipbounds.get("sharp").name == "sharp"
+assert lipbounds.ops.softmax and lipbounds.registry.registry
+from lipbounds import Attention
+assert not hasattr(lipbounds, "no_such_name")
+"""
+    subprocess.run([sys.executable, "-c", source], check=True)
+
+
 def test_python_m_is_the_command() -> None:
     done = subprocess.run([sys.executable, "-m", "lipbounds", "--help"], capture_output=True, text=True, check=True)
     assert "Usage: lipbounds" in done.stdout
@@ -142,8 +158,9 @@ def test_verify_says_what_was_found(found: Report, status: int, verified: Any, t
 
 def test_verify_passes_on_its_options(verified: Any) -> None:
     verified(SOUND)
+    search: Any = session.verify
     run("verify", "sharp", "--seconds", "2.5", "--seed", "7")
-    (call,) = session.verify.call_args_list
+    (call,) = search.call_args_list
     assert call.args == (lipbounds.get("sharp"),)
     assert (call.kwargs["seconds"], call.kwargs["seed"]) == (2.5, 7)
 
@@ -312,15 +329,42 @@ def test_train_digits_writes_weights_that_load(tmp_path: Path, monkeypatch: pyte
     assert all(torch.equal(loaded[name], weight) for name, weight in trained.state_dict().items())
 
 
+# -- options of commands about a model --------------------------------------------------------------------------------
+
+
+def parsed(*arguments: str) -> Any:
+    """The exit status, the error, and what a command with these options gets."""
+    got = []
+    other = typer.Typer(cls=OneLineErrors)
+
+    @other.command()
+    def command(device: Device = "cpu", dtype: Dtype = "float32") -> None:
+        got.append((device, dtype))
+
+    other.command("another")(lambda: None)
+    done = CliRunner().invoke(other, ["command", *arguments])
+    return done.exit_code, done.stderr, got
+
+
+def test_device_and_dtype_become_those_of_torch() -> None:
+    assert parsed()[2] == [(torch.device("cpu"), torch.float32)]
+    assert parsed("--device", "meta", "--dtype", "bfloat16")[2] == [(torch.device("meta"), torch.bfloat16)]
+
+
+@pytest.mark.parametrize("arguments", ["--device nothing", "--device cpu:x", "--device cuda:99", "--dtype int8"])
+def test_a_device_or_dtype_that_is_not_there_is_one_line(arguments: str) -> None:
+    option, value = arguments.split()
+    status, error, got = parsed(option, value)
+    assert (status, got) == (2, [])
+    assert option in error
+    assert f"got '{value}'" in error
+    assert error.count("\n") == 1
+
+
 # -- fuzzing ----------------------------------------------------------------------------------------------------------
 
 OPTIONS = sorted(
-    {
-        name
-        for command in app.registered_commands
-        for name in run(command.name, "--help").stdout.split()
-        if name.startswith("--")
-    }
+    {name for command in COMMANDS for name in run(command, "--help").stdout.split() if name.startswith("--")}
 )
 WORDS = [*COMMANDS, *OPTIONS, "sharp", "--", "-", "5%", "1", "-1", "0.5", "nan", "inf", str(RESULTS / "certified.json")]
 
@@ -340,7 +384,7 @@ def harmless() -> Iterator[None]:
         yield
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(arguments=st.lists(st.sampled_from(WORDS) | st.text(max_size=8), max_size=8))
 def test_no_arguments_make_a_traceback(arguments: list[str]) -> None:
     with harmless():

@@ -317,7 +317,7 @@ def damaged(draw: Callable[..., Any]) -> Any:
         place = place[key]
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(content=damaged())
 def test_a_damaged_file_is_read_or_refused(content: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.getbasetemp() / "damaged"
@@ -332,7 +332,7 @@ def test_a_damaged_file_is_read_or_refused(content: Any, tmp_path_factory: pytes
                     compare(*pair, tolerance=0.0, with_seconds=True)
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(content=st.binary(max_size=200) | JSON.map(lambda content: json.dumps(content).encode()))
 def test_random_bytes_are_refused(content: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.getbasetemp() / "random"

@@ -69,6 +69,7 @@ def test_a_text_model_in_a_folder(tmp_path: Path) -> None:
 def test_an_image_model_in_a_folder_says_how_its_images_are_normalised(tmp_path: Path) -> None:
     save_vit(tmp_path, image_mean=[0.5, 0.25, 0.0], image_std=[0.5, 0.25, 1.0])
     image = load_model(str(tmp_path)).image
+    assert image is not None
     assert image == ImageInput(channels=3, height=8, width=8, mean=(0.5, 0.25, 0.0), std=(0.5, 0.25, 1.0))
     assert image.normalised(torch.ones(3, 8, 8))[:, 0, 0].tolist() == [1.0, 3.0, 1.0]
 
