@@ -17,6 +17,9 @@ from lipbounds.targets.attention import Attention
 from lipbounds.targets.attention_roundoff import Roundoff
 
 
+CHUNK_ENTRIES = 2**22  # of the largest tensor made for some of the tokens
+
+
 @torch.no_grad()
 def token_lower(block: Attention, *, steps: int = 20, seed: int = 0) -> Float[Tensor, "*batch moving"]:
     """Lower bound on the norm of the Jacobian with respect to each token of the moving input, in the l2 norm.
@@ -34,14 +37,22 @@ def token_lower(block: Attention, *, steps: int = 20, seed: int = 0) -> Float[Te
     """
     check_steps_and_seed(steps, seed)
     operator = JacobianOperator(block)
-    assert isinstance(operator.target, Attention)
-    wide = operator.target
-    count, width = wide.moving_input.shape[-2:]
-    lead = (count, *[1] * len(operator.batch_shape))
-    own = torch.eye(count, dtype=torch.float64, device=operator.device).view(*lead, count, 1)
+    count = block.moving_input.shape[-2]
     generator = torch.Generator().manual_seed(seed)
-    v = torch.randn(count, *operator.batch_shape, count, width, generator=generator, dtype=torch.float64)
-    v = _unit(v.to(operator.device) * own)
+    chunk = max(1, CHUNK_ENTRIES // operator.entries_per_direction)
+    found = [_lower(operator, range(i, min(i + chunk, count)), steps, generator) for i in range(0, count, chunk)]
+    return cast_down(torch.cat(found).movedim(0, -1), block.dtype)
+
+
+def _lower(operator: JacobianOperator, tokens: range, steps: int, generator: torch.Generator) -> Tensor:
+    """The bounds of some of the tokens, along the first dimension."""
+    wide = operator.target
+    assert isinstance(wide, Attention)
+    count, width = wide.moving_input.shape[-2:]
+    lead = (len(tokens), *[1] * len(operator.batch_shape))
+    own = torch.eye(count, dtype=torch.float64, device=operator.device)[list(tokens)].view(*lead, count, 1)
+    shape = (len(tokens), *operator.batch_shape, count, width)
+    v = _unit(torch.randn(*shape, generator=generator, dtype=torch.float64).to(operator.device) * own)
     for _ in range(steps):
         image = wide.vjp(wide.jvp(v) / operator.scale[..., None, None]) * own
         v = torch.where(_length(image) > 0, _unit(image), v)
@@ -49,8 +60,7 @@ def token_lower(block: Attention, *, steps: int = 20, seed: int = 0) -> Float[Te
     size = image.shape[-2:].numel()
     error = inflate(_length(Roundoff(wide).jvp(v.abs())), size + 4)
     certain = _length(image) * (1 - 2 * gamma(size + 4)) - error
-    lower = (certain / inflate(_length(v), width + 8)).clamp(min=0)[..., 0, 0]
-    return cast_down(lower.movedim(0, -1), block.dtype)
+    return (certain / inflate(_length(v), width + 8)).clamp(min=0)[..., 0, 0]
 
 
 def _length(v: Tensor) -> Tensor:

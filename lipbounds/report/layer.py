@@ -23,6 +23,7 @@ EXACT_ENTRIES = 1200**2  # of a Jacobian whose exact norm takes about a second
 STEPS = 60  # of Lanczos; its vectors for all heads treated at once stay below
 KRYLOV_ENTRIES = 2**25
 MAP_DIGITS = 4
+MAX_TOKENS = 64  # each of which is a power iteration of its own
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -136,6 +137,9 @@ class LayerWork:
     def tokens(self) -> None:
         """What the output does when one token alone moves, from below."""
         for item in self._items:
+            if item.block.moving_input.shape[-2] > MAX_TOKENS:
+                self._note(f"tokens: left out, there are more than {MAX_TOKENS}")
+                continue
             values = token_lower(item.block, seed=self._plan.seed)
             item.tokens = [
                 Number(value=value, method="token_lower", kind="lower", scope="point", norm="l2", dtype="float64")

@@ -35,7 +35,7 @@ def tiny_report() -> ModelReport:
     """Two inputs; the first has the hostile names."""
     first = ModelInput(name=HOSTILE, args=(tiny_input(),), labels=LABELS)
     second = ModelInput(name="half of it", args=(tiny_input() / 2,))
-    return measure(tiny_model(), [first, second], name=HOSTILE, radii=[0.1, 1.0])
+    return measure(tiny_model(), [first, second], name=HOSTILE, radii=[0.5])
 
 
 class Elements(HTMLParser):

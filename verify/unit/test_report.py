@@ -13,8 +13,10 @@ from torch import nn
 
 from lipbounds.capture import capture
 from lipbounds.errors import InvalidInput, UnknownBound, Unsupported
+from lipbounds.estimators import tokens
 from lipbounds.estimators.tokens import token_lower
 from lipbounds.report import from_json, maps, measure, to_json
+from lipbounds.report import layer as layer_module
 from lipbounds.report.contents import Number, shown
 from lipbounds.report.heads import heads_alone
 from lipbounds.report.page import page
@@ -27,7 +29,10 @@ def draw(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 
 
+ANGLES = draw(4, 2)
+TURNS = torch.stack([ANGLES.cos(), ANGLES.sin()], -2)
 BLOCKS = {
+    "rotary": {"dim": 8, "query_rotation": TURNS, "key_rotation": TURNS},
     "biases": {},
     "one mask for all heads": {"logit_bias": draw(4, 4)},
     "a mask with one head": {"logit_bias": draw(1, 4, 4)},
@@ -53,13 +58,17 @@ def test_the_heads_alone_add_up_to_the_block(fields: dict[str, Any]) -> None:
     torch.testing.assert_close(heads_alone(block, 1).forward()[0], alone.forward()[1])
 
 
-@pytest.mark.parametrize("fields", [BLOCKS["biases"], BLOCKS["causal"], BLOCKS["a memory"]])
-def test_a_token_alone_moves_the_output_as_far_as_its_columns_say(fields: dict[str, Any]) -> None:
+@pytest.mark.parametrize("fields", [BLOCKS["biases"], BLOCKS["rotary"], BLOCKS["a memory"]])
+def test_a_token_alone_moves_the_output_as_far_as_its_columns_say(
+    fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     block = random_block(4, **fields)
     jacobian = torch.func.jacrev(block.function())(block.moving_input)
     columns = jacobian.flatten(0, 1)  # outputs x tokens x features
     truth = torch.linalg.matrix_norm(columns.movedim(1, 0), 2)
     found = token_lower(block)
+    monkeypatch.setattr(tokens, "CHUNK_ENTRIES", 2)
+    torch.testing.assert_close(token_lower(block), found, rtol=0.05, atol=0)  # one token at a time
     assert bool((found <= truth).all())
     assert bool((found >= 0.95 * truth).all())
 
@@ -101,7 +110,7 @@ def test_every_number_lies_on_its_side_of_the_truth() -> None:
             assert all(number.value >= truth for number in part.proved)
             assert truth <= part.constant.value <= truth * (1 + 1e-6)
             assert truth * (1 - 1e-6) <= part.lower.value <= truth
-        assert [number.radius for number in layer.balls] == [0.1, 0.1, 1.0, 1.0]
+        assert [number.radius for number in layer.balls] == [0.5, 0.5]
         assert all(number.value >= layer.constant.value for number in layer.balls)
 
 
@@ -159,6 +168,14 @@ def test_what_there_was_no_time_for_is_named() -> None:
     assert run.layers[0].heads[0].attention is not None
     assert from_json(to_json(report)) == report
     assert "not computed" in page(report)
+
+
+def test_tokens_are_left_out_where_there_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_module, "MAX_TOKENS", 5)
+    report = measure(tiny_model(), tiny_input(), bounds=["covariance.trace"], radii=[], layers=[0])
+    layer = report.inputs[0].layers[0]
+    assert layer.tokens == ()
+    assert layer.notes == ("tokens: left out, there are more than 5",)
 
 
 def test_bounds_radii_and_layers_are_those_asked_for() -> None:
