@@ -18,6 +18,9 @@ set before this module is imported), never measured on a GPU here.
 # Kernels are a language of their own inside Python, which its type annotations do not describe.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
+# The type checker takes the arguments of kernels for those of Python functions.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
 from __future__ import annotations
 
 from typing import Any

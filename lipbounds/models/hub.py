@@ -92,7 +92,7 @@ def image_settings(name_or_path: str | Path, model: PreTrainedModel) -> dict[str
         channels = int(getattr(model.config, "num_channels", 3))
         settings: dict[str, Any] = {"do_normalize": False}  # without preprocessor_config.json pixels go in as they are
         with suppress(OSError):
-            settings, _ = ImageProcessingMixin.get_image_processor_dict(str(name_or_path))
+            settings: dict[str, Any] = ImageProcessingMixin.get_image_processor_dict(str(name_or_path))[0]
         mean, std = (
             tuple(float(value) for value in settings.get(name, ())) if settings.get("do_normalize", True) else ()
             for name in ("image_mean", "image_std")
