@@ -157,7 +157,8 @@ class _Parts:
         shift = None if turn_keys is None else _shift(turn_keys, top)
         apart = _key_differences(dx, f["w_k"], turn_keys, shift, top, keys)
         relative = scale * torch.einsum("...hne,...hnme->...hnm", queries, apart) + above
-        weights = relative.exp()
+        # Rounding of huge logits may have missed the largest one: relative to it, exp would overflow.
+        weights = (relative - relative.amax(-1, keepdim=True)).exp()
         maps = weights / weights.sum(-1, keepdim=True)
         w_q, w_k = _turned_weights(f["w_q"], turn_queries), _turned_weights(f["w_k"], turn_keys)
         return cls(

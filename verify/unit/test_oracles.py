@@ -48,6 +48,19 @@ def test_float64_and_sixty_digits_agree_within_the_slack(block: Attention, seed:
     assert error <= slack * Decimal(float(direction.norm()) + 1)
 
 
+def test_the_largest_logit_may_be_lost_in_rounding() -> None:
+    """Logits of 7e19, equal but for their last digits, whose largest is not the one that floats call so."""
+    recipe = Recipe(
+        seed=8357306, n=2, dim=3, heads=2, head_dim=2, value_dim=4, out_dim=3, geometry="antipodal", input_scale=1e-4,
+        key="identity", spread=1000.0, mask="block_sparse", rotary="half_turns", biases=frozenset({"b_q", "b_v"}),
+        scale=-1.0, dtype=torch.bfloat16, batch=(1,), batched="mask",
+    )  # fmt: skip
+    block = batch_item(build(recipe), (0,))
+    found = Decimal(jacobian_norm(block).item())
+    assert found.is_finite()
+    assert abs(found - extended.jacobian_norm_extended(block)) <= Decimal(truth_slack(block).item())
+
+
 def test_sixty_digits_resolve_rows_that_floats_call_one_hot() -> None:
     """d/dq of softmax((q, -q)) v at q = 400: 4 e^-800, far below what 1 - p or floats can hold."""
     one = torch.ones(1, 1, 1, dtype=torch.float64)
