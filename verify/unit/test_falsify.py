@@ -22,6 +22,9 @@ from lipbounds.testing.shrink import shrink
 from verify.unit.blocks import true_norm
 
 
+# Searches: they run as users run them. Other tests keep the shape checks of what is used here.
+pytestmark = pytest.mark.usefixtures("as_a_user_runs_it")
+
 LITERAL = frozenset({"heads", "mask"})
 ALL = LITERAL | {"biases", "cross"}
 

@@ -21,6 +21,10 @@ from lipbounds.testing.other_norms import reached_change, reached_norm
 from verify.unit.blocks import random_block
 
 
+# Searches: they run as users run them. Other tests keep the shape checks of what is used here.
+pytestmark = pytest.mark.usefixtures("as_a_user_runs_it")
+
+
 @pytest.mark.parametrize("norm", ["linf", "token", "token_mean"])
 @pytest.mark.parametrize("seed", range(5))
 def test_tokens_of_one_feature_against_all_signs(norm: Norm, seed: int) -> None:

@@ -21,6 +21,10 @@ from lipbounds.testing.snippet import snippet, tensor_source
 from verify.unit.kit import AT_CENTRE, GRID, spec
 
 
+# Searches: they run as users run them. Other tests keep the shape checks of what is used here.
+pytestmark = pytest.mark.usefixtures("as_a_user_runs_it")
+
+
 @pytest.mark.parametrize(
     "factor",
     [lambda block: 1.0 if block.heads == 1 else 0.9, lambda block: 0.95 if block.double.logits.amax() > 8 else 1.0],

@@ -26,6 +26,10 @@ from lipbounds.testing.target_ascent import STARTS, climb
 from verify.unit.test_other_targets import BLOCKS, cosine_block, draw, l2_block, norm_block
 
 
+# Searches: they run as users run them. Other tests keep the shape checks of what is used here.
+pytestmark = pytest.mark.usefixtures("as_a_user_runs_it")
+
+
 TARGETS = (L2Attention, CosineAttention, LipschitzNormAttention, Mlp)
 L2 = lipbounds.get("kim2021.l2_tighter")
 

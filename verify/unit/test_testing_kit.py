@@ -22,6 +22,10 @@ from lipbounds.testing.recipes import Recipe, build
 from verify.unit.kit import ALMOST_EXACT, AT_CENTRE, EXACT, Compute, spec
 
 
+# Searches: they run as users run them. Other tests keep the shape checks of what is used here.
+pytestmark = pytest.mark.usefixtures("as_a_user_runs_it")
+
+
 @pytest.mark.parametrize("check", checks_for(EXACT))
 @pytest.mark.parametrize("exact", [EXACT, ALMOST_EXACT], ids=lambda s: s.name)
 def test_the_exact_constant_passes_every_check(exact: BoundSpec, check: str) -> None:
