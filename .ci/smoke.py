@@ -108,8 +108,8 @@ class Fresh:
         self.pip(f"{self.wheel}[{extra}]" if extra else str(self.wheel))
 
     def pip(self, *arguments: str) -> None:
-        """`pip install`."""
-        self.run("-m", "pip", "install", "-q", *arguments)
+        """`pip install`; compiling all of torch takes longer than compiling what is imported."""
+        self.run("-m", "pip", "install", "-q", "--no-compile", *arguments)
 
     def python(self, source: str) -> None:
         """Run a piece of Python, warnings shown."""
