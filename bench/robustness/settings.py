@@ -59,8 +59,8 @@ SETTINGS = {
     for setting in (
         Setting(name=BASELINE, title="no penalty"),
         Setting(name="weight-decay", title="weight decay", grid=(0.5, 1.5, 5.0)),
-        Setting(name="jasmin", title="JaSMin, k = 10", penalty="jasmin", grid=(0.03, 0.1, 0.3, 1.0)),
-        Setting(name="jasmin-0", title="JaSMin, k = 0", penalty="jasmin-0", grid=(0.003, 0.01, 0.03, 0.1)),
+        Setting(name="jasmin", title="JaSMin, k = 10", penalty="jasmin", grid=(0.001, 0.003, 0.01, 0.03)),
+        Setting(name="jasmin-0", title="JaSMin, k = 0", penalty="jasmin-0", grid=(0.0003, 0.001, 0.003, 0.01)),
         Setting(name="spectral", title="spectral norms (SpecFormer-like)", penalty="spectral", grid=(0.03, 0.1, 0.3)),
         Setting(name="jacobian", title="Jacobian norm", penalty="jacobian", grid=(0.003, 0.01, 0.03, 0.1)),
         Setting(name="sharp", title="log of sharp_fast", penalty="sharp", grid=(0.03, 0.1, 0.3)),
