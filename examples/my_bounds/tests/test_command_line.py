@@ -26,8 +26,8 @@ def test_the_right_bound_is_sound_so_far(tmp_path: Path) -> None:
 
 
 def test_the_wrong_bound_comes_back_with_a_snippet_that_runs(tmp_path: Path) -> None:
-    # It ends with the first counterexample: on a busy machine that takes longer than it should.
-    done = verify("my_bounds:TOO_SMALL", tmp_path / "report.json", seconds=300)
+    # Ascent finds it, in the second part of the time: seconds on an idle machine, and more on a busy one.
+    done = verify("my_bounds:TOO_SMALL", tmp_path / "report.json", seconds=60)
     assert done.returncode == 1, done.stdout + done.stderr
     snippet = json.loads((tmp_path / "report.json").read_text())["snippet"]
     assert snippet.strip() in done.stdout
