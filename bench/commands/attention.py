@@ -27,9 +27,12 @@ def run(options: argparse.Namespace, *, only_read: bool = False) -> int:
     known = read(options.results / "tightness.jsonl").records
     with progress_bar(attention.pieces(profile)) as advance:
         data = attention.run(answers, profile, known, force=options.force and not only_read, advance=advance)
+    troubles = attention.violations(data, Answers(options.results / "certified.jsonl").found)
+    if only_read:  # the page names the machine and commit of its numbers: it stays
+        return finish(answers, [], troubles)
     folder = folder_of(options)
     command = command_of(options, "attention")
     text = attention_tables.report(data, command, shown(answers.path), describe(environment()))
     write_atomically(folder / "attention.md", text.encode())
     paths = [folder / "attention.md", *attention_figures.draw(data, folder)]
-    return finish(answers, paths, attention.violations(data, Answers(options.results / "certified.jsonl").found))
+    return finish(answers, paths, troubles)

@@ -53,7 +53,8 @@ def finish(answers: Answers, paths: Iterable[Path], troubles: Iterable[str] = ()
 
 def told(paths: Iterable[Path], troubles: Iterable[str]) -> int:
     """Say what was written, and on stderr what is wrong; 1 if something is."""
-    print("Written: " + ", ".join(shown(path) for path in paths))
+    written = ", ".join(shown(path) for path in paths)
+    print(f"Written: {written}" if written else "Its page stays as it is.")
     troubles = list(troubles)
     for trouble in troubles:
         print(trouble, file=sys.stderr)
