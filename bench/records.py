@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses as dc
 import hashlib
 import json
+from functools import cached_property
 from typing import Any, Literal
 
 from lipbounds.errors import LipboundsError
@@ -62,10 +63,10 @@ class Question:
     seed: int | None = None
     options: dict[str, Any] = dc.field(default_factory=dict)
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Content hash of all fields."""
-        return content_hash(dc.asdict(self))
+        return content_hash({field.name: getattr(self, field.name) for field in dc.fields(self)})
 
 
 @dc.dataclass(frozen=True, kw_only=True)
