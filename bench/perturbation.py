@@ -40,11 +40,6 @@ class Effort:
     rounds: int = 1
     lowest: float = 0.9
 
-    @property
-    def resolution(self) -> float:
-        """Width of the last interval of radii, relative to what FAB found."""
-        return (1 - self.lowest) / 2**self.rounds
-
 
 def smallest_found(model: nn.Module, images: Tensor, labels: Tensor, norm: Norm, effort: Effort) -> Tensor:
     """Distance to the nearest image of another class that was found, float64, infinite if none was.

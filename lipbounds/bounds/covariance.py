@@ -38,7 +38,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.claims import Claim, Source
-from lipbounds.ops.spectral import product_norm_upper, spectral_norm_upper
+from lipbounds.ops.spectral import product_norm_upper, root, spectral_norm_upper
 from lipbounds.registry import Terms, bound
 from lipbounds.rounding import cast_up, gamma, inflate
 from lipbounds.targets.attention import Attention
@@ -120,13 +120,7 @@ def _key_part(block: Attention, spreads: Float[Tensor, "*batch heads n"]) -> Flo
         reach = length * key_weights_norm(block).unsqueeze(-1)
     weighted = reach.square() * spreads
     columns = (weighted.unsqueeze(-2) @ map_upper(block)).squeeze(-2)
-    return abs(block.scale_value) * inflate(_root(columns.amax(-1)), block.tokens + block.w_k.shape[-2] + 16)
-
-
-def _root(squares: Tensor) -> Tensor:
-    """Square root with gradient 0 at 0."""
-    positive = squares > 0
-    return torch.where(positive, torch.where(positive, squares, 1.0).sqrt(), 0.0)
+    return abs(block.scale_value) * inflate(root(columns.amax(-1)), block.tokens + block.w_k.shape[-2] + 16)
 
 
 def _finish(block: Attention, mixing: Tensor, query_part: Tensor, key_part: Tensor) -> tuple[Tensor, Terms]:

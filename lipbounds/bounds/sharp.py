@@ -58,7 +58,7 @@ from torch import Tensor
 
 from lipbounds.claims import Claim, Source
 from lipbounds.ops.schatten import schatten_norm_upper
-from lipbounds.ops.spectral import spectral_norm_upper
+from lipbounds.ops.spectral import root, spectral_norm_upper
 from lipbounds.registry import Terms, bound
 from lipbounds.rounding import cast_up, inflate
 from lipbounds.targets.attention import Attention
@@ -79,6 +79,7 @@ CHUNK_ENTRIES = 2**20  # of the blocks made at a time
     source=Source(title="lipbounds", statement="norms of Gram blocks of the Jacobian, derived here"),
     supports=("heads", "biases", "mask", "cross"),
     cost="O(n^2 D^2 (D + n)) up to a size, then O(n D^3), then that of sharp_fast",
+    version=2,
 )
 def sharp(block: Attention) -> tuple[Tensor, Terms]:
     """Norm of the matrix of norms of Gram blocks: all heads, keys and parts are summed before a norm is taken."""
@@ -106,6 +107,7 @@ def sharp(block: Attention) -> tuple[Tensor, Terms]:
     source=Source(title="lipbounds", statement="three parts of the differential with all heads, derived here"),
     supports=("heads", "biases", "mask", "cross"),
     cost="O(n D^2 (n + D) + n^2 H^4)",
+    version=2,
 )
 def sharp_fast(block: Attention) -> tuple[Tensor, Terms]:
     """The three parts of the differential with all heads in one, from Gram matrices of heads and keys."""
@@ -134,7 +136,7 @@ def _gram_norm(rows: Rows, squarings: int) -> Float[Tensor, "*batch"]:
     upper = torch.stack(lines, -2)
     scale, largest = _relative(rows)
     entries = (upper + upper.triu(1).mT + products.slack()) * scale.unsqueeze(-1) * scale.unsqueeze(-2)
-    return inflate(_root(spectral_norm_upper(entries)), 8) * largest * rows.unit
+    return inflate(root(spectral_norm_upper(entries)), 8) * largest * rows.unit
 
 
 def _rows_norm(rows: Rows) -> Float[Tensor, "*batch"]:
@@ -144,7 +146,7 @@ def _rows_norm(rows: Rows) -> Float[Tensor, "*batch"]:
     squares = torch.cat(norms, -1) + products.slack().diagonal(dim1=-2, dim2=-1)
     scale, largest = _relative(rows)
     total = inflate((squares * scale.square()).sum(-1), squares.shape[-1] + 4)
-    return inflate(_root(total), 8) * largest * rows.unit
+    return inflate(root(total), 8) * largest * rows.unit
 
 
 def _relative(rows: Rows) -> tuple[Tensor, Tensor]:
@@ -167,9 +169,3 @@ def _work(block: Attention, squarings: int, products: int) -> int:
     heads, keys = block.heads, block.logits.shape[-1]
     inner, out = heads * block.w_v.shape[-1], block.w_o.shape[-1]
     return products * 2 * (inner * inner * (keys + out) + inner * out * out + squarings * out**3)
-
-
-def _root(values: Tensor) -> Tensor:
-    """Square root with gradient 0 at 0."""
-    positive = values > 0
-    return torch.where(positive, torch.where(positive, values, 1.0).sqrt(), 0.0)

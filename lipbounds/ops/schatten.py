@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lipbounds.ops.spectral import root
 from lipbounds.rounding import gamma, inflate
 
 
@@ -36,15 +37,9 @@ def schatten_norm_upper(matrix: Float[Tensor, "*batch rows cols"], doublings: in
         power = power @ power.mT
     norm = _positive_norm(power) + error
     for _ in range(doublings):
-        norm = _root(norm)
+        norm = root(norm)
     return inflate(norm, rows * cols + 2 * doublings + 8) * scale[..., 0, 0]
 
 
 def _positive_norm(matrix: Tensor) -> Tensor:
     return matrix.flatten(-2).norm(dim=-1)
-
-
-def _root(values: Tensor) -> Tensor:
-    """Square root with gradient 0 at 0."""
-    positive = values > 0
-    return torch.where(positive, torch.where(positive, values, 1.0).sqrt(), 0.0)

@@ -132,11 +132,12 @@ def vector_norm(values: Float[Tensor, "*batch length"]) -> Float[Tensor, "*batch
 
 
 def root(squares: Tensor) -> Tensor:
-    """Square root with gradient 0 at 0.
+    """Square root with gradient 0 at 0; of NaN, which overflow makes (infinity less infinity), infinity.
 
     Args:
-        squares: >= 0.
+        squares: >= 0; upper bounds, so that infinity is the only number that NaN may stand for.
     """
+    squares = squares.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
     positive = squares > 0
     return torch.where(positive, torch.where(positive, squares, 1.0).sqrt(), 0.0)
 

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lipbounds.ops.spectral import power_of_two, product_norm_upper, spectral_norm_upper, vector_norm
+from lipbounds.ops.spectral import power_of_two, product_norm_upper, root, spectral_norm_upper, vector_norm
 from lipbounds.rounding import gamma, inflate
 from lipbounds.targets.attention import Attention
 from lipbounds.targets.attention_covariance import (
@@ -63,8 +63,8 @@ def mixing_part(block: Attention) -> Float[Tensor, "*batch"]:
         error = crossed + crossed.mT + off.unsqueeze(-1) * off.unsqueeze(-2) + 2 * gamma(maps.shape[-1] + 8) * size
         operations = 2 * (w_v.shape[-2] + w_o.shape[-1]) + (w_v.shape[-1] + 2) ** 2 + 2 * pairs.shape[-1] + 32
         slack = 2 * gamma(operations) * size.square()
-    entries = _root(squares.clamp(min=0) + slack) + inflate(error, operations)
-    jointly = inflate(_root(spectral_norm_upper(entries)), 8) * unit
+    entries = root(squares.clamp(min=0) + slack) + inflate(error, operations)
+    jointly = inflate(root(spectral_norm_upper(entries)), 8) * unit
     return inflate(_smaller(jointly, by_head), block.heads + 4)
 
 
@@ -92,7 +92,7 @@ def query_part(block: Attention) -> Float[Tensor, "*batch"]:
         size = (cross.norm(dim=(-2, -1)) * weight.unsqueeze(-1)).sum(-2)
         operations = 2 * (w_o.shape[-1] + w_q.shape[-2] + sum(cross.shape[-2:])) + math.prod(cross.shape[-2:]) + 64
         slack = 2 * gamma(operations + block.heads**2) * size.square()
-    jointly = scale * (_root(squares.clamp(min=0) + slack) * of_row[..., 0, 0] + off.sum(-2))
+    jointly = scale * (root(squares.clamp(min=0) + slack) * of_row[..., 0, 0] + off.sum(-2))
     return inflate(_smaller(jointly, by_head), operations).amax(-1) * unit
 
 
@@ -113,7 +113,7 @@ def key_part(block: Attention) -> Float[Tensor, "*batch"]:
     through = through + error * w_o.square().sum((-2, -1)).unsqueeze(-1)
     weighted = reach_size.square() * through
     columns = (weighted.unsqueeze(-2) @ map_upper(block)).squeeze(-2)
-    by_head = _root(columns.amax(-1)).sum(-1)
+    by_head = root(columns.amax(-1)).sum(-1)
     rows = _joint_rows(block, values.rows, w_o, reach)
     with torch.no_grad():
         weight = w_o.norm(dim=(-2, -1)).unsqueeze(-1)
@@ -192,7 +192,7 @@ def _joint_rows(block: Attention, values: Tensor, w_o: Tensor, reach: Tensor) ->
                    operations)
         for start in range(0, block.tokens, chunk)
     ]  # fmt: skip
-    return inflate(_root(torch.cat(squares, -1)), 8) * of_row[..., 0, 0]
+    return inflate(root(torch.cat(squares, -1)), 8) * of_row[..., 0, 0]
 
 
 def _row_norms(
@@ -220,10 +220,4 @@ def _row_norms(
         error = 2 * gamma(operations) * length * w_o.square().sum((-3, -2, -1)).unsqueeze(-1)
         size = product.flatten(-2).norm(dim=-1)
         slack = 2 * gamma(product.shape[-1] ** 2 + 8) * size.square() + 2 * error * size + error.square()
-    return _root(squared.clamp(min=0) + slack)
-
-
-def _root(values: Tensor) -> Tensor:
-    """Square root with gradient 0 at 0."""
-    positive = values > 0
-    return torch.where(positive, torch.where(positive, values, 1.0).sqrt(), 0.0)
+    return root(squared.clamp(min=0) + slack)
