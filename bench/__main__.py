@@ -9,10 +9,10 @@ from pathlib import Path
 
 from bench import readme
 from bench.certified_data import NotAnswered
-from bench.commands import attention, balls, certified, robustness, speed, tightness
+from bench.commands import attention, balls, certified, classifier, robustness, speed, tightness
 from bench.machine import ROOT
 from bench.models import Model, zoo
-from bench.records import RecordError
+from lipbounds.errors import LipboundsError
 
 
 STALE, MISUSE, INTERRUPTED = 1, 2, 130
@@ -49,15 +49,19 @@ def main(arguments: Sequence[str] | None = None, models: Sequence[Model] | None 
         parser.error("--check goes with the task readme: python -m bench readme --check")
     if options.full and (options.task not in WITH_FULL or options.quick):
         parser.error(f"--full goes with the tasks {' and '.join(WITH_FULL)}, without --quick")
+    if options.task != "robustness" and (options.model or options.images):
+        parser.error("--model and --images go with the task robustness")
     if not options.time_limit > 0:
         parser.error(f"--time-limit must be above 0, got {options.time_limit:g}")
     try:
         if options.task == "readme":
             return _readme(options)
+        if options.model or options.images:
+            return classifier.run(options)
         if options.task in LONG:
             return LONG[options.task](options)
         return _on_blocks(options, zoo() if models is None else models)
-    except RecordError as error:
+    except LipboundsError as error:  # of the records, or of what the user passed
         print(f"bench: {error}", file=sys.stderr)
         return MISUSE
     except KeyboardInterrupt:
@@ -100,6 +104,11 @@ def _parser() -> argparse.ArgumentParser:
         "--quick", action="store_true", help="few inputs; tables go to DIR/quick, records to the same file"
     )
     parser.add_argument("--full", action="store_true", help=f"{', '.join(WITH_FULL)}: more of everything (hours)")
+    given = parser.add_argument_group("robustness of a classifier of your own")
+    given.add_argument("--model", metavar="NAME", help="a Hugging Face folder or name, package.module:attribute, ...")
+    given.add_argument("--images", type=Path, metavar="DIR", help="with a folder of pictures for each class")
+    given.add_argument("--count", type=int, metavar="N", help="of images, a sample (default: 200; with --quick 4)")
+    given.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
     parser.add_argument("--force", action="store_true", help="evaluate again what is in the records")
     parser.add_argument("--results", type=Path, default=ROOT / "results", metavar="DIR", help="default: results")
     parser.add_argument("--time-limit", type=float, default=120.0, metavar="S", help="seconds for one evaluation")

@@ -71,7 +71,7 @@ PROFILES = {
         certified={"lipschitz-vit": 24, "digits-vit": 5},
         attacked={"lipschitz-vit": 24, "digits-vit": 5},
         radii=4,
-        whole=("digits-vit", "lipschitz-vit", "minilm"),
+        whole=("digits-vit", "lipschitz-vit", "minilm", "gpt-2", "vit-b-16"),
     ),
     "full": Profile(
         certified={"lipschitz-vit": 120, "digits-vit": 120},

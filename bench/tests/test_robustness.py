@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bench import __main__ as program
 from bench.certified_data import Answers, NotAnswered
 from bench.records import RecordError
-from bench.robustness import choice, figures, measures, penalties, settings, tables, training
+from bench.robustness import attacked, choice, figures, measures, penalties, settings, tables, training
 from bench.robustness.choice import best, tried
 from bench.robustness.penalties import loss_of
 from bench.robustness.settings import PROFILES, SETTINGS, Profile, recipe
@@ -187,9 +187,9 @@ class Fakes:
         self.calls: list[str] = []
         self.fatal = -1
         monkeypatch.setattr(training, "train", self.train)
-        monkeypatch.setattr(robustness, "autoattack", self.autoattack)
+        monkeypatch.setattr(attacked, "autoattack", self.autoattack)
         monkeypatch.setattr(robustness, "blocks", self.blocks)
-        monkeypatch.setattr(robustness, "PGD_STEPS", 2)
+        monkeypatch.setattr(attacked, "PGD_STEPS", 2)
         monkeypatch.setattr(training, "describe", lambda state: "here")  # a commit in the middle of a test is no change
         monkeypatch.setattr(choice, "CHOICE_STEPS", 1)
 

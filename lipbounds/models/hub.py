@@ -16,7 +16,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.image_processing_base import ImageProcessingMixin
 
 from lipbounds.errors import InvalidInput, LipboundsError, Unsupported
@@ -39,21 +45,24 @@ def load_hub_model(
         InvalidInput: nothing is found under that name, or the checkpoint is damaged or lacks weights.
         Unsupported: the checkpoint is of an unknown kind, needs its own code, or cannot use the fused attention.
     """
-    with _clear_errors(name_or_path, 'a model that transformers can build with attn_implementation="sdpa"'):
-        folder = Path(name_or_path)
-        if folder.is_dir() and not (folder / "config.json").is_file():
-            raise InvalidInput(_not_found(name_or_path, "the folder has no config.json"))
-        # Mismatched shapes are let through here to be refused below, with a shorter message.
-        model, loading = AutoModel.from_pretrained(
-            str(name_or_path),
-            attn_implementation="sdpa",
-            trust_remote_code=trust_remote_code,
-            weights_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
-    _refuse_random_weights(model, loading, name_or_path)
-    return model.to(dtype).eval()
+    return _load(AutoModel, name_or_path, trust_remote_code).to(dtype).eval()
+
+
+def load_hub_classifier(
+    name_or_path: str | Path, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """An image model with its classification head, on the CPU, in evaluation mode, with PyTorch's fused attention.
+
+    Args:
+        name_or_path: a name on the Hugging Face hub such as "google/vit-base-patch16-224", or a folder.
+        dtype: of all floating-point weights.
+        trust_remote_code: run the code that comes with the checkpoint.
+
+    Raises:
+        InvalidInput: nothing is found under that name, or the checkpoint is damaged or lacks weights.
+        Unsupported: the checkpoint is no image classifier, needs its own code, or cannot use the fused attention.
+    """
+    return _load(AutoModelForImageClassification, name_or_path, trust_remote_code).to(dtype).eval()
 
 
 def load_hub_tokenizer(name_or_path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -101,6 +110,26 @@ def image_settings(name_or_path: str | Path, model: PreTrainedModel) -> dict[str
             reason = f"preprocessor_config.json must hold {channels} means and as many positive standard deviations"
             raise InvalidInput(_not_found(name_or_path, f"{reason}, got {mean} and {std}"))
         return {"channels": channels, "height": int(height), "width": int(width), "mean": mean, "std": std}
+
+
+def _load(kind: Any, name_or_path: str | Path, trust_remote_code: bool) -> Any:
+    with _clear_errors(
+        name_or_path, f'a model that transformers can build with {kind.__name__} and attn_implementation="sdpa"'
+    ):
+        folder = Path(name_or_path)
+        if folder.is_dir() and not (folder / "config.json").is_file():
+            raise InvalidInput(_not_found(name_or_path, "the folder has no config.json"))
+        # Mismatched shapes are let through here to be refused below, with a shorter message.
+        model, loading = kind.from_pretrained(
+            str(name_or_path),
+            attn_implementation="sdpa",
+            trust_remote_code=trust_remote_code,
+            weights_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    _refuse_random_weights(model, loading, name_or_path)
+    return model
 
 
 @contextmanager

@@ -16,7 +16,6 @@ from lipbounds.report.measure import ModelInput
 
 
 SENTENCE = "The movie was surprisingly good, but the ending felt rushed."
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 TENSORS = (".pt", ".npy", ".safetensors")
 
 
@@ -111,28 +110,17 @@ def from_images(loaded: LoadedModel, folder: Path) -> list[ModelInput]:
     Raises:
         InvalidInput: the model takes no images, or there are none.
     """
-    import numpy as np
-    from PIL import Image, UnidentifiedImageError
+    from lipbounds.models.pictures import SUFFIXES, picture, pictures_in
 
     settings = loaded.image
     if settings is None or settings.channels not in (1, 3):
         raise InvalidInput(f"images needs a model of grey or colour images; {loaded.name} is none.")
-    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES) if folder.is_dir() else []
+    paths = pictures_in(folder) if folder.is_dir() else []
     if not paths:
-        raise InvalidInput(f"images must be a folder with pictures ({', '.join(PICTURES)}), got '{folder}'.")
+        raise InvalidInput(f"images must be a folder with pictures ({', '.join(SUFFIXES)}), got '{folder}'.")
     found = []
     for path in paths:
-        try:
-            with Image.open(path) as picture:
-                sized = picture.convert("L" if settings.channels == 1 else "RGB").resize(
-                    (settings.width, settings.height)
-                )
-        except (UnidentifiedImageError, OSError) as error:
-            raise InvalidInput(
-                f"'{path}' must be a picture, but it cannot be read; take it out of the folder."
-            ) from error
-        pixels = torch.from_numpy(np.array(sized, dtype=np.float32) / 255)
-        planes = pixels.view(settings.height, settings.width, settings.channels).permute(2, 0, 1)
+        planes = picture(path, settings.channels, (settings.height, settings.width))
         found.append(ModelInput(name=path.name, args=(settings.normalised(planes[None]),)))
     return found
 

@@ -1,0 +1,66 @@
+"""`python -m bench robustness --model NAME --images DIR`: robust accuracy of a classifier that is given."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+
+import torch
+
+from bench.certified_data import Answers
+from bench.commands.common import finish, folder_of, progress_bar
+from bench.records import without_infinities
+from bench.robustness import classifier_page
+from bench.robustness.classifier import load_classifier
+from bench.robustness.folder import read_folder
+from bench.store import write_atomically
+from bench.tasks import classifier as task
+from lipbounds.errors import InvalidInput
+
+
+def run(options: argparse.Namespace) -> int:
+    """Attack and measure what is missing, write the page, the numbers and the figure.
+
+    Args:
+        options: the command line.
+
+    Raises:
+        InvalidInput: the model, the folder or the device is not there, or they do not fit together.
+        Unsupported: the model is of an unknown kind.
+    """
+    if options.model is None or options.images is None:
+        raise InvalidInput("--model NAME and --images DIR go together: pass both.")
+    device = _device(options.device)
+    profile = task.PROFILES["quick" if options.quick else "standard"]
+    loaded = load_classifier(options.model)
+    count = profile.images if options.count is None else options.count
+    given = read_folder(options.images, count, settings=loaded.image, classes=loaded.classes)
+    answers = Answers(options.results / "classifier.jsonl")
+    with progress_bar(task.pieces(profile, len(given.names))) as advance:
+        data = task.run(answers, loaded, given, profile, device=device, force=options.force, advance=advance)
+    folder = folder_of(options)
+    folder.mkdir(parents=True, exist_ok=True)
+    name = "classifier_" + re.sub(r"\W+", "_", options.model).strip("_").lower()
+    page, numbers = folder / f"{name}.md", folder / f"{name}.json"
+    write_atomically(page, classifier_page.report(data, _command(options), f"{name}.png").encode())
+    write_atomically(numbers, (json.dumps(without_infinities(data), indent=1, ensure_ascii=False) + "\n").encode())
+    return finish(answers, [page, numbers, *classifier_page.draw(data, folder, name)])
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch without CUDA asserts
+        reason = str(error).strip().split("\n", 1)[0]
+        raise InvalidInput(f"device must be one that is here, such as cpu or cuda, got {name!r}. ({reason})") from error
+    return device
+
+
+def _command(options: argparse.Namespace) -> str:
+    words = ["python", "-m", "bench", "robustness", "--model", options.model, "--images", str(options.images)]
+    words += ["--device", options.device] if options.device != "cpu" else []
+    words += ["--count", str(options.count)] if options.count is not None else []
+    return shlex.join(words + (["--quick"] if options.quick else []))

@@ -1,0 +1,115 @@
+"""Attacks of a classifier, one answer each: FGSM and PGD-40, then AutoAttack on the images that stood up to them."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from bench.attacks import Norm, autoattack, fgsm, pgd, right, within
+from bench.certified_data import Answer
+from bench.robustness.statistics import worst_case
+
+
+PGD_STEPS = 40
+ATTACK_SEED = 0
+Advance = Callable[[str], None]
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A classifier under attack.
+
+    Args:
+        name: for the progress bar.
+        model: gives the classifier when something has to be computed with it.
+        ask: gives the answer to a question about it, made by the function if it is new.
+        images: in [0, 1].
+        labels: the right classes.
+        indices: what the images are called in questions.
+    """
+
+    name: str
+    model: Callable[[], nn.Module]
+    ask: Callable[[dict[str, Any], Callable[[], Answer]], Answer]
+    images: Float[Tensor, "n channels height width"]
+    labels: Int[Tensor, " n"]
+    indices: list[int]
+
+    def some(self, places: list[int]) -> tuple[Tensor, Tensor]:
+        """Images and labels at these places."""
+        return self.images[places], self.labels[places]
+
+
+def attacked(
+    subject: Subject, norm: Norm, radii: tuple[float, ...], batch: int, clean: list[bool], advance: Advance
+) -> list[dict[str, Any]]:
+    """Accuracy under each attack and under the worst of all, for each radius of a norm.
+
+    Args:
+        subject: the classifier and its images.
+        norm: of the balls.
+        radii: of the balls, rising.
+        batch: images in one attack, and so in one answer.
+        clean: which images are classified right as they are.
+        advance: called before each piece of work with its name.
+    """
+    runs: dict[float, list[list[bool]]] = {}
+    rows = []
+    for eps in radii:
+        found: dict[str, list[bool]] = {"fgsm": [], "pgd": [], "autoattack": []}
+        for start in range(0, len(clean), batch):
+            advance(f"{subject.name}: {norm} {eps:g}, from image {start}")
+            stop = min(start + batch, len(clean))
+            before = worst_case(clean[start:stop], {e: [run[start:stop] for run in runs[e]] for e in runs})
+            standing = before[max(before)] if before else clean[start:stop]
+            for name, flags in _batch(subject, norm, eps, range(start, stop), standing).items():
+                found[name] += flags
+        runs[eps] = list(found.values())
+        standing = worst_case(clean, runs)[eps]
+        rows.append({"eps": eps, **{name: share(found[name]) for name in ("fgsm", "pgd")}, "worst": share(standing)})
+    return rows
+
+
+def share(flags: list[bool]) -> float:
+    """Of those that are true."""
+    return sum(flags) / len(flags)
+
+
+def _batch(subject: Subject, norm: Norm, eps: float, places: range, standing: list[bool]) -> dict[str, list[bool]]:
+    """For each attack, the images of a batch that are right after it; AutoAttack sees those that still stand."""
+    asked = {"norm": norm, "eps": eps, "seed": ATTACK_SEED}
+    names = [subject.indices[place] for place in places]
+    question = {"what": "gradient attacks", "images": names, "steps": PGD_STEPS}
+    given = subject.some(list(places))
+    first = subject.ask({**question, "attack": asked}, lambda: _gradient_attacks(subject, given, norm, eps))
+    both = zip(standing, first["fgsm"], first["pgd"], strict=True)
+    still = [place for place, flags in zip(places, both, strict=True) if all(flags)]
+    flags = dict.fromkeys(places, False)
+    if still:
+        question = {"what": "autoattack", "images": [subject.indices[place] for place in still]}
+        chosen = subject.some(still)
+        last = subject.ask({**question, "attack": asked}, lambda: _autoattack(subject, chosen, norm, eps))
+        flags.update(zip(still, last["right"], strict=True))
+    return {"fgsm": first["fgsm"], "pgd": first["pgd"], "autoattack": [flags[place] for place in places]}
+
+
+def _gradient_attacks(subject: Subject, given: tuple[Tensor, Tensor], norm: Norm, eps: float) -> Answer:
+    images, labels = given
+    model = subject.model()
+    generator = torch.Generator().manual_seed(ATTACK_SEED)
+    one = fgsm(model, images, labels, norm, eps)
+    many = pgd(model, images, labels, norm, eps, steps=PGD_STEPS, generator=generator)
+    return {"fgsm": right(model, one, labels).tolist(), "pgd": right(model, many, labels).tolist()}
+
+
+def _autoattack(subject: Subject, given: tuple[Tensor, Tensor], norm: Norm, eps: float) -> Answer:
+    images, labels = given
+    model = subject.model()
+    found = autoattack(model, images, labels, norm, eps, seed=ATTACK_SEED)
+    moved = within(images, found.double() - images.double(), norm, eps)
+    return {"right": right(model, moved, labels).tolist()}
