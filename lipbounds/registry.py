@@ -16,6 +16,7 @@ from torch import Tensor
 from lipbounds.claims import FEATURES, BoundResult, Claim, Feature, Source, check_result
 from lipbounds.errors import InvalidInput, UnknownBound, UnsupportedAttention
 from lipbounds.targets.attention import Attention
+from lipbounds.targets.attention_range import check_range
 from lipbounds.targets.target import Target
 
 
@@ -80,7 +81,8 @@ class BoundSpec:
             **options: the method's own options, such as `delta` of a probable bound.
 
         Raises:
-            InvalidInput: `radius` missing, superfluous, negative or not finite; an option the method does not have.
+            InvalidInput: `radius` missing, superfluous, negative or not finite; an option the method does not have;
+                tokens or weights of an `Attention` too large or too small for a bound in float64.
             UnsupportedAttention: the block has a feature the bound makes no promise for.
         """
         self._check_call(block, radius, options)
@@ -132,6 +134,8 @@ class BoundSpec:
                 f"{self.name} makes no promise for a block with {described}; "
                 "lipbounds.select(block=block) lists the bounds that hold for it."
             )
+        if self.role == "bound" and isinstance(block, Attention):
+            check_range(block, self.name)
 
 
 class Registry:

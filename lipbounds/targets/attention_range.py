@@ -1,0 +1,57 @@
+"""Magnitudes at which bounds of attention can be evaluated in float64.
+
+Bounds multiply up to eight norms of tokens and weights, and square covariances: far from 1 such products leave float64.
+What overflows is infinity or NaN and shows; what underflows is zero, and a bound made of it is too small. Between the
+limits below, which hold all of float32, neither happens to the largest terms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from lipbounds.errors import InvalidInput
+from lipbounds.targets.attention import Attention
+
+
+LARGEST = 2.0**200
+SMALLEST = 2.0**-200
+# A bias may be as small as it likes: beside it stands a product with a weight.
+TENSORS = {"x": 2, "memory": 2, "w_q": 3, "w_k": 3, "w_v": 3, "w_o": 3}
+BIASES = {"b_q": 2, "b_k": 2, "b_v": 2}
+
+
+def check_range(block: Attention, name: str) -> None:
+    """Refuse a block whose tokens or weights are too large or too small for a bound.
+
+    Args:
+        block: the attention block.
+        name: of the bound.
+
+    Raises:
+        InvalidInput: the largest entry of a tensor, in a batch item, is above 2^200, or below 2^-200 without being 0.
+    """
+    for field, largest in _largest(block):
+        small = (largest < SMALLEST) & (largest > 0) if field not in BIASES else largest < 0
+        bad = largest[small | (largest > LARGEST)]
+        if bad.numel():
+            raise InvalidInput(
+                f"{field} must be 0 or have a largest entry between {SMALLEST:.1e} and {LARGEST:.1e} in size for "
+                f"{name}, got {bad.reshape(-1)[0].item():.3g}: products of such numbers leave float64. Multiply x by "
+                "a power of two and w_q, w_k and w_v by its inverse, or w_v by one and w_o by its inverse."
+            )
+    assert block.scale is not None
+    if abs(block.scale) > LARGEST or 0 < abs(block.scale) < SMALLEST:
+        raise InvalidInput(
+            f"scale must be 0 or between {SMALLEST:.1e} and {LARGEST:.1e} in size for {name}, got {block.scale:.3g}; "
+            "multiply w_q by it instead."
+        )
+
+
+def _largest(block: Attention) -> Iterator[tuple[str, Tensor]]:
+    """The largest entry of each tensor in each batch item."""
+    for field, dims in (TENSORS | BIASES).items():
+        tensor = getattr(block, field)
+        if tensor is not None:
+            yield field, tensor.detach().abs().flatten(-dims).amax(-1)
