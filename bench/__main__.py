@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bench import readme
 from bench.certified_data import NotAnswered
-from bench.commands import attention, balls, certified, classifier, robustness, speed, tightness
+from bench.commands import attention, balls, certified, classifier, robustness, speed, tightness, training
 from bench.machine import ROOT
 from bench.models import Model, zoo
 from lipbounds.errors import LipboundsError
@@ -20,6 +20,7 @@ STALE, MISUSE, INTERRUPTED = 1, 2, 130
 LONG: dict[str, Callable[..., int]] = {
     "certified": certified.run,
     "speed": speed.run,
+    "training": training.run,
     "attention": attention.run,
     "robustness": robustness.run,
 }
@@ -30,6 +31,7 @@ TASKS = {
     "balls": "curves over the radius of a ball",
     "certified": "certified radii beside an attack, and bounds of whole models",
     "speed": "time and memory beside a forward pass",
+    "training": "what JaSMin adds to a training step",
     "attention": "attention maps beside local constants and attacks",
     "robustness": "robust accuracy of models trained with and without penalties",
     "readme": "copy the headline table into README.md",

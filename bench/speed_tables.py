@@ -69,6 +69,19 @@ def _ratio(answer: Data) -> str:
 
 
 def _targets(targets: list[Data]) -> str:
+    caption = (
+        "n = 197, D = 768, 12 heads, float32, with biases: all 12 layers of the encoder have this shape, so the ratio "
+        "of one is that of all. A training step is forward, backward and SGD on one image."
+    )
+    return f"{caption}\n\n{table(['what', 'name', 'target', 'ratio', 'met', 'seconds'], target_rows(targets))}"
+
+
+def target_rows(targets: list[Data]) -> list[list[str]]:
+    """For each target: what it is about, the name, the limit, the ratio, whether it is met, and seconds.
+
+    Args:
+        targets: with `title`, `method`, `limit` and the `answer` of a measurement.
+    """
     rows = []
     for target in targets:
         answer, limit = target["answer"], target["limit"]
@@ -76,11 +89,7 @@ def _targets(targets: list[Data]) -> str:
         cost = figure(answer["cost"][1]) if "cost" in answer else "-"
         wanted = "-" if limit is None else f"<= {limit:g}"
         rows.append([target["title"], f"`{target['method']}`", wanted, _ratio(answer), met, cost])
-    caption = (
-        "n = 197, D = 768, 12 heads, float32, with biases: all 12 layers of the encoder have this shape, so the ratio "
-        "of one is that of all. A training step is forward, backward and SGD on one image."
-    )
-    return f"{caption}\n\n{table(['what', 'name', 'target', 'ratio', 'met', 'seconds'], rows)}"
+    return rows
 
 
 def _points(data: Data, method: str, axis: str, key: str) -> list[tuple[Any, float]]:

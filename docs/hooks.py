@@ -20,6 +20,7 @@ PAGES = {
     "robustness.md": "python -m bench robustness",
     "attention.md": "python -m bench attention",
     "speed.md": "python -m bench speed",
+    "training.md": "python -m bench training",
     "nightly.md": "python -m verify.nightly",
     "detection.md": "python -m verify.faults.detection",
 }
@@ -31,9 +32,10 @@ FIGURES = (
     "attention_maps.png",
     "attention_statistics.png",
     "attention_scatter.png",
+    "robustness.png",
+    "robustness_constants.png",
+    "robustness_g1.png",
 )
-# Of a task that takes hours, so that a checkout may be without them; only the page that comes with them shows them.
-LATER_FIGURES = ("robustness.png", "robustness_constants.png", "robustness_g1.png")
 MARKER = "<!-- measured -->"
 
 
@@ -46,7 +48,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         else:
             missing = f"# {source.stem.capitalize()}\n\nNot made yet: run `{command}`.\n"
             files.append(File.generated(config, uri, content=missing))
-    for name in (*FIGURES, *(name for name in LATER_FIGURES if (RESULTS / name).exists())):
+    for name in FIGURES:
         files.append(File.generated(config, f"results/{name}", abs_src_path=str(RESULTS / name)))
     return files
 

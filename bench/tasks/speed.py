@@ -22,6 +22,7 @@ from bench.machine import ROOT, cpu_name
 from bench.radii import radii
 from bench.speed_plan import AXES, JASMIN_LIMIT, LONG, LONGEST, SEED, TARGETS, Profile, Target
 from bench.timing import Make, peak_memory, side_by_side
+from bench.training_steps import measured as training_step
 from lipbounds import registry
 from lipbounds.kernels.streaming import streaming_g1, streaming_map_norm
 from lipbounds.ops.softmax import g_upper_from_logits
@@ -95,7 +96,11 @@ def _targets(
         found.append({**dc.asdict(target), "answer": answer})
     advance("ViT-B/16: training step with JaSMin")
     asked = {"task": "speed", "version": VERSION, "what": "jasmin", **here}
-    answer = answers.ask(asked, lambda: _jasmin(longer, device), force=force)
+    answer = answers.ask(
+        asked,
+        lambda: training_step("vit-b-16", repeats=longer.repeats, enough=2 * longer.enough, device=device),
+        force=force,
+    )
     title = "training step with JaSMin, in units of one without"
     return [*found, {"title": title, "method": "jasmin", "limit": JASMIN_LIMIT, "answer": answer}]
 
@@ -180,30 +185,4 @@ def _streamed(name: str, tokens: int, profile: Profile, device: torch.device) ->
         lambda: lambda: torch.nn.functional.scaled_dot_product_attention(queries, keys, values),
         profile,
         device,
-    )
-
-
-def _jasmin(profile: Profile, device: torch.device) -> Answer:
-    """A training step of ViT-B/16 with the penalty and without, on one image."""
-    from bench.architectures import ARCHITECTURES
-    from lipbounds.jasmin import JaSMin
-
-    found = ARCHITECTURES["vit-b-16"]
-    model, image = found.model().train().to(device), found.input(0).to(device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
-
-    def plain() -> None:
-        optimizer.zero_grad()
-        model(image).last_hidden_state.square().mean().backward()
-        optimizer.step()
-
-    def penalised() -> None:
-        optimizer.zero_grad()
-        with JaSMin(model) as penalty:
-            loss = model(image).last_hidden_state.square().mean() + 1e-3 * penalty.penalty()
-            loss.backward()
-        optimizer.step()
-
-    return side_by_side(
-        lambda: penalised, lambda: plain, repeats=profile.repeats, enough=2 * profile.enough, device=device
     )

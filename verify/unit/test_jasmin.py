@@ -24,6 +24,7 @@ from lipbounds import InvalidInput, Unsupported
 from lipbounds.capture import capture
 from lipbounds.jasmin import JaSMin, jasmin, jasmin_of
 from lipbounds.models.digits_vit import DigitsViT
+from lipbounds.ops import log_g
 from lipbounds.ops.log_g import log_g_1, log_g_ratio, scores
 
 
@@ -417,3 +418,23 @@ def test_keys_that_are_no_tokens_are_refused() -> None:
     model = nn.MultiheadAttention(4, 2, add_bias_kv=True)
     with JaSMin(model), pytest.raises(Unsupported, match="keys must come from tokens"):
         model(*[torch.zeros(3, 1, 4)] * 3)
+
+
+@pytest.mark.parametrize("sorted_by", ["numpy", "torch"])
+@pytest.mark.parametrize("k", [0, 1, 2, 4, 10])
+def test_scores_of_all_rows_are_those_with_a_gradient(k: int, sorted_by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ties, one-hot and uniform rows, hidden keys, one visible key, fewer keys than k + 1; sorted in either way."""
+    if sorted_by == "torch":
+        monkeypatch.setattr(log_g, "numpy", None)
+    draw = torch.Generator().manual_seed(0)
+    rows = [row * torch.randn(4, 6, generator=draw, dtype=torch.float64) for row in (0.0, 0.1, 1.0, 10.0, 1e3)]
+    tied = torch.tensor([[3.0, 3.0, 1.0, 1.0, 1.0, -2.0]], dtype=torch.float64)
+    hidden = torch.randn(6, 6, generator=draw, dtype=torch.float64).masked_fill(
+        torch.ones(6, 6).triu(1) > 0, -torch.inf
+    )
+    logits = torch.cat([*rows, tied, hidden])
+    expected = log_g.log_g_1(logits) if k == 0 else log_g.log_g_ratio(logits, k)
+    torch.testing.assert_close(log_g.scores(logits.clone(), k), expected, rtol=1e-12, atol=1e-12)
+    single = logits[:, :1]
+    expected = log_g.log_g_1(single) if k == 0 else log_g.log_g_ratio(single, k)
+    torch.testing.assert_close(log_g.scores(single.clone(), k), expected)
