@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,15 +89,15 @@ def run_page(page: Path, *, shell: bool) -> None:
 
 
 @pytest.fixture
-def at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A working directory as the pages want it: with results/, and where files that are saved are found by imports."""
     (tmp_path / "results").mkdir()
     for name in ("tightness.json", "tightness.jsonl"):
         shutil.copy(ROOT / "results" / name, tmp_path / "results")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "my_bounds", raising=False)
-    return tmp_path
+    yield tmp_path
+    sys.modules.pop("my_bounds", None)  # each page has its own
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
