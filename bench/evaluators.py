@@ -6,15 +6,14 @@ import dataclasses as dc
 import functools
 from typing import Any, Protocol
 
-import torch
-
 from bench.evaluate import evaluate, lost
 from bench.machine import environment
 from bench.records import Question, Record
 from bench.walk import Asked, Walk
 from lipbounds import registry
-from lipbounds.cluster import Cluster, ClusterError, Lost
+from lipbounds.cluster import Cluster, ClusterError, Lost, check_device
 from lipbounds.targets.attention import Attention
+from lipbounds.targets.sending import sendable
 
 
 Answer = tuple[Walk, Record, dict[str, Any]]  # with what the environment it was made in says of itself
@@ -108,12 +107,12 @@ class Remote:
         return self._cluster.busy
 
     def asked(self, question: Question) -> Question:
-        return dc.replace(question, device="cuda") if self._cluster.gpus_per_job else question
+        return dc.replace(question, device=self._cluster.device)
 
     def submit(self, walk: Walk, asked: Asked) -> None:
         block = asked.block
         if block.sent is None:
-            block.sent = self._cluster.share(block.case.block.replace())  # without what the driver computed of it
+            block.sent = self._cluster.share(sendable(block.case.block))
         self._cluster.submit((walk, asked), answer, block.sent, asked.question, self._time_limit, asked.relative_radius)
 
     def finished(self) -> Answer:
@@ -155,11 +154,7 @@ def answer(
             f"all nodes must have the same bounds, got version {spec.version} of {spec.name} on a worker and "
             f"{question.bound_version} at the driver; install the same package on all."
         )
-    if question.device == "cuda" and not torch.cuda.is_available():
-        raise ClusterError(
-            f"a job with a GPU needs a torch with CUDA on every node that has one, got torch {torch.__version__} "
-            "without; install another there, or leave --gpus-per-job out."
-        )
+    check_device(question.device)
     there = block.to(question.device)
     return evaluate(question, there, spec, time_limit=time_limit, relative_radius=relative_radius), _environment()
 

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import lipbounds
 from lipbounds.errors import LipboundsError
 
 
@@ -24,6 +23,7 @@ RETRIES = 3  # of a job whose worker or node died; after that the job is lost, a
 QUEUED = 2  # jobs handed out for each that can run at a time: the next one is there when one ends
 PATIENCE = 60.0  # seconds without a result after which it is asked whether jobs can run at all
 EXTRA = "pip install 'lipbounds[ray]'"
+HERE = Path(__file__).parent
 
 
 class ClusterError(LipboundsError):
@@ -75,6 +75,11 @@ class Cluster:
         """
         package = function.__module__.partition(".")[0]
         self._jobs[self._run.remote(function, package, code_of(package), *arguments)] = job
+
+    @property
+    def device(self) -> str:
+        """Where jobs compute: on the GPU they asked for, or on the CPU."""
+        return "cuda" if self.gpus_per_job else "cpu"
 
     @property
     def room(self) -> bool:
@@ -151,7 +156,7 @@ def connect(address: str | None = None, *, gpus_per_job: float = 0.0) -> Iterato
         ray = importlib.import_module("ray")
     except ModuleNotFoundError as error:
         raise ClusterError(f"--ray needs Ray, which is not installed; run `{EXTRA}`.") from error
-    folders = [str(Path(lipbounds.__path__[0]).parent), os.environ.get("PYTHONPATH", "")]
+    folders = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
     environment = {"PYTHONPATH": os.pathsep.join(filter(None, folders))}  # the same code, where the nodes share a disk
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": environment})
@@ -164,6 +169,24 @@ def connect(address: str | None = None, *, gpus_per_job: float = 0.0) -> Iterato
         yield Cluster(ray, gpus_per_job)
     finally:
         ray.shutdown()
+
+
+def check_device(name: str) -> None:
+    """On a worker: the device must be there.
+
+    Args:
+        name: cpu or cuda.
+
+    Raises:
+        ClusterError: it is not.
+    """
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ClusterError(
+            f"a job with a GPU needs a torch with CUDA on every node that has one, got torch {torch.__version__} on "
+            f"{os.uname().nodename}; install one with CUDA there, or leave --gpus-per-job out."
+        )
 
 
 @functools.cache
@@ -185,7 +208,7 @@ def _run(function: Callable[..., Any], package: str, code: str, *arguments: Any)
     """On a worker: numbers of other code than the driver's would be filed under its name."""
     if code_of(package) != code:
         raise ClusterError(
-            f"all nodes must have the same lipbounds as the driver, got other code in {lipbounds.__path__[0]} on "
+            f"all nodes must have the same lipbounds as the driver, got other code in {HERE} on "
             f"{os.uname().nodename}; install the driver's version there."
         )
     return function(*arguments)

@@ -1,16 +1,22 @@
-"""What the workers of the tests do; they tell in files, in the folder that WATCHED names, what they begin and where."""
+"""What the workers of the tests do; they tell in files, in the folder that WATCHED names, what they begin and where.
+
+What takes long to import is imported by the functions that need it: each worker is a fresh process.
+"""
 
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bench.evaluators import answer
-from bench.records import Question
-from lipbounds.targets.attention import Attention
+
+if TYPE_CHECKING:
+    from bench.records import Question
+    from lipbounds.targets.attention import Attention
 
 
 WATCHED = "LIPBOUNDS_TESTS_WATCHED"
@@ -38,6 +44,8 @@ def answer_watched(block: Attention, question: Question, *rest: Any) -> Any:
     """
     import ray
 
+    from bench.evaluators import answer
+
     folder, node = Path(os.environ[WATCHED]), ray.get_runtime_context().get_node_id()
     (folder / f"{question.key}-{node}-{uuid.uuid4().hex}").touch()
     doomed = (folder / DOOMED).read_text() if (folder / DOOMED).exists() else ""
@@ -52,8 +60,25 @@ def answer_slowly(*arguments: Any) -> Any:
     Args:
         *arguments: of `answer`.
     """
+    from bench.evaluators import answer
+
     time.sleep(0.2)
     return answer(*arguments)
+
+
+def answer_but_exact_dies(block: Attention, question: Question, *rest: Any) -> Any:
+    """As `answer`, but asked for `exact` in the first layer it ends as where memory runs out.
+
+    Args:
+        block: the block.
+        question: what is evaluated there.
+        *rest: what else `answer` takes.
+    """
+    from bench.evaluators import answer
+
+    if question.bound == "exact" and question.layer == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return answer(block, question, *rest)
 
 
 def gpus_granted() -> list[int]:
@@ -65,18 +90,9 @@ def gpus_granted() -> list[int]:
 
 def where_it_runs() -> dict[str, Any]:
     """What an evaluation relies on."""
-    import threading
-
     import torch
 
     return {
         "main thread": threading.current_thread() is threading.main_thread(),  # time limits are signals
         "threads": torch.get_num_threads(),
     }
-
-
-def killed() -> None:
-    """Ends the process as the kernel does where memory runs out."""
-    import signal
-
-    os.kill(os.getpid(), signal.SIGKILL)
