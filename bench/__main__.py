@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bench import readme
 from bench.certified_data import NotAnswered
-from bench.commands import attention, balls, certified, robustness, speed, tightness
+from bench.commands import attention, balls, certified, robustness, scaling, speed, tightness
 from bench.commands.common import cluster_of
 from bench.machine import ROOT
 from bench.models import Model, zoo
@@ -35,6 +35,7 @@ TASKS = {
     "speed": "time and memory beside a forward pass",
     "attention": "attention maps beside local constants and attacks",
     "robustness": "robust accuracy of models trained with and without penalties",
+    "scaling": "time of the same evaluations with Ray and without",
     "readme": "copy the headline table into README.md",
 }
 
@@ -61,6 +62,8 @@ def main(arguments: Sequence[str] | None = None, models: Sequence[Model] | None 
     try:
         if options.task == "readme":
             return _readme(options)
+        if options.task == "scaling":
+            return scaling.run(options)
         if options.task in LONG:
             return LONG[options.task](options)
         return _on_blocks(options, zoo() if models is None else models)

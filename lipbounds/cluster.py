@@ -132,13 +132,14 @@ class Cluster:
 
 
 @contextmanager
-def connect(address: str | None = None, *, gpus_per_job: float = 0.0) -> Iterator[Cluster]:
+def connect(address: str | None = None, *, gpus_per_job: float = 0.0, cores: int | None = None) -> Iterator[Cluster]:
     """A cluster until the end of the `with` block; what this started ends there, too.
 
     Args:
         address: `host:port` of the head of a cluster; "auto" for the one that RAY_ADDRESS or `ray start` on this
             machine names; "local" for a new one of this machine; None for "auto" if there is one, or else "local".
         gpus_per_job: GPUs that each job asks for: a share below 1, or a whole number.
+        cores: how many jobs a new cluster of this machine runs at a time; one a core if None.
 
     Raises:
         ClusterError: Ray is missing, there is no cluster at the address, or none of its nodes can run a job.
@@ -159,7 +160,13 @@ def connect(address: str | None = None, *, gpus_per_job: float = 0.0) -> Iterato
     folders = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
     environment = {"PYTHONPATH": os.pathsep.join(filter(None, folders))}  # the same code, where the nodes share a disk
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": environment})
+        ray.init(
+            address=address,
+            num_cpus=cores,
+            log_to_driver=False,
+            logging_level="ERROR",
+            runtime_env={"env_vars": environment},
+        )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ClusterError(
             f"a Ray cluster must be running at {address or 'this machine'}, got {type(error).__name__}: "

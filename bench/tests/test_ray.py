@@ -287,10 +287,7 @@ def test_a_gpu_that_torch_cannot_use_is_named() -> None:
 def test_a_worker_with_another_version_of_a_bound_is_named() -> None:
     case = tiny_case()
     asked = dc.replace(question("tightness", case, registry.get("exact")), bound_version=99)
-    with pytest.raises(
-        ClusterError,
-        match="all nodes must have the same bounds, got version .* of exact on a worker and 99 at the driver",
-    ):
+    with pytest.raises(ClusterError, match=r"got version \d of exact on a worker and 99 at the driver"):
         evaluators.answer(case.block, asked, 1.0, None)
 
 
