@@ -20,6 +20,7 @@ PAGES = {
     "robustness.md": "python -m bench robustness",
     "attention.md": "python -m bench attention",
     "speed.md": "python -m bench speed",
+    "scaling.md": "python -m bench scaling",
     "nightly.md": "python -m verify.nightly",
     "detection.md": "python -m verify.faults.detection",
 }
