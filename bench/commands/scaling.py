@@ -82,7 +82,4 @@ def _busy(load: float) -> str:
     cores = os.cpu_count() or 1
     if load <= cores:
         return ""
-    return (
-        f", on {cores} cores: others kept it busy, times are several times those of an idle machine, and two processes "
-        "get two shares of it. What is said of the overhead of Ray holds; how far it scales, an idle machine has to say"
-    )
+    return f", on {cores} cores: others kept it busy, and how far Ray scales has to be measured on an idle machine"
