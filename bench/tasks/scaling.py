@@ -26,9 +26,9 @@ from lipbounds import registry
 from lipbounds.cluster import Cluster, connect
 
 
-MODEL, BLOCKS = "minilm", 3
+MODEL, BLOCKS = "minilm", 12
 METHODS = ("sharp_fast", "covariance.exact", "yudin2025.biased", "yudin2025_ball.biased", "lanczos")
-REPEATS = 2
+REPEATS = 3
 
 
 def run(
@@ -43,13 +43,13 @@ def run(
 
     Args:
         cores: how many jobs at a time at most.
-        blocks: of MiniLM at its first input.
+        blocks: of MiniLM at its first inputs.
         repeats: rounds of each kind.
         time_limit: seconds for one evaluation.
         advance: called before each kind of round with its name.
     """
     model = next(each for each in zoo() if each.name == MODEL)
-    cases = [*itertools.islice(model.cases(1), blocks)]
+    cases = [*itertools.islice(model.cases(model.inputs), blocks)]
     serial: list[dict[str, float]] = []
     rows = []
     for workers in range(1, cores + 1):
