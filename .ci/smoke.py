@@ -22,7 +22,7 @@ BASE = """
 import importlib.util, torch, lipbounds
 from lipbounds.capture import capture
 assert lipbounds.__file__.startswith(PREFIX), lipbounds.__file__
-for name in ("typer", "rich", "hypothesis", "pytest", "transformers", "sklearn", "bench", "verify"):
+for name in ("typer", "rich", "hypothesis", "pytest", "transformers", "sklearn", "ray", "bench", "verify"):
     assert importlib.util.find_spec(name) is None, f"{name} came in without an extra"
 model = torch.nn.TransformerEncoderLayer(8, 2, 8, batch_first=True).eval().requires_grad_(False)
 block = capture(model, torch.randn(1, 4, 8))[0].attention
@@ -66,11 +66,16 @@ def main() -> None:
         fresh.command(2, "bench", says="from a copy of the repository")
         fresh.install("models")
         fresh.python(LOADING)
+        fresh.command(2, "report", "digits-vit", "--ray", says="pip install 'lipbounds[ray]'")
         fresh.install("verify")
         fresh.pip("--no-deps", str(EXAMPLE))
         fresh.run("-m", "pytest", "-q", "-c", str(EXAMPLE / "pyproject.toml"), str(EXAMPLE / "tests"))
         fresh.install("bench")
         fresh.python(BENCH)
+        fresh.install("ray")
+        fresh.command(
+            0, "report", "digits-vit", "--layers", "0", "--ray", "local", says="Open report.html in a browser"
+        )
 
 
 def check_contents(wheel: Path, sdist: Path) -> None:

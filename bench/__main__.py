@@ -1,4 +1,4 @@
-"""`python -m bench [TASK] [--quick|--full] [--force]`: measure what is missing, write tables and figures."""
+"""`python -m bench [TASK] [--quick|--full] [--force] [--ray]`: measure what is missing, write tables and figures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,18 @@ from pathlib import Path
 
 from bench import readme
 from bench.certified_data import NotAnswered
-from bench.commands import attention, balls, certified, classifier, robustness, speed, tightness, training
+from bench.commands import (
+    attention,
+    balls,
+    certified,
+    classifier,
+    robustness,
+    scaling,
+    speed,
+    tightness,
+    training,
+)
+from bench.commands.common import cluster_of
 from bench.machine import ROOT
 from bench.models import Model, zoo
 from lipbounds.errors import LipboundsError
@@ -25,6 +36,7 @@ LONG: dict[str, Callable[..., int]] = {
     "robustness": robustness.run,
 }
 WITH_FULL = ("certified", "robustness")
+WITH_RAY = ("all", "tightness", "balls")
 TASKS = {
     "all": "tightness and balls, and the pages of the others from the records; with --quick, all of them",
     "tightness": "tables and figures of tightness",
@@ -34,6 +46,7 @@ TASKS = {
     "training": "what JaSMin adds to a training step",
     "attention": "attention maps beside local constants and attacks",
     "robustness": "robust accuracy of models trained with and without penalties",
+    "scaling": "time of the same evaluations with Ray and without",
     "readme": "copy the headline table into README.md",
 }
 
@@ -53,6 +66,10 @@ def main(arguments: Sequence[str] | None = None, models: Sequence[Model] | None 
         parser.error(f"--full goes with the tasks {' and '.join(WITH_FULL)}, without --quick")
     if options.task != "robustness" and (options.model or options.images):
         parser.error("--model and --images go with the task robustness")
+    if options.ray is not None and options.task not in WITH_RAY:
+        parser.error(f"--ray goes with the tasks {', '.join(WITH_RAY)}, got {options.task}")
+    if options.gpus_per_job and options.ray is None:
+        parser.error("--gpus-per-job goes with --ray: without Ray, blocks are evaluated on the CPU")
     if not options.time_limit > 0:
         parser.error(f"--time-limit must be above 0, got {options.time_limit:g}")
     try:
@@ -60,10 +77,12 @@ def main(arguments: Sequence[str] | None = None, models: Sequence[Model] | None 
             return _readme(options)
         if options.model or options.images:
             return classifier.run(options)
+        if options.task == "scaling":
+            return scaling.run(options)
         if options.task in LONG:
             return LONG[options.task](options)
         return _on_blocks(options, zoo() if models is None else models)
-    except LipboundsError as error:  # of the records, or of what the user passed
+    except LipboundsError as error:  # of the records, the cluster, or what the user passed
         print(f"bench: {error}", file=sys.stderr)
         return MISUSE
     except KeyboardInterrupt:
@@ -76,9 +95,10 @@ def main(arguments: Sequence[str] | None = None, models: Sequence[Model] | None 
 
 def _on_blocks(options: argparse.Namespace, models: Sequence[Model]) -> int:
     """The tasks on attention blocks, and with `all` the pages of the long ones."""
-    statuses = [tightness.run(options, models)] if options.task != "balls" else []
-    if options.task != "tightness":
-        statuses.append(balls.run(options, models))
+    with cluster_of(options) as cluster:
+        statuses = [tightness.run(options, models, cluster)] if options.task != "balls" else []
+        if options.task != "tightness":
+            statuses.append(balls.run(options, models, cluster))
     for name, run in LONG.items() if options.task == "all" else ():
         try:
             statuses.append(run(options, only_read=not options.quick))
@@ -114,6 +134,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--force", action="store_true", help="evaluate again what is in the records")
     parser.add_argument("--results", type=Path, default=ROOT / "results", metavar="DIR", help="default: results")
     parser.add_argument("--time-limit", type=float, default=120.0, metavar="S", help="seconds for one evaluation")
+    parser.add_argument(
+        "--ray", nargs="?", const="", metavar="ADDRESS",
+        help="tightness and balls: evaluate on the Ray cluster at host:port, auto or local; without an address, on the "
+        "running one or else on all cores of this machine. Needs `pip install 'lipbounds[ray]'`",
+    )  # fmt: skip
+    parser.add_argument(
+        "--gpus-per-job", type=float, default=0.0, metavar="G", help="with --ray: evaluate on GPUs, G for each job"
+    )
     parser.add_argument(
         "--check", action="store_true", help="readme: exit with 1 if the README is stale, write nothing"
     )

@@ -82,7 +82,7 @@ def evaluate(
     spec: BoundSpec,
     *,
     time_limit: float,
-    environment: str,
+    environment: str = "",
     relative_radius: float | None = None,
 ) -> Record:
     """Evaluate and describe what happened; a failure is a record, too. Only an interrupt by the user gets out.
@@ -92,7 +92,7 @@ def evaluate(
         block: the block.
         spec: the bound or estimator.
         time_limit: seconds; it ends the evaluation between two operations of torch, not inside one. Not on Windows.
-        environment: id of the environment line.
+        environment: id of the environment line, where it is known.
         relative_radius: the radius in units of the input, for the tables.
     """
     options = {**asked.options, **({} if asked.seed is None else {"seed": asked.seed})}
@@ -118,9 +118,33 @@ def evaluate(
     except Exception as error:
         status, answer = "failed", {"error": f"{type(error).__name__}: {error}"}
     seconds = round(time.perf_counter() - start, 6)  # the clock tells no more
+    return Record(
+        **_described(asked, block, spec, relative_radius),
+        **answer,
+        seconds=seconds,
+        status=status,
+        environment=environment,
+    )
+
+
+def lost(asked: Question, block: Attention, spec: BoundSpec, error: str, relative_radius: float | None) -> Record:
+    """The record of an evaluation of which nothing came back, not even an error: that failed, too.
+
+    Args:
+        asked: what `question` returned for this block and spec.
+        block: the block.
+        spec: the bound or estimator.
+        error: what is known of the reason.
+        relative_radius: the radius in units of the input, for the tables.
+    """
+    described = _described(asked, block, spec, relative_radius)
+    return Record(**described, seconds=0.0, status="failed", error=error, environment="")
+
+
+def _described(asked: Question, block: Attention, spec: BoundSpec, relative_radius: float | None) -> dict[str, Any]:
+    """What a record says besides the answer."""
     claim = {"kind": spec.claim.kind, "scope": spec.claim.scope, "relative_radius": relative_radius}
-    sizes = {"tokens": block.tokens, "heads": block.heads}
-    return Record(question=asked, **sizes, **claim, **answer, seconds=seconds, status=status, environment=environment)
+    return {"question": asked, "tokens": block.tokens, "heads": block.heads, **claim}
 
 
 def _means(parts: dict[str, Tensor]) -> dict[str, float]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses as dc
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from bench.evaluate import Case, evaluate, question
-from bench.machine import environment
-from bench.radii import Radius
-from bench.records import Record
+from bench.evaluate import Case, question
+from bench.evaluators import Evaluator
+from bench.records import Record, content_hash
 from bench.store import RecordStore
+from bench.walk import Asked, Chain, Walk, walks_at
 from lipbounds.registry import BoundSpec
 
 
@@ -34,7 +35,7 @@ class Outcome:
 
 @dc.dataclass
 class Session:
-    """Evaluates, or takes from the store.
+    """Evaluates, or takes from the store. It alone writes there, wherever evaluations are made.
 
     Args:
         store: where records come from and go to.
@@ -42,9 +43,8 @@ class Session:
         methods: what the environment line declares.
         models: descriptions of the models by name, for the same line.
         force: evaluate what is in the store again, too.
-        time_limit: seconds for one evaluation.
         command: the command line, for the environment line.
-        outcome: what is counted.
+        evaluator: where evaluations are made.
     """
 
     store: RecordStore
@@ -52,51 +52,77 @@ class Session:
     methods: Iterable[BoundSpec]
     models: dict[str, str]
     force: bool
-    time_limit: float
     command: str
-    outcome: Outcome
-    _environment: str = ""
+    evaluator: Evaluator
+    outcome: Outcome = dc.field(default_factory=Outcome)
+    _environments: dict[str, str] = dc.field(default_factory=dict)
 
-    def answer(self, case: Case, spec: BoundSpec, options: dict[str, Any], radius: Radius | None = None) -> Record:
-        """The record of one evaluation, from the store if it is settled there.
+    def run(
+        self, blocks: Iterable[tuple[Case, Sequence[Chain]]], done: Callable[[Case], None] = lambda case: None
+    ) -> None:
+        """Answer every question of every chain; the keys of the outcome are in the order of the chains.
 
         Args:
-            case: the block.
-            spec: the bound or estimator.
-            options: of the bound.
-            radius: where its scope has one.
+            blocks: with what is asked at each; taken one by one, as there is room.
+            done: called when all chains of a block have ended.
         """
-        asked = question(self.task, case, spec, options, None if radius is None else radius.value)
-        self.outcome.keys.append(asked.key)
-        known = self.store.records.get(asked.key)
-        if known is not None and known.settled and not self.force:
-            self.outcome.reused += 1
-            return known
-        record = evaluate(
-            asked,
-            case.block,
-            spec,
-            time_limit=self.time_limit,
-            environment=self.environment(),
-            relative_radius=None if radius is None else radius.relative,
-        )
-        self.store.append(record)
-        self.outcome.evaluated += 1
-        return record
+        walks: list[Walk] = []
+        waiting = self._waiting(blocks, walks, done)
+        going_on: deque[Walk] = deque()
+        while True:
+            while self.evaluator.room and (walk := going_on.popleft() if going_on else next(waiting, None)):
+                assert walk.asked is not None
+                self.evaluator.submit(walk, walk.asked)
+            if not self.evaluator.busy:
+                break
+            walk, record, state = self.evaluator.finished()
+            record = dc.replace(record, environment=self._environment(state))
+            self.store.append(record)
+            self.outcome.evaluated += 1
+            if self._step(walk, record, done):
+                going_on.append(walk)
+        self.outcome.keys += [key for walk in walks for key in walk.keys]
 
-    def environment(self) -> str:
-        """The id of this run's environment line, written with the first record: a run that adds nothing leaves none."""
-        if not self._environment:
-            self._environment = self.store.add_environment(
+    def _waiting(
+        self, blocks: Iterable[tuple[Case, Sequence[Chain]]], walks: list[Walk], done: Callable[[Case], None]
+    ) -> Iterator[Walk]:
+        """The chains that wait for an evaluation; those that need none are walked to their end on the way."""
+        for case, chains in blocks:
+            for walk in walks_at(case, chains):
+                walks.append(walk)
+                if self._step(walk, None, done):
+                    yield walk
+
+    def _step(self, walk: Walk, record: Record | None, done: Callable[[Case], None]) -> bool:
+        """Go on to the next question without a settled answer; False at the end of the chain."""
+        while (method := walk.next(record)) is not None:
+            radius = None if method.radius is None else method.radius.value
+            asked = self.evaluator.asked(question(self.task, walk.block.case, method.spec, method.options, radius))
+            walk.keys.append(asked.key)
+            known = self.store.records.get(asked.key)
+            if known is None or not known.settled or self.force:
+                walk.asked = Asked(asked, walk.block, method)
+                return True
+            self.outcome.reused += 1
+            record = known
+        if not walk.block.left:
+            done(walk.block.case)
+        return False
+
+    def _environment(self, state: dict[str, Any]) -> str:
+        """The id of the line of an environment, written with its first record: a run that adds nothing leaves none."""
+        key = content_hash(state)
+        if key not in self._environments:
+            self._environments[key] = self.store.add_environment(
                 {
                     "started": datetime.now(UTC).isoformat(timespec="milliseconds"),
                     "command": self.command,
-                    "environment": environment(),
+                    "environment": state,
                     "methods": {spec.name: declaration(spec) for spec in self.methods},
                     "models": self.models,
                 }
             )
-        return self._environment
+        return self._environments[key]
 
 
 def declaration(spec: BoundSpec) -> dict[str, Any]:

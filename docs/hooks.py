@@ -21,6 +21,7 @@ PAGES = {
     "attention.md": "python -m bench attention",
     "speed.md": "python -m bench speed",
     "training.md": "python -m bench training",
+    "scaling.md": "python -m bench scaling",
     "nightly.md": "python -m verify.nightly",
     "detection.md": "python -m verify.faults.detection",
 }

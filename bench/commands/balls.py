@@ -11,14 +11,16 @@ from bench.commands.common import command_of, folder_of, shown, told
 from bench.models import Model
 from bench.store import RecordStore, write_atomically
 from bench.tasks import balls as task
+from lipbounds.cluster import Cluster
 
 
-def run(options: argparse.Namespace, models: Sequence[Model]) -> int:
+def run(options: argparse.Namespace, models: Sequence[Model], cluster: Cluster | None = None) -> int:
     """Evaluate what is missing, write the page and the figure; 1 if something failed or is refuted.
 
     Args:
         options: the command line.
         models: of which some have blocks in the figure.
+        cluster: where evaluations are made; None for this process.
     """
     command = command_of(options, "balls")
     with RecordStore(options.results / "balls.jsonl") as store:
@@ -28,6 +30,7 @@ def run(options: argparse.Namespace, models: Sequence[Model]) -> int:
             force=options.force,
             time_limit=options.time_limit,
             command=command,
+            cluster=cluster,
             models=models,
             advance=lambda case: print(f"balls: {case.model}, layer {case.layer}", file=sys.stderr),
         )

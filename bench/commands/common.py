@@ -13,6 +13,7 @@ from rich.progress import Progress
 
 from bench.certified_data import Answers
 from bench.machine import ROOT
+from lipbounds.cluster import Cluster, connect
 
 
 def profile_of(options: argparse.Namespace) -> str:
@@ -24,6 +25,16 @@ def command_of(options: argparse.Namespace, task: str) -> str:
     """The command line that a page is made by."""
     profile = profile_of(options)
     return f"python -m bench {task}" + ("" if profile == "standard" else f" --{profile}")
+
+
+@contextmanager
+def cluster_of(options: argparse.Namespace) -> Iterator[Cluster | None]:
+    """The Ray cluster that the options name; None without --ray."""
+    if options.ray is None:
+        yield None
+        return
+    with connect(options.ray or None, gpus_per_job=options.gpus_per_job) as cluster:
+        yield cluster
 
 
 def folder_of(options: argparse.Namespace) -> Path:

@@ -22,14 +22,16 @@ from bench.records import RecordError, without_infinities
 from bench.store import RecordStore, write_atomically
 from bench.tasks import tightness
 from lipbounds import registry
+from lipbounds.cluster import Cluster
 
 
-def run(options: argparse.Namespace, models: Sequence[Model]) -> int:
+def run(options: argparse.Namespace, models: Sequence[Model], cluster: Cluster | None = None) -> int:
     """Evaluate what is missing, write tables and figures; 1 if something failed or is refuted.
 
     Args:
         options: the command line.
         models: whose blocks are bounded.
+        cluster: where evaluations are made; None for this process.
     """
     command = command_of(options, "tightness")
     with RecordStore(options.results / "tightness.jsonl") as store:
@@ -43,6 +45,7 @@ def run(options: argparse.Namespace, models: Sequence[Model]) -> int:
                 force=options.force,
                 time_limit=options.time_limit,
                 command=command,
+                cluster=cluster,
                 advance=advance,
             )
         store.compact()

@@ -13,11 +13,14 @@ from typing import Any
 import torch
 
 from bench.evaluate import Case
+from bench.evaluators import evaluator
 from bench.models import Model, tensors_hash, zoo
 from bench.radii import Radius
 from bench.session import Outcome, Session
 from bench.store import RecordStore
+from bench.walk import Method, once
 from lipbounds import registry
+from lipbounds.cluster import Cluster
 from lipbounds.targets.attention import Attention
 
 
@@ -80,6 +83,7 @@ def run(
     force: bool = False,
     time_limit: float = 120.0,
     command: str = "",
+    cluster: Cluster | None = None,
     models: Sequence[Model] | None = None,
     advance: Callable[[Case], None] = lambda case: None,
 ) -> Outcome:
@@ -91,19 +95,25 @@ def run(
         force: evaluate what is in the store again, too.
         time_limit: seconds for one evaluation.
         command: the command line, for the environment line.
+        cluster: where evaluations are made; None for this process.
         models: by default the zoo.
         advance: called after each block.
     """
-    outcome = Outcome()
-    answering = Session(
+    session = Session(
         store=store, task=TASK, methods=[registry.get(name) for name in (*UPPERS, LOWER)], models={}, force=force,
-        time_limit=time_limit, command=command, outcome=outcome,
+        command=command, evaluator=evaluator(cluster, time_limit),
     )  # fmt: skip
-    for case, radii in cases(quick, models):
-        centre = registry.get(UPPERS[0])
-        answering.answer(case, centre, OPTIONS.get(centre.name, {}), Radius(0.0, 0.0))
-        for radius in radii:
-            for name in (*UPPERS, LOWER):
-                answering.answer(case, registry.get(name), OPTIONS.get(name, {}), radius)
-        advance(case)
-    return outcome
+    session.run(((case, [*map(once, _methods(radii))]) for case, radii in cases(quick, models)), done=advance)
+    return session.outcome
+
+
+def _methods(radii: Sequence[Radius]) -> Iterator[Method]:
+    """The centre first, then every method on every ball."""
+    yield _method(UPPERS[0], Radius(0.0, 0.0))
+    for radius in radii:
+        for name in (*UPPERS, LOWER):
+            yield _method(name, radius)
+
+
+def _method(name: str, radius: Radius) -> Method:
+    return Method(registry.get(name), OPTIONS.get(name, {}), radius)

@@ -7,16 +7,18 @@ input is a lower bound of the constant on every set around it.
 
 from __future__ import annotations
 
-import dataclasses as dc
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from bench.evaluate import Case
+from bench.evaluators import evaluator
 from bench.models import Model
-from bench.radii import INPUTS, SEARCHED_INPUTS, Radius, radii
+from bench.radii import INPUTS, SEARCHED_INPUTS, radii
 from bench.session import Outcome, Session, declaration
 from bench.store import RecordStore
+from bench.walk import Chain, Method, once
 from lipbounds import registry
+from lipbounds.cluster import Cluster
 from lipbounds.registry import BoundSpec
 
 
@@ -33,14 +35,6 @@ LARGEST_RESIDUAL = 1e-6
 CERTIFICATE_OPTIONS = {"delta": 1e-9, "steps": 60}  # 2 to 3 % above the truth in dimensions up to 50 000
 
 
-class Method(NamedTuple):
-    """A bound or estimator as it is evaluated: with its options, and the radius where its scope has one."""
-
-    spec: BoundSpec
-    options: dict[str, Any]
-    radius: Radius | None = None
-
-
 def run(
     store: RecordStore,
     models: Iterable[Model],
@@ -49,6 +43,7 @@ def run(
     force: bool = False,
     time_limit: float = 120.0,
     command: str = "",
+    cluster: Cluster | None = None,
     advance: Callable[[Case, float], None] = lambda case, seconds: None,
 ) -> Outcome:
     """Evaluate everything that is not in the store yet.
@@ -60,21 +55,26 @@ def run(
         force: evaluate what is in the store again, too.
         time_limit: seconds for one evaluation.
         command: the command line, for the environment line.
+        cluster: where evaluations are made; None for this process.
         advance: called after each block with the seconds it was expected to take.
     """
-    outcome = Outcome()
     models = list(models)
-    session = _Tightness(
+    session = Session(
         store=store, task=TASK, methods=registry.select(), models={model.name: model.description for model in models},
-        force=force, time_limit=time_limit, command=command, outcome=outcome,
+        force=force, command=command, evaluator=evaluator(cluster, time_limit),
     )  # fmt: skip
+    seconds = {model.name: model.seconds for model in models}
+    session.run(_blocks(models, quick, session.outcome.problems), done=lambda case: advance(case, seconds[case.model]))
+    return session.outcome
+
+
+def _blocks(models: Iterable[Model], quick: bool, problems: dict[str, str]) -> Iterator[tuple[Case, list[Chain]]]:
+    """Every method at one block after the other."""
     for model in models:
         inputs: set[str] = set()
-        for case in _cases(model, model.count(quick), outcome.problems):
+        for case in _cases(model, model.count(quick), problems):
             inputs.add(case.input)
-            session.bound(case, len(inputs))
-            advance(case, model.seconds)
-    return outcome
+            yield case, [*map(once, methods(case, len(inputs))), _lanczos()]
 
 
 def _cases(model: Model, count: int, problems: dict[str, str]) -> Iterator[Case]:
@@ -85,22 +85,12 @@ def _cases(model: Model, count: int, problems: dict[str, str]) -> Iterator[Case]
         problems[model.name] = f"{type(error).__name__}: {error}"
 
 
-@dc.dataclass
-class _Tightness(Session):
-    """Every method at one block after the other."""
-
-    def bound(self, case: Case, number: int) -> None:
-        """Every method at one block, whose input is the one of that number, from 1, among those of the model."""
-        for method in methods(case, number):
-            self.answer(case, *method)
-        self._lanczos(case)
-
-    def _lanczos(self, case: Case) -> None:
-        """The lower bound, with more steps until the Ritz vector is an eigenvector for all that matters."""
-        for steps in STEPS:
-            record = self.answer(case, registry.get(LOWER), {"steps": steps})
-            if record.status != "ok" or record.details.get("residual", 0.0) <= LARGEST_RESIDUAL:
-                return
+def _lanczos() -> Chain:
+    """The lower bound, with more steps until the Ritz vector is an eigenvector for all that matters."""
+    for steps in STEPS:
+        record = yield Method(registry.get(LOWER), {"steps": steps})
+        if record.status != "ok" or record.details.get("residual", 0.0) <= LARGEST_RESIDUAL:
+            return
 
 
 def methods(case: Case, number: int = 1) -> Iterator[Method]:

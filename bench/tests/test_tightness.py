@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import session
+from bench import evaluators
 from bench.evaluate import Case, evaluate, question
 from bench.records import Record
 from bench.store import RecordStore, read
@@ -195,7 +195,7 @@ def test_a_run_killed_anywhere_loses_only_the_evaluation_in_flight(
         return evaluate(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(session, "evaluate", killed)
+        patch.setattr(evaluators, "evaluate", killed)
         with pytest.raises(KeyboardInterrupt):
             run(path)
     assert len(read(path).records) == calls
@@ -214,7 +214,7 @@ def test_failures_are_tried_again_and_what_is_settled_is_not(path: Path, monkeyp
         return evaluate(asked, block, replaced, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(session, "evaluate", failing)
+        patch.setattr(evaluators, "evaluate", failing)
         run(path)
     assert sum(each.status == "failed" for each in read(path).records.values()) == BLOCKS
     assert run(path).evaluated == BLOCKS

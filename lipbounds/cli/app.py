@@ -14,7 +14,7 @@ app = typer.Typer(
 
 # One line a command. Its file imports torch and what an extra brings inside the function: --help waits for neither.
 app.command("bounds")(bounds.command)
-app.command("report")(report.command)
+app.command("report", cls=report.WithRay)(report.command)
 app.command("verify")(verify.command)
 app.command("bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench.command)
 app.command("compare")(compare.command)

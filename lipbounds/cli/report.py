@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
+from typer.core import TyperCommand
 
 from lipbounds.cli.console import output, progress
 from lipbounds.cli.options import Device, Dtype, Seed
 
 
 if TYPE_CHECKING:
+    from lipbounds.cluster import Cluster
     from lipbounds.models.loading import LoadedModel
     from lipbounds.report import ModelInput
+
+
+class WithRay(TyperCommand):
+    """Typer has no options with a value that may be left out: `--ray` alone becomes `--ray=`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse, with a bare --ray where no value follows."""
+        ends = [*args[1:], "-"]
+        bare = [one == "--ray" and after.startswith("-") for one, after in zip(args, ends, strict=True)]
+        return super().parse_args(ctx, [f"{one}=" if alone else one for one, alone in zip(args, bare, strict=True)])
 
 
 def command(
@@ -42,6 +56,16 @@ def command(
     max_seconds: Annotated[
         float | None, typer.Option(help="After which nothing new is begun; the page names what is missing.")
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="[ADDRESS]",
+            help="Compute on the Ray cluster at host:port, auto or local; without an address, on the running one or "
+            "else on all cores of this machine.",
+        ),
+    ] = None,
+    gpus_per_job: Annotated[float, typer.Option(help="With --ray: compute on GPUs, so many for each job.")] = 0.0,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the code that comes with a Hugging Face checkpoint.")
     ] = False,
@@ -53,7 +77,7 @@ def command(
     from lipbounds.files import check_writable, write_atomically
     from lipbounds.models.loading import load_model
     from lipbounds.report import measure, to_json, write_page
-    from lipbounds.report.layer import plan
+    from lipbounds.report.stages import plan
     from lipbounds.report.summary import summary
 
     for path in (page, json):
@@ -62,7 +86,7 @@ def command(
     if json is not None and json.resolve() == page.resolve():
         raise typer.BadParameter("--json and --output must be two files")
     plan(bounds=bounds or (), radii=eps or None, delta=1e-9, seed=seed)  # a wrong name is told before a model is loaded
-    with progress() as bar:
+    with progress() as bar, _cluster(ray, gpus_per_job) as cluster:
         task = bar.add_task(escape(f"{model}: loading"), total=1.0)
         loaded = load_model(model, trust_remote_code=trust_remote_code)
         runs = _runs(loaded, text, data, images, device, dtype)
@@ -75,6 +99,7 @@ def command(
             layers=layers or (),
             seed=seed,
             max_seconds=max_seconds,
+            cluster=cluster,
             progress=lambda what, share: bar.update(task, completed=share, description=escape(f"{model}: {what}")),
         )
     write_page(found, page)
@@ -83,6 +108,20 @@ def command(
     for run in found.inputs:
         output.print(summary(run), highlight=False, markup=False, soft_wrap=True)
     output.print(f"Open {page} in a browser.", highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _cluster(address: str | None, gpus_per_job: float) -> Iterator[Cluster | None]:
+    """The Ray cluster that the options name; None without --ray."""
+    if address is None:
+        if gpus_per_job:
+            raise typer.BadParameter("--gpus-per-job goes with --ray; without, pass --device cuda")
+        yield None
+        return
+    from lipbounds.cluster import connect
+
+    with connect(address or None, gpus_per_job=gpus_per_job) as found:
+        yield found
 
 
 def _runs(

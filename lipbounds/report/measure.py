@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses as dc
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,13 +11,13 @@ from torch import Tensor, nn
 
 from lipbounds import __version__
 from lipbounds.capture import CapturedAttention, capture
+from lipbounds.cluster import Cluster
 from lipbounds.errors import InvalidInput
 from lipbounds.report.contents import InputReport, ModelReport
-from lipbounds.report.layer import LayerWork, Plan, plan
+from lipbounds.report.jobs import Progress, run_jobs
+from lipbounds.report.layer import LayerWork
 from lipbounds.report.maps import without_most_maps
-
-
-Progress = Callable[[str, float], None]
+from lipbounds.report.stages import plan, stages
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -49,6 +48,7 @@ def measure(
     delta: float = 1e-9,
     seed: int = 0,
     max_seconds: float | None = None,
+    cluster: Cluster | None = None,
     progress: Progress | None = None,
 ) -> ModelReport:
     """The numbers of a report on the attention of a model: proved, probable and lower bounds, layer by layer.
@@ -68,11 +68,13 @@ def measure(
         delta: with which each probable bound may fail.
         seed: of all random starts.
         max_seconds: after which nothing new is begun; what is missing then is named in the report.
+        cluster: where the numbers are computed, from `lipbounds.cluster.connect`; None for this process.
         progress: told what is being done, and which share is.
 
     Raises:
         InvalidInput: an argument breaks a rule above.
         Unsupported: no attention is found, or one that `capture` cannot express.
+        ClusterError: the cluster cannot run the jobs.
     """
     wanted = plan(bounds=bounds, radii=radii, delta=delta, seed=seed)
     if max_seconds is not None and not max_seconds > 0:
@@ -84,10 +86,12 @@ def measure(
         tell("running the model", 0.02 * number / len(runs))
         with torch.no_grad():
             found = capture(model, *run.args, **run.kwargs)
-        work.append([LayerWork(one, run.labels, wanted) for one in _chosen(found, layers)])
-    _compute([one for blocks in work for one in blocks], wanted, max_seconds, tell)
+        work.append([LayerWork(one, run.labels) for one in _chosen(found, layers)])
+    order = stages(wanted)
+    jobs = [(one, stage) for stage in order for blocks in work for one in blocks]
+    run_jobs(jobs, wanted, cluster, max_seconds, lambda what, share: tell(what, 0.02 + 0.98 * share))
     measured = tuple(
-        InputReport(name=run.name, layers=tuple(part for one in blocks for part in one.reports()))
+        InputReport(name=run.name, layers=tuple(part for one in blocks for part in one.reports(order)))
         for run, blocks in zip(runs, work, strict=True)
     )
     parameter = next(iter(model.parameters()), torch.zeros(()))
@@ -120,29 +124,3 @@ def _chosen(found: list[CapturedAttention], layers: Sequence[int]) -> list[Captu
     if missing:
         raise InvalidInput(f"layers must be among 0 to {len(found) - 1}, the attention calls found, got {missing}.")
     return [one for one in found if not layers or one.index in layers]
-
-
-def _compute(work: list[LayerWork], wanted: Plan, max_seconds: float | None, tell: Progress) -> None:
-    """Stage by stage, so that a limit of time leaves the same numbers for as many layers as possible."""
-    deadline = None if max_seconds is None else time.monotonic() + max_seconds
-    stages: list[tuple[str, Callable[[LayerWork], None], float]] = [
-        ("layers", LayerWork.whole, 2.0),
-        ("heads", LayerWork.heads, 2.0),
-        ("tokens", LayerWork.tokens, 1.0),
-        *[(f"ball {radius:g}", _on_ball(radius), 1.5) for radius in wanted.radii],
-    ]
-    total = sum(share for _, _, share in stages) * len(work)
-    done = 0.0
-    for what, stage, share in stages:
-        for one in work:
-            tell(f"layer {one.found.index}: {what}", 0.02 + 0.98 * done / total)
-            if deadline is not None and time.monotonic() > deadline:
-                one.skip(what, max_seconds)
-            else:
-                with torch.no_grad():
-                    stage(one)
-            done += share
-
-
-def _on_ball(radius: float) -> Callable[[LayerWork], None]:
-    return lambda work: work.ball(radius)

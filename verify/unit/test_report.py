@@ -15,8 +15,7 @@ from lipbounds.capture import capture
 from lipbounds.errors import InvalidInput, UnknownBound, Unsupported
 from lipbounds.estimators import tokens
 from lipbounds.estimators.tokens import token_lower
-from lipbounds.report import from_json, maps, measure, to_json
-from lipbounds.report import layer as layer_module
+from lipbounds.report import from_json, maps, measure, stages, to_json
 from lipbounds.report.contents import Number, shown
 from lipbounds.report.heads import heads_alone
 from lipbounds.report.page import page
@@ -171,7 +170,7 @@ def test_what_there_was_no_time_for_is_named() -> None:
 
 
 def test_tokens_are_left_out_where_there_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer_module, "MAX_TOKENS", 5)
+    monkeypatch.setattr(stages, "MAX_TOKENS", 5)
     report = measure(tiny_model(), tiny_input(), bounds=["covariance.trace"], radii=[], layers=[0])
     layer = report.inputs[0].layers[0]
     assert layer.tokens == ()
