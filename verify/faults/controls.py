@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lipbounds.claims import FEATURES
 from lipbounds.rounding import cast_down, cast_up
 from lipbounds.targets.attention import Attention
-from verify.faults.fault import planted
+from verify.faults.fault import UNNORMED, planted
 from verify.faults.faults_estimators import certified, sound_factor
 from verify.faults.faults_sharp import GramBlocks, Parts
 from verify.faults.right import (
@@ -91,7 +90,7 @@ def mixing_by_gram_blocks(block: Attention) -> Tensor:
     return Parts()(block)
 
 
-@planted(supports=tuple(FEATURES))
+@planted(supports=UNNORMED)
 def turned_queries_and_keys(block: Attention) -> Tensor:
     """Right: the norms of turned queries and keys, apart from those of the weights."""
     return turned()(block)
