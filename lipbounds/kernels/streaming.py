@@ -148,7 +148,9 @@ def streaming_theorem_3(block: Attention, *, passes: int = PASSES, chunk: int | 
     if block.query_rotation is not None:
         raise UnsupportedAttention("streaming_theorem_3 takes no rotary positions; use yudin2025.biased.")
     if block.query_norm is not None:
-        raise UnsupportedAttention("streaming_theorem_3 takes no QK-norm; lipbounds.select(block=block) lists what does.")
+        raise UnsupportedAttention(
+            "streaming_theorem_3 takes no QK-norm; lipbounds.select(block=block) lists what does."
+        )
     wide = block.double
     error = logit_error(wide)  # of the queries and keys, too, which the two functions below take as given
     options = {"logit_bias": wide.mask, "chunk": chunk}

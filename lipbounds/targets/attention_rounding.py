@@ -14,10 +14,10 @@ Rotary positions: a rotation of norm rho multiplies the error so far by rho and 
 products and a sum in each entry of a pair, |.| Euclidean). Q is then off by gamma(D + 5) rho ||[x_i 1]|| ||[W_Q;
 b_Q]||_F, K likewise, and eta_i has both rho as factors and 10 more roundings in K.
 
-QK-norm (lipbounds.targets.rms_norm): with z' what is projected as computed, e its error, |.| over the features that are
-normalised together, every point between z and z' has at least the length |z'| - e; so there r <= r* = (max(0, |z'| - e)^2
-/ D + eps)^(-1/2), and N moves by at most max|w| r* e. Its own evaluation adds gamma(D + 12) |N(z')|, and a rotation what it
-adds above. With the errors e_q, e_k of whole rows that come out,
+QK-norm (lipbounds.targets.rms_norm): let z' be what is projected, as computed, e its error, and |.| over the features
+that are normalised together. Every point between z and z' has at least the length |z'| - e; so there r is at most r* =
+(max(0, |z'| - e)^2 / D + eps)^(-1/2), and N moves by at most max|w| r* e. Its own evaluation adds gamma(D + 12)
+|N(z')|, and a rotation what it adds above. With the errors e_q, e_k of whole rows that come out,
 
     eta_i = s ( |q_i| e_k + e_q (|k_j| + e_k) + gamma(d + 6) |q_i| |k_j| ) + 2 u max_j |B_ij|,    largest over j.
 """

@@ -1,8 +1,8 @@
 r"""QK-norm: queries and keys divided by their root mean square (RMSNorm) before they are turned by rotary positions.
 
-For one token let z be what is projected, x W + b, of one head (d features, `over="head"`, as in Qwen3 and Gemma 3) or of
-all heads side by side (H d features, `over="all_heads"`, as in OLMo 2), and D the number of its features. With r = (|z|^2
-/ D + e)^(-1/2), u = r z and weights w,
+For one token let z be what is projected, x W + b, of one head (d features, `over="head"`, as in Qwen3 and Gemma 3) or
+of all heads side by side (H d features, `over="all_heads"`, as in OLMo 2), and D the number of its features. With r =
+(|z|^2 / D + e)^(-1/2), u = r z and weights w,
 
     N(z) = w u,      dN = w r ( I - u u^T / D ) dz      (products with w entry by entry).
 

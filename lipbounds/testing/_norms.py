@@ -1,7 +1,7 @@
 r"""QK-norm as the judge computes it: N(k) = w r k with r = (mean k^2 + eps)^(-1/2), see lipbounds.testing.oracles.
 
-Shares no code with the library that it judges. Sizes for error analysis are the same formulas on absolute values, with r
-taken at the numbers themselves (`at`); by how much r magnifies their errors is `magnified`.
+Shares no code with the library that it judges. Sizes for error analysis are the same formulas on absolute values, with
+r taken at the numbers themselves (`at`); by how much r magnifies their errors is `magnified`.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ def _projected(
 def _normalised(
     block: Attention, weight: Tensor | None, rows: list[Decimals], changes: list[Decimals]
 ) -> tuple[list[Decimals], list[Decimals]]:
-    """Of each head the normalised rows w k / sqrt(m) with m = mean k^2 + eps, and their changes by the quotient rule."""
+    """Of each head the normalised rows w k / sqrt(m), m = mean k^2 + eps, and their changes by the quotient rule."""
     if weight is None or block.norm_eps is None:
         return rows, changes
     alone = [[head] for head in range(len(rows))]
@@ -101,8 +101,8 @@ def _normalised(
     found: tuple[list[Decimals], list[Decimals]] = ([], [])
     for head, others in enumerate(together):
         count = Decimal(len(others) * rows[head].shape[1])
-        square = sum((rows[g] * rows[g]).sum(1) for g in others) / count + Decimal(block.norm_eps)
-        change = sum((2 * rows[g] * changes[g]).sum(1) for g in others) / count
+        square: Any = sum((rows[g] * rows[g]).sum(1) for g in others) / count + Decimal(block.norm_eps)
+        change: Any = sum((2 * rows[g] * changes[g]).sum(1) for g in others) / count
         root = np.array([entry.sqrt() for entry in square], dtype=object)[:, None]
         slope = (change / (2 * square))[:, None]
         gain = _exact(weight[head])

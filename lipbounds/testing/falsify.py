@@ -216,7 +216,14 @@ def _settings(spec: BoundSpec, random: Random) -> Iterator[tuple[Setting, int]]:
     """Small shapes with one feature at a time, quickly and then again, then any shapes and features, ever longer."""
     turned: list[dict[str, Any]] = [{"rotary": True}, {"rotary": True, "biases": True}]
     normed: list[dict[str, Any]] = [{"norm_over": "head"}, {"norm_over": "all_heads", "heads": 2, "biases": True}]
-    alone: list[dict[str, Any]] = [{}, *turned, *normed, {"heads": 2}, {"biases": True}, *({"mask": mask} for mask in MASKS[1:])]
+    alone: list[dict[str, Any]] = [
+        {},
+        *turned,
+        *normed,
+        {"heads": 2},
+        {"biases": True},
+        *({"mask": mask} for mask in MASKS[1:]),
+    ]
     alone += [{"moves": "query"}, {"moves": "memory"}, {"scale": -0.7}]
     # One query: where it moves, nothing is left but the softmax, with more keys than two.
     one_query = [

@@ -19,9 +19,9 @@ Rotary positions put R_i q_i for q_i and R_j k_j for k_j in these formulas, W_Q 
 
 for K_j - K_t, with R as dense matrices: where two tokens have the same position nothing cancels, as before.
 
-QK-norm puts N(k) = w r k for k before it is turned, r = (mean k^2 + eps)^(-1/2), and for W_Q the transposed derivative of
-a normalised query by its token, r (W_Q - c u^T / D) w with u = r k and c = sum W_Q u over what is normalised together. Its
-differences are formed from those of the tokens, too,
+QK-norm puts N(k) = w r k for k before it is turned, r = (mean k^2 + eps)^(-1/2), and for W_Q the transposed derivative
+of a normalised query by its token, r (W_Q - c u^T / D) w with u = r k and c = sum W_Q u over what is normalised
+together. Its differences are formed from those of the tokens, too,
 
     N(k_j) - N(k_t) = w ( r_j (k_j - k_t) + (r_j - r_t) k_t ),   r_j - r_t = mean((k_t - k_j)(k_t + k_j)) r_j^2 r_t^2 /
                                                                             (r_j + r_t).
@@ -103,8 +103,8 @@ def truth_slack(block: Attention) -> Float[Tensor, "*batch"]:
     The rounding of each product and sum is at most gamma times the same formula on absolute values; an error of at
     most d in the logits of a row moves each of its probabilities by a factor within exp(2 d), and a term holds up to
     three of them; probabilities below the range of floats are lost. About 1e-13 of the norm on ordinary blocks.
-    Where queries and keys are normalised, an error of k moves r by at most mean(|k| |error|) r^2 of itself; a term holds
-    up to nine r, for which 16 times that is taken.
+    Where queries and keys are normalised, an error of k moves r by at most mean(|k| |error|) r^2 of itself, to first
+    order; a term holds up to nine r, for which 16 times that is taken.
     """
     parts = _Parts.of(block).absolute(block)
     turns = 1 if parts.shift is None else 3  # a rotation is one more sum over features, of queries and of keys

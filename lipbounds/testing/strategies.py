@@ -20,7 +20,18 @@ from lipbounds.claims import FEATURES, Feature
 from lipbounds.errors import InvalidInput
 from lipbounds.targets.attention import Attention
 from lipbounds.targets.rms_norm import NORM_OVER
-from lipbounds.testing.recipes import BATCHED, BIASES, GEOMETRIES, MASKS, NORMS, REGIMES, ROTATIONS, SPECTRA, Recipe, build
+from lipbounds.testing.recipes import (
+    BATCHED,
+    BIASES,
+    GEOMETRIES,
+    MASKS,
+    NORMS,
+    REGIMES,
+    ROTATIONS,
+    SPECTRA,
+    Recipe,
+    build,
+)
 
 
 T = TypeVar("T")
