@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lipbounds.claims import FEATURES
 from lipbounds.rounding import cast_down, cast_up
 from lipbounds.targets.attention import Attention
 from verify.faults.fault import UNNORMED, planted
@@ -25,6 +26,7 @@ from verify.faults.right import (
     turned,
 )
 from verify.faults.right_ball import Ball
+from verify.faults.right_norms import normed
 
 
 @planted()
@@ -94,6 +96,12 @@ def mixing_by_gram_blocks(block: Attention) -> Tensor:
 def turned_queries_and_keys(block: Attention) -> Tensor:
     """Right: the norms of turned queries and keys, apart from those of the weights."""
     return turned()(block)
+
+
+@planted(supports=tuple(FEATURES))
+def normalised_queries_and_keys(block: Attention) -> Tensor:
+    """Right: the norms of normalised and turned queries and keys, and of their derivatives by the token."""
+    return normed()(block)
 
 
 @planted(scope="ball")
