@@ -215,6 +215,8 @@ def _weights_and_eps(step: Step, fresh_step: FreshStep, refuse: Refuse) -> tuple
         return [] if given.get("weight") is None else [given["weight"]], eps
     (other,) = step.others
     statistics = _statistics(other, fresh_step)
+    if not statistics and other.dim() != 1:
+        refuse("their mean square must not be changed in place")
     return ([], _added(statistics[2])) if statistics else ([other], None)
 
 

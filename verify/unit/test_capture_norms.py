@@ -126,6 +126,13 @@ def test_models_of_transformers_are_exact_but_for_their_rounding_to_float32(
         close(block.attention.query_norm_weight, weight)
 
 
+def changing_its_mean_square(t: Tensor) -> Tensor:
+    square = t.pow(2).mean(-1, keepdim=True)
+    result = t * torch.rsqrt(square + EPS)
+    square.mul_(2)
+    return result
+
+
 REFUSED: dict[str, tuple[Change, str]] = {
     "queries alone": (lambda q, k, v: (rms(q), k, v), "both be normalised, got one of them alone"),
     "values": (lambda q, k, v: (rms(q), rms(k), rms(v)), "the values .* must not be normalised;"),
@@ -155,6 +162,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "scaled before": (both(lambda t: rms(t * OF_HEAD)), "RMSNorm and rotary positions only, got"),
     "shifted": (both(lambda t: rms(t) + OF_HEAD), "in between"),
     "layer_norm": (both(lambda t: F.layer_norm(t, (WIDTH,))), r"got torch\.nn\.functional\.layer_norm .*QK-norm"),
+    "mean square changed": (both(changing_its_mean_square), "mean square must not be changed in place"),
     "changed in place": (both(lambda t: rms(t).mul_(2)), "got torch.Tensor.mul_"),
 }
 
