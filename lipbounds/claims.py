@@ -15,7 +15,7 @@ from lipbounds.errors import InvalidInput
 Kind = Literal["proved", "probable", "estimate", "lower"]
 Scope = Literal["point", "ball", "change", "compact", "global"]
 Norm = Literal["l2", "linf", "token", "token_mean"]
-Feature = Literal["heads", "biases", "mask", "cross", "rotary"]
+Feature = Literal["heads", "biases", "mask", "cross", "rotary", "qk_norm"]
 
 KINDS: dict[Kind, str] = {
     "proved": "an upper bound with a proof",
@@ -50,6 +50,7 @@ FEATURES: dict[Feature, str] = {
     "mask": "a logit bias or mask",
     "cross": "keys and values from another input than the queries",
     "rotary": "rotary positions: each query and key turned by an angle of its token",
+    "qk_norm": "QK-norm: queries and keys divided by their root mean square",
 }
 
 

@@ -13,6 +13,9 @@ q_i and k_j being turned. The first form holds with max_i ||K_c R_i W_Q^T|| and 
 (lipbounds.targets.attention_changes); the second with the norms of the turned Q and K, and max_i ||R_i W_Q^T|| <= rho
 ||W_Q|| for ||W_Q||, likewise for W_K, rho the norm of the rotations as given (lipbounds.targets.rotary). A key bias no
 longer is a common row, and stays in K.
+QK-norm puts another linear map of the token for R_i, T_i of lipbounds.targets.token_maps, and Q and K are normalised
+before they are turned: both forms use no more than that dq_i = T_i W_Q^T dx_i and dk_j = T_j W_K^T dx_j. In the second,
+max_i ||T_i W_Q^T|| is at most the product of the two norms.
 Where only the query moves, the terms with W_V and W_K are absent; where only the memory moves, that with W_Q is.
 max_i ||J(P_i)|| is exact here. Heads: ||W_O|| sqrt(sum_h L_h^2).
 
@@ -39,22 +42,23 @@ from lipbounds.targets.attention import Attention
 from lipbounds.targets.attention_changes import (
     change_by_keys,
     key_norm,
-    key_weights_norm,
+    key_reach,
+    mapped_product_norm,
     query_norm,
-    query_weights_norm,
-    turned_product_norm,
+    query_reach,
 )
 from lipbounds.targets.attention_covariance import centred_keys
 from lipbounds.targets.attention_norms import combine_heads, largest_softmax_norm, map_norm
+from lipbounds.targets.token_maps import query_maps
 
 
 @bound(
     name="centred.products",
     claim=Claim(kind="proved", scope="point", norm="l2"),
     source=Source(title="lipbounds", statement="centred form of Theorem 3 of Yudin et al. 2025, derived here (D1)"),
-    supports=("heads", "biases", "mask", "cross", "rotary"),
-    cost="O(H n^2 (d + n) + H D d^2); with rotary positions also O(H n d^3)",
-    version=3,
+    supports=("heads", "biases", "mask", "cross", "rotary", "qk_norm"),
+    cost="O(H n^2 (d + n) + H D d^2); with rotary positions or QK-norm also O(H n d^3), of all heads O(H^2 n d^2 D)",
+    version=4,
 )
 def products(block: Attention) -> tuple[Tensor, Terms]:
     """Theorem 3 with keys and values centred: never above the bias-aware form for centred data, often far below."""
@@ -71,18 +75,18 @@ def products(block: Attention) -> tuple[Tensor, Terms]:
     name="centred.weights",
     claim=Claim(kind="proved", scope="point", norm="l2"),
     source=Source(title="lipbounds", statement="centred form with separate norms, derived here (D4)"),
-    supports=("heads", "biases", "mask", "cross", "rotary"),
+    supports=("heads", "biases", "mask", "cross", "rotary", "qk_norm"),
     cost="O(H n^2 (d + n) + H D d^2)",
-    version=3,
+    version=4,
 )
 def weights(block: Attention) -> tuple[Tensor, Terms]:
     """Centred values, and the norms of W_Q, W_K, Q and K apart: the form that rotary positions leave valid."""
     wide = block.double
     change = torch.zeros_like(wide.logits[..., 0, 0])
     if wide.query_moves:
-        change = change + query_weights_norm(wide) * key_norm(wide)
+        change = change + query_reach(wide) * key_norm(wide)
     if wide.memory_moves:
-        change = change + key_weights_norm(wide) * query_norm(wide)
+        change = change + key_reach(wide) * query_norm(wide)
     return _finish(block, inflate(change, 4))
 
 
@@ -120,12 +124,13 @@ def _finish(block: Attention, change: Tensor) -> tuple[Tensor, Terms]:
 
 
 def _change_by_queries(block: Attention) -> Tensor:
-    """||K_c W_Q^T||, or max_i ||K_c R_i W_Q^T|| with rotary positions."""
-    if block.query_rotation is None:
+    """||K_c W_Q^T||, or max_i ||K_c T_i W_Q^T|| with rotary positions or QK-norm."""
+    maps = query_maps(block)
+    if maps is None:
         return product_norm_upper(*_centred_factors(block.source_input, block.w_k), block.weight_norms.query_factor)
     keys = centred_keys(block)
     error = inflate(keys.error * keys.rows.shape[-2] ** 0.5, 4)
-    return turned_product_norm(keys.rows, error, block.query_rotation, block.w_q)
+    return mapped_product_norm(keys.rows, error, maps)
 
 
 def _centred_factors(tokens: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,8 @@ W_Q^T, the covariance is that of the turned keys (with their biases), and u_ij =
 that |u_i| is replaced by s rho ||W_K|| |q_i|, rho the norm of the rotations as given. In covariance.trace the
 covariance of turned keys no longer is W_V^T C_i W_K: it refuses them.
 
+QK-norm puts T_i, the map of each token (lipbounds.targets.token_maps), for R_i, and the largest norm of T_j for rho.
+
 Where only the query moves, the middle term remains; where only the memory moves, the other two. Heads: ||W_O||
 sqrt(sum_h L_h^2).
 
@@ -42,7 +44,7 @@ from lipbounds.ops.spectral import product_norm_upper, root, spectral_norm_upper
 from lipbounds.registry import Terms, bound
 from lipbounds.rounding import cast_up, gamma, inflate
 from lipbounds.targets.attention import Attention
-from lipbounds.targets.attention_changes import key_weights_norm
+from lipbounds.targets.attention_changes import key_reach
 from lipbounds.targets.attention_covariance import (
     centred_keys,
     centred_projection,
@@ -52,17 +54,17 @@ from lipbounds.targets.attention_covariance import (
     row_variance,
 )
 from lipbounds.targets.attention_norms import combine_heads, map_norm
-from lipbounds.targets.attention_rounding import projection_error
-from lipbounds.targets.rotary import rotation_matrices, rotation_norm
+from lipbounds.targets.attention_rounding import query_error
+from lipbounds.targets.token_maps import query_maps
 
 
 @bound(
     name="covariance.exact",
     claim=Claim(kind="proved", scope="point", norm="l2"),
     source=Source(title="lipbounds", statement="covariance form, derived here (D2)"),
-    supports=("heads", "biases", "mask", "cross", "rotary"),
-    cost="O(H n^2 d^2 + H n d^3)",
-    version=3,
+    supports=("heads", "biases", "mask", "cross", "rotary", "qk_norm"),
+    cost="O(H n^2 d^2 + H n d^3); with QK-norm of all heads also O(H^2 n d^2 D)",
+    version=4,
 )
 def exact(block: Attention) -> tuple[Tensor, Terms]:
     """Spectral norms of the covariances of keys and values under every attention row."""
@@ -72,11 +74,7 @@ def exact(block: Attention) -> tuple[Tensor, Terms]:
     query_part = key_part = mixing = torch.zeros_like(wide.logits[..., 0, 0])
     if wide.query_moves:
         cross, error = row_covariance(wide, values, centred_keys(wide))
-        queries = wide.w_q.mT.unsqueeze(-3)
-        turns = () if wide.query_rotation is None else (rotation_matrices(wide.query_rotation, wide.w_q.shape[-1]),)
-        size = queries.norm(dim=(-2, -1)) * rotation_norm(wide.query_rotation, wide.w_q[..., 0, 0]).unsqueeze(-1)
-        norms = product_norm_upper(cross, *turns, queries) + error * size
-        query_part = scale * norms.amax(-1)
+        query_part = scale * _query_norms(wide, cross, error).amax(-1)
     if wide.memory_moves:
         spread, error = row_covariance(wide, values, values)
         key_part = _key_part(wide, spectral_norm_upper(spread) + error)
@@ -107,17 +105,33 @@ def trace(block: Attention) -> tuple[Tensor, Terms]:
     return _finish(block, mixing, query_part, key_part)
 
 
+def _query_norms(
+    block: Attention, cross: Float[Tensor, "*batch heads n value_dim head_dim"], error: Float[Tensor, "*batch heads n"]
+) -> Float[Tensor, "*batch heads n"]:
+    """||Cov_i(V, K) T_i W_Q^T|| of each row, rounded up."""
+    maps = query_maps(block)
+    if maps is None:
+        queries = block.w_q.mT.unsqueeze(-3)
+        return product_norm_upper(cross, queries) + error * queries.norm(dim=(-2, -1))
+    queries = maps.weights.mT.unsqueeze(-3)
+    length = queries.norm(dim=(-2, -1))
+    norms = product_norm_upper(cross, maps.matrices, queries) + error * length * maps.norm.unsqueeze(-1)
+    if maps.error is None:
+        return norms
+    size = cross.detach().norm(dim=(-2, -1)) + error
+    return norms + size * length * inflate(maps.error, cross.shape[-2] + 32).unsqueeze(-1)
+
+
 def _key_part(block: Attention, spreads: Float[Tensor, "*batch heads n"]) -> Float[Tensor, "*batch heads"]:
     """sqrt( max_j sum_i P_ij |u_i|^2 spread_i ), rounded up."""
     tokens, weights = block.query_factors
     size = tokens.norm(dim=-1) * (weights.norm(dim=(-2, -1)) * block.w_k.norm(dim=(-2, -1))).unsqueeze(-1)
     operations = 2 * (weights.shape[-2] + weights.shape[-1] + 4)
-    if block.key_rotation is None:
+    if block.key_rotation is None and block.key_norm is None:
         reach = (block.queries @ block.w_k.mT).norm(dim=-1) + gamma(operations) * size
     else:
-        error = projection_error(tokens, weights, block.query_rotation)
-        length = inflate(block.queries.norm(dim=-1) + error, block.w_q.shape[-1] + 4)
-        reach = length * key_weights_norm(block).unsqueeze(-1)
+        length = inflate(block.queries.norm(dim=-1) + query_error(block), block.w_q.shape[-1] + 4)
+        reach = length * key_reach(block).unsqueeze(-1)
     weighted = reach.square() * spreads
     columns = (weighted.unsqueeze(-2) @ map_upper(block)).squeeze(-2)
     return abs(block.scale_value) * inflate(root(columns.amax(-1)), block.tokens + block.w_k.shape[-2] + 16)

@@ -21,7 +21,9 @@ With biases Q = X W_Q + 1 b_Q^T and so on, and the formula as printed is not a b
 Where only the query input moves, the first and the last term are 0; where only the memory moves, ||K W_Q^T|| is.
 
 Rotary positions (ours): q_i and k_j in dS are turned, and the two norms become max_i ||K R_i W_Q^T|| and max_j ||Q R_j
-W_K^T|| with the turned Q and K: lipbounds.targets.attention_changes. Nothing else of the proof is touched.
+W_K^T|| with the turned Q and K: lipbounds.targets.attention_changes. Nothing else of the proof is touched. With QK-norm
+(ours) the tangents of q_i and k_j are T_i W_Q^T dx_i and T_j W_K^T dx_j, T of lipbounds.targets.token_maps, which stand
+where R_i W_Q^T dx_i and R_j W_K^T dx_j did.
 
 Heads (ours: the theorem is stated for one): the concatenation of heads with constants L_h has sqrt(sum_h L_h^2), and
 the output projection multiplies by ||W_O||.
@@ -59,6 +61,7 @@ from lipbounds.targets.attention_norms import (
 
 SoftmaxNorm = Callable[[Attention], Float[Tensor, "*batch heads"]]
 PAPER = "Pay Attention to Attention Distribution"
+WITH_MAPS = "O(H n^2 (d + n) + H D d^2); with rotary positions or QK-norm also O(H n d^3), of all heads O(H^2 n d^2 D)"
 AUTHORS = "Yudin, Gaponov, Kudriashov, Rakhuba"
 
 
@@ -118,9 +121,9 @@ def _declare(name: str, formula: Callable[..., tuple[Tensor, Terms]], factor: So
         name=f"yudin2025.{name}",
         claim=Claim(kind="proved", scope="point", norm="l2"),
         source=Source(title=PAPER, authors=AUTHORS, year=2025, arxiv="2507.07814", statement=statement),
-        supports=("heads", "mask") if literal else ("heads", "biases", "mask", "cross", "rotary"),
-        cost="O(H n^2 (d + n) + H D d^2); with rotary positions also O(H n d^3)",
-        version=1 if literal else 2,
+        supports=("heads", "mask") if literal else ("heads", "biases", "mask", "cross", "rotary", "qk_norm"),
+        cost="O(H n^2 (d + n) + H D d^2)" if literal else WITH_MAPS,
+        version=1 if literal else 3,
     )(compute)
 
 

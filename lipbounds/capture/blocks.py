@@ -84,6 +84,7 @@ def block_of(recorder: Recorder, call: Call, w_o: Tensor, b_o: Tensor | None, cr
         **{"x": query.tokens, "w_q": query.weight, "w_k": key.weight, "w_v": value.weight, "w_o": w_o},
         **{"b_q": query.bias, "b_k": key.bias, "b_v": value.bias, "b_o": b_o},
         **{"query_rotation": query.rotation, "key_rotation": key.rotation},
+        **_norms(call),
         **{"scale": call.scale, "logit_bias": call.logit_bias, "causal": call.causal},
     }
     if not (torch.equal(query.tokens, key.tokens) and torch.equal(query.tokens, value.tokens)):
@@ -96,6 +97,23 @@ def block_of(recorder: Recorder, call: Call, w_o: Tensor, b_o: Tensor | None, cr
     except LipboundsError as error:
         error.add_note(f"while {place(call.module)} was captured")
         raise
+
+
+def _norms(call: Call) -> dict[str, Any]:
+    """The fields of QK-norm."""
+    query, key, _ = call.parts
+    if query.norm is None or key.norm is None:  # both are; a call with one of them was refused
+        return {}
+    (query_weight, eps, query_over), (key_weight, key_eps, key_over) = query.norm, key.norm
+    over = query_over & key_over
+    if eps != key_eps or not over:
+        raise unsupported(
+            call.module,
+            f"queries and keys must be normalised alike, got eps {eps:g} and {key_eps:g}, over {sorted(query_over)} "
+            f"and {sorted(key_over)}",
+        )
+    fields = {"query_norm_weight": query_weight, "key_norm_weight": key_weight, "norm_eps": eps}
+    return fields | {"norm_over": "head" if "head" in over else "all_heads"}
 
 
 def _memory(recorder: Recorder, call: Call, cross_moves: CrossMoves) -> dict[str, Any]:

@@ -64,6 +64,8 @@ def traced_call(
         raise unsupported(
             recorder.module, "queries and keys must be turned in the same pairs of features, got different ones"
         )
+    if (query.norm is None) != (key.norm is None):
+        raise unsupported(recorder.module, "queries and keys must both be normalised, got one of them alone")
     lead = torch.broadcast_shapes(*(operand.lead for operand in operands))
     parts, layout = parts_and_layout(recorder, [operand.expand(lead) for operand in operands])
     area = parts[0].tokens.shape[-2], parts[1].tokens.shape[-2]

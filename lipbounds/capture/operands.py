@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lipbounds.capture.norms import Norm
 from lipbounds.capture.projections import Projection
 from lipbounds.capture.recorder import Invocation, Recorder
 from lipbounds.capture.trouble import unsupported
+from lipbounds.targets.rms_norm import NormOver
 
 
 @dc.dataclass(frozen=True, eq=False, slots=True, kw_only=True)
@@ -23,6 +25,8 @@ class Part:
         weight: shape `heads in width`.
         bias: shape `heads width`.
         rotation: as `Attention` has it.
+        norm: weights of the RMSNorm after the projection, shape `heads width`; its eps; what it may be over, as
+            `Attention` has it (with one head, either).
         source: the model's own tensor that holds the tokens.
     """
 
@@ -31,6 +35,7 @@ class Part:
     bias: Tensor | None
     source: Tensor
     rotation: Tensor | None = None
+    norm: tuple[Tensor, float, frozenset[NormOver]] | None = None
 
 
 @dc.dataclass(frozen=True, eq=False, slots=True, kw_only=True)
@@ -41,7 +46,8 @@ class Operand:
         projection: the call that made them.
         rows: the number of the token that each row belongs to; shape `*lead n`.
         features: the number of the output feature that each column is; shape `*lead width`.
-        factor: what they were multiplied by after the projection: one number, or one a column.
+        factor: what they were multiplied by after projection and norm: one number, or one a column.
+        norm: what they were normalised by, and multiplied feature by feature, right after the projection.
         rotation: rotary positions; shape `*lead n 2 pairs`.
         order: the column of the call that each column here is, where they were sorted; shape `width`.
         dtypes: in which they were computed, where not in that of the tokens.
@@ -57,6 +63,7 @@ class Operand:
     invocations: tuple[Invocation, ...]
     rotation: Tensor | None = None
     order: Tensor | None = None
+    norm: Norm | None = None
     dtypes: tuple[torch.dtype, ...] = ()
 
     def expand(self, lead: torch.Size) -> Operand:
@@ -139,10 +146,34 @@ def _part(recorder: Recorder, operand: Operand, layout: Layout) -> Part:
     check_constant(recorder, found.tokens, "projection weights and rotary positions", operand.constants)
     # Indexing copies, so later in-place changes of the model's tensors do not reach the block.
     tokens = found.rows(found.tokens)[rows].view(*layout.batch_shape, rows.shape[-1], -1)
-    weight = found.weight[:, features].movedim(0, 1) * operand.factor
-    bias = None if found.bias is None else found.bias[features] * operand.factor
+    norm = None if operand.norm is None else _norm(recorder, operand.norm, features, operand.factor, tokens.dtype)
+    factor = operand.factor if norm is None else 1.0
+    weight = found.weight[:, features].movedim(0, 1) * factor
+    bias = None if found.bias is None else found.bias[features] * factor
     rotation = None if operand.rotation is None else _rotation(recorder, operand.rotation, layout)
-    return Part(tokens=tokens, weight=weight, bias=bias, source=found.tokens, rotation=rotation)
+    return Part(tokens=tokens, weight=weight, bias=bias, source=found.tokens, rotation=rotation, norm=norm)
+
+
+def _norm(
+    recorder: Recorder, norm: Norm, features: Tensor, factor: float | Tensor, dtype: torch.dtype
+) -> tuple[Tensor, float, frozenset[NormOver]]:
+    """The norm of each head; `features` are sorted, `heads width`, and `factor` goes into the weights."""
+    group, width = norm.group[features], features.shape[-1]
+    of_head = bool((group == group[:, :1]).all()) and norm.size == width
+    of_all = bool((group == group[:1, :1]).all()) and norm.size == len(features.unique())
+    over: dict[NormOver, bool] = {"head": of_head, "all_heads": of_all}
+    repeated = bool((features.sort(-1).values.diff(dim=-1) == 0).any())
+    if repeated or not any(over.values()):
+        raise unsupported(
+            recorder.module,
+            f"queries and keys must be normalised over the features of a head or of all heads, got {norm.size} "
+            f"features together where a head has {width} of {len(features.unique())}",
+        )
+    return (
+        (norm.weight[features] * factor).to(dtype),
+        norm.eps,
+        frozenset(name for name, holds in over.items() if holds),
+    )
 
 
 def _rotation(recorder: Recorder, rotation: Tensor, layout: Layout) -> Tensor:

@@ -34,8 +34,13 @@ COPY: Functions = _named("contiguous", "clone", "detach")
 CAST: Functions = _named("to", "type", "type_as", "float", "double", "half", "bfloat16")
 DROPOUT: Functions = _named("dropout") | {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout}
 
-# Queries and keys that went through one of these are no linear function of the tokens.
-NORMALIZE: Functions = frozenset({F.layer_norm, F.rms_norm, F.normalize, F.group_norm})
+# Queries and keys that went through one of these are no linear function of the tokens; the second is a part of blocks.
+NORMALIZE: Functions = frozenset({F.layer_norm, F.normalize, F.group_norm})
+RMS_NORM: Functions = frozenset({F.rms_norm})
+# The second norm written out: x * (x.pow(2).mean(-1, keepdim=True) + eps).rsqrt().
+SQUARE: Functions = _named("pow", "square", "__pow__")
+MEAN: Functions = _named("mean")
+INVERSE_ROOT: Functions = _named("rsqrt")
 
 MULTIPLY: Functions = _named("mul", "multiply", "__mul__", "__rmul__")
 DIVIDE: Functions = _named("div", "divide", "true_divide", "__truediv__")

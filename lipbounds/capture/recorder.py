@@ -87,7 +87,7 @@ class Recorder(TorchFunctionMode):
             # A function that returns its argument unchanged, as `contiguous` often does, leaves its origin as it was.
             if id(output) not in known:
                 pick = position if isinstance(result, tuple | list) else None
-                step = classify(func, args, kwargs, output, pick, self.is_score, self.projected)
+                step = classify(func, args, kwargs, output, pick, self.is_score, self.projected, self.fresh_step)
                 self._add(output, func, step, inputs)
         return result
 
@@ -133,10 +133,10 @@ class Recorder(TorchFunctionMode):
         return step is not None and step.function in ops.PRODUCT
 
     def projected(self, tensor: Tensor) -> Tensor | None:
-        """The result of a projection that `tensor` was made of by linear steps; None if there is no such."""
+        """The result of a projection or of its norm that `tensor` was made of by linear steps; None if it was not."""
         root = self.walk(tensor, LINEAR)[0]
         step = self.fresh_step(root)
-        found = step is not None and (step.function in ops.PROJECTION or step.kind == "shift")
+        found = step is not None and (step.function in ops.PROJECTION or step.kind in ("shift", "normalise"))
         return root if found else None
 
     def is_parameter(self, tensor: Tensor) -> bool:

@@ -39,7 +39,7 @@ def capture(model: nn.Module, *args: Any, cross_moves: CrossMoves = "query", **k
     Attention is found in calls of `scaled_dot_product_attention`, in `nn.MultiheadAttention` (also inside
     `nn.TransformerEncoderLayer`) and where it is written out as `softmax(scale * q @ k.T + mask) @ v`. Self-attention
     is told from cross-attention by the values: queries, keys and values projected from equal tokens. Rotary positions
-    are read off the steps between projection and attention, in whatever layout these have. A captured block
+    and QK-norm are read off the steps between projection and attention, in whatever layout these have. A captured block
     ends with its output projection; a bias that is added in a separate call afterwards is not part of it.
 
     Args:
@@ -53,7 +53,7 @@ def capture(model: nn.Module, *args: Any, cross_moves: CrossMoves = "query", **k
         tensors are copied.
 
     Raises:
-        Unsupported: a block that `Attention` cannot express, such as one with normalised queries, or no block at all.
+        Unsupported: a block that `Attention` cannot express, such as one with capped logits, or no block at all.
         InvalidInput: dropout that is active; a query that sees no key; inference mode.
     """
     if not isinstance(model, nn.Module):

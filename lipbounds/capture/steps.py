@@ -11,13 +11,16 @@ import torch
 from torch import Tensor
 
 from lipbounds.capture import operations as ops
+from lipbounds.capture.norms import norm_kind
 from lipbounds.errors import InvalidInput
 
 
 # reindex: moves entries around; same: copies; cast: changes the dtype; scale: times one number; shift: plus a tensor;
 # fill: overwrites some entries; combine: linear in what was made of one projection; dropout: with a positive
-# probability; call: not followed, only looked at.
-Kind = Literal["reindex", "same", "cast", "scale", "shift", "fill", "combine", "dropout", "call"]
+# probability; statistic, normalise: steps of QK-norm (lipbounds.capture.norms); call: not followed, only looked at.
+Kind = Literal[
+    "reindex", "same", "cast", "scale", "shift", "fill", "combine", "dropout", "statistic", "normalise", "call"
+]
 Kinds = tuple[Kind, ...]
 MOVES: Kinds = ("reindex", "same", "dropout")
 MOVES_AND_SCALES: Kinds = (*MOVES, "scale")
@@ -80,6 +83,7 @@ def classify(
     pick: int | None,
     is_score: Callable[[Tensor], bool],
     projected: Callable[[Tensor], Tensor | None],
+    fresh_step: Callable[[Tensor], Step | None],
 ) -> Step | None:
     """The call as a step; None if it does nothing that capture can follow.
 
@@ -91,11 +95,14 @@ def classify(
         pick: which of several results `output` is.
         is_score: tells whether a tensor is made of attention scores; sums with constants are followed for those only.
         projected: the result of a projection that a tensor was made of by linear steps, or None.
+        fresh_step: the step that made a tensor.
     """
     tensors = tensors_in(args, kwargs)
     if not tensors:
         return None
-    kind, source = _kind(function, args, kwargs, tensors, output, is_score)
+    kind, source = norm_kind(function, args, kwargs, tensors, fresh_step, projected)
+    if kind is None:
+        kind, source = _kind(function, args, kwargs, tensors, output, is_score)
     if kind is None and function in ops.COMBINE:
         kind, source = _combined(function, kwargs, tensors, projected)
     if kind is None or source is None:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from lipbounds.capture.forms import Form, form_of
+from lipbounds.capture.norms import norm_of, read_norm
 from lipbounds.capture.operands import Operand
 from lipbounds.capture.projections import Projection, projection_of
 from lipbounds.capture.recorder import Recorder
 from lipbounds.capture.rotations import turned
-from lipbounds.capture.steps import LINEAR, MOVES_AND_SCALES, factor, reindex
+from lipbounds.capture.steps import LINEAR, MOVES_AND_SCALES, Step, factor, reindex
 from lipbounds.capture.trouble import QK_NORM, check_dropout, unfollowed_in_words, unsupported
 
 
@@ -52,19 +53,25 @@ def trace(recorder: Recorder, tensor: Tensor, role: str, *, transposed: bool = F
 
 
 def _trace_form(recorder: Recorder, tensor: Tensor, role: str, transposed: bool, repeats: int) -> Operand:
-    """As `trace`, where features were added to each other, as rotary positions do."""
-    root, form, found = _form(recorder, tensor, role)
+    """As `trace`, where features were normalised, or added to each other, as rotary positions do."""
+    root, form, found, chain = _form(recorder, tensor, role)
     check_dropout(recorder.module, form.steps)
     _check_no_norm(recorder, root, form, role)
+    refuse, norm, tables = partial(_refuse, recorder, role), None, (found.row_index(), found.feature_index())
+    if chain:
+        norm, of_features, of_rows = read_norm(chain, tables[1], tables[0], recorder.fresh_step, refuse)
+        tables = of_rows, of_features
     index = torch.stack([_in_rows(index, transposed, repeats) for index, _ in form.terms])
     coefficients = torch.stack([_in_rows(coefficient, transposed, repeats) for _, coefficient in form.terms])
-    rows, features = (table.flatten()[index] for table in (found.row_index(), found.feature_index()))
+    rows, features = (table.flatten()[index] for table in tables)
     if bool((rows != rows[:1, ..., :1]).any()):
         raise _tokens_mixed(recorder, role)
     eps = torch.finfo(tensor.dtype).eps
-    sorted_ = turned(features, coefficients, eps, partial(_refuse, recorder, role))
-    if sorted_.rotation is not None and role == "values":
-        _refuse(recorder, role, "they must not be turned by positions")
+    sorted_ = turned(features, coefficients, eps, refuse)
+    if role == "values" and norm is not None:
+        refuse("they must not be normalised")
+    if role == "values" and sorted_.rotation is not None:
+        refuse("they must not be turned by positions")
     record, dtype = recorder.record(root), found.tokens.dtype
     return Operand(
         projection=found,
@@ -73,25 +80,33 @@ def _trace_form(recorder: Recorder, tensor: Tensor, role: str, transposed: bool,
         factor=1.0 if bool((sorted_.gain == 1).all()) else sorted_.gain.to(dtype),
         rotation=None if sorted_.rotation is None else sorted_.rotation.to(dtype),
         order=sorted_.order,
-        dtypes=tuple({step.dtype for step in form.steps if step.dtype.is_floating_point}),
-        constants=(*found.constants, *form.constants),
+        norm=norm,
+        dtypes=tuple({step.dtype for step in (*chain, *form.steps) if step.dtype.is_floating_point}),
+        constants=(*found.constants, *form.constants, *(() if norm is None else norm.constants)),
         invocations=() if record is None else record.invocations,
     )
 
 
-def _form(recorder: Recorder, tensor: Tensor, role: str) -> tuple[Tensor, Form, Projection]:
-    """The projection behind `tensor`, and `tensor` as linear forms in it."""
-    root = recorder.projected(tensor)
-    found = None if root is None else projection_of(recorder, root)
+def _form(recorder: Recorder, tensor: Tensor, role: str) -> tuple[Tensor, Form, Projection, list[Step]]:
+    """The result of the projection behind `tensor`, `tensor` as linear forms, and the steps of a norm in between.
+
+    The forms are in the result of the norm if there is one, else in that of the projection.
+    """
+    start = root = recorder.projected(tensor)
+    found, chain = None, []
+    if root is not None:
+        start, chain = norm_of(recorder, root) or (root, [])
+        found = projection_of(recorder, start)
     form = recorder.walk(tensor, LINEAR)[0] if root is None or found is None else form_of(recorder, tensor, root)
-    if root is None or found is None or isinstance(form, Tensor):
-        assert isinstance(form, Tensor)
+    if root is None or start is None or found is None or isinstance(form, Tensor):
+        ended = start if chain and found is None else form
+        assert isinstance(ended, Tensor)
         raise unsupported(
             recorder.module,
-            f"the {role} must come from a linear projection of the tokens through re-indexing, scaling and rotary "
-            f"positions only, got {unfollowed_in_words(recorder, form)}",
+            f"the {role} must come from a linear projection of the tokens through re-indexing, scaling, RMSNorm and "
+            f"rotary positions only, got {unfollowed_in_words(recorder, ended)}",
         )
-    return root, form, found
+    return start, form, found, chain
 
 
 def _check_no_norm(recorder: Recorder, root: Tensor, form: Form, role: str) -> None:
@@ -108,7 +123,9 @@ def _in_rows(table: Tensor, transposed: bool, repeats: int) -> Tensor:
 
 
 def _refuse(recorder: Recorder, role: str, reason: str) -> NoReturn:
-    raise unsupported(recorder.module, f"the {role} are more than projected and turned by their positions: {reason}")
+    raise unsupported(
+        recorder.module, f"the {role} are more than projected, normalised and turned by positions: {reason}"
+    )
 
 
 def _tokens_mixed(recorder: Recorder, role: str) -> Exception:

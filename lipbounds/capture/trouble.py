@@ -14,7 +14,7 @@ from lipbounds.capture.steps import Step
 from lipbounds.errors import InvalidInput, Unsupported
 
 
-QK_NORM = "a normalisation of queries and keys (QK-norm) is not part of Attention"
+QK_NORM = "the one normalisation of queries and keys (QK-norm) that is part of Attention is RMSNorm"
 
 
 def place(module: str) -> str:

@@ -50,12 +50,12 @@ SLACK = 1e-11  # relative, for sums of up to 40 000 products of positive terms, 
 
 
 def supports_curvature(block: Attention) -> bool:
-    """Whether the bound holds for this block: self-attention without rotary positions.
+    """Whether the bound holds for this block: self-attention without rotary positions and QK-norm.
 
     Args:
         block: the block.
     """
-    return block.moves == "self" and block.query_rotation is None
+    return block.moves == "self" and block.features.isdisjoint(("rotary", "qk_norm"))
 
 
 @torch.no_grad()

@@ -166,6 +166,7 @@ def _items(block: Attention) -> list[Attention]:
     """The batch items of a block, each without batch dimensions."""
     trailing = {"x": 2, "w_q": 3, "w_k": 3, "w_v": 3, "w_o": 3, "b_q": 2, "b_k": 2, "b_v": 2, "b_o": 1}
     trailing |= {"query_rotation": 3, "key_rotation": 3, "logit_bias": 3}
+    trailing |= {"query_norm_weight": 2, "key_norm_weight": 2}
     batch = block.x.shape[:-2]
     named = {name: getattr(block, name) for name in trailing if getattr(block, name) is not None}
     flat = {}

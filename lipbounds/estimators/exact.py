@@ -61,10 +61,10 @@ def exact_norm(target: Target) -> Float[Tensor, "*batch"]:
         year=2006,
         statement="dense Jacobian, eigenvalue of its Gram matrix verified by a Cholesky factorisation",
     ),
-    supports=("heads", "biases", "mask", "cross", "rotary"),
+    supports=("heads", "biases", "mask", "cross", "rotary", "qk_norm"),
     cost="O((n D)^3) time, O((n D)^2) memory",
     role="estimator",
-    version=2,
+    version=3,
 )
 @torch.no_grad()
 def exact(block: Attention) -> tuple[Tensor, Terms]:

@@ -133,10 +133,10 @@ def _relative_error(size: int, steps: int, delta: float) -> float:
         year=1950,
         statement="largest singular value by Krylov subspaces of J^T J",
     ),
-    supports=("heads", "biases", "mask", "cross", "rotary"),
+    supports=("heads", "biases", "mask", "cross", "rotary", "qk_norm"),
     cost="O(k H n (n + D) d + k^2 n D), k steps",
     role="estimator",
-    version=2,
+    version=3,
 )
 def lanczos(block: Attention, *, steps: int = 60, seed: int = 0) -> tuple[Tensor, Terms]:
     """Norm of the Jacobian by Lanczos, from below: ||J v|| / ||v|| at the top Ritz vector, rounded down.
@@ -160,10 +160,10 @@ def lanczos(block: Attention, *, steps: int = 60, seed: int = 0) -> tuple[Tensor
     name="lanczos_certificate",
     claim=Claim(kind="probable", scope="point"),
     source=SOURCE,
-    supports=("heads", "biases", "mask", "cross", "rotary"),
+    supports=("heads", "biases", "mask", "cross", "rotary", "qk_norm"),
     cost="O(k H n (n + D) d + k^2 n D), k steps",
     role="estimator",
-    version=2,
+    version=3,
 )
 def lanczos_certificate(
     block: Attention, *, delta: float = 1e-9, steps: int = 60, seed: int = 0

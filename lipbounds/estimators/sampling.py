@@ -25,9 +25,10 @@ SOURCE = Source(title="lipbounds", statement="folklore: the supremum over a samp
     name="random_pairs",
     claim=Claim(kind="lower", scope="ball"),
     source=SOURCE,
-    supports=("heads", "biases", "mask", "cross"),
+    supports=("heads", "biases", "mask", "cross", "rotary", "qk_norm"),
     cost="O(m H n (n + D) d), m pairs",
     role="estimator",
+    version=2,
 )
 @torch.no_grad()
 def random_pairs(block: Attention, radius: float, *, samples: int = 32, seed: int = 0) -> Tensor:
@@ -64,9 +65,10 @@ def random_pairs(block: Attention, radius: float, *, samples: int = 32, seed: in
     name="random_jacobians",
     claim=Claim(kind="lower", scope="ball"),
     source=SOURCE,
-    supports=("heads", "biases", "mask", "cross"),
+    supports=("heads", "biases", "mask", "cross", "rotary", "qk_norm"),
     cost="O(m k H n (n + D) d), m points, k Lanczos steps",
     role="estimator",
+    version=2,
 )
 @torch.no_grad()
 def random_jacobians(block: Attention, radius: float, *, samples: int = 8, steps: int = 8, seed: int = 0) -> Tensor:

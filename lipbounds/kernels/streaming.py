@@ -137,16 +137,20 @@ def streaming_theorem_3(block: Attention, *, passes: int = PASSES, chunk: int | 
     As `yudin2025.biased`, with ||P|| from `streaming_map_norm`: never below it but for rounding. Not differentiable.
 
     Args:
-        block: self- or cross-attention without rotary positions. A causal block holds an n x n mask itself.
+        block: self- or cross-attention without rotary positions and QK-norm. A causal block holds an n x n mask itself.
         passes: as in `streaming_map_norm`.
         chunk: as in `streaming_g1`.
 
     Raises:
         InvalidInput: as `streaming_map_norm`.
-        UnsupportedAttention: the block has rotary positions.
+        UnsupportedAttention: the block has rotary positions or QK-norm.
     """
     if block.query_rotation is not None:
         raise UnsupportedAttention("streaming_theorem_3 takes no rotary positions; use yudin2025.biased.")
+    if block.query_norm is not None:
+        raise UnsupportedAttention(
+            "streaming_theorem_3 takes no QK-norm; lipbounds.select(block=block) lists what does."
+        )
     wide = block.double
     error = logit_error(wide)  # of the queries and keys, too, which the two functions below take as given
     options = {"logit_bias": wide.mask, "chunk": chunk}

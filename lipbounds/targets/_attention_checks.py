@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lipbounds.errors import InvalidInput
 from lipbounds.targets._shapes import broadcast_shape
+from lipbounds.targets.rms_norm import NORM_OVER
 
 
 if TYPE_CHECKING:
@@ -29,8 +30,11 @@ TRAILING = {
     "b_o": 1,
     "query_rotation": 3,
     "key_rotation": 3,
+    "query_norm_weight": 2,
+    "key_norm_weight": 2,
     "logit_bias": 3,
 }
+NORM_FIELDS = ("query_norm_weight", "key_norm_weight", "norm_eps", "norm_over")
 # |c^2 + s^2 - 1| of cosines and sines rounded to bfloat16 is at most 2^-7.9. A block in a wide dtype may hold floats of
 # a short one (models compute angles in float32), so this is no check of the last digits: bounds use the norm there is.
 ROTATION_TOLERANCE = 2.0**-6
@@ -40,6 +44,7 @@ def check_attention(block: Attention) -> None:
     """Raise InvalidInput for the first rule that `block` breaks."""
     present = {name: getattr(block, name) for name in TRAILING if getattr(block, name) is not None}
     _check_types(present)
+    _check_norm(block)
     _check_moves(block)
     _check_shapes(block, present)
     _check_batches(present)
@@ -97,6 +102,25 @@ def _check_moves(block: Attention) -> None:
         raise InvalidInput(f"scale must be finite, got scale={block.scale}; leave it out for 1/sqrt(head width).")
 
 
+def _check_norm(block: Attention) -> None:
+    given = {name: getattr(block, name) for name in NORM_FIELDS}
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == len(given):
+        return
+    if missing:
+        raise InvalidInput(
+            f"{', '.join(NORM_FIELDS)} go together, got no {' and no '.join(missing)}; pass all four (weights of ones "
+            "where the norm has none), or none."
+        )
+    if block.norm_over not in NORM_OVER:
+        raise InvalidInput(f"norm_over must be one of {NORM_OVER}, got norm_over={block.norm_over!r}.")
+    if not 0 < given["norm_eps"] < float("inf"):
+        raise InvalidInput(
+            f"norm_eps must be finite and above 0, got norm_eps={block.norm_eps}; with 0 the norm of a query that is "
+            "zero is not defined."
+        )
+
+
 def _check_shapes(block: Attention, present: dict[str, Tensor]) -> None:
     heads, dim, head_dim = block.w_q.shape[-3:]
     groups, memory_dim, value_dim = block.w_v.shape[-3:]
@@ -121,6 +145,8 @@ def _check_shapes(block: Attention, present: dict[str, Tensor]) -> None:
         "b_k": (groups, head_dim),
         "b_v": (groups, value_dim),
         "b_o": (out_dim,),
+        "query_norm_weight": (heads, head_dim),
+        "key_norm_weight": (groups, head_dim),
     }
     if block.query_rotation is not None and block.key_rotation is not None:
         pairs = block.query_rotation.shape[-1]

@@ -6,9 +6,10 @@
 | W_Q, W_K, W_V, W_O of head h | `w_q[h]`, `w_k[h]`, `w_v[h]`, `w_o[h]` | D x d, D x d, D x d_v, d_v x D |
 | b_Q, b_K, b_V of head h, b_O | `b_q[h]`, `b_k[h]`, `b_v[h]`, `b_o` | d, d, d_v, D |
 | R_i, of queries; of keys | `query_rotation`; `key_rotation` | rotary positions: lipbounds.targets.rotary |
+| N, of queries; of keys | `query_norm`; `key_norm` | QK-norm: lipbounds.targets.rms_norm; the identity unless given |
 | s | `scale` | 1/sqrt(d) unless given |
 | B | `logit_bias` | H x n x m, -inf where masked |
-| Q, K | `queries`, `keys` | rows (x_i W_Q + b_Q) R_i^T and (x_j W_K + b_K) R_j^T; H x n x d, H x m x d |
+| Q, K | `queries`, `keys` | rows N(x_i W_Q + b_Q) R_i^T and N(x_j W_K + b_K) R_j^T; H x n x d, H x m x d |
 | S, P | `logits`, `probabilities` | S = s Q K^T + B, P = row softmax of S; H x n x m |
 | Y | `forward()` | sum_h P_h V_h W_O^h + b_O, n x D |
 """
@@ -28,6 +29,7 @@ from lipbounds.claims import Feature
 from lipbounds.targets._attention_checks import TRAILING, check_attention, expand_groups
 from lipbounds.targets._shapes import broadcast_shape
 from lipbounds.targets.projection import affine_factors, merge_heads, project
+from lipbounds.targets.rms_norm import NormOver, RmsNorm, normalise
 from lipbounds.targets.rotary import rotate, rotate_back
 from lipbounds.targets.target import Target
 from lipbounds.targets.weight_norms import NAMES, WeightNorms, norms_of
@@ -58,6 +60,12 @@ class Attention(Target):
         query_rotation: rotary positions of the queries, cosines and sines of the angles of each token (layout:
             lipbounds.targets.rotary), such as `torch.stack([angles.cos(), angles.sin()], -2)`; with `key_rotation`.
         key_rotation: the same for the keys; in self-attention usually the same tensor.
+        query_norm_weight: QK-norm (lipbounds.targets.rms_norm): the weights of the RMSNorm that queries go through
+            before they are turned, one vector a head; ones where the norm has none, 1 + w for Gemma's w; with the
+            next three.
+        key_norm_weight: the same for the keys; grouped as `w_k`.
+        norm_eps: what both norms add to the mean square.
+        norm_over: the features whose mean square is taken: of each `head`, or of `all_heads` of the token together.
         logit_bias: added to the logits: a mask (-inf where a key is hidden), relative positions; constant in the input.
         causal: hide the keys after each query; self-attention only (a rectangular mask has no single convention).
         memory: the tokens that give keys and values in cross-attention (or with a key-value cache); None: `x` does.
@@ -78,6 +86,10 @@ class Attention(Target):
     b_o: Float[Tensor, "*weights out_dim"] | None = None
     query_rotation: Float[Tensor, "*rotary n 2 pairs"] | None = None
     key_rotation: Float[Tensor, "*rotary m 2 pairs"] | None = None
+    query_norm_weight: Float[Tensor, "*weights heads head_dim"] | None = None
+    key_norm_weight: Float[Tensor, "*weights groups head_dim"] | None = None
+    norm_eps: float | None = None
+    norm_over: NormOver | None = None
     scale: float | None = None
     logit_bias: Float[Tensor, "*mask n m"] | None = None
     causal: bool = False
@@ -88,7 +100,7 @@ class Attention(Target):
         check_attention(self)
         if self.scale is None:
             object.__setattr__(self, "scale", self.w_q.shape[-1] ** -0.5)
-        for name in ("w_k", "w_v", "b_k", "b_v"):
+        for name in ("w_k", "w_v", "b_k", "b_v", "key_norm_weight"):
             object.__setattr__(self, name, expand_groups(self, name))
 
     # -- what it is ---------------------------------------------------------------------------------------------
@@ -150,6 +162,8 @@ class Attention(Target):
             present.add("cross")
         if self.query_rotation is not None:
             present.add("rotary")
+        if self.query_norm_weight is not None:
+            present.add("qk_norm")
         return frozenset(present)
 
     # -- its values ---------------------------------------------------------------------------------------------
@@ -164,13 +178,40 @@ class Attention(Target):
         causal = causal.masked_fill(future, -torch.inf)
         return causal if self.logit_bias is None else self.logit_bias + causal
 
+    @property
+    def query_norm(self) -> RmsNorm | None:
+        """N of the queries; None without QK-norm."""
+        return self._norm(self.query_norm_weight)
+
+    @property
+    def key_norm(self) -> RmsNorm | None:
+        """N of the keys; None without QK-norm."""
+        return self._norm(self.key_norm_weight)
+
+    def _norm(self, weight: Tensor | None) -> RmsNorm | None:
+        if weight is None:
+            return None
+        assert self.norm_eps is not None  # checked at construction
+        assert self.norm_over is not None
+        return RmsNorm(weight=weight, eps=self.norm_eps, over=self.norm_over)
+
+    @cached_property
+    def projected_queries(self) -> Float[Tensor, "*batch heads n head_dim"]:
+        """X W_Q + b_Q: the queries before they are normalised and turned."""
+        return project(self.x, self.w_q, self.b_q)
+
+    @cached_property
+    def projected_keys(self) -> Float[Tensor, "*batch heads m head_dim"]:
+        """X W_K + b_K: the keys before they are normalised and turned."""
+        return project(self.source_input, self.w_k, self.b_k)
+
     @cached_property
     def queries(self) -> Float[Tensor, "*batch heads n head_dim"]:
-        return rotate(project(self.x, self.w_q, self.b_q), self.query_rotation)
+        return rotate(normalise(self.projected_queries, self.query_norm), self.query_rotation)
 
     @cached_property
     def keys(self) -> Float[Tensor, "*batch heads m head_dim"]:
-        return rotate(project(self.source_input, self.w_k, self.b_k), self.key_rotation)
+        return rotate(normalise(self.projected_keys, self.key_norm), self.key_rotation)
 
     @cached_property
     def values(self) -> Float[Tensor, "*batch heads m value_dim"]:
@@ -189,12 +230,12 @@ class Attention(Target):
 
     @property
     def query_factors(self) -> tuple[Tensor, Tensor]:
-        """Matrices of given floats whose product is Q before its rotation: what rounding analysis needs."""
+        """Matrices of given floats whose product is Q before norm and rotation: what rounding analysis needs."""
         return affine_factors(self.x, self.w_q, self.b_q)
 
     @property
     def key_factors(self) -> tuple[Tensor, Tensor]:
-        """Matrices of given floats whose product is K before its rotation."""
+        """Matrices of given floats whose product is K before norm and rotation."""
         return affine_factors(self.source_input, self.w_k, self.b_k)
 
     @property
@@ -219,9 +260,9 @@ class Attention(Target):
         change = tangent.new_zeros(())
         logit_change = tangent.new_zeros(())
         if self.query_moves:
-            logit_change = logit_change + rotate(project(tangent, self.w_q), self.query_rotation) @ self.keys.mT
+            logit_change = logit_change + self._query_change(project(tangent, self.w_q)) @ self.keys.mT
         if self.memory_moves:
-            logit_change = logit_change + self.queries @ rotate(project(tangent, self.w_k), self.key_rotation).mT
+            logit_change = logit_change + self.queries @ self._key_change(project(tangent, self.w_k)).mT
             change = change + self.probabilities @ project(tangent, self.w_v)
         change = change + self._softmax_derivative(self.scale_value * logit_change) @ self.values
         return merge_heads(change, self.w_o)
@@ -232,12 +273,29 @@ class Attention(Target):
         logit_change = self.scale_value * self._softmax_derivative(per_head @ self.values.mT)
         result = cotangent.new_zeros(())
         if self.query_moves:
-            result = result + (rotate_back(logit_change @ self.keys, self.query_rotation) @ self.w_q.mT).sum(-3)
+            by_query = rotate_back(logit_change @ self.keys, self.query_rotation)
+            if self.query_norm is not None:
+                by_query = self.query_norm.vjp(self.projected_queries, by_query)
+            result = result + (by_query @ self.w_q.mT).sum(-3)
         if self.memory_moves:
             by_key = rotate_back(logit_change.mT @ self.queries, self.key_rotation)
+            if self.key_norm is not None:
+                by_key = self.key_norm.vjp(self.projected_keys, by_key)
             result = result + (by_key @ self.w_k.mT).sum(-3)
             result = result + (self.probabilities.mT @ per_head @ self.w_v.mT).sum(-3)
         return result
+
+    def _query_change(self, projected: Tensor) -> Tensor:
+        """How the queries change when what they are projected to changes."""
+        if self.query_norm is not None:
+            projected = self.query_norm.jvp(self.projected_queries, projected)
+        return rotate(projected, self.query_rotation)
+
+    def _key_change(self, projected: Tensor) -> Tensor:
+        """How the keys change when what they are projected to changes."""
+        if self.key_norm is not None:
+            projected = self.key_norm.jvp(self.projected_keys, projected)
+        return rotate(projected, self.key_rotation)
 
     def _softmax_derivative(self, change: Tensor) -> Tensor:
         """J(P_i) times each row i of `change`; J is symmetric, so this serves both directions."""
@@ -298,8 +356,8 @@ class Attention(Target):
         def call(moving: Tensor) -> Tensor:
             x = self.x if self.moves == "memory" else moving
             source = moving if self.memory_moves else self.source_input
-            queries = rotate(project(x, self.w_q, self.b_q), self.query_rotation)
-            keys = rotate(project(source, self.w_k, self.b_k), self.key_rotation)
+            queries = rotate(normalise(project(x, self.w_q, self.b_q), self.query_norm), self.query_rotation)
+            keys = rotate(normalise(project(source, self.w_k, self.b_k), self.key_norm), self.key_rotation)
             logits = self.scale_value * queries @ keys.mT
             logits = logits if self.mask is None else logits + self.mask
             output = merge_heads(logits.softmax(-1) @ project(source, self.w_v, self.b_v), self.w_o)

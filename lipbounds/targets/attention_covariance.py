@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lipbounds.rounding import EXP_ULPS, UNIT_ROUNDOFF, gamma, inflate
 from lipbounds.targets.attention import Attention
-from lipbounds.targets.attention_rounding import logit_error, projection_error
+from lipbounds.targets.attention_rounding import key_error, logit_error
 
 
 @dc.dataclass(frozen=True, slots=True)
@@ -51,19 +51,18 @@ def centred_projection(
 
 
 def centred_keys(block: Attention) -> CentredRows:
-    """K without its mean row, for each head; turned, and then with its bias, if there are rotary positions.
+    """K without its mean row, for each head; if keys are normalised or turned, after that and with their bias.
 
     Args:
         block: in float64.
     """
-    if block.key_rotation is None:
+    if block.key_rotation is None and block.key_norm is None:
         return centred_projection(block.source_input, block.w_k)
     rows = block.keys - block.keys.mean(-2, keepdim=True)
-    tokens, weights = block.key_factors
-    error = projection_error(tokens, weights, block.key_rotation).amax(-1)
+    error = key_error(block).amax(-1)
     largest = block.keys.norm(dim=-1).amax(-1)
     # As in `centred_projection`: the mean has the errors of the rows and its own, the difference one rounding.
-    error = 2 * error + 4 * gamma(tokens.shape[-2] + 8) * largest
+    error = 2 * error + 4 * gamma(block.keys.shape[-2] + 8) * largest
     return CentredRows(rows, rows.norm(dim=-1).amax(-1), error)
 
 

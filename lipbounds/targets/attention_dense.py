@@ -109,6 +109,7 @@ def batch_items(block: Attention) -> list[Attention]:
     """The batch items one by one, each without batch dimensions, in the order of the flattened batch."""
     names = {"x": 2, "memory": 2, "logit_bias": 3, "b_o": 1, "query_rotation": 3, "key_rotation": 3}
     names |= {"w_q": 3, "w_k": 3, "w_v": 3, "w_o": 3, "b_q": 2, "b_k": 2, "b_v": 2}
+    names |= {"query_norm_weight": 2, "key_norm_weight": 2}
     fields = {name: (getattr(block, name), own) for name, own in names.items() if getattr(block, name) is not None}
     wide = {}
     for name, (tensor, own) in fields.items():

@@ -12,7 +12,15 @@ eta].
 
 Rotary positions: a rotation of norm rho multiplies the error so far by rho and adds sqrt(2) gamma(2) rho |q_i| (two
 products and a sum in each entry of a pair, |.| Euclidean). Q is then off by gamma(D + 5) rho ||[x_i 1]|| ||[W_Q;
-b_Q]||_F, K likewise, and eta_i has both rho as factors and 10 more roundings in K."""
+b_Q]||_F, K likewise, and eta_i has both rho as factors and 10 more roundings in K.
+
+QK-norm (lipbounds.targets.rms_norm): let z' be what is projected, as computed, e its error, and |.| over the features
+that are normalised together. Every point between z and z' has at least the length |z'| - e; so there r is at most r* =
+(max(0, |z'| - e)^2 / D + eps)^(-1/2), and N moves by at most max|w| r* e. Its own evaluation adds gamma(D + 12)
+|N(z')|, and a rotation what it adds above. With the errors e_q, e_k of whole rows that come out,
+
+    eta_i = s ( |q_i| e_k + e_q (|k_j| + e_k) + gamma(d + 6) |q_i| |k_j| ) + 2 u max_j |B_ij|,    largest over j.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +30,7 @@ from torch import Tensor
 
 from lipbounds.rounding import UNIT_ROUNDOFF, gamma
 from lipbounds.targets.attention import Attention
+from lipbounds.targets.rms_norm import RmsNorm
 from lipbounds.targets.rotary import rotation_norm
 
 
@@ -32,6 +41,20 @@ def logit_error(block: Attention) -> Float[Tensor, "*batch heads n"]:
     Args:
         block: in float64 (`block.double`).
     """
+    error = abs(block.scale_value) * _product_error(block)
+    if block.mask is not None:
+        visible = torch.where(block.mask.isneginf(), 0.0, block.mask).abs().amax(-1)
+        error = error + 2 * UNIT_ROUNDOFF * visible
+    return error * (1 + 1e-9)  # pays for the rounding in this very formula
+
+
+def _product_error(block: Attention) -> Float[Tensor, "*batch heads n"]:
+    """Largest error of the products of each query with the keys."""
+    if block.query_norm is not None:
+        query_off, key_off = query_error(block), key_error(block).amax(-1, keepdim=True)
+        queries, keys = block.queries.norm(dim=-1), block.keys.norm(dim=-1).amax(-1, keepdim=True)
+        own = 2 * gamma(block.w_q.shape[-1] + 8) * queries * keys
+        return queries * key_off + query_off * (keys + key_off) + own
     operations = 2 * max(block.w_q.shape[-2], block.w_k.shape[-2]) + block.w_q.shape[-1] + 6
     norms = block.weight_norms
     query_size = _token_norms(block.x, block.b_q).unsqueeze(-2) * _weight_norm(norms.query_size, block.b_q)
@@ -40,12 +63,42 @@ def logit_error(block: Attention) -> Float[Tensor, "*batch heads n"]:
     )
     if block.query_rotation is not None:
         operations += 10
-    sizes = query_size * key_size * rotation_norms(block).unsqueeze(-1)
-    error = gamma(operations) * abs(block.scale_value) * sizes
-    if block.mask is not None:
-        visible = torch.where(block.mask.isneginf(), 0.0, block.mask).abs().amax(-1)
-        error = error + 2 * UNIT_ROUNDOFF * visible
-    return error * (1 + 1e-9)  # pays for the rounding in this very formula
+    return gamma(operations) * query_size * key_size * rotation_norms(block).unsqueeze(-1)
+
+
+@torch.no_grad()
+def query_error(block: Attention) -> Float[Tensor, "*batch heads n"]:
+    """How far computed queries can be from exact ones, as the Euclidean norm of each row; without a gradient.
+
+    Args:
+        block: in float64.
+    """
+    return _row_error(block.query_factors, block.projected_queries, block.query_norm, block.query_rotation)
+
+
+@torch.no_grad()
+def key_error(block: Attention) -> Float[Tensor, "*batch heads m"]:
+    """The same for the keys.
+
+    Args:
+        block: in float64.
+    """
+    return _row_error(block.key_factors, block.projected_keys, block.key_norm, block.key_rotation)
+
+
+def _row_error(
+    factors: tuple[Tensor, Tensor], projected: Tensor, norm: RmsNorm | None, rotation: Tensor | None
+) -> Tensor:
+    if norm is None:
+        return projection_error(*factors, rotation)
+    off = norm.total(projection_error(*factors, None).unsqueeze(-1).square()).sqrt()
+    length = norm.total(projected.square()).sqrt() * (1 - 2 * gamma(norm.width + 8))
+    shortest = (length - 2 * off).clamp(min=0)
+    root = ((shortest.square() / norm.width + norm.eps).rsqrt() * off).squeeze(-1)
+    largest = norm.weight.abs().amax(-1, keepdim=True)
+    normalised = norm(projected).norm(dim=-1)
+    error = largest * root + 2 * gamma(norm.width + 24) * normalised  # four more roundings pay for a turn
+    return error * rotation_norm(rotation, largest[..., 0]).unsqueeze(-1) * (1 + 1e-9)
 
 
 @torch.no_grad()

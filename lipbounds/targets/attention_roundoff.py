@@ -11,7 +11,8 @@ second member of a pair, never formed by subtraction. The same sum read backward
 of P V W_O, which is multilinear too, the output.
 
 The errors: Q, K, V have gamma(inner size) times their formula on absolute values, with |R_i| for a rotation, which is
-given exactly and adds two roundings to each entry of Q and K; the logits follow from Q and K. A
+given exactly and adds two roundings to each entry of Q and K, and for QK-norm as lipbounds.targets.rms_norm_roundoff
+has it, whose Jacobian then stands between W_Q or W_K and the rotation; the logits follow from Q and K. A
 change of at most r in each logit of a row turns p_j into p_j / (1 + t) with |t| <= (1 - p_j)(e^{2 r} - 1): write the
 new sum as e^{r_j} (1 + sum_{k != j} p_k (e^{r_k - r_j} - 1)). So an entry near 1 is known far better than a small one.
 
@@ -20,14 +21,14 @@ Underflow is covered inside the softmax only: weights and tokens are taken to be
 
 from __future__ import annotations
 
-import dataclasses as dc
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.rounding import EXP_ULPS, UNIT_ROUNDOFF, gamma
+from lipbounds.targets._pairs import OWN_ROUNDING, Pair, plus_all
 from lipbounds.targets.attention import Attention
+from lipbounds.targets.rms_norm_roundoff import NormRoundoff
 from lipbounds.targets.rotary import rotate_sizes
 
 
@@ -35,50 +36,6 @@ from lipbounds.targets.rotary import rotate_sizes
 NEGLIGIBLE_LOGIT = -760.0
 # Times the smallest relative error that occurs, 2**-49, it is still above 2**-1022, below which floats may be flushed.
 UNDERFLOW = 2.0**-960
-# Pays for the rounding of the bounds themselves: sums of positive terms, each with fewer than a million roundings.
-OWN_ROUNDING = 1 + 1e-9
-
-
-@dc.dataclass(frozen=True, slots=True)
-class _Pair:
-    """A bound on |Z| and a bound on |fl(Z) - Z|, entry by entry; the second is None for what is given exactly."""
-
-    size: Tensor
-    error: Tensor | None = None
-
-    @property
-    def mT(self) -> _Pair:
-        return _Pair(self.size.mT, None if self.error is None else self.error.mT)
-
-    def rotated(self, rotation: Tensor | None) -> _Pair:
-        """A bound for the vectors turned either way; the two roundings of a turn are counted by `operations`."""
-        error = None if self.error is None else rotate_sizes(self.error, rotation)
-        return _Pair(rotate_sizes(self.size, rotation), error)
-
-    def sum(self, dim: int, keepdim: bool = False) -> _Pair:
-        error = None if self.error is None else self.error.sum(dim, keepdim)
-        return _Pair(self.size.sum(dim, keepdim), error)
-
-    def __add__(self, other: _Pair) -> _Pair:
-        return _Pair(self.size + other.size, _plus(self.error, other.error))
-
-    def __matmul__(self, other: _Pair) -> _Pair:
-        right = None if other.error is None else self.size @ other.error
-        left = None if self.error is None else self.error @ _plus_all(other.size, other.error)
-        return _Pair(self.size @ other.size, _plus(left, right))
-
-    def __mul__(self, other: _Pair) -> _Pair:
-        right = None if other.error is None else self.size * other.error
-        left = None if self.error is None else self.error * _plus_all(other.size, other.error)
-        return _Pair(self.size * other.size, _plus(left, right))
-
-
-def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return a if b is None else b if a is None else a + b
-
-
-def _plus_all(a: Tensor, b: Tensor | None) -> Tensor:
-    return a if b is None else a + b
 
 
 class Roundoff:
@@ -90,15 +47,25 @@ class Roundoff:
 
     def __init__(self, block: Attention) -> None:
         self.block = block
-        self.w_q, self.w_k, self.w_v, self.w_o = (_Pair(w.abs()) for w in (block.w_q, block.w_k, block.w_v, block.w_o))
-        self.scale = _Pair(block.x.new_tensor(abs(block.scale_value)))
-        self.queries = _projected(block.x, block.w_q, block.b_q, block.queries, block.query_rotation)
-        self.keys = _projected(block.source_input, block.w_k, block.b_k, block.keys, block.key_rotation)
+        self.w_q, self.w_k, self.w_v, self.w_o = (Pair(w.abs()) for w in (block.w_q, block.w_k, block.w_v, block.w_o))
+        self.scale = Pair(block.x.new_tensor(abs(block.scale_value)))
+        self.query_norm = self.key_norm = None
+        if block.query_norm is None or block.key_norm is None:
+            self.queries = _projected(block.x, block.w_q, block.b_q, block.queries, block.query_rotation)
+            self.keys = _projected(block.source_input, block.w_k, block.b_k, block.keys, block.key_rotation)
+        else:
+            queries = _projected(block.x, block.w_q, block.b_q, block.projected_queries)
+            keys = _projected(block.source_input, block.w_k, block.b_k, block.projected_keys)
+            self.query_norm = NormRoundoff(block.query_norm, block.projected_queries, queries)
+            self.key_norm = NormRoundoff(block.key_norm, block.projected_keys, keys)
+            self.queries = _turned(self.query_norm.normalised, block.query_rotation)
+            self.keys = _turned(self.key_norm.normalised, block.key_rotation)
         self.values = _projected(block.source_input, block.w_v, block.b_v, block.values)
         self.maps = self._maps()
         n, m = block.logits.shape[-2:]
         widths = sum(sum(w.shape[-2:]) for w in (block.w_q, block.w_k, block.w_v, block.w_o))
         self.operations = 2 * (n + m) + widths + block.heads + 32
+        self.operations += 0 if self.query_norm is None else 4 * block.heads * block.w_q.shape[-1] + 64
 
     def forward(self) -> Float[Tensor, "*batch n out_dim"]:
         """Entrywise upper bound on |block.forward() - Y|, for a block without `b_o`."""
@@ -107,12 +74,16 @@ class Roundoff:
     def jvp(self, magnitude: Float[Tensor, "*extra moving dim"]) -> Float[Tensor, "*extra n out_dim"]:
         """Entrywise upper bound on |block.jvp(v) - J v| for every v with |v| <= magnitude."""
         block = self.block
-        tangent = _Pair(magnitude.unsqueeze(-3))
-        logit_change: list[_Pair] = []
+        tangent = Pair(magnitude.unsqueeze(-3))
+        logit_change: list[Pair] = []
         if block.query_moves:
-            logit_change.append((tangent @ self.w_q).rotated(block.query_rotation) @ self.keys.mT)
+            moved = tangent @ self.w_q
+            moved = moved if self.query_norm is None else self.query_norm.jvp(moved)
+            logit_change.append(moved.rotated(block.query_rotation) @ self.keys.mT)
         if block.memory_moves:
-            logit_change.append(self.queries @ (tangent @ self.w_k).rotated(block.key_rotation).mT)
+            moved = tangent @ self.w_k
+            moved = moved if self.key_norm is None else self.key_norm.jvp(moved)
+            logit_change.append(self.queries @ moved.rotated(block.key_rotation).mT)
         change = self._softmax_derivative(self.scale * _total(logit_change)) @ self.values
         if block.memory_moves:
             change = change + self.maps @ (tangent @ self.w_v)
@@ -121,25 +92,29 @@ class Roundoff:
     def vjp(self, magnitude: Float[Tensor, "*extra n out_dim"]) -> Float[Tensor, "*extra moving dim"]:
         """Entrywise upper bound on |block.vjp(u) - J^T u| for every u with |u| <= magnitude."""
         block = self.block
-        per_head = _Pair(magnitude.unsqueeze(-3)) @ self.w_o.mT
+        per_head = Pair(magnitude.unsqueeze(-3)) @ self.w_o.mT
         logit_change = self.scale * self._softmax_derivative(per_head @ self.values.mT)
-        result: list[_Pair] = []
+        result: list[Pair] = []
         if block.query_moves:
-            result.append((logit_change @ self.keys).rotated(block.query_rotation) @ self.w_q.mT)
+            pulled = (logit_change @ self.keys).rotated(block.query_rotation)
+            pulled = pulled if self.query_norm is None else self.query_norm.vjp(pulled)
+            result.append(pulled @ self.w_q.mT)
         if block.memory_moves:
-            result.append((logit_change.mT @ self.queries).rotated(block.key_rotation) @ self.w_k.mT)
+            pulled = (logit_change.mT @ self.queries).rotated(block.key_rotation)
+            pulled = pulled if self.key_norm is None else self.key_norm.vjp(pulled)
+            result.append(pulled @ self.w_k.mT)
             result.append(self.maps.mT @ per_head @ self.w_v.mT)
         return self._bound(_total(result).sum(-3))
 
-    def _bound(self, pair: _Pair) -> Tensor:
+    def _bound(self, pair: Pair) -> Tensor:
         assert pair.error is not None  # the maps are computed
         return (pair.error + 2 * gamma(self.operations) * (pair.size + pair.error)) * OWN_ROUNDING
 
-    def _softmax_derivative(self, change: _Pair) -> _Pair:
+    def _softmax_derivative(self, change: Pair) -> Pair:
         weighted = self.maps * change
         return weighted + self.maps * weighted.sum(-1, keepdim=True)
 
-    def _maps(self) -> _Pair:
+    def _maps(self) -> Pair:
         """The attention maps; where the logits are not known to 0.1, only that both versions lie in [0, 1]."""
         block = self.block
         maps = block.probabilities
@@ -155,16 +130,16 @@ class Roundoff:
         size = torch.where(known, maps * (1 + 2 * relative) + UNDERFLOW, 1 + 1e-9)
         error = torch.where(known, relative * size, size)
         visible = ~block.logits.isneginf()
-        return _Pair(torch.where(visible, size, 0.0), torch.where(visible, error, 0.0))
+        return Pair(torch.where(visible, size, 0.0), torch.where(visible, error, 0.0))
 
     def _worst_logit_error(self) -> Float[Tensor, "*batch heads n 1"]:
         """The largest |fl(S) - S| in each row, the rounding of S - max S included, over the keys that matter."""
         block = self.block
         products = self.scale * (self.queries @ self.keys.mT)
-        size = _plus_all(products.size, products.error)
+        size = plus_all(products.size, products.error)
         if block.mask is not None:
             size = size + torch.where(block.mask.isneginf(), 0.0, block.mask.abs())
-        error = _plus_all(2 * gamma(block.w_q.shape[-1] + 8) * size, products.error)
+        error = plus_all(2 * gamma(block.w_q.shape[-1] + 8) * size, products.error)
         distance = block.logits - block.logits.amax(-1, keepdim=True)
         matters = distance + error > NEGLIGIBLE_LOGIT
         error = error + 2 * UNIT_ROUNDOFF * distance.abs()
@@ -173,15 +148,22 @@ class Roundoff:
 
 def _projected(
     tokens: Tensor, weights: Tensor, bias: Tensor | None, computed: Tensor, rotation: Tensor | None = None
-) -> _Pair:
+) -> Pair:
     """The pair of tokens @ weights + bias, then turned, whose computed value is known."""
     size = tokens.abs().unsqueeze(-3) @ weights.abs()
     if bias is not None:
         size = size + bias.abs().unsqueeze(-2)
     size = rotate_sizes(size, rotation)
     error = 2 * gamma(tokens.shape[-1] + 4) * size  # a turn adds two roundings: the factor 2 pays for them
-    return _Pair(computed.abs() + error, error)
+    return Pair(computed.abs() + error, error)
 
 
-def _total(pairs: list[_Pair]) -> _Pair:
+def _turned(normalised: Pair, rotation: Tensor | None) -> Pair:
+    """The pair of normalised vectors, then turned, which adds two roundings."""
+    turned = normalised.rotated(rotation)
+    assert turned.error is not None  # they are computed
+    return Pair(turned.size, turned.error + 4 * gamma(4) * turned.size)
+
+
+def _total(pairs: list[Pair]) -> Pair:
     return pairs[0] if len(pairs) == 1 else sum(pairs[1:], pairs[0])

@@ -1,4 +1,4 @@
-"""Families that a recipe names: tokens, weights, masks and rotary positions of a certain kind."""
+"""Families that a recipe names: tokens, weights, masks, rotary positions and norms of a certain kind."""
 
 from __future__ import annotations
 
@@ -116,4 +116,15 @@ ROTATIONS: dict[str, Callable[[Tensor], Tensor] | None] = {
         math.pi * (torch.arange(gaussian.shape[-2]) % 2).to(gaussian)[:, None].expand(gaussian.shape)
     ),
     "random": lambda gaussian: 3 * gaussian,
+}
+
+
+# -- how queries and keys are normalised: Gaussian numbers [*batch, heads, head_dim] -> weights of RMSNorm -------------
+
+NORMS: dict[str, Callable[[Tensor], Tensor] | None] = {
+    "none": None,
+    "ones": torch.ones_like,
+    "near_ones": lambda gaussian: 1 + gaussian / 4,
+    "gaussian": lambda gaussian: gaussian,
+    "one_large": lambda gaussian: torch.where(gaussian == gaussian.amax(-1, keepdim=True), 30.0, gaussian / 4),
 }

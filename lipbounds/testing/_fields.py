@@ -14,7 +14,7 @@ from lipbounds.targets.attention import Attention
 
 # Number of trailing dimensions of each tensor field that are not batch dimensions.
 TRAILING = {"x": 2, "memory": 2, "w_q": 3, "w_k": 3, "w_v": 3, "w_o": 3, "b_q": 2, "b_k": 2, "b_v": 2, "b_o": 1}
-TRAILING |= {"query_rotation": 3, "key_rotation": 3}
+TRAILING |= {"query_rotation": 3, "key_rotation": 3, "query_norm_weight": 2, "key_norm_weight": 2}
 
 
 def additive_mask(block: Attention) -> Float[Tensor, "*mask n m"]:

@@ -9,7 +9,9 @@ c_hij = sum_l P_hil v_jl, and k_hij likewise for s W_Q^h (K_hj - K_hl),
 
 Differences of tokens are taken before anything else, so one-hot rows keep their digits. Shares no code with bounds,
 estimators, ops, or the oracle that has the last word (lipbounds.testing.extended). Rotary positions turn queries and
-keys; then u_hij = s W_K^h R_j^T q_hi depends on the key too, and W_Q^h on the query.
+keys; then u_hij = s W_K^h R_j^T q_hi depends on the key too, and W_Q^h on the query. QK-norm puts the transposed
+derivative of a normalised query or key by its token, r (W^h - c u^hT / D) w, for W_Q^h and W_K^h: with r = (mean k^2 +
+eps)^(-1/2) of k = x W, u = r k and c = sum W u over what is normalised together.
 """
 
 from __future__ import annotations
@@ -39,10 +41,14 @@ def jacobian_parts(
     source = block.source_input if block.moves == "query" else moving
     queries = x.unsqueeze(-3) @ block.w_q
     turn_queries, turn_keys = (_matrices(block, rotation) for rotation in (block.query_rotation, block.key_rotation))
-    queries = _turned(turn_queries, queries if block.b_q is None else queries + block.b_q.unsqueeze(-2))
+    queries = queries if block.b_q is None else queries + block.b_q.unsqueeze(-2)
+    queries, w_q = _normalised(block, queries, block.w_q, block.query_norm_weight)
+    queries = _turned(turn_queries, queries)
     keys = source.unsqueeze(-3) @ block.w_k
-    if block.b_k is not None and turn_keys is not None:  # unturned, it moves all logits of a row alike
+    plain = turn_keys is None and block.norm_eps is None
+    if block.b_k is not None and not plain:  # if it is, it moves all logits of a row alike
         keys = keys + block.b_k.unsqueeze(-2)
+    keys, w_k = _normalised(block, keys, block.w_k, block.key_norm_weight)
     keys = _turned(turn_keys, keys)
     scale = block.scale_value
     logits = scale * queries @ keys.mT
@@ -56,11 +62,11 @@ def jacobian_parts(
     mixing = softmax = moving.new_zeros(*block.batch_shape, n, out_dim, moving.shape[-2], width)
     if block.moves != "query":
         mixing = torch.einsum("...hij,...hdo->...iojd", maps, through)
-        softmax = _through_keys(block, turn_keys, weighted, scale * queries)
+        softmax = _through_keys(w_k, turn_keys, weighted, scale * queries)
     if block.moves != "memory":
         own = torch.einsum("...hijo,...hije->...hioe", weighted, scale * _key_apart(block, source, keys, maps))
         own = own if turn_queries is None else torch.einsum("...hioe,...ief->...hiof", own, turn_queries)
-        own = torch.einsum("...hioe,...hde->...iod", own, block.w_q)
+        own = (own @ w_q.mT).sum(-4)
         softmax = softmax + torch.einsum("...iod,ij->...iojd", own, torch.eye(n, dtype=own.dtype, device=own.device))
     shape = (*block.batch_shape, n * out_dim, (n if block.moves == "query" else m) * width)
     return mixing.reshape(shape), softmax.reshape(shape)
@@ -84,18 +90,34 @@ def _turned(matrices: Tensor | None, vectors: Tensor) -> Tensor:
     return vectors if matrices is None else torch.einsum("...nef,...hnf->...hne", matrices, vectors)
 
 
-def _through_keys(block: Attention, turn_keys: Tensor | None, weighted: Tensor, queries: Tensor) -> Tensor:
+def _normalised(block: Attention, vectors: Tensor, weights: Tensor, gains: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Queries or keys after QK-norm, and their transposed derivatives by the token: one a token, or W for all."""
+    if gains is None:
+        return vectors, weights.unsqueeze(-3)
+    assert block.norm_eps is not None
+    together = (-3, -1) if block.norm_over == "all_heads" else (-1,)
+    root = (vectors.square().mean(together, keepdim=True) + block.norm_eps) ** -0.5
+    unit = root * vectors
+    radial = torch.einsum("...hne,...hde->...hnd", unit, weights) / vectors.shape[-1]
+    if block.norm_over == "all_heads":
+        radial = radial.mean(-3, keepdim=True)
+    derivative = weights.unsqueeze(-3) - radial.unsqueeze(-1) * unit.unsqueeze(-2)
+    return unit * gains.unsqueeze(-2), root.unsqueeze(-1) * derivative * gains.unsqueeze(-2).unsqueeze(-2)
+
+
+def _through_keys(w_k: Tensor, turn_keys: Tensor | None, weighted: Tensor, queries: Tensor) -> Tensor:
     """sum_h P_hij c_hij u_hij^T."""
-    if turn_keys is None:
-        return torch.einsum("...hijo,...hid->...iojd", weighted, queries @ block.w_k.mT)
-    pulled = torch.einsum("...hie,...jef->...hijf", queries, turn_keys)
-    pulled = torch.einsum("...hijf,...hdf->...hijd", pulled, block.w_k)
-    return torch.einsum("...hijo,...hijd->...iojd", weighted, pulled)
+    if turn_keys is not None:
+        pulled = torch.einsum("...hie,...jef->...hijf", queries, turn_keys).unsqueeze(-2)
+    else:
+        pulled = queries.unsqueeze(-2).unsqueeze(-2)
+    pulled = (pulled @ w_k.unsqueeze(-4).mT).squeeze(-2)
+    return torch.einsum("...hijo,...hijd->...iojd", weighted, pulled.expand(*weighted.shape[:-1], -1))
 
 
 def _key_apart(block: Attention, source: Tensor, keys: Tensor, maps: Tensor) -> Tensor:
     """sum_l P_hil (K_hj - K_hl)."""
-    if block.key_rotation is None:
+    if block.key_rotation is None and block.norm_eps is None:
         apart = source.unsqueeze(-2) - source.unsqueeze(-3)
         return torch.einsum("...hil,...jld,...hde->...hije", maps, apart, block.w_k)
     return torch.einsum("...hil,...hjle->...hije", maps, keys.unsqueeze(-2) - keys.unsqueeze(-3))

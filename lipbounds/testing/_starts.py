@@ -12,6 +12,7 @@ from torch import Generator, Tensor
 from lipbounds.claims import Feature
 from lipbounds.errors import InvalidInput
 from lipbounds.targets.attention import Attention, Moves
+from lipbounds.targets.rms_norm import NORM_OVER, NormOver
 from lipbounds.testing._regimes import REGIMES as REGIMES
 from lipbounds.testing._regimes import Parameters as Parameters
 from lipbounds.testing._regimes import Regime, normal, uniform
@@ -20,6 +21,7 @@ from lipbounds.testing._regimes import Regime, normal, uniform
 Mask = Literal["none", "causal", "padding", "one_visible", "offsets"]
 MASKS: tuple[Mask, ...] = ("none", "causal", "padding", "one_visible", "offsets")
 SHIFT = "shift"  # displacement of the moving input from the centre of the ball, in units of the radius
+NORM_WEIGHTS = ("query_norm_weight", "key_norm_weight")
 ANGLES = ("query_angles", "key_angles")  # of rotary positions; in self-attention the first serves both
 INSIDE = 1 - 1e-12  # keeps a point on the sphere within the ball after rounding
 
@@ -35,6 +37,8 @@ class Setting:
         head_dim: width of queries and keys of a head; dim // heads, at least 1, if None.
         value_dim: width of the values of a head; as `head_dim` if None.
         biases: whether there are query, key and value biases.
+        norm_over: QK-norm with free weights over the features of a `head` or of `all_heads`; None for no norm.
+        norm_eps: of that norm.
         rotary: whether queries and keys are turned, by free angles; needs heads of width 2.
         mask: `padding` hides the last key, `one_visible` shows each query one key, `offsets` is a free finite bias.
         moves: `self`, or which input of cross-attention moves.
@@ -51,6 +55,8 @@ class Setting:
     value_dim: int | None = None
     biases: bool = False
     rotary: bool = False
+    norm_over: NormOver | None = None
+    norm_eps: float = 0.1
     mask: Mask = "none"
     moves: Moves = "self"
     memory_tokens: int | None = None
@@ -66,6 +72,11 @@ class Setting:
                 raise InvalidInput(f"{name} must be at least 1, got {name}={size}.")
         if self.rotary and self.head_width < 2:
             raise InvalidInput(f"rotary positions need heads of width 2, got {self.head_width}; set head_dim=2.")
+        if self.norm_over not in (None, *NORM_OVER) or not 0 < self.norm_eps < math.inf:
+            raise InvalidInput(
+                f"norm_over must be None or one of {NORM_OVER} and norm_eps positive and finite, got "
+                f"norm_over={self.norm_over!r} and norm_eps={self.norm_eps}."
+            )
         if self.mask not in MASKS:
             raise InvalidInput(f"mask must be one of {MASKS}, got mask={self.mask!r}.")
         if self.mask == "causal" and self.moves != "self":
@@ -98,6 +109,7 @@ class Setting:
             "mask": self.mask != "none",
             "cross": self.moves != "self",
             "rotary": self.rotary,
+            "qk_norm": self.norm_over is not None,
         }
         return frozenset(feature for feature, there in present.items() if there)
 
@@ -115,6 +127,8 @@ class Setting:
             shapes["memory"] = (self.keys, dim)
         if self.biases:
             shapes |= {"b_q": (heads, width), "b_k": (heads, width), "b_v": (heads, values)}
+        if self.norm_over is not None:
+            shapes |= dict.fromkeys(NORM_WEIGHTS, (heads, width))
         if self.rotary:
             shapes["query_angles"] = (self.tokens, width // 2)
         if self.rotary and self.moves != "self":
@@ -135,6 +149,8 @@ class Setting:
             query_angles = parameters["query_angles"]
             for side, angles in (("query", query_angles), ("key", parameters.get("key_angles", query_angles))):
                 fields[f"{side}_rotation"] = torch.stack([angles.cos(), angles.sin()], -2)
+        if self.norm_over is not None:
+            fields |= {"norm_over": self.norm_over, "norm_eps": self.norm_eps}
         bias = parameters.get("offsets")
         hidden = self._hidden_keys()
         if hidden is not None:

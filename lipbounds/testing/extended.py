@@ -58,14 +58,14 @@ def _product(block: Attention, tangent: Decimals) -> Decimals:
     scale = Decimal(float(block.scale or 0.0))
     turn_queries, turn_keys = (rotation_matrices(block, side) for side in ("query", "key"))
     total: Any = 0
+    all_queries = _normalised(block, block.query_norm_weight, *_projected(x, d_x, block.w_q, block.b_q))
+    # The bias cancels in differences of values, and in those of keys unless they are normalised or turned.
+    all_keys = _normalised(block, block.key_norm_weight, *_projected(source, d_source, block.w_k, block.b_k))
     for head in range(block.w_q.shape[-3]):
-        w_q, w_k, w_v, w_o = (_exact(weights[head]) for weights in (block.w_q, block.w_k, block.w_v, block.w_o))
-        queries = x @ w_q if block.b_q is None else x @ w_q + _exact(block.b_q[head])
-        # The bias cancels in differences of values, and in those of keys unless they are turned.
-        keys, values = source @ w_k if block.b_k is None else source @ w_k + _exact(block.b_k[head]), source @ w_v
-        d_queries, d_keys, d_values = d_x @ w_q, d_source @ w_k, d_source @ w_v
-        queries, d_queries = _turned(turn_queries, queries), _turned(turn_queries, d_queries)
-        keys, d_keys = _turned(turn_keys, keys), _turned(turn_keys, d_keys)
+        w_v, w_o = _exact(block.w_v[head]), _exact(block.w_o[head])
+        queries, d_queries = (_turned(turn_queries, rows[head]) for rows in all_queries)
+        keys, d_keys = (_turned(turn_keys, rows[head]) for rows in all_keys)
+        values, d_values = source @ w_v, d_source @ w_v
         rows = []
         for i in range(x.shape[0]):
             top = int(np.argmax(scale * (keys @ queries[i]) + mask[head, i]))
@@ -77,6 +77,38 @@ def _product(block: Attention, tangent: Decimals) -> Decimals:
             rows.append(p @ d_values + (p * (change - p @ change)) @ value)
         total = total + np.stack(rows) @ w_o
     return total
+
+
+def _projected(
+    tokens: Decimals, tangent: Decimals, weights: Tensor, bias: Tensor | None
+) -> tuple[list[Decimals], list[Decimals]]:
+    """Of each head the projected tokens with their bias, and the projected tangent."""
+    matrices = [_exact(matrix) for matrix in weights]
+    rows = [tokens @ matrix for matrix in matrices]
+    if bias is not None:
+        rows = [plain + _exact(own) for plain, own in zip(rows, bias, strict=True)]
+    return rows, [tangent @ matrix for matrix in matrices]
+
+
+def _normalised(
+    block: Attention, weight: Tensor | None, rows: list[Decimals], changes: list[Decimals]
+) -> tuple[list[Decimals], list[Decimals]]:
+    """Of each head the normalised rows w k / sqrt(m), m = mean k^2 + eps, and their changes by the quotient rule."""
+    if weight is None or block.norm_eps is None:
+        return rows, changes
+    alone = [[head] for head in range(len(rows))]
+    together = [list(range(len(rows)))] * len(rows) if block.norm_over == "all_heads" else alone
+    found: tuple[list[Decimals], list[Decimals]] = ([], [])
+    for head, others in enumerate(together):
+        count = Decimal(len(others) * rows[head].shape[1])
+        square: Any = sum((rows[g] * rows[g]).sum(1) for g in others) / count + Decimal(block.norm_eps)
+        change: Any = sum((2 * rows[g] * changes[g]).sum(1) for g in others) / count
+        root = np.array([entry.sqrt() for entry in square], dtype=object)[:, None]
+        slope = (change / (2 * square))[:, None]
+        gain = _exact(weight[head])
+        found[0].append(gain * rows[head] / root)
+        found[1].append(gain * (changes[head] - rows[head] * slope) / root)
+    return found
 
 
 def _turned(matrices: Tensor | None, vectors: Decimals) -> Decimals:

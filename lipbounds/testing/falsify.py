@@ -15,6 +15,7 @@ from lipbounds.claims import Feature
 from lipbounds.errors import InvalidInput, LipboundsError, UnsupportedAttention
 from lipbounds.registry import BoundSpec
 from lipbounds.targets.attention import Attention, Moves
+from lipbounds.targets.rms_norm import NORM_OVER
 from lipbounds.testing._ascent import Ascent
 from lipbounds.testing._claims import Claims
 from lipbounds.testing._falsification import SLACK as SLACK
@@ -28,6 +29,7 @@ Progress = Callable[[int, float], None]
 CONFIRMED = 5  # instances of a search that are judged in 60 digits
 SIZES = (1, 2, 3, 4, 6)
 SCALES = (None, None, None, 1.0, 0.1, 4.0, -0.7)
+NORM_EPS = (0.1, 1e-5, 1.0)
 RADII = (1.0, 0.1, 0.01, 3.0)
 
 
@@ -57,7 +59,8 @@ def falsify(
         dim: D.
         heads: number of heads.
         head_dim: width of a head; dim // heads, at least 1, if None.
-        features: what the blocks have beyond heads: `biases`, `mask` (causal), `cross` (the memory moves), `rotary`.
+        features: what the blocks have beyond heads: `biases`, `mask` (causal), `cross` (the memory moves), `rotary`,
+            `qk_norm` (of each head).
         radius: for the scopes that have one; the size of the tokens relative to that of a ball is part of the search.
         seconds: stop climbing after this time.
         progress: called with the steps done and the largest ratio so far.
@@ -74,6 +77,7 @@ def falsify(
         head_dim=head_dim,
         biases="biases" in wanted,
         rotary="rotary" in wanted,
+        norm_over="head" if "qk_norm" in wanted else None,
         mask="none" if "mask" not in wanted else "offsets" if "cross" in wanted else "causal",
         moves="memory" if "cross" in wanted else "self",
         radius=radius,
@@ -211,7 +215,15 @@ def _confirm(claims: Claims, candidates: list[Parameters]) -> Falsification:
 def _settings(spec: BoundSpec, random: Random) -> Iterator[tuple[Setting, int]]:
     """Small shapes with one feature at a time, quickly and then again, then any shapes and features, ever longer."""
     turned: list[dict[str, Any]] = [{"rotary": True}, {"rotary": True, "biases": True}]
-    alone: list[dict[str, Any]] = [{}, *turned, {"heads": 2}, {"biases": True}, *({"mask": mask} for mask in MASKS[1:])]
+    normed: list[dict[str, Any]] = [{"norm_over": "head"}, {"norm_over": "all_heads", "heads": 2, "biases": True}]
+    alone: list[dict[str, Any]] = [
+        {},
+        *turned,
+        *normed,
+        {"heads": 2},
+        {"biases": True},
+        *({"mask": mask} for mask in MASKS[1:]),
+    ]
     alone += [{"moves": "query"}, {"moves": "memory"}, {"scale": -0.7}]
     # One query: where it moves, nothing is left but the softmax, with more keys than two.
     one_query = [
@@ -234,6 +246,7 @@ def _random_setting(spec: BoundSpec, random: Random) -> Setting:
     supports = spec.supports
     moves: Moves = random.choice(("self", "self", "query", "memory")) if "cross" in supports else "self"
     rotary = "rotary" in supports and random.random() < 0.5
+    normed = "qk_norm" in supports and random.random() < 0.5
     masks: list[Mask] = ["none", *(mask for mask in MASKS if moves == "self" or mask != "causal")]
     return Setting(
         tokens=random.choice(SIZES),
@@ -241,6 +254,8 @@ def _random_setting(spec: BoundSpec, random: Random) -> Setting:
         heads=random.choice((1, 1, 2, 3)) if "heads" in supports else 1,
         head_dim=random.choice((2, 3) if rotary else (None, None, 1, 2, 3)),
         rotary=rotary,
+        norm_over=random.choice(NORM_OVER) if normed else None,
+        norm_eps=random.choice(NORM_EPS) if normed else NORM_EPS[0],
         value_dim=random.choice((None, None, None, 1, 2)),
         biases="biases" in supports and random.random() < 0.5,
         mask=random.choice(masks) if "mask" in supports else "none",

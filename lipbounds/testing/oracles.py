@@ -19,6 +19,13 @@ Rotary positions put R_i q_i for q_i and R_j k_j for k_j in these formulas, W_Q 
 
 for K_j - K_t, with R as dense matrices: where two tokens have the same position nothing cancels, as before.
 
+QK-norm puts N(k) = w r k for k before it is turned, r = (mean k^2 + eps)^(-1/2), and for W_Q the transposed derivative
+of a normalised query by its token, r (W_Q - c u^T / D) w with u = r k and c = sum W_Q u over what is normalised
+together. Its differences are formed from those of the tokens, too,
+
+    N(k_j) - N(k_t) = w ( r_j (k_j - k_t) + (r_j - r_t) k_t ),   r_j - r_t = mean((k_t - k_j)(k_t + k_j)) r_j^2 r_t^2 /
+                                                                            (r_j + r_t).
+
 The unit tests compare them with torch.func.jacrev of `attention_output` and with arithmetic in 60 digits. Automatic
 differentiation itself will not do as the truth: its softmax rule cancels at rows that are nearly one-hot.
 
@@ -41,6 +48,7 @@ from lipbounds.testing._fields import TRAILING
 from lipbounds.testing._fields import additive_mask as additive_mask
 from lipbounds.testing._fields import batch_item as batch_item
 from lipbounds.testing._fields import rotation_matrices as rotation_matrices
+from lipbounds.testing._norms import magnified, moved_weights, normalise, normalised_differences, projected
 
 
 UNIT = 2.0**-53
@@ -62,6 +70,7 @@ def attention_output(block: Attention, moving: Float[Tensor, "*batch moving dim"
         _with_bias(torch.einsum("...nd,...hde->...hne", tokens, f[f"w_{name}"]), f[f"b_{name}"])
         for name, tokens in (("q", queries_from), ("k", memory), ("v", memory))
     )
+    queries, keys = normalise(block, "query", queries), normalise(block, "key", keys)
     queries, keys = _turn(rotation_matrices(block, "query"), queries), _turn(rotation_matrices(block, "key"), keys)
     logits = float(block.scale or 0.0) * torch.einsum("...hne,...hme->...hnm", queries, keys)
     maps = (logits + additive_mask(block)).softmax(-1)
@@ -94,14 +103,19 @@ def truth_slack(block: Attention) -> Float[Tensor, "*batch"]:
     The rounding of each product and sum is at most gamma times the same formula on absolute values; an error of at
     most d in the logits of a row moves each of its probabilities by a factor within exp(2 d), and a term holds up to
     three of them; probabilities below the range of floats are lost. About 1e-13 of the norm on ordinary blocks.
+    Where queries and keys are normalised, an error of k moves r by at most mean(|k| |error|) r^2 of itself, to first
+    order; a term holds up to nine r, for which 16 times that is taken.
     """
     parts = _Parts.of(block).absolute(block)
     turns = 1 if parts.shift is None else 3  # a rotation is one more sum over features, of queries and of keys
     operations = (
         sum(parts.dx.shape[-3:]) + turns * parts.queries.shape[-1] + parts.w_v.shape[-1] + parts.w_q.shape[-2] + 32
     )
-    logit_error = _logit_error(block, parts, operations).amax(-2)  # worst head of each row
-    relative = torch.expm1(6 * logit_error) + 8 * operations * UNIT
+    if block.norm_eps is not None:
+        operations += 4 * parts.queries.shape[-1] * parts.w_v.shape[-3]
+    root_error = operations * UNIT * magnified(block, operations)[..., None]  # infinite if it is not small
+    logit_error = _logit_error(block, parts, operations, root_error).amax(-2)  # worst head of each row
+    relative = torch.expm1(6 * logit_error) + 8 * operations * UNIT + 16 * root_error.clamp(max=1.0)
     size = _assemble(parts, centre=1.0)
     rounding = _frobenius(size * relative.repeat_interleave(size.shape[-2] // relative.shape[-1], -1).unsqueeze(-1))
     spectrum = 8 * max(size.shape[-2:]) * UNIT * _frobenius(size)
@@ -144,23 +158,24 @@ class _Parts:
         mask = additive_mask(block)
         turn_queries, turn_keys = rotation_matrices(block, "query"), rotation_matrices(block, "key")
         queries = _with_bias(torch.einsum("...nd,...hde->...hne", f["x"], f["w_q"]), f["b_q"])
-        queries = _turn(turn_queries, queries)
+        w_q = _turned_weights(moved_weights(block, "query", f["w_q"], queries), turn_queries)
+        queries = _turn(turn_queries, normalise(block, "query", queries))
         keys = torch.einsum("...nd,...hde->...hne", memory, f["w_k"])
-        # Unturned, a key bias moves all logits of a row alike.
-        keys = keys if turn_keys is None else _with_bias(keys, f["b_k"])
-        turned = _turn(turn_keys, keys)
+        if turn_keys is not None or block.norm_eps is not None:  # else a key bias moves all logits of a row alike
+            keys = _with_bias(keys, f["b_k"])
+        w_k = _turned_weights(moved_weights(block, "key", f["w_k"], keys), turn_keys)
+        turned = _turn(turn_keys, normalise(block, "key", keys))
         rough = scale * torch.einsum("...hne,...hme->...hnm", queries, turned) + mask
         top = torch.nn.functional.one_hot(rough.argmax(-1), rough.shape[-1]).to(torch.float64)
         dx = memory.unsqueeze(-3).unsqueeze(-3) - torch.einsum("...hnm,...md->...hnd", top, memory).unsqueeze(-2)
         visible = torch.where(mask.isneginf(), 0.0, mask)  # 0 * -inf would be nan
         above = mask - (top * visible).sum(-1, keepdim=True)
         shift = None if turn_keys is None else _shift(turn_keys, top)
-        apart = _key_differences(dx, f["w_k"], turn_keys, shift, top, keys)
+        apart = _key_differences(block, dx, f["w_k"], turn_keys, shift, top, keys)
         relative = scale * torch.einsum("...hne,...hnme->...hnm", queries, apart) + above
         # Rounding of huge logits may have missed the largest one: relative to it, exp would overflow.
         weights = (relative - relative.amax(-1, keepdim=True)).exp()
         maps = weights / weights.sum(-1, keepdim=True)
-        w_q, w_k = _turned_weights(f["w_q"], turn_queries), _turned_weights(f["w_k"], turn_keys)
         return cls(
             dx, top, shift, apart, queries, maps, relative, w_q, w_k, f["w_v"], f["w_o"],
             scale=scale, moves=block.moves, batch=block.batch_shape,
@@ -174,10 +189,14 @@ class _Parts:
         turn_queries, turn_keys, shift = (None if turn is None else turn.abs() for turn in turns)
         queries = _with_bias(torch.einsum("...nd,...hde->...hne", f["x"], f["w_q"]), f["b_q"])
         keys = _with_bias(torch.einsum("...nd,...hde->...hne", memory, f["w_k"]), f["b_k"])
-        apart = _key_differences(self.dx.abs(), f["w_k"], turn_keys, shift, self.top, keys)
+        at_queries, at_keys = projected(block, "query"), projected(block, "key")
+        w_q = moved_weights(block, "query", f["w_q"], queries, at=at_queries)
+        w_k = moved_weights(block, "key", f["w_k"], keys, at=at_keys)
+        queries = normalise(block, "query", queries, at=at_queries)
+        apart = _key_differences(block, self.dx.abs(), f["w_k"], turn_keys, shift, self.top, keys, at_keys)
         return dc.replace(
             self, dx=self.dx.abs(), key_apart=apart, queries=_turn(turn_queries, queries), scale=abs(self.scale),
-            w_q=_turned_weights(f["w_q"], turn_queries), w_k=_turned_weights(f["w_k"], turn_keys),
+            w_q=_turned_weights(w_q, turn_queries), w_k=_turned_weights(w_k, turn_keys),
             w_v=f["w_v"], w_o=f["w_o"],
         )  # fmt: skip
 
@@ -188,10 +207,8 @@ def _turn(matrices: Tensor | None, vectors: Tensor) -> Tensor:
 
 
 def _turned_weights(weights: Tensor, matrices: Tensor | None) -> Tensor:
-    """W R_i^T for each token, with an axis of size 1 for the tokens if there is no rotation."""
-    if matrices is None:
-        return weights.unsqueeze(-3)
-    return torch.einsum("...hdf,...nef->...hnde", weights, matrices)
+    """W R_i^T for each token, with an axis of size 1 for the tokens if nothing depends on the token."""
+    return weights if matrices is None else weights @ matrices.mT.unsqueeze(-4)
 
 
 def _shift(matrices: Tensor, top: Tensor) -> Tensor:
@@ -200,10 +217,15 @@ def _shift(matrices: Tensor, top: Tensor) -> Tensor:
 
 
 def _key_differences(
-    dx: Tensor, w_k: Tensor, turn: Tensor | None, shift: Tensor | None, top: Tensor, keys: Tensor
-) -> Tensor:
-    """Turned keys relative to that of t(i); `keys` are not turned yet."""
-    apart = torch.einsum("...hnmd,...hde->...hnme", dx, w_k)
+    block: Attention, dx: Tensor, w_k: Tensor, turn: Tensor | None, shift: Tensor | None, top: Tensor, keys: Tensor,
+    at: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Normalised and turned keys relative to that of t(i); `keys` are neither yet, `at` is as in `normalise`."""
+    if block.norm_eps is None:
+        apart = torch.einsum("...hnmd,...hde->...hnme", dx, w_k)
+    else:
+        apart = normalised_differences(block, dx, w_k, top, keys, at=at)
+        keys = normalise(block, "key", keys, at=at)
     if turn is None or shift is None:
         return apart
     at_top = torch.einsum("...hnm,...hmf->...hnf", top, keys)
@@ -236,14 +258,15 @@ def _assemble(parts: _Parts, centre: float) -> Tensor:
     return dense.reshape(*parts.batch, n * dim_out, -1)
 
 
-def _logit_error(block: Attention, parts: _Parts, operations: int) -> Tensor:
+def _logit_error(block: Attention, parts: _Parts, operations: int, root_error: Tensor) -> Tensor:
     """Largest error of the relative logits of each row, over the keys that floats can see."""
     size = parts.scale * torch.einsum("...hne,...hnme->...hnm", parts.queries, parts.key_apart)
     mask = additive_mask(block)
     finite = torch.where(mask.isneginf(), 0.0, mask).abs().amax(-1, keepdim=True)
-    error = 2 * UNIT * (operations * size + 2 * finite)
+    error = 2 * UNIT * (operations * size + 2 * finite) + 16 * root_error[..., None, None].clamp(max=1e300) * size
     seen = parts.relative_logits > -750.0  # exp of anything lower is 0, exactly and in floats
-    return torch.where(seen, error, 0.0).amax(-1).clamp(max=10.0)
+    error = torch.where(seen, error, 0.0).amax(-1)
+    return torch.where(root_error[..., None].isinf(), 10.0, error).clamp(max=10.0)
 
 
 def _double(block: Attention) -> dict[str, Any]:

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from lipbounds.targets.attention import Attention, Moves
+from lipbounds.targets.rms_norm import NormOver
 from lipbounds.testing._families import GEOMETRIES as GEOMETRIES
 from lipbounds.testing._families import MASKS as MASKS
+from lipbounds.testing._families import NORMS as NORMS
 from lipbounds.testing._families import ROTATIONS as ROTATIONS
 from lipbounds.testing._families import SPECTRA as SPECTRA
 from lipbounds.testing._families import duplicated
@@ -36,6 +38,8 @@ MASTER = {
     "b_o": (1, 1, 32),
     "mask": (1, 32, 32),
     "positions": (1, 32, 4),
+    "query_norm_weight": (4, 1, 8),
+    "key_norm_weight": (4, 1, 8),
 }
 # Attention maps by construction; each fixes the spread of the logits, and `half`, `sink` shape tokens and weights, too.
 REGIMES = ("free", "uniform", "half", "one_hot", "sink")
@@ -66,6 +70,9 @@ class Recipe:
         spread: difference of the largest and the smallest logit of a row, before masks, in the widest row of all.
         mask: name in `MASKS`.
         rotary: name in `ROTATIONS`; without effect on heads of width 1, which have no pair of features to turn.
+        norm: name in `NORMS`, of the weights of QK-norm.
+        norm_over: as in `Attention`; without effect where there is no norm.
+        norm_eps: as in `Attention`, likewise.
         biases: names in `BIASES`.
         bias_scale: factor on the biases.
         scale: of the logits; None for 1/sqrt(head_dim).
@@ -96,6 +103,9 @@ class Recipe:
     spread: float = 1.0
     mask: str = "none"
     rotary: str = "none"
+    norm: str = "none"
+    norm_over: NormOver = "head"
+    norm_eps: float = 1e-6
     biases: frozenset[str] = frozenset()
     bias_scale: float = 1.0
     scale: float | None = None
@@ -107,12 +117,14 @@ class Recipe:
 
 def build(recipe: Recipe) -> Attention:
     """The block that a recipe describes."""
-    fields = {**_tokens(recipe), **_weights(recipe), **_biases(recipe), **_rotations(recipe)}
+    fields = {**_tokens(recipe), **_weights(recipe), **_biases(recipe), **_rotations(recipe), **_norms(recipe)}
     if recipe.regime == "sink":
         _point_at_one_key(fields)
     mask = _mask(recipe)
     _set_spread(recipe, fields)
     options: dict[str, Any] = {"scale": recipe.scale, "moves": recipe.moves}
+    if recipe.norm != "none":
+        options |= {"norm_eps": recipe.norm_eps, "norm_over": recipe.norm_over}
     options["causal"] = recipe.mask == "causal" and recipe.m is None
     tensors = {name: tensor.to(recipe.dtype) for name, tensor in (fields | mask).items()}
     return Attention(**tensors, **options)
@@ -190,6 +202,28 @@ def _rotations(recipe: Recipe) -> dict[str, Tensor]:
     return {"query_rotation": rotation[..., -recipe.n :, :, :], "key_rotation": rotation[..., :keys, :, :]}
 
 
+def _norms(recipe: Recipe) -> dict[str, Tensor]:
+    """Weights of the RMSNorm of queries and keys."""
+    make = NORMS[recipe.norm]
+    if make is None:
+        return {}
+    batched = recipe.batched in ("weights", "both")
+    groups = recipe.heads if recipe.tied else recipe.groups
+    return {
+        name: make(_master(recipe, name, batched)[..., :heads, 0, : recipe.head_dim])
+        for name, heads in (("query_norm_weight", recipe.heads), ("key_norm_weight", groups))
+    }
+
+
+def _normalised(recipe: Recipe, vectors: Tensor, weight: Tensor | None) -> Tensor:
+    """Divided by their root mean square, times the weights of each head."""
+    if weight is None:
+        return vectors
+    together = (-3, -1) if recipe.norm_over == "all_heads" else -1
+    square = (vectors**2).mean(together, keepdim=True)
+    return vectors / (square + recipe.norm_eps) ** 0.5 * weight.unsqueeze(-2)
+
+
 def _turned(vectors: Tensor, rotation: Tensor | None) -> Tensor:
     """Each pair of features as a complex number, times that of its angle."""
     if rotation is None:
@@ -238,13 +272,18 @@ def _set_spread(recipe: Recipe, fields: dict[str, Tensor]) -> None:
     w_k = fields["w_k"].repeat_interleave(recipe.heads // fields["w_k"].shape[-3], -3)
     scale = recipe.head_dim**-0.5 if recipe.scale is None else recipe.scale
     keys = source.unsqueeze(-3) @ w_k
-    if "key_rotation" in fields and "b_k" in fields:  # without a rotation it moves all logits of a row alike
+    normed = "query_norm_weight" in fields
+    if "b_k" in fields and (normed or "key_rotation" in fields):  # else it moves all logits of a row alike
         b_k = fields["b_k"].repeat_interleave(recipe.heads // fields["b_k"].shape[-2], -2)
         keys = keys + b_k.unsqueeze(-2)
+    if normed:
+        weight = fields["key_norm_weight"]
+        weight = weight.repeat_interleave(recipe.heads // weight.shape[-2], -2)
+        queries, keys = _normalised(recipe, queries, fields["query_norm_weight"]), _normalised(recipe, keys, weight)
     queries, keys = _turned(queries, fields.get("query_rotation")), _turned(keys, fields.get("key_rotation"))
     logits = scale * queries @ keys.mT
     found = float((logits.amax(-1) - logits.amin(-1)).max())
     wanted = {"uniform": 0.0, "half": max(recipe.spread, 100.0), "one_hot": max(recipe.spread, 40.0)}
     if found > 1e-24:  # else the weights would leave the range of float32
-        for name in {"w_q", "b_q"} & set(fields):
+        for name in {"query_norm_weight"} if normed else {"w_q", "b_q"} & set(fields):
             fields[name] = fields[name] * (wanted.get(recipe.regime, recipe.spread) / found)

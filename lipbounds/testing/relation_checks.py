@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lipbounds.registry import BoundSpec
 from lipbounds.targets.attention import Attention
+from lipbounds.targets.rms_norm import RmsNorm
 from lipbounds.testing.oracles import additive_mask, batch_item
 from lipbounds.testing.verdict import Refuted, evaluate
 
@@ -46,7 +47,9 @@ def head_order(spec: BoundSpec, block: Attention, radius: float | None = None, s
     """The order of heads does not matter: it is reversed."""
     changes = {name: getattr(block, name).flip(-3) for name in ("w_q", "w_k", "w_v", "w_o")}
     changes |= {
-        name: getattr(block, name).flip(-2) for name in ("b_q", "b_k", "b_v") if getattr(block, name) is not None
+        name: getattr(block, name).flip(-2)
+        for name in ("b_q", "b_k", "b_v", "query_norm_weight", "key_norm_weight")
+        if getattr(block, name) is not None
     }
     if block.logit_bias is not None and block.logit_bias.dim() > 2:
         changes["logit_bias"] = block.logit_bias.flip(-3)
@@ -57,11 +60,14 @@ def rotation(spec: BoundSpec, block: Attention, radius: float | None = None, see
     """An orthogonal change of basis inside each head, of queries and keys and of values, changes nothing.
 
     With rotary positions the one of queries and keys must commute with all rotations of tokens: it turns each of the
-    turned pairs of features by an angle of its own, and mixes the others.
+    turned pairs of features by an angle of its own, and mixes the others. With QK-norm, whose weights differ from
+    feature to feature, it can only change signs, of both features of a pair alike.
     """
     generator = torch.Generator().manual_seed(seed)
     inner = _rotations(block.heads, block.w_q.shape[-1], generator)
-    if block.query_rotation is not None:
+    if block.norm_eps is not None:
+        inner = _signs(block, generator)
+    elif block.query_rotation is not None:
         inner = _commuting(inner, block.query_rotation.shape[-1], generator)
     inner = inner.to(block.x)
     outer = _rotations(block.heads, block.w_v.shape[-1], generator).to(block.x)
@@ -84,6 +90,7 @@ def scaling(spec: BoundSpec, block: Attention, radius: float | None = None, seed
     With c, a, b, o powers of two: x -> c x with the weights it meets / c; W_Q -> a W_Q with W_K -> W_K / a;
     W_V -> b W_V with W_O -> o W_O / b, biases alike. The norm becomes o / c times as large, on a ball of radius c times
     as large. With biases c is 1: they would be small or large beside the scaled weights, and rounding slack with them.
+    With QK-norm, a scales W_Q, W_K, their biases and the root of eps alike, and the weights of the two norms inversely.
     """
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(-EXPONENTS, EXPONENTS + 1, (4,), generator=generator).tolist()
@@ -104,6 +111,10 @@ def scaling(spec: BoundSpec, block: Attention, radius: float | None = None, seed
         "b_o": o,
     }
     changes = {name: getattr(block, name) * f for name, f in factors.items() if getattr(block, name) is not None}
+    if block.norm_eps is not None:
+        changes |= {"w_k": block.w_k * (a / keys), "norm_eps": block.norm_eps * a * a}
+        changes |= {} if block.b_k is None else {"b_k": block.b_k * a}
+        changes |= {"query_norm_weight": block.query_norm_weight * a, "key_norm_weight": block.key_norm_weight / a}
     larger = None if radius is None else radius * c
     _compare("scaling", spec, block, block.replace(**changes), radius, larger, o / c, seed)
 
@@ -158,6 +169,9 @@ def rounding_room(block: Attention, value: Float[Tensor, "*batch"], unit: float 
         (block.x, block.w_q, block.b_q), (block.source_input, block.w_k, block.b_k),
         (block.source_input, block.w_v, block.b_v),
     )]  # fmt: skip
+    if block.query_norm is not None and block.key_norm is not None:
+        sizes[0] = sizes[0] * _magnified(block.query_norm, block.projected_queries)
+        sizes[1] = sizes[1] * _magnified(block.key_norm, block.projected_keys)
     products = abs(block.scale_value) * sizes[0] * sizes[1]
     mask = additive_mask(block)
     bias = torch.where(mask.isneginf(), 0.0, mask).abs().max()
@@ -173,6 +187,22 @@ def _size(tokens: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
     if bias is not None:
         left, right = left + tokens.shape[-2], right + bias.square().sum(-1)
     return (left * right).sqrt()
+
+
+def _magnified(norm: RmsNorm, projected: Tensor) -> Tensor:
+    """Largest factor by which a norm magnifies errors, of each head."""
+    root = norm.inverse_root(projected).amax((-2, -1))
+    return norm.weight.abs().amax(-1) * root
+
+
+def _signs(block: Attention, generator: torch.Generator) -> Tensor:
+    """Diagonal matrices of signs, the same for both features of a pair that is turned."""
+    heads, width = block.w_q.shape[-3], block.w_q.shape[-1]
+    signs = 1.0 - 2.0 * torch.randint(2, (heads, width), generator=generator).double()
+    if block.query_rotation is not None:
+        pairs = block.query_rotation.shape[-1]
+        signs[:, pairs : 2 * pairs] = signs[:, :pairs]
+    return torch.diag_embed(signs)
 
 
 def _rotations(heads: int, width: int, generator: torch.Generator) -> Tensor:

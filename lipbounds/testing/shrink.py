@@ -22,6 +22,8 @@ Case = dict[
 Edit = Callable[[Case], Case | None]
 WEIGHTS = ("w_q", "w_k", "w_v", "w_o")
 BIASES = ("b_q", "b_k", "b_v")
+NORM = ("query_norm_weight", "key_norm_weight", "norm_eps", "norm_over")
+NUMBERS = ("scale", "radius", "norm_eps")
 ROTATIONS = ("query_rotation", "key_rotation")
 
 
@@ -83,12 +85,12 @@ def _edits(case: Case) -> Iterator[Edit]:
         # From the end, so that the remaining indices stay right when one is dropped.
         yield from (_dropping(axes, index) for index in reversed(range(case[name].shape[axis])))
     yield from (_removing(name) for name in (*BIASES, "b_o", "logit_bias", "causal"))
-    yield _removing(*ROTATIONS)
-    yield from (_setting(name, 1.0) for name in ("scale", "radius"))
+    yield from (_removing(*names) for names in (ROTATIONS, NORM))
+    yield from (_setting(name, 1.0) for name in NUMBERS)
     tensors = [name for name, value in case.items() if isinstance(value, Tensor)]
     for digits in (1, 2, 3):
         yield from (_rounding(name, digits) for name in tensors)
-        yield from (_rounding(name, digits) for name in ("scale", "radius"))
+        yield from (_rounding(name, digits) for name in NUMBERS)
     for simpler in (lambda value: 0.0, lambda value: 1.0 if value > 0 else -1.0, _one_digit, _two_digits):
         for name in tensors:
             yield from (_changing(name, index, simpler) for index in range(case[name].numel()))
@@ -108,11 +110,11 @@ def _axes(case: Case) -> Iterator[dict[str, int]]:
         width |= {"w_k": -2, "w_v": -2}
         tokens |= {"key_rotation": -3}
     yield tokens
-    yield dict.fromkeys(WEIGHTS, -3) | dict.fromkeys(BIASES, -2) | {"logit_bias": -3}
+    yield dict.fromkeys(WEIGHTS, -3) | dict.fromkeys((*BIASES, *NORM[:2]), -2) | {"logit_bias": -3}
     yield width
     yield {"w_o": -1, "b_o": -1}
     # Other pairs of features are turned after it: another block, judged afresh, or none if too few features are left.
-    yield {"w_q": -1, "w_k": -1, "b_q": -1, "b_k": -1}
+    yield dict.fromkeys(("w_q", "w_k", "b_q", "b_k", *NORM[:2]), -1)
     if "query_rotation" in case:
         yield dict.fromkeys(ROTATIONS, -1)
     yield {"w_v": -1, "w_o": -2, "b_v": -1}

@@ -32,7 +32,7 @@ w_q, w_k, w_v, w_o = (weights.double() for weights in (block.w_q, block.w_k, blo
 mask = torch.zeros(block.heads, len(x), len(memory)).double(){mask}
 scale = block.scale
 point = {point}.double()
-{turn}
+{functions}
 
 def forward(moving):
     x_, memory_ = {inputs}
@@ -53,26 +53,35 @@ print(f"claimed {{claimed!r}}, truth {{truth!r}}")
 """
 
 _PLAIN = {
-    "turn": "",
+    "functions": "",
     "best_key": "",
     "logits": """\
     logits = scale * torch.einsum("hne,md,hde->hnm", query, memory_, w_k) + mask  # a key bias would cancel""",
     "above": """scale * torch.einsum("hne,hnmd,hde->hnm", query, away, w_k)""",
 }
-_ROTARY = {
+# Keys that are no linear function of their token alone.
+_BY_TOKEN = {
     "best_key": "\n    best_key = torch.stack([rows[index] for rows, index in zip(key, best)])",
-    "turn": """
+    "logits": """    query = {query}
+    key = torch.einsum("md,hde->hme", memory_, w_k){key_bias}
+    key = {key}
+    logits = scale * torch.einsum("hne,hme->hnm", query, key) + mask""",
+    "above": """scale * torch.einsum("hne,hnme->hnm", query, key.unsqueeze(1) - best_key.unsqueeze(2))""",
+}
+_TURN = """
 
 def turn(rows, rotation):  # rotary positions: features e and e + pairs by the angle of the token
     cos, sin = rotation.double().unbind(-2)
     first, second, rest = rows.tensor_split([cos.shape[-1], 2 * cos.shape[-1]], -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
-""",
-    "logits": """    query = turn(query, block.query_rotation)
-    key = turn(torch.einsum("md,hde->hme", memory_, w_k){key_bias}, block.key_rotation)
-    logits = scale * torch.einsum("hne,hme->hnm", query, key) + mask""",
-    "above": """scale * torch.einsum("hne,hnme->hnm", query, key.unsqueeze(1) - best_key.unsqueeze(2))""",
-}
+"""
+_NORM = """
+
+def norm(rows, weight):  # QK-norm: over the features of each head, or of all heads of a token
+    together = (0, 2) if block.norm_over == "all_heads" else 2
+    square = rows.square().mean(together, keepdim=True)
+    return rows / (square + block.norm_eps).sqrt() * weight.double().unsqueeze(1)
+"""
 
 
 def snippet(
@@ -90,10 +99,8 @@ def snippet(
     bias = "" if block.logit_bias is None else " + block.logit_bias.double()"
     future = " + torch.full((len(x), len(x)), -inf).double().triu(1)" if block.causal else ""
     moving = {"self": "moving, moving", "query": "moving, memory", "memory": "x, moving"}
-    rotary = _PLAIN if block.query_rotation is None else _ROTARY
-    key_bias = "" if block.b_k is None else " + block.b_k.double().unsqueeze(-2)"
     text = _TRUTH.format(
-        **(rotary | {"logits": rotary["logits"].format(key_bias=key_bias)}),
+        **_logits(block),
         radius="" if radius is None else f", radius={radius!r}",
         memory="block.x" if block.memory is None else "block.memory",
         mask=bias + future,
@@ -103,6 +110,22 @@ def snippet(
         assertion=_assertion(spec, radius, point is not None),
     )
     return _head(spec, block) + text
+
+
+def _logits(block: Attention) -> dict[str, str]:
+    """The parts of the source that depend on whether queries and keys are normalised or turned."""
+    norm, turned = block.norm_eps is not None, block.query_rotation is not None
+    if not norm and not turned:
+        return _PLAIN
+    rows = {"query": "query", "key": "key"}
+    if norm:
+        rows = {side: f"norm({row}, block.{side}_norm_weight)" for side, row in rows.items()}
+    if turned:
+        rows = {side: f"turn({row}, block.{side}_rotation)" for side, row in rows.items()}
+    key_bias = "" if block.b_k is None else " + block.b_k.double().unsqueeze(-2)"
+    functions = _NORM * norm + _TURN * turned
+    logits = _BY_TOKEN["logits"].format(key_bias=key_bias, **rows)
+    return _BY_TOKEN | {"functions": functions, "logits": logits}
 
 
 def check_snippet(spec: BoundSpec, check: str, block: Target, radius: float | None, seed: int) -> str:

@@ -19,7 +19,19 @@ from torch import Tensor
 from lipbounds.claims import FEATURES, Feature
 from lipbounds.errors import InvalidInput
 from lipbounds.targets.attention import Attention
-from lipbounds.testing.recipes import BATCHED, BIASES, GEOMETRIES, MASKS, REGIMES, ROTATIONS, SPECTRA, Recipe, build
+from lipbounds.targets.rms_norm import NORM_OVER
+from lipbounds.testing.recipes import (
+    BATCHED,
+    BIASES,
+    GEOMETRIES,
+    MASKS,
+    NORMS,
+    REGIMES,
+    ROTATIONS,
+    SPECTRA,
+    Recipe,
+    build,
+)
 
 
 T = TypeVar("T")
@@ -29,6 +41,8 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 DYADIC = (0.0, 1.0, -1.0, 2.0, -2.0, 0.5, -0.5, 3.0, -3.0, 4.0, -4.0, 8.0, -8.0, 16.0, -16.0)
 SPREADS = (1.0, 2.0, 0.5, 4.0, 8.0, 16.0, 40.0, 100.0, 1e3, 1e4, 0.1, 1e-2, 1e-4, 1e-8)
 SCALES = (None, None, None, 1.0, 1.0, 0.5, -1.0, 4.0, 0.0)
+NORM_EPS = (1e-6, 1e-5, 1.0, 0.01, 16.0)
+DYADIC_EPS = (1.0, 2.0**-20, 0.25)
 MAGNITUDES = (1.0, 1.0, 10.0, 0.1, 1e4, 1e-4)
 RADII = (1.0, 0.5, 0.1, 2.0, 0.01, 1e-3, 1e-6, 10.0, 0.0)
 # A batch of eight costs little more than one block and holds eight draws of everything that is not a choice.
@@ -51,6 +65,9 @@ _MODERATE_SPREADS = st.sampled_from(SPREADS[:6])
 _MASKS = _mostly("none", MASKS, 4)
 _CROSS_MASKS = _mostly("none", [name for name in MASKS if name != "causal"], 4)
 _ROTATIONS = _mostly("none", ROTATIONS, 6)
+_NORMS = _mostly("none", NORMS, 6)
+_NORM_OVER = st.sampled_from(NORM_OVER)
+_NORM_EPS = st.sampled_from(NORM_EPS)
 _SPECTRA = _mostly("gaussian", SPECTRA, 5)
 # Zero values make the whole Jacobian zero: worth a look, not a tenth of all examples.
 _VALUE_SPECTRA = _mostly("gaussian", [*[name for name in SPECTRA if name != "zero"] * 3, "zero"], 12)
@@ -61,6 +78,7 @@ _MAGNITUDES = st.sampled_from(MAGNITUDES)
 _BATCHES = st.sampled_from(BATCHES)
 _BATCHED = st.sampled_from(BATCHED)
 _GROUPS = {heads: st.sampled_from([g for g in (heads, heads, 1, 2) if heads % g == 0]) for heads in (1, 2, 3, 4)}
+_SMALL_EPS = st.sampled_from(DYADIC_EPS)
 _SMALL_SCALES = st.sampled_from((1.0, None, -1.0, 0.5))
 _CROSS_MOVES = st.sampled_from(("memory", "query"))
 _UP_TO = {end: st.integers(1, end) for end in range(1, LARGEST + 1)}
@@ -175,6 +193,9 @@ def small_blocks(
         shapes["memory"] = (m, dim)
     if "biases" in features and draw(st.booleans()):
         shapes |= {"b_q": (heads, head_dim), "b_k": (heads, head_dim), "b_v": (heads, value_dim)}
+    normed = "qk_norm" in features and draw(st.booleans())
+    if normed:
+        shapes |= {"query_norm_weight": (heads, head_dim), "key_norm_weight": (heads, head_dim)}
     turned = "rotary" in features and head_dim > 1 and draw(st.booleans())
     kind = draw(_DTYPES) if dtype is None else dtype
     fields: dict[str, Any] = _dyadic(draw, shapes, kind)
@@ -185,6 +206,8 @@ def small_blocks(
     if turned:
         queries = _quarter_turns(draw, n, kind)
         fields |= {"query_rotation": queries, "key_rotation": _quarter_turns(draw, m, kind) if cross else queries}
+    if normed:
+        fields |= {"norm_eps": draw(_SMALL_EPS), "norm_over": draw(_NORM_OVER)}
     moves = draw(_CROSS_MOVES) if cross else "self"
     return Attention(**fields, moves=moves, scale=draw(_SMALL_SCALES))
 
@@ -248,6 +271,10 @@ def recipes(
         choices["mask"] = draw(_CROSS_MASKS if cross else _MASKS)
     if "rotary" in features:
         choices["rotary"] = draw(_ROTATIONS)
+    if "qk_norm" in features:
+        choices["norm"] = draw(_NORMS)
+    if choices.get("norm", "none") != "none":
+        choices |= {"norm_over": draw(_NORM_OVER), "norm_eps": draw(_NORM_EPS)}
     if "biases" in features:
         bits = draw(_BITS)
         choices["biases"] = frozenset(name for i, name in enumerate(BIASES) if bits >> i & 1)

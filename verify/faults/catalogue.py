@@ -10,6 +10,7 @@ from verify.faults import (
     faults_matrices,
     faults_point,
     faults_published,
+    faults_qk_norm,
     faults_rotary,
     faults_sharp,
     faults_sharp_ball,
@@ -27,6 +28,7 @@ THEMES = (
     faults_estimators,
     faults_published,
     faults_rotary,
+    faults_qk_norm,
     faults_sharp,
     faults_sharp_ball,
 )

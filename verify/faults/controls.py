@@ -8,7 +8,7 @@ from torch import Tensor
 from lipbounds.claims import FEATURES
 from lipbounds.rounding import cast_down, cast_up
 from lipbounds.targets.attention import Attention
-from verify.faults.fault import planted
+from verify.faults.fault import UNNORMED, planted
 from verify.faults.faults_estimators import certified, sound_factor
 from verify.faults.faults_sharp import GramBlocks, Parts
 from verify.faults.right import (
@@ -26,6 +26,7 @@ from verify.faults.right import (
     turned,
 )
 from verify.faults.right_ball import Ball
+from verify.faults.right_norms import normed
 
 
 @planted()
@@ -91,10 +92,16 @@ def mixing_by_gram_blocks(block: Attention) -> Tensor:
     return Parts()(block)
 
 
-@planted(supports=tuple(FEATURES))
+@planted(supports=UNNORMED)
 def turned_queries_and_keys(block: Attention) -> Tensor:
     """Right: the norms of turned queries and keys, apart from those of the weights."""
     return turned()(block)
+
+
+@planted(supports=tuple(FEATURES))
+def normalised_queries_and_keys(block: Attention) -> Tensor:
+    """Right: the norms of normalised and turned queries and keys, and of their derivatives by the token."""
+    return normed()(block)
 
 
 @planted(scope="ball")

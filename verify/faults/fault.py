@@ -13,8 +13,9 @@ from lipbounds.registry import BoundSpec
 
 
 Compute = Callable[..., Tensor]
-# A fault that does not read the rotary positions would be caught by them, whatever else is wrong with it.
-UNTURNED: tuple[Feature, ...] = tuple(feature for feature in FEATURES if feature != "rotary")
+# A fault that does not read rotary positions or norms would be caught by them, whatever else is wrong with it.
+UNNORMED: tuple[Feature, ...] = tuple(feature for feature in FEATURES if feature != "qk_norm")
+UNTURNED: tuple[Feature, ...] = tuple(feature for feature in UNNORMED if feature != "rotary")
 
 
 @dc.dataclass(frozen=True, kw_only=True)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lipbounds.claims import FEATURES
 from lipbounds.targets.attention import Attention
-from verify.faults.fault import planted
+from verify.faults.fault import UNNORMED, planted
 from verify.faults.right import Formula, norm, turned
 
 
-ALL = tuple(FEATURES)
+ALL = UNNORMED
 
 
 def _without(block: Attention, *sides: str) -> Attention:

@@ -42,12 +42,27 @@ def frobenius(matrix: Tensor) -> Float[Tensor, "*batch"]:
 
 def logit_error(block: Attention) -> Float[Tensor, "*batch heads"]:
     """How far the logits of a head can be from exact ones."""
-    sizes = [_longest(tokens) * frobenius(weights) for tokens, weights in (block.query_factors, block.key_factors)]
+    sizes = [row_size(block, side) for side in ("query", "key")]
     operations = 2 * (block.x.shape[-1] + block.source_input.shape[-1] + block.w_q.shape[-1] + 8)
     error = operations * UNIT * abs(block.scale_value) * sizes[0] * sizes[1]
     if block.mask is not None:
         error = error + 2 * UNIT * torch.where(block.mask.isneginf(), 0.0, block.mask).abs().amax()
     return error.expand(block.logits.shape[:-2])
+
+
+def row_size(block: Attention, side: str) -> Float[Tensor, "*batch heads"]:
+    """What the rounding of queries or keys is relative to; a norm magnifies it by its largest weight and 1 / RMS."""
+    tokens, weights = getattr(block, f"{side}_factors")
+    size = _longest(tokens) * frobenius(weights)
+    gain = getattr(block, f"{side}_norm_weight")
+    if gain is None:
+        return size
+    vectors = tokens @ weights
+    if block.norm_over == "all_heads":
+        size = torch.linalg.vector_norm(size, dim=-1, keepdim=True)
+        vectors = vectors.movedim(-3, -2).flatten(-2).unsqueeze(-3)
+    root = (vectors.square().mean(-1) + block.norm_eps).rsqrt().amax(-1)
+    return gain.abs().amax(-1) * (root * size + vectors.shape[-1] ** 0.5)
 
 
 def _longest(tokens: Tensor) -> Tensor:

@@ -52,7 +52,6 @@ PAIR = {
 }
 WINDOWS = {"image_size": 16, "patch_size": 2, "embed_dim": 16, "depths": [2, 1], "num_heads": [2, 4], "window_size": 4}
 
-QK_NORM = "QK-norm"
 HUB = {
     # images
     "ViT": Hub(config=IMAGE, given="image", about="biases"),
@@ -107,9 +106,13 @@ HUB = {
     "StableLm": Hub(config=GROUPED, about="rotary on a quarter, grouped queries"),
     "Glm": Hub(config=GROUPED | {"head_dim": 8}, about="rotary on half, neighbours paired"),
     "Falcon": Hub(config=TEXT, about="fused, one key-value head, rotary", eager=False),
-    "Qwen3": Hub(config=GROUPED | {"head_dim": 8}, about="normalised queries and keys", refused=QK_NORM),
-    "Olmo2": Hub(config=GROUPED, about="normalised queries and keys", refused=QK_NORM),
-    "Gemma3Text": Hub(config=GROUPED | {"head_dim": 8}, about="normalised queries and keys", refused=QK_NORM),
+    "Qwen3": Hub(config=GROUPED | {"head_dim": 8}, about="QK-norm of each head, rotary, grouped queries"),
+    "Olmo2": Hub(config=GROUPED, about="QK-norm of all heads together, rotary, grouped queries"),
+    "Gemma3Text": Hub(
+        config=GROUPED | {"head_dim": 8, "num_hidden_layers": 6, "sliding_window": 3},
+        blocks=6,
+        about="QK-norm of each head, rotary, grouped queries, most layers local",
+    ),
     "Gemma2": Hub(config=GROUPED | {"head_dim": 8}, about="capped logits", refused="got torch.tanh", sdpa=False),
     "Bloom": Hub(
         config=IDS | {"hidden_size": 32, "n_layer": 2, "n_head": 4},

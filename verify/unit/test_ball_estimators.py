@@ -10,6 +10,7 @@ import torch
 from scipy import stats
 
 from lipbounds import Attention, BoundSpec, InvalidInput, get, select
+from lipbounds.claims import FEATURES
 from lipbounds.estimators import _measured
 from lipbounds.estimators._ball import Ball
 from lipbounds.estimators._weibull import fit_reverse_weibull
@@ -270,4 +271,4 @@ def test_registered_with_their_kind_and_for_every_block() -> None:
     specs = {spec.name: spec for spec in select(role="estimator", scope="ball")}
     kinds = {name: spec.claim.kind for name, spec in specs.items()}
     assert {spec.name: "lower" for spec in LOWER} | {"clever": "estimate"} == kinds
-    assert all(spec.supports == {"heads", "biases", "mask", "cross"} for spec in specs.values())
+    assert all(spec.supports == set(FEATURES) for spec in specs.values())

@@ -127,10 +127,6 @@ def test_gradients_reach_the_angles_of_learned_positions() -> None:
     close(mine, true)
 
 
-def normalised(t: Tensor) -> Tensor:
-    return t * (t.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
-
-
 REFUSED: dict[str, tuple[Change, str]] = {
     "queries alone": (lambda q, k, v: (llama(q), k, v), "queries and keys must be turned in the same pairs"),
     "in other pairs": (lambda q, k, v: (llama(q), gpt_j(k), v), "queries and keys must be turned in the same pairs"),
@@ -142,8 +138,10 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "scaled by position": (both(lambda t: llama(t) * torch.arange(1.0, 7.0)[:, None]), "same number for all tokens"),
     "scaled, not turned": (both(lambda t: t * torch.arange(1.0, 7.0)[:, None]), "same number for all tokens"),
     "tokens added": (both(lambda t: t + t.roll(1, -2)), "features of one token"),
-    "rms_norm": (both(lambda t: llama(F.rms_norm(t, (WIDTH,)))), r"got torch\.nn\.functional\.rms_norm .*QK-norm"),
-    "norm written out": (both(lambda t: llama(normalised(t))), "factors computed from them; .*QK-norm"),
+    "layer_norm": (
+        both(lambda t: llama(F.layer_norm(t, (WIDTH,)))),
+        r"got torch\.nn\.functional\.layer_norm .*QK-norm",
+    ),
     "rounded": (both(lambda t: llama(t.to(torch.int64).to(t.dtype))), r"got torch\.Tensor\.to in between"),
     "changed in place": (both(lambda t: llama(t.clone().mul_(2))), "got torch.Tensor.mul_"),
 }

@@ -28,7 +28,8 @@ from verify.unit.kit import spec
 MOVES = ("self", "query", "memory")
 BOUNDS = ("centred.products", "centred.weights", "covariance.exact", "yudin2025.biased_exact")
 ESTIMATORS = {"exact", "lanczos", "lanczos_certificate", "power_iteration"}
-SUPPORTING = {*BOUNDS, *ESTIMATORS, "yudin2025.biased", "yudin2025.biased_half", "yudin2025.biased_one"}
+ON_BALLS = {"ascent_jacobians", "ascent_pairs", "clever", "random_jacobians", "random_pairs"}
+SUPPORTING = {*BOUNDS, *ESTIMATORS, *ON_BALLS, "yudin2025.biased", "yudin2025.biased_half", "yudin2025.biased_one"}
 
 
 def turned_block(moves: str = "self", **fields: Any) -> Attention:

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lipbounds import InvalidInput
+from lipbounds.targets.rms_norm import NORM_OVER
 from lipbounds.testing import strategies
-from lipbounds.testing.recipes import GEOMETRIES, MASKS, REGIMES, ROTATIONS, SPECTRA, Recipe, build
+from lipbounds.testing.recipes import GEOMETRIES, MASKS, NORMS, REGIMES, ROTATIONS, SPECTRA, Recipe, build
 from verify.unit.kit import SEARCH
 
 
@@ -33,6 +34,7 @@ def test_every_choice_is_drawn() -> None:
     found = drawn(strategies.recipes(), 600)
     for field, names in {
         "mask": MASKS, "rotary": ROTATIONS, "geometry": GEOMETRIES, "regime": REGIMES,
+        "norm": NORMS, "norm_over": NORM_OVER, "norm_eps": strategies.NORM_EPS,
         "query": SPECTRA, "value": SPECTRA, "dtype": strategies.DTYPES, "moves": ("self", "query", "memory"),
         "spread": strategies.SPREADS, "scale": strategies.SCALES, "heads": (1, 2, 3, 4),
     }.items():  # fmt: skip
@@ -45,7 +47,9 @@ def test_every_choice_is_drawn() -> None:
 
 
 @pytest.mark.parametrize(
-    "features", [(), ("heads",), ("biases",), ("mask",), ("cross",), ("rotary",), ("heads", "mask")], ids=str
+    "features",
+    [(), ("heads",), ("biases",), ("mask",), ("cross",), ("rotary",), ("qk_norm",), ("heads", "mask")],
+    ids=str,
 )
 def test_blocks_have_the_features_that_were_asked_for(features: tuple) -> None:
     present = [block.features for block in drawn(strategies.attention_blocks(features), 150)]
