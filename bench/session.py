@@ -13,7 +13,7 @@ from bench.evaluators import Evaluator
 from bench.records import Record, content_hash
 from bench.store import RecordStore
 from bench.walk import Asked, Chain, Walk, walks_at
-from lipbounds.registry import BoundSpec
+from lipbounds.registry import NO_PROMISE, BoundSpec
 
 
 @dc.dataclass
@@ -100,7 +100,7 @@ class Session:
             asked = self.evaluator.asked(question(self.task, walk.block.case, method.spec, method.options, radius))
             walk.keys.append(asked.key)
             known = self.store.records.get(asked.key)
-            if known is None or not known.settled or self.force:
+            if known is None or self.force or not known.settled or _now_supported(known, method.spec, walk.block.case):
                 walk.asked = Asked(asked, walk.block, method)
                 return True
             self.outcome.reused += 1
@@ -123,6 +123,11 @@ class Session:
                 }
             )
         return self._environments[key]
+
+
+def _now_supported(known: Record, spec: BoundSpec, case: Case) -> bool:
+    """Whether a block was refused for a feature that the bound has come to support since."""
+    return known.status == "unsupported" and NO_PROMISE in known.error and not spec.missing_features(case.block)
 
 
 def declaration(spec: BoundSpec) -> dict[str, Any]:

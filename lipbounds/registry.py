@@ -24,6 +24,7 @@ ENTRY_POINT_GROUP = "lipbounds.bounds"
 Role = Literal["bound", "estimator"]
 Status = Literal["standing", "refuted"]
 Terms = dict[str, Tensor]
+NO_PROMISE = "makes no promise for a block with"  # in the error for features that a bound does not support
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -131,7 +132,7 @@ class BoundSpec:
         if missing:
             described = "; ".join(f"{feature} ({FEATURES[feature]})" for feature in missing)
             raise UnsupportedAttention(
-                f"{self.name} makes no promise for a block with {described}; "
+                f"{self.name} {NO_PROMISE} {described}; "
                 "lipbounds.select(block=block) lists the bounds that hold for it."
             )
         if self.role == "bound" and isinstance(block, Attention):

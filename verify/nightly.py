@@ -38,7 +38,7 @@ EXAMPLES = 10_000
 ASCENT_SECONDS = 60.0
 SEED = 0
 JOBS = 2
-Task = tuple[str, int, str, int]  # bound, its version, check, blocks a property
+Task = tuple[str, int, tuple[str, ...], str, int]  # bound, its version, what it supports, check, blocks a property
 Row = dict[str, Any]
 
 
@@ -71,20 +71,24 @@ def tasks(examples: int) -> list[Task]:
     order = [*CHECKS, ASCENT]
     names = {spec.name: {*checks_for(spec), *([ASCENT] if _climbs(spec) else [])} for spec in specs}
     return [
-        (spec.name, spec.version, check, examples) for check in order for spec in specs if check in names[spec.name]
+        (spec.name, spec.version, tuple(sorted(spec.supports)), check, examples)
+        for check in order
+        for spec in specs
+        if check in names[spec.name]
     ]
 
 
 def attack(task: Task) -> Row:
     """One line of the file."""
-    name, version, check, examples = task
+    name, version, supports, check, examples = task
     torch.set_num_threads(1)
     hypothesis.settings.register_profile(
         PROFILE, max_examples=examples, database=None, deadline=None, phases=[Phase.generate, Phase.shrink]
     )
     hypothesis.settings.load_profile(PROFILE)
     spec = registry.get(name)
-    row: Row = {"bound": name, "version": version, "check": check, "examples": examples, "seed": SEED, "refuted": ""}
+    row: Row = {"bound": name, "version": version, "supports": supports, "check": check, "examples": examples}
+    row |= {"seed": SEED, "refuted": ""}
     begun = time.monotonic()
     if check == ASCENT:
         climb = falsify_widely if spec.target is Attention else climb_widely
@@ -113,7 +117,7 @@ def read(path: Path) -> dict[Task, Row]:
 
 def key(row: Row) -> Task:
     """What a line is the answer to."""
-    return row["bound"], row["version"], row["check"], row["examples"]
+    return row["bound"], row["version"], tuple(row["supports"]), row["check"], row["examples"]
 
 
 def page(rows: list[Row], pending: Sequence[str] = ()) -> str:

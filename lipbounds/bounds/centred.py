@@ -58,7 +58,7 @@ from lipbounds.targets.token_maps import query_maps
     source=Source(title="lipbounds", statement="centred form of Theorem 3 of Yudin et al. 2025, derived here (D1)"),
     supports=("heads", "biases", "mask", "cross", "rotary", "qk_norm"),
     cost="O(H n^2 (d + n) + H D d^2); with rotary positions or QK-norm also O(H n d^3), of all heads O(H^2 n d^2 D)",
-    version=4,
+    version=3,
 )
 def products(block: Attention) -> tuple[Tensor, Terms]:
     """Theorem 3 with keys and values centred: never above the bias-aware form for centred data, often far below."""
@@ -77,7 +77,7 @@ def products(block: Attention) -> tuple[Tensor, Terms]:
     source=Source(title="lipbounds", statement="centred form with separate norms, derived here (D4)"),
     supports=("heads", "biases", "mask", "cross", "rotary", "qk_norm"),
     cost="O(H n^2 (d + n) + H D d^2)",
-    version=4,
+    version=3,
 )
 def weights(block: Attention) -> tuple[Tensor, Terms]:
     """Centred values, and the norms of W_Q, W_K, Q and K apart: the form that rotary positions leave valid."""

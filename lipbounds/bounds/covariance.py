@@ -64,7 +64,7 @@ from lipbounds.targets.token_maps import query_maps
     source=Source(title="lipbounds", statement="covariance form, derived here (D2)"),
     supports=("heads", "biases", "mask", "cross", "rotary", "qk_norm"),
     cost="O(H n^2 d^2 + H n d^3); with QK-norm of all heads also O(H^2 n d^2 D)",
-    version=4,
+    version=3,
 )
 def exact(block: Attention) -> tuple[Tensor, Terms]:
     """Spectral norms of the covariances of keys and values under every attention row."""

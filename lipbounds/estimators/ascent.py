@@ -41,7 +41,6 @@ TINY = torch.finfo(torch.float64).tiny
     supports=("heads", "biases", "mask", "cross", "rotary", "qk_norm"),
     cost="O(r k H n (n + D) d), r restarts, k steps",
     role="estimator",
-    version=2,
 )
 def ascent_pairs(block: Attention, radius: float, *, steps: int = 15, restarts: int = 4, seed: int = 0) -> Tensor:
     """Largest |f(y) - f(z)|_F / |y - z|_F found by gradient ascent on both points in the ball, rounded down.
@@ -84,7 +83,6 @@ def ascent_pairs(block: Attention, radius: float, *, steps: int = 15, restarts: 
     supports=("heads", "biases", "mask", "cross", "rotary", "qk_norm"),
     cost="O(r k H n (n + D) d), r restarts, k steps",
     role="estimator",
-    version=2,
 )
 def ascent_jacobians(block: Attention, radius: float, *, steps: int = 7, restarts: int = 4, seed: int = 0) -> Tensor:
     """Largest norm of the Jacobian found by gradient ascent in the ball, from below.

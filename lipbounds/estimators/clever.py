@@ -37,7 +37,6 @@ from lipbounds.targets.attention import Attention
     supports=("heads", "biases", "mask", "cross", "rotary", "qk_norm"),
     cost="O(m k H n (n + D) d), m points, k Lanczos steps",
     role="estimator",
-    version=2,
 )
 @torch.no_grad()
 def clever(

@@ -64,7 +64,7 @@ def exact_norm(target: Target) -> Float[Tensor, "*batch"]:
     supports=("heads", "biases", "mask", "cross", "rotary", "qk_norm"),
     cost="O((n D)^3) time, O((n D)^2) memory",
     role="estimator",
-    version=3,
+    version=2,
 )
 @torch.no_grad()
 def exact(block: Attention) -> tuple[Tensor, Terms]:

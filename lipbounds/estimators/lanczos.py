@@ -136,7 +136,7 @@ def _relative_error(size: int, steps: int, delta: float) -> float:
     supports=("heads", "biases", "mask", "cross", "rotary", "qk_norm"),
     cost="O(k H n (n + D) d + k^2 n D), k steps",
     role="estimator",
-    version=3,
+    version=2,
 )
 def lanczos(block: Attention, *, steps: int = 60, seed: int = 0) -> tuple[Tensor, Terms]:
     """Norm of the Jacobian by Lanczos, from below: ||J v|| / ||v|| at the top Ritz vector, rounded down.
@@ -163,7 +163,7 @@ def lanczos(block: Attention, *, steps: int = 60, seed: int = 0) -> tuple[Tensor
     supports=("heads", "biases", "mask", "cross", "rotary", "qk_norm"),
     cost="O(k H n (n + D) d + k^2 n D), k steps",
     role="estimator",
-    version=3,
+    version=2,
 )
 def lanczos_certificate(
     block: Attention, *, delta: float = 1e-9, steps: int = 60, seed: int = 0

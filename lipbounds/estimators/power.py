@@ -54,7 +54,7 @@ def power_lower(target: Target, *, steps: int = 100, seed: int = 0) -> tuple[Flo
     supports=("heads", "biases", "mask", "cross", "rotary", "qk_norm"),
     cost="O(k H n (n + D) d), k steps",
     role="estimator",
-    version=3,
+    version=2,
 )
 def power_iteration(block: Attention, *, steps: int = 100, seed: int = 0) -> tuple[Tensor, Terms]:
     """Norm of the Jacobian by power iteration, from below: ||J v|| / ||v|| at the last iterate, rounded down.

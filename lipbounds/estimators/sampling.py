@@ -28,7 +28,6 @@ SOURCE = Source(title="lipbounds", statement="folklore: the supremum over a samp
     supports=("heads", "biases", "mask", "cross", "rotary", "qk_norm"),
     cost="O(m H n (n + D) d), m pairs",
     role="estimator",
-    version=2,
 )
 @torch.no_grad()
 def random_pairs(block: Attention, radius: float, *, samples: int = 32, seed: int = 0) -> Tensor:
@@ -68,7 +67,6 @@ def random_pairs(block: Attention, radius: float, *, samples: int = 32, seed: in
     supports=("heads", "biases", "mask", "cross", "rotary", "qk_norm"),
     cost="O(m k H n (n + D) d), m points, k Lanczos steps",
     role="estimator",
-    version=2,
 )
 @torch.no_grad()
 def random_jacobians(block: Attention, radius: float, *, samples: int = 8, steps: int = 8, seed: int = 0) -> Tensor:
