@@ -18,6 +18,7 @@ from bench.records import RecordError
 from bench.store import read
 from bench.tables import findings, headline, report
 from bench.tests.samples import environment_line, record, tiny_model
+from bench.walk import Chain
 from bench.wording import figure, summary_words
 from lipbounds import registry
 
@@ -325,11 +326,12 @@ def test_a_run_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_an_interrupt_says_how_to_go_on_and_leaves_the_records(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*_: Any, **__: Any) -> None:
+    def interrupted() -> Chain:
         raise KeyboardInterrupt
+        yield
 
     with monkeypatch.context() as patch:
-        patch.setattr("bench.tasks.tightness._Tightness._lanczos", interrupted)
+        patch.setattr("bench.tasks.tightness._lanczos", interrupted)
         assert bench("--results", str(tmp_path)) == 130
     assert "run the same command again" in capsys.readouterr().err
     assert len(read(tmp_path / "tightness.jsonl").records) == 3
