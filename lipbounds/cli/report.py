@@ -26,8 +26,8 @@ class WithRay(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse, with a bare --ray where no value follows."""
-        ends = [*args[1:], "-"]
-        bare = [one == "--ray" and after.startswith("-") for one, after in zip(args, ends, strict=True)]
+        after = [*args[1:], "-"][: len(args)]
+        bare = [one == "--ray" and other.startswith("-") for one, other in zip(args, after, strict=True)]
         return super().parse_args(ctx, [f"{one}=" if alone else one for one, alone in zip(args, bare, strict=True)])
 
 

@@ -19,6 +19,7 @@ LARGEST = 2.0**200
 SMALLEST = 2.0**-200
 # A bias may be as small as it likes: beside it stands a product with a weight.
 TENSORS = {"x": 2, "memory": 2, "w_q": 3, "w_k": 3, "w_v": 3, "w_o": 3}
+TENSORS |= {"query_norm_weight": 2, "key_norm_weight": 2}
 BIASES = {"b_q": 2, "b_k": 2, "b_v": 2}
 
 
@@ -41,12 +42,13 @@ def check_range(block: Attention, name: str) -> None:
                 f"{name}, got {bad.reshape(-1)[0].item():.3g}: products of such numbers leave float64. Multiply x by "
                 "a power of two and w_q, w_k and w_v by its inverse, or w_v by one and w_o by its inverse."
             )
-    assert block.scale is not None
-    if abs(block.scale) > LARGEST or 0 < abs(block.scale) < SMALLEST:
-        raise InvalidInput(
-            f"scale must be 0 or between {SMALLEST:.1e} and {LARGEST:.1e} in size for {name}, got {block.scale:.3g}; "
-            "multiply w_q by it instead."
-        )
+    for field in ("scale", "norm_eps"):
+        number = abs(getattr(block, field) or 0.0)
+        if number > LARGEST or 0 < number < SMALLEST:
+            raise InvalidInput(
+                f"{field} must be 0 or between {SMALLEST:.1e} and {LARGEST:.1e} in size for {name}, got {number:.3g}; "
+                "scale the weights instead."
+            )
 
 
 def _largest(block: Attention) -> Iterator[tuple[str, Tensor]]:

@@ -199,14 +199,15 @@ def test_a_bound_that_makes_no_promise_is_left_out_and_named() -> None:
 
 
 def test_of_too_many_maps_those_of_the_most_fragile_heads_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = tiny_report()  # before the patch: the report is shared by all tests
     monkeypatch.setattr(maps, "MAP_ENTRIES", 5 * 36)
-    run, other = maps.without_most_maps(tiny_report().inputs)
+    run, other = maps.without_most_maps(report.inputs)
     kept = {
         (position, head.head) for position, layer in enumerate(run.layers) for head in layer.heads if head.attention
     }
     assert kept == set(fragile_heads(run, 3))  # the second input keeps two
     assert sum(head.attention is not None for layer in other.layers for head in layer.heads) == 2
-    assert run.layers[0].heads[0].g_1 == tiny_report().inputs[0].layers[0].heads[0].g_1
+    assert run.layers[0].heads[0].g_1 == report.inputs[0].layers[0].heads[0].g_1
 
 
 # -- what is refused ----------------------------------------------------------------------------------------------
