@@ -107,13 +107,13 @@ def test_scale_and_biases() -> None:
         lipbounds.get("sharp")(Attention(**tensors, b_v=1e300 * bias * 1e300))
     with pytest.raises(InvalidInput, match="scale must be 0 or between"):
         lipbounds.get("sharp")(Attention(**tensors, scale=1e-100))
-    norms = {"query_norm_weight": torch.ones(2, 2).double(), "key_norm_weight": torch.ones(2, 2).double()}
-    normed = Attention(**tensors, **norms, norm_eps=1e-6, norm_over="head")
+    ones = torch.ones(2, 2, dtype=torch.float64)
+    normed = Attention(**tensors, query_norm_weight=ones, key_norm_weight=ones, norm_eps=1e-6, norm_over="head")
     assert float(lipbounds.get("centred.products")(normed).value) > 0
     with pytest.raises(InvalidInput, match="norm_eps must be 0 or between"):
         lipbounds.get("centred.products")(normed.replace(norm_eps=1e-100))
     with pytest.raises(InvalidInput, match="key_norm_weight must be 0 or have"):
-        lipbounds.get("centred.products")(normed.replace(key_norm_weight=1e-100 * normed.key_norm_weight))
+        lipbounds.get("centred.products")(normed.replace(key_norm_weight=1e-100 * ones))
 
 
 def test_tokens_at_which_sharp_was_below_the_truth() -> None:
