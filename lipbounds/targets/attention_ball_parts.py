@@ -22,7 +22,7 @@ First differential:
 - query part, block diagonal in i: max_i om_i(c) sg_i(1/c).
 - key part: |(.)_i| <= sg_i(1/c) sqrt( sum_j L_ij(c) |y_j|^2 ), so at most sqrt( max_j sum_i sg_i(1/c)^2 L_ij(c) ).
 
-Second differential; a sum over i and j of t_ij |a_i| |y_j| |b_i| is at most max_ij t_ij:
+Second differential; a sum over i of |b_i| |a_i| sqrt( sum_j t_ij^2 |y_j|^2 ) is at most max_ij t_ij:
 
 - of the mixing part: ||dP||_F ||M||, which is ( D_q + D_k ) ||M||, ||M|| = sup sqrt(sum_h <x, M_h y>^2) over unit x,
   y.
