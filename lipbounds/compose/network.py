@@ -21,7 +21,7 @@ from lipbounds.targets.attention import Attention
 from lipbounds.targets.layers import Layer, Patches
 
 
-AT_POINT, ON_BALL = "covariance.exact", "yudin2025_ball.biased"
+AT_POINT, ON_BALL = "sharp_fast", "yudin2025_ball.biased"
 
 
 @dc.dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +55,7 @@ def network_bound(
         x: inputs, `[*batch, n, D]` or `[*batch, channels, height, width]`.
         radius: of the ball, in the Frobenius norm of one input.
         attention: names of registered bounds, the smallest of which is taken for every attention layer; by default
-            `covariance.exact` at a point and `yudin2025_ball.biased` on a ball.
+            `sharp_fast` at a point and `yudin2025_ball.biased` on a ball.
 
     Raises:
         InvalidInput: the radius is negative or not finite; the shape of `x` does not fit; a bound is not an upper one
