@@ -155,13 +155,18 @@ def largest_block_sum(
         starts: more of them along the first axis, for each output token along the second.
     """
     rows = blocks.movedim(-4, 0)
+    # Each row by its largest entry, exactly: squares of what is left at rows that rest on one key would underflow.
+    largest = rows.detach().abs().amax((-3, -2, -1))
+    scale = torch.ldexp(torch.ones_like(largest), largest.frexp().exponent.clamp(-1000, 1000))
+    rows = rows / scale[..., None, None, None]
     with torch.no_grad():
         w = torch.linalg.svd(rows.flatten(-2), full_matrices=False).U.movedim(-1, 0)
         w = unit(w if starts is None else torch.cat([w, starts]))
         for _ in range(POWER_STEPS):
             pulled = torch.einsum("i...fmd,ki...f->ki...md", rows, w)
             w = unit(torch.einsum("i...fmd,ki...md->ki...f", rows, unit(pulled)))
-    return torch.einsum("i...fmd,ki...f->ki...md", rows, w).norm(dim=-1).sum(-1).amax((0, 1))
+    sums = torch.einsum("i...fmd,ki...f->ki...md", rows, w).norm(dim=-1).sum(-1)
+    return (sums * scale).amax((0, 1))
 
 
 def unit(vectors: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:

@@ -253,3 +253,16 @@ def test_a_session_runs_the_checks_and_the_ascent(monkeypatch: pytest.MonkeyPatc
 
 def test_every_block_maker_is_of_another_class() -> None:
     assert [type(make()) for make in (l2_block, cosine_block, norm_block)] == list(STARTS)
+
+
+def test_the_gradient_of_the_slack_of_a_dead_network_is_no_fault() -> None:
+    """Found by the long search: the value is 0 but for what pays for rounding, about 2^-1022."""
+    weights = ([[-0.5]], [[-2.0], [0.5]], [[-1.0, -1.5], [0.5, 1.0], [-0.5, -0.5]], [[1.0, 0.0, 0.0]])
+    network = Mlp(
+        x=torch.tensor([1.5], dtype=torch.float64),
+        weights=tuple(torch.tensor(weight, dtype=torch.float64) for weight in weights),
+        biases=(None, torch.tensor([-0.5, 0.0], dtype=torch.float64), None, None),
+    )
+    spec = lipbounds.get("autolip_active")
+    assert 0 <= float(spec(network).value) < 1e-300
+    TARGET_CHECKS["gradient"].function(spec, network, radius=None, seed=0)
