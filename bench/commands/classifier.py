@@ -7,8 +7,6 @@ import json
 import re
 import shlex
 
-import torch
-
 from bench.certified_data import Answers
 from bench.commands.common import finish, folder_of, progress_bar
 from bench.records import without_infinities
@@ -17,6 +15,7 @@ from bench.robustness.classifier import load_classifier
 from bench.robustness.folder import read_folder
 from bench.store import write_atomically
 from bench.tasks import classifier as task
+from lipbounds.devices import device_named
 from lipbounds.errors import InvalidInput
 
 
@@ -32,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
     """
     if options.model is None or options.images is None:
         raise InvalidInput("--model NAME and --images DIR go together: pass both.")
-    device = _device(options.device)
+    device = device_named(options.device)
     profile = task.PROFILES["quick" if options.quick else "standard"]
     loaded = load_classifier(options.model)
     count = profile.images if options.count is None else options.count
@@ -47,16 +46,6 @@ def run(options: argparse.Namespace) -> int:
     write_atomically(page, classifier_page.report(data, _command(options), f"{name}.png").encode())
     write_atomically(numbers, (json.dumps(without_infinities(data), indent=1, ensure_ascii=False) + "\n").encode())
     return finish(answers, [page, numbers, *classifier_page.draw(data, folder, name)])
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch without CUDA asserts
-        reason = str(error).strip().split("\n", 1)[0]
-        raise InvalidInput(f"device must be one that is here, such as cpu or cuda, got {name!r}. ({reason})") from error
-    return device
 
 
 def _command(options: argparse.Namespace) -> str:

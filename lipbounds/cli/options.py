@@ -16,17 +16,13 @@ def device_named(name: str) -> Any:
     Args:
         name: such as "cpu", "cuda", "cuda:1" or "mps".
     """
-    import torch
+    from lipbounds.devices import device_named as named
+    from lipbounds.errors import InvalidInput
 
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch without CUDA asserts
-        reason = str(error).strip().split("\n", 1)[0]
-        raise typer.BadParameter(
-            f"must be a device that is here, such as cpu or cuda, got {name!r} ({reason})"
-        ) from error
-    return device
+        return named(name)
+    except InvalidInput as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def dtype_named(name: str) -> Any:

@@ -1,0 +1,25 @@
+"""Devices by their names."""
+
+from __future__ import annotations
+
+import torch
+
+from lipbounds.errors import InvalidInput
+
+
+def device_named(name: str) -> torch.device:
+    """The device of that name, which must be there.
+
+    Args:
+        name: such as "cpu", "cuda", "cuda:1" or "mps".
+
+    Raises:
+        InvalidInput: torch knows no such device, or this machine has none.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch without CUDA asserts
+        reason = str(error).strip().split("\n", 1)[0]
+        raise InvalidInput(f"device must be a device that is here, such as cpu or cuda, got {name!r} ({reason}).") from error
+    return device
