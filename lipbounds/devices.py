@@ -21,5 +21,7 @@ def device_named(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch without CUDA asserts
         reason = str(error).strip().split("\n", 1)[0]
-        raise InvalidInput(f"device must be a device that is here, such as cpu or cuda, got {name!r} ({reason}).") from error
+        raise InvalidInput(
+            f"device must be a device that is here, such as cpu or cuda, got {name!r} ({reason})."
+        ) from error
     return device

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 
 from bench import certified_tables
 from bench.certified_data import Answers
-from bench.commands.common import command_of, finish, folder_of, profile_of, progress_bar
+from bench.commands.common import command_of, finish, folder_of, profile_of, progress_bar, write_page
 from bench.machine import describe, environment
-from bench.records import without_infinities
-from bench.store import write_atomically
 from bench.tasks import certified
 
 
@@ -33,8 +30,6 @@ def run(options: argparse.Namespace, *, only_read: bool = False) -> int:
     if only_read:  # the page names the machine and commit of its numbers: it stays
         return finish(answers, [], certified.violations(data))
     folder = folder_of(options)
-    page, numbers = folder / "certified.md", folder / "certified.json"
     text = certified_tables.report(data, command_of(options, "certified"), describe(environment()))
-    write_atomically(page, text.encode())
-    write_atomically(numbers, (json.dumps(without_infinities(data), indent=1, ensure_ascii=False) + "\n").encode())
-    return finish(answers, [page, numbers, *certified_tables.draw(data, folder)], certified.violations(data))
+    written = write_page(folder, "certified", text, data)
+    return finish(answers, [*written, *certified_tables.draw(data, folder)], certified.violations(data))

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import shlex
 
 from bench.certified_data import Answers
-from bench.commands.common import finish, folder_of, progress_bar
-from bench.records import without_infinities
+from bench.commands.common import finish, folder_of, progress_bar, write_page
 from bench.robustness import classifier_page
 from bench.robustness.classifier import load_classifier
 from bench.robustness.folder import read_folder
-from bench.store import write_atomically
 from bench.tasks import classifier as task
 from lipbounds.devices import device_named
 from lipbounds.errors import InvalidInput
@@ -42,10 +39,8 @@ def run(options: argparse.Namespace) -> int:
     folder = folder_of(options)
     folder.mkdir(parents=True, exist_ok=True)
     name = "classifier_" + re.sub(r"\W+", "_", options.model).strip("_").lower()
-    page, numbers = folder / f"{name}.md", folder / f"{name}.json"
-    write_atomically(page, classifier_page.report(data, _command(options), f"{name}.png").encode())
-    write_atomically(numbers, (json.dumps(without_infinities(data), indent=1, ensure_ascii=False) + "\n").encode())
-    return finish(answers, [page, numbers, *classifier_page.draw(data, folder, name)])
+    written = write_page(folder, name, classifier_page.report(data, _command(options), f"{name}.png"), data)
+    return finish(answers, [*written, *classifier_page.draw(data, folder, name)])
 
 
 def _command(options: argparse.Namespace) -> str:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
 
 from bench.certified_data import Answers
 from bench.machine import ROOT
+from bench.records import without_infinities
+from bench.store import write_atomically
 from lipbounds.cluster import Cluster, connect
 
 
@@ -40,6 +44,21 @@ def cluster_of(options: argparse.Namespace) -> Iterator[Cluster | None]:
 def folder_of(options: argparse.Namespace) -> Path:
     """Where pages go: those of the quick profile beside the others."""
     return options.results / "quick" if options.quick else options.results
+
+
+def write_page(folder: Path, name: str, text: str, data: dict[str, Any]) -> list[Path]:
+    """Write a page and its numbers; returns their paths.
+
+    Args:
+        folder: where they go.
+        name: of both, without suffix.
+        text: of the page, in Markdown.
+        data: the numbers; infinities are written as words.
+    """
+    page, numbers = folder / f"{name}.md", folder / f"{name}.json"
+    write_atomically(page, text.encode())
+    write_atomically(numbers, (json.dumps(without_infinities(data), indent=1, ensure_ascii=False) + "\n").encode())
+    return [page, numbers]
 
 
 def shown(path: Path) -> str:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from bench.certified_data import Answers
-from bench.commands.common import command_of, finish, folder_of, profile_of, progress_bar
-from bench.records import without_infinities
+from bench.commands.common import command_of, finish, folder_of, profile_of, progress_bar, write_page
 from bench.robustness import figures, tables
 from bench.robustness.settings import PROFILES
 from bench.robustness.summary import summarised
 from bench.robustness.training import Workshop
-from bench.store import write_atomically
 from bench.tasks import robustness
 from lipbounds.models.digits_data import load_digits_split
 
@@ -40,8 +37,5 @@ def run(options: argparse.Namespace, *, only_read: bool = False) -> int:
         data = {"command": command, "profile": name, **robustness.run(workshop, profile, advance=advance)}
     summary = summarised(data)
     folder = folder_of(options)
-    page, numbers = folder / "robustness.md", folder / "robustness.json"
-    write_atomically(page, tables.report(data, summary, command).encode())
-    content = without_infinities({**summary, **data})
-    write_atomically(numbers, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
-    return finish(answers, [page, numbers, *figures.draw(data, summary, folder)])
+    written = write_page(folder, "robustness", tables.report(data, summary, command), {**summary, **data})
+    return finish(answers, [*written, *figures.draw(data, summary, folder)])

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses as dc
-import json
 import sys
 
 import torch
 
 from bench import speed_plan, speed_tables
 from bench.certified_data import Answers
-from bench.commands.common import command_of, finish, folder_of, profile_of
+from bench.commands.common import command_of, finish, folder_of, profile_of, write_page
 from bench.machine import describe, environment
-from bench.records import without_infinities
-from bench.store import write_atomically
 from bench.tasks import speed
 
 
@@ -37,7 +34,6 @@ def run(options: argparse.Namespace, *, only_read: bool = False) -> int:
         advance=lambda what: print(f"speed: {what}", file=sys.stderr),
     )
     folder = folder_of(options)
-    page, numbers = folder / "speed.md", folder / "speed.json"
-    write_atomically(page, speed_tables.report(data, command_of(options, "speed"), describe(environment())).encode())
-    write_atomically(numbers, (json.dumps(without_infinities(data), indent=1, ensure_ascii=False) + "\n").encode())
-    return finish(answers, [page, numbers, *speed_tables.draw(data, folder)])
+    text = speed_tables.report(data, command_of(options, "speed"), describe(environment()))
+    written = write_page(folder, "speed", text, data)
+    return finish(answers, [*written, *speed_tables.draw(data, folder)])

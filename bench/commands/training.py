@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from typing import Any
 
 import torch
 
 from bench.certified_data import Answers
-from bench.commands.common import command_of, finish, folder_of, profile_of
+from bench.commands.common import command_of, finish, folder_of, profile_of, write_page
 from bench.machine import describe, environment
-from bench.records import without_infinities
 from bench.speed_tables import target_rows
-from bench.store import write_atomically
 from bench.tasks import training
 from bench.wording import table
 
@@ -38,10 +35,8 @@ def run(options: argparse.Namespace, *, only_read: bool = False) -> int:
         advance=lambda what: print(f"training: {what}", file=sys.stderr),
     )
     folder = folder_of(options)
-    page, numbers = folder / "training.md", folder / "training.json"
-    write_atomically(page, _report(data, command_of(options, "training"), describe(environment())).encode())
-    write_atomically(numbers, (json.dumps(without_infinities(data), indent=1, ensure_ascii=False) + "\n").encode())
-    return finish(answers, [page, numbers])
+    text = _report(data, command_of(options, "training"), describe(environment()))
+    return finish(answers, write_page(folder, "training", text, data))
 
 
 def _report(data: dict[str, Any], command: str, state: str) -> str:

@@ -176,7 +176,7 @@ def broken() -> nn.Module:
         (["--model", "minilm", "--images", "DIGITS"], "model must classify images, got 'minilm'"),
         (["--model", "digits-vit", "--images", "/nowhere"], "images must be a folder with a folder of pictures"),
         (["--model", "digits-vit", "--images", "DIGITS", "--count", "0"], "count must be at least 1"),
-        (["--model", "digits-vit", "--images", "DIGITS", "--device", "cuda:77"], "device must be a device that is here"),
+        (["--model", "digits-vit", "--images", "DIGITS", "--device", "cuda:77"], "must be a device that is here"),
         (["--model", f"{__name__}:broken", "--images", "DIGITS"], "model must return logits of shape"),
         (
             ["--model", "no/such-model", "--images", "DIGITS"],
