@@ -53,7 +53,7 @@ def write_page(folder: Path, name: str, text: str, data: dict[str, Any]) -> list
         folder: where they go.
         name: of both, without suffix.
         text: of the page, in Markdown.
-        data: the numbers; infinities are written as words.
+        data: the numbers; those that are not finite are written as strings.
     """
     page, numbers = folder / f"{name}.md", folder / f"{name}.json"
     write_atomically(page, text.encode())

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
+from torch import Tensor
 
 from lipbounds import Attention
+from lipbounds.testing import extended, oracles
+from lipbounds.testing._jacobian import jacobian_parts
 
 
 def random_block(
@@ -36,3 +41,29 @@ def true_norm(block: Attention) -> torch.Tensor:
     moving = block.moving_input
     jacobian = torch.func.jacrev(block.function())(moving)
     return torch.linalg.matrix_norm(jacobian.reshape(-1, moving.numel()), 2)
+
+
+def check_function(block: Attention, function: Callable[[Tensor], Tensor]) -> float:
+    """The block, its products and all its judges against the same function written in another way.
+
+    Args:
+        block: without batch dimensions, in float64.
+        function: of the moving input.
+
+    Returns:
+        the norm of the Jacobian in 60 digits.
+    """
+    moving = block.moving_input
+    expected = function(moving)
+    for output in (block.forward(), block.function()(moving), oracles.attention_output(block, moving)):
+        torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
+    jacobian = torch.func.jacrev(function)(moving).reshape(-1, moving.numel())
+    identity = torch.eye(moving.numel()).double()
+    by_columns = block.jvp(identity.reshape(-1, *moving.shape)).flatten(1).mT
+    by_rows = block.vjp(torch.eye(expected.numel()).double().reshape(-1, *expected.shape)).flatten(1)
+    mixing, softmax = jacobian_parts(block, moving)
+    for found in (by_columns, by_rows, oracles.jacobian(block), mixing + softmax):
+        torch.testing.assert_close(found, jacobian, rtol=1e-11, atol=1e-11)
+    exact = float(extended.jacobian_norm_extended(block))
+    assert exact == pytest.approx(torch.linalg.matrix_norm(jacobian, 2).item(), rel=1e-12)
+    return exact
