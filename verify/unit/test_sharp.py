@@ -238,3 +238,21 @@ def test_large_blocks_take_rows_alone_and_larger_ones_the_parts(monkeypatch: pyt
     assert true_norm(block) <= by_gram.value <= by_rows.value <= by_parts.value
     rows = torch.linalg.matrix_norm(block_jacobian(block).flatten(2), 2).square().sum().sqrt()
     assert rows <= by_rows.details["rows"] <= rows * 6 ** (1 / 16)
+
+
+@pytest.mark.parametrize("name", ["sharp", "sharp_fast"])
+def test_tokens_whose_products_overflow_are_not_taken_for_zero(name: str) -> None:
+    """Squares of squares of the centred values are infinite, and infinity less infinity is no number.
+
+    Such blocks are refused before they are evaluated: the formula must not be what is wrong with them.
+    """
+    draw = torch.Generator().manual_seed(12)
+    shapes = {"x": (4, 3), "w_q": (2, 3, 2), "w_k": (2, 3, 2), "w_v": (2, 3, 2), "w_o": (2, 2, 3)}
+    sizes = {"x": 1e100, "w_q": 1e-100, "w_k": 1e-100}
+    tensors = {
+        name: sizes.get(name, 1.0) * torch.randn(shape, generator=draw, dtype=torch.float64)
+        for name, shape in shapes.items()
+    }
+    block = Attention(**tensors)  # pyright: ignore[reportArgumentType]
+    value, _ = lipbounds.get(name).compute(block)
+    assert float(value) >= float(lipbounds.get("lanczos")(block).value) > 0

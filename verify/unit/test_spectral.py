@@ -6,7 +6,7 @@ import mpmath
 import pytest
 import torch
 
-from lipbounds.ops.spectral import product_norm_upper, spectral_norm_upper
+from lipbounds.ops.spectral import product_norm_upper, root, spectral_norm_upper
 
 
 def draw(seed: int, *shape: int) -> torch.Tensor:
@@ -56,3 +56,11 @@ def test_zero_and_one_entry() -> None:
 def test_gradient(shapes: list[tuple[int, int]]) -> None:
     factors = [draw(seed, 2, *shape).requires_grad_() for seed, shape in enumerate(shapes)]
     assert torch.autograd.gradcheck(product_norm_upper, factors, atol=1e-6)
+
+
+def test_the_root_of_what_overflowed_is_infinity_and_that_of_zero_has_no_slope() -> None:
+    squares = torch.tensor([torch.nan, torch.inf, 4.0, 0.0], dtype=torch.float64, requires_grad=True)
+    roots = root(squares)
+    assert roots.tolist() == [torch.inf, torch.inf, 2.0, 0.0]
+    (slope,) = torch.autograd.grad(roots[2:].sum(), squares)
+    assert slope[2:].tolist() == [0.25, 0.0]
