@@ -25,7 +25,8 @@ from bench.wording import figure, module_words, table
 
 # In the order of the legend: what a curve is, its key in the rows, its look.
 CURVES = (
-    ("least of the three (sharp_ball)", "sharp_ball", {"color": COLOURS[1], "linewidth": 2.6}),
+    ("least of the four (sharp_ball)", "sharp_ball", {"color": COLOURS[1], "linewidth": 2.6}),
+    ("Taylor, second order", "taylor", {"color": COLOURS[5], "linestyle": (0, (3, 1)), "marker": "v"}),
     ("centre plus deviation", "deviation", {"color": COLOURS[2], "linestyle": "--", "marker": "o"}),
     ("three joint parts", "direct", {"color": COLOURS[4], "linestyle": "-.", "marker": "s"}),
     ("Theorem 3 over the ball", "theorem_3", {"color": COLOURS[0], "linestyle": ":", "marker": "^"}),
@@ -82,7 +83,7 @@ def page(found: dict[str, list[Row]], command: str, records_path: str, environme
         *([f"**Violations**: {'; '.join(wrong)}."] if (wrong := violations(found)) else []),
         "Multiples of the largest norm of the Jacobian that gradient ascent in the ball found, a lower bound of the "
         "truth: a bound is *at most* so many times above it. The radius is in the Frobenius norm of the input. "
-        "`sharp_ball` is the least of the three columns after it; its centre is the exact norm up to 2**22 entries. "
+        "`sharp_ball` is the least of the four columns after it; its centre is the exact norm up to 2**22 entries. "
         "All bounds are proved, on the ball, in l2; ascent is a lower bound.",
         "Columns marked 'quoted' were not measured here: they are quoted from the project's theory page, made there "
         "by other programs on other random blocks of the same kind, and are multiples of the norm at the centre.",

@@ -47,7 +47,7 @@ def test_the_page_has_ratios_to_what_ascent_reached(tmp_path: Path, few_blocks: 
     found = balls.blocks(records)
     (rows,) = found.values()
     assert [row["radius"] for row in rows] == [0.0, 0.01, 0.1]
-    assert rows[1]["sharp_ball"] == min(rows[1][name] for name in ("deviation", "direct", "theorem_3"))
+    assert rows[1]["sharp_ball"] == min(rows[1][name] for name in ("taylor", "deviation", "direct", "theorem_3"))
     text = balls.page(found, "command", "records", [])
     assert f"| {rows[1]['radius']:g} " in text
     assert "Violations" not in text

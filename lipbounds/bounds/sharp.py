@@ -63,7 +63,7 @@ from lipbounds.registry import Terms, bound
 from lipbounds.rounding import cast_up, inflate
 from lipbounds.targets.attention import Attention
 from lipbounds.targets.attention_gram import RowProducts
-from lipbounds.targets.attention_parts import key_part, mixing_part, query_part
+from lipbounds.targets.attention_parts import three_parts
 from lipbounds.targets.attention_rows import Rows, jacobian_rows
 
 
@@ -84,7 +84,7 @@ CHUNK_ENTRIES = 2**20  # of the blocks made at a time
 def sharp(block: Attention) -> tuple[Tensor, Terms]:
     """Norm of the matrix of norms of Gram blocks: all heads, keys and parts are summed before a norm is taken."""
     wide = block.double
-    mixing, query, key = _three_parts(wide)
+    mixing, query, key = three_parts(wide)
     parts = mixing + query + key
     terms = {"detail.parts": parts}
     value = parts
@@ -111,17 +111,10 @@ def sharp(block: Attention) -> tuple[Tensor, Terms]:
 )
 def sharp_fast(block: Attention) -> tuple[Tensor, Terms]:
     """The three parts of the differential with all heads in one, from Gram matrices of heads and keys."""
-    mixing, query, key = _three_parts(block.double)
+    mixing, query, key = three_parts(block.double)
     value = inflate(mixing + query + key, 8).expand(block.batch_shape)
     terms = {"detail.mixing": mixing, "detail.query_part": query, "detail.key_part": key}
     return cast_up(value, block.dtype), terms
-
-
-def _three_parts(block: Attention) -> tuple[Tensor, Tensor, Tensor]:
-    """Norms of T1, T2 and T3."""
-    nothing = torch.zeros_like(block.logits[..., 0, 0, 0])
-    mixing, key = (mixing_part(block), key_part(block)) if block.memory_moves else (nothing, nothing)
-    return mixing, query_part(block) if block.query_moves else nothing, key
 
 
 def _gram_norm(rows: Rows, squarings: int) -> Float[Tensor, "*batch"]:

@@ -1,22 +1,34 @@
 r"""Sharp bounds on a ball ||X' - X||_F <= eps, ours: all heads jointly, and the truth at the centre plus a deviation.
 
 The differential has three parts, mixing, query part and key part: how each is bounded over the ball, and how fast each
-can change there, is in lipbounds.targets.attention_ball_parts, with proofs.
+can change there, is in lipbounds.targets.attention_ball_parts, with proofs. Below 0 = r_0 < ... < r_K = eps.
 
 - sharp_ball.direct: the sum of the three parts over the ball.
 - sharp_ball.deviation: along the segment from X to X' each part moves by at most the integral of its rate of change, so
 
       sup ||J(X')|| <= ||J(X)|| + sum over the parts of min( sum_k (r_k - r_(k-1)) sup over the ball of radius r_k of
-      the rate,  sup over the ball of the part + the part at X ),       0 = r_0 < ... < r_K = eps,
+      the rate,  sup over the ball of the part + the part at X ).
 
-  with ||J(X)|| from the dense Jacobian where that has at most 1200**2 entries (an option), and sharp_ball.direct at
-  radius 0 elsewhere. It tends to the truth at X as eps -> 0, linearly.
-- sharp_ball: the least of the two and of Theorem 3 on the ball; a minimum of bounds is one.
+- sharp_ball.taylor: Taylor's formula to the second order, J(X') = J(X) + d2F(X)[h] + the integral over t of (1 - t)
+  d3F(X + t h)[h, h] with h = X' - X, so
+
+      sup ||J(X')|| <= ||J(X)|| + eps ||d2F(X)|| + sum_k ((eps - r_(k-1))^2 - (eps - r_k)^2) / 2 sup over the ball of
+      radius r_k of ||d3F||,
+
+  with ||d2F(X)|| the sum of the rates at radius 0, or, where that takes at most SECOND_WORK and is less, from Gram
+  blocks at X, all parts and heads together (lipbounds.targets.attention_second); ||d3F|| is bounded in
+  lipbounds.targets.attention_ball_third.
+- sharp_ball: the least of the three and of Theorem 3 on the ball; a minimum of bounds is one.
+
+||J(X)|| is from the dense Jacobian where that has at most 1200**2 entries (an option), and the lesser of
+sharp_ball.direct at radius 0 and sharp_fast elsewhere. So the last three tend to it as eps -> 0, linearly.
 
 Numerics: float64; every part is rounded up where it is made.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -28,14 +40,18 @@ from lipbounds.rounding import cast_up, inflate
 from lipbounds.targets.attention import Attention
 from lipbounds.targets.attention_ball import theorem_3_on_ball
 from lipbounds.targets.attention_ball_parts import BallParts, Centre
+from lipbounds.targets.attention_ball_third import BallThird
 from lipbounds.targets.attention_dense import dense_norm, jacobian_entries
+from lipbounds.targets.attention_parts import three_parts
+from lipbounds.targets.attention_second import second_norm, second_work
 
 
 SUPPORTS: tuple[Feature, ...] = ("heads", "biases", "mask", "cross")
 CLAIM = Claim(kind="proved", scope="ball", norm="l2")
 DENSE = 1200**2  # entries of the Jacobian of one batch item: about a second
-SHELLS = (0.5, 1.0)  # r_k / eps; twice as many gain a tenth where logits move by one unit
-COST = "O((n D)^3) where the Jacobian is small, O(H n^2 (d^2 + H^2) + H D^3) elsewhere"
+SECOND_WORK = 2e11  # multiplications and additions for the second differential at the centre: a few seconds
+SHELLS = (0.25, 0.5, 0.75, 1.0)  # r_k / eps
+COST = "O((n D)^3 + n^3 D^3) where the block is small, O(H n^2 (d^2 + H^2) + n D^2 (n + D)) elsewhere"
 Parts = dict[str, Tensor]
 
 
@@ -60,6 +76,7 @@ def direct(block: Attention, radius: float) -> tuple[Tensor, Terms]:
     ),
     supports=SUPPORTS,
     cost=COST,
+    version=2,
 )
 def deviation(block: Attention, radius: float, *, dense: int = DENSE) -> tuple[Tensor, Terms]:
     """The norm of the Jacobian at the centre plus how far the Jacobian can move over the ball.
@@ -69,8 +86,30 @@ def deviation(block: Attention, radius: float, *, dense: int = DENSE) -> tuple[T
         radius: of the ball.
         dense: number of entries up to which the Jacobian of a batch item is formed for its norm at the centre.
     """
-    centre = Centre(block.double)
-    parts = _deviation(centre, BallParts(centre, radius), dense)
+    balls = _Balls(block.double, radius)
+    parts = _deviation(balls, _centre_norm(balls, dense))
+    return _finish(block, _total(block, parts), parts)
+
+
+@bound(
+    name="sharp_ball.taylor",
+    claim=CLAIM,
+    source=Source(
+        title="lipbounds", statement="norms of the first and second differential at the centre, third over the ball"
+    ),
+    supports=SUPPORTS,
+    cost=COST,
+)
+def taylor(block: Attention, radius: float, *, dense: int = DENSE) -> tuple[Tensor, Terms]:
+    """Norms of Jacobian and second differential at the centre, the third differential over the ball.
+
+    Args:
+        block: the attention block.
+        radius: of the ball.
+        dense: number of entries up to which the Jacobian of a batch item is formed for its norm at the centre.
+    """
+    balls = _Balls(block.double, radius)
+    parts = _taylor(balls, _centre_norm(balls, dense))
     return _finish(block, _total(block, parts), parts)
 
 
@@ -80,43 +119,82 @@ def deviation(block: Attention, radius: float, *, dense: int = DENSE) -> tuple[T
     source=Source(title="lipbounds", statement="least of the bounds on a ball, derived here"),
     supports=SUPPORTS,
     cost=COST,
+    version=2,
 )
 def sharp_ball(block: Attention, radius: float, *, dense: int = DENSE) -> tuple[Tensor, Terms]:
-    """The least of: centre plus deviation, the three joint parts over the ball, Theorem 3 over the ball.
+    """The least of: Taylor's formula, centre plus deviation, the three joint parts, Theorem 3 over the ball.
 
     Args:
         block: the attention block.
         radius: of the ball.
         dense: number of entries up to which the Jacobian of a batch item is formed for its norm at the centre.
     """
-    centre = Centre(block.double)
-    ball = BallParts(centre, radius)
+    balls = _Balls(block.double, radius)
+    centre = _centre_norm(balls, dense)
     values = {
-        "deviation": _total(block, _deviation(centre, ball, dense)),
-        "direct": _total(block, ball.first()),
+        "taylor": _total(block, _taylor(balls, centre)),
+        "deviation": _total(block, _deviation(balls, centre)),
+        "direct": _total(block, balls.largest.first()),
         "theorem_3": _known(theorem_3_on_ball(block.double, radius)[0]),
     }
     return _finish(block, torch.stack([*values.values()]).amin(0), values)
 
 
-def _deviation(centre: Centre, ball: BallParts, dense: int) -> Parts:
+class _Balls:
+    """The balls of the radii r_k about the input of a block, and that of radius 0."""
+
+    def __init__(self, block: Attention, radius: float) -> None:
+        self.block, self.radius = block, radius
+        self.centre = Centre(block)
+        self.point = BallParts(self.centre, 0.0)
+        shares: Sequence[float] = SHELLS if radius else ()
+        self.shells = [BallThird(self.centre, share * radius) for share in shares]
+        self.largest = self.shells[-1] if self.shells else self.point
+
+
+def _centre_norm(balls: _Balls, dense: int) -> Tensor:
+    """The norm of the Jacobian at the centre."""
+    if jacobian_entries(balls.block) <= dense:
+        return dense_norm(balls.block)
+    mixing, query, key = three_parts(balls.block)
+    fast = {"mixing": mixing, "query_part": query, "key_part": key}
+    return torch.minimum(_total(balls.block, balls.point.first()), _total(balls.block, fast))
+
+
+def _deviation(balls: _Balls, centre: Tensor) -> Parts:
     """Norm at the centre, and the largest change of each part."""
-    there = BallParts(centre, 0.0).first()
-    small = jacobian_entries(centre.block) <= dense
-    parts = {"centre": dense_norm(centre.block) if small else _total(centre.block, there)}
-    if not ball.radius:
+    parts = {"centre": centre}
+    if not balls.radius:
         return parts
+    there, here = balls.point.first(), balls.largest.first()
     moved = {name: torch.zeros_like(part) for name, part in there.items()}
     before = 0.0
-    for share in SHELLS:
-        shell = ball if share == 1 else BallParts(centre, share * ball.radius)
-        width = (share - before) * ball.radius
-        before = share
+    for shell in balls.shells:
         for name, rate in shell.second().items():
-            moved[name] = moved[name] + inflate(width * rate, 4)
-    here = ball.first()
+            moved[name] = moved[name] + inflate((shell.radius - before) * rate, 8)
+        before = shell.radius
     for name, part in moved.items():
         parts[name] = torch.minimum(_known(part), _known(here[name] + there[name]))
+    return parts
+
+
+def _taylor(balls: _Balls, centre: Tensor) -> Parts:
+    """Norm at the centre, its first change, and what the third differential adds."""
+    parts = {"centre": centre}
+    if not balls.radius:
+        return parts
+    second = inflate(torch.stack(torch.broadcast_tensors(*balls.point.second().values())).sum(0), 8)
+    if second_work(balls.block) <= SECOND_WORK:
+        second = torch.minimum(_known(second), second_norm(balls.block))
+    parts["second"] = inflate(balls.radius * second, 8)
+    before, third = 0.0, torch.zeros_like(parts["second"])
+    for shell in balls.shells:
+        # ((eps - r_(k-1))^2 - (eps - r_k)^2) / 2 without cancellation
+        weight = (shell.radius - before) * (2 * balls.radius - shell.radius - before) / 2
+        rate = torch.stack(torch.broadcast_tensors(*shell.third().values())).sum(0)
+        third = third + inflate(weight * rate, 24)
+        before = shell.radius
+    parts["third"] = third
     return parts
 
 

@@ -28,7 +28,8 @@ Second differential; a sum over i of |b_i| |a_i| sqrt( sum_j t_ij^2 |y_j|^2 ) is
   y.
 - change of the values in the query part, D_q ||M||, and in the key part, D_k ||M||: the same, y and a exchanged.
 - change of keys in the query part, of queries in the key part, each at most sg_i(1/c) sqrt( sum_h c_h Var_hi <a_i,
-  G_h y_j> ), so max_ij sg_i(1/c) sqrt( min( sum_h c_h pi_hij ||G_h||^2, max_h c_h pi_hij ||G||^2 ) ).
+  G_h y_j> ), so max_ij sg_i(1/c) sqrt(tau_ij(c)), tau_ij(f) = min( sum_h f_h pi_hij ||G_h||^2, max_h f_h pi_hij
+  ||G||^2 ).
 - change of the map in the query part, by queries: with |<a_i, w~_hj>| <= far_hij at most max_i K_i(w, far_w, c)
   K_i(v, far_w, 1/c); by keys: sum_h E[<y_i, w~> <u, a_j>~ <v~, b_i>] <= sqrt( sum_h E[<y_i, w~>^2 <v~, b_i>^2] / c_h
   ) sqrt( sum_j L_ij(c) |a_j|^2 ), so max_ij min( K_i(v, far_w^2, 1/c), K_i(w, far_v^2, 1/c) ) sqrt(L_ij(c)).
@@ -171,12 +172,9 @@ class BallParts:
 
     @cached_property
     def _logits(self) -> Tensor:
-        pairs, change = self.maps.pairs, self.centre.keys.change.square()[..., None, None]
-        joint = self.centre.keys.joint_change.square()[..., None, None]
         found = []
         for c in self.centre.query_shares:
-            weights = pairs * c.unsqueeze(-1)
-            turned = torch.minimum((weights * change).sum(-3), weights.amax(-3) * joint)
+            turned = self._turned(c.unsqueeze(-1))
             found.append((self._sg.joint(1 / c).unsqueeze(-1) * root(turned)).amax((-2, -1)))
         return torch.minimum(*found)
 
@@ -220,6 +218,13 @@ class BallParts:
     def _farthest(self) -> Float[Tensor, "*#batch heads n 1"]:
         """Largest distance of the values of visible keys from their mean."""
         return torch.where(self.maps.upper > 0, self._values.far, 0.0).amax(-1, keepdim=True)
+
+    def _turned(self, factors: Float[Tensor, "*#batch heads n 1"]) -> Float[Tensor, "*#batch n m"]:
+        """tau_ij: bound of sum_h f_hi pi_hij <x, G_h y>^2 over unit x and y."""
+        keys = self.centre.keys
+        weights = self.maps.pairs * factors
+        apart = (weights * keys.change.square()[..., None, None]).sum(-3)
+        return torch.minimum(apart, weights.amax(-3) * keys.joint_change.square()[..., None, None])
 
     def _reach(self, factors: Float[Tensor, "*#batch heads n one"]) -> Float[Tensor, "*#batch n m"]:
         return reach(self.centre.queries, self._query_radius, self.maps.pairs * factors)

@@ -44,7 +44,7 @@ def dense_norm(block: Attention) -> Float[Tensor, "*batch"]:
         items = [dense_norm(item) for item in batch_items(block)]
         return torch.stack(items).reshape(block.batch_shape)
     moving = block.moving_input
-    tracked = torch.is_grad_enabled() and _is_tracked(block)
+    tracked = torch.is_grad_enabled() and is_tracked(block)
     if block in _FOUND and not tracked:
         return _FOUND[block]
     with torch.no_grad():
@@ -65,7 +65,12 @@ def dense_norm(block: Attention) -> Float[Tensor, "*batch"]:
     return value + (stretch - stretch.detach())
 
 
-def _is_tracked(block: Attention) -> bool:
+def is_tracked(block: Attention) -> bool:
+    """Whether a gradient is wanted for the input or a weight.
+
+    Args:
+        block: the attention block.
+    """
     fields = (getattr(block, field.name) for field in dc.fields(block))
     return any(isinstance(value, Tensor) and value.requires_grad for value in fields)
 

@@ -41,6 +41,17 @@ SAME = 1e-6  # relative; the roots of the rounding slack are below it
 CHUNK_ENTRIES = 2**22  # of the kernels of the rows that are made at a time
 
 
+def three_parts(block: Attention) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
+    """Norms of T1, T2 and T3, rounded up; 0 for a part whose input does not move.
+
+    Args:
+        block: in float64, without rotary positions.
+    """
+    nothing = torch.zeros_like(block.logits[..., 0, 0, 0])
+    mixing, key = (mixing_part(block), key_part(block)) if block.memory_moves else (nothing, nothing)
+    return mixing, query_part(block) if block.query_moves else nothing, key
+
+
 def mixing_part(block: Attention) -> Float[Tensor, "*batch"]:
     """||T1||: the smaller of (3) and sum_h ||P_h|| ||M_h||.
 

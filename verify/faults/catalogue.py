@@ -15,6 +15,7 @@ from verify.faults import (
     faults_sharp,
     faults_sharp_ball,
     faults_softmax,
+    faults_taylor,
 )
 from verify.faults.fault import Fault, faults_in
 
@@ -31,6 +32,7 @@ THEMES = (
     faults_qk_norm,
     faults_sharp,
     faults_sharp_ball,
+    faults_taylor,
 )
 FAULTS: dict[str, Fault] = {fault.name: fault for theme in THEMES for fault in faults_in(theme)}
 CONTROLS: dict[str, Fault] = {control.name: control for control in faults_in(controls)}

@@ -19,7 +19,8 @@ from lipbounds.targets.attention_suprema import reach
 from verify.unit.blocks import random_block, true_norm
 
 
-BALL, DIRECT, DEVIATION = (lipbounds.get(f"sharp_ball{ending}") for ending in ("", ".direct", ".deviation"))
+ENDINGS = ("", ".direct", ".deviation", ".taylor")
+BALL, DIRECT, DEVIATION, TAYLOR = EVERY = [lipbounds.get(f"sharp_ball{ending}") for ending in ENDINGS]
 CASES: dict[str, dict[str, Any]] = {
     "self": {},
     "causal": {"causal": True},
@@ -68,7 +69,7 @@ def covariance(block: Attention, rows: torch.Tensor) -> torch.Tensor:
 # -- the bounds ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spec", [BALL, DEVIATION], ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", [BALL, DEVIATION, TAYLOR], ids=lambda spec: spec.name)
 def test_at_radius_zero_it_is_the_truth(spec: lipbounds.BoundSpec, block: Attention) -> None:
     torch.testing.assert_close(spec(block, 0.0).value, true_norm(block), rtol=1e-9, atol=0)
 
@@ -76,7 +77,7 @@ def test_at_radius_zero_it_is_the_truth(spec: lipbounds.BoundSpec, block: Attent
 @pytest.mark.usefixtures("as_a_user_runs_it")  # a search: the other tests keep the shape checks
 @pytest.mark.parametrize("radius", [0.01, 0.3, 2.0])
 def test_above_the_truth_in_the_ball_by_ascent(block: Attention, radius: float) -> None:
-    bound = min(spec(block, radius).value for spec in (BALL, DIRECT, DEVIATION))
+    bound = min(spec(block, radius).value for spec in EVERY)
     centre = block.moving_input
     moving = in_ball(block, radius / 2, 1)[0].moving_input.clone().requires_grad_()
     for _ in range(15):
@@ -91,7 +92,7 @@ def test_above_the_truth_in_the_ball_by_ascent(block: Attention, radius: float) 
 
 @pytest.mark.usefixtures("as_a_user_runs_it")  # a search: the other tests keep the shape checks
 def test_grows_with_the_radius(block: Attention) -> None:
-    for spec in (BALL, DIRECT, DEVIATION):
+    for spec in EVERY:
         values = torch.stack([spec(block, radius).value for radius in [0.0, 1e-6, 1e-3, 0.1, 1.0, 10.0, 1e3]])
         assert (values.diff() >= -1e-12 * values[1:]).all(), spec.name
 
@@ -103,13 +104,13 @@ def test_tends_to_the_truth_in_proportion_to_the_radius(block: Attention) -> Non
 
 
 @pytest.mark.usefixtures("as_a_user_runs_it")  # a search: the other tests keep the shape checks
-def test_the_least_of_three(block: Attention) -> None:
+def test_the_least_of_four(block: Attention) -> None:
     for radius in (0.0, 0.1, 3.0):
         found = BALL(block, radius)
-        others = [DIRECT, DEVIATION, lipbounds.get("yudin2025_ball.biased")]
+        others = [DIRECT, DEVIATION, TAYLOR, lipbounds.get("yudin2025_ball.biased")]
         values = torch.stack([spec(block, radius).value for spec in others])
         torch.testing.assert_close(found.value, values.amin(), rtol=1e-12, atol=0)
-        assert set(found.details) == {"deviation", "direct", "theorem_3"}
+        assert set(found.details) == {"taylor", "deviation", "direct", "theorem_3"}
 
 
 # Intervals through the Jacobian (auto_LiRPA) and Theorem 3 over intervals (emltorch) on blocks of the same make, as
@@ -131,7 +132,7 @@ def test_below_what_others_reach(shape: tuple[int, int, int, int], seed: int) ->
 @pytest.mark.usefixtures("as_a_user_runs_it")  # a search: the other tests keep the shape checks
 def test_gradient() -> None:
     block = random_block(8, n=2, dim=4)
-    for spec in (DIRECT, DEVIATION):
+    for spec in (DIRECT, DEVIATION, TAYLOR):
         value = lambda x: spec(block.at(x), 0.2).value  # noqa: B023, E731
         assert torch.autograd.gradcheck(value, block.x.clone().requires_grad_(), atol=1e-5), spec.name
 
@@ -152,10 +153,12 @@ def test_grouped_queries_are_repeated_heads() -> None:
     torch.testing.assert_close(grouped, BALL(block.replace(**repeated), 0.1).value, rtol=1e-12, atol=0)
 
 
-def test_a_centre_too_large_to_form_is_bounded_by_the_parts(block: Attention) -> None:
-    found = DEVIATION(block, 0.01, dense=1)
-    torch.testing.assert_close(found.details["centre"], DIRECT(block, 0.0).value, rtol=1e-9, atol=0)
-    assert found.value > DEVIATION(block, 0.01).value
+def test_a_centre_too_large_to_form_is_bounded_at_the_point(block: Attention) -> None:
+    known = torch.minimum(DIRECT(block, 0.0).value, lipbounds.get("sharp_fast")(block).value)
+    for spec in (DEVIATION, TAYLOR):
+        found = spec(block, 0.01, dense=1)
+        torch.testing.assert_close(found.details["centre"], known, rtol=1e-9, atol=0)
+        assert found.value > spec(block, 0.01).value
 
 
 def test_rotary_positions_are_refused() -> None:

@@ -1,0 +1,154 @@
+"""The second differential at a point and the third over a ball, against derivatives by automatic differentiation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import lipbounds
+from lipbounds import Attention
+from lipbounds.bounds import sharp_ball
+from lipbounds.targets import attention_second
+from lipbounds.targets.attention_ball_parts import BallParts, Centre
+from lipbounds.targets.attention_ball_third import BallThird
+from lipbounds.targets.attention_second import second_norm
+from verify.unit.blocks import random_block
+from verify.unit.test_sharp_ball import CASES, in_ball, small_block
+
+
+TAYLOR = lipbounds.get("sharp_ball.taylor")
+SHAPES: dict[str, dict[str, Any]] = {**CASES, "wide values": {"heads": 2, "dim": 6}, "one token": {"n": 1}}
+
+
+@pytest.fixture(params=SHAPES, ids=lambda name: name.replace(" ", "-"))
+def block(request: pytest.FixtureRequest) -> Attention:
+    return random_block(7, **{"n": 3, **SHAPES[request.param]})
+
+
+def hessian(block: Attention) -> torch.Tensor:
+    """Output times input times input."""
+    found = torch.func.jacfwd(torch.func.jacrev(block.function()))(block.moving_input)
+    size = block.moving_input.numel()
+    return found.reshape(-1, size, size)
+
+
+def derivative_norms(block: Attention, order: int, seed: int = 0, steps: int = 8) -> Iterator[torch.Tensor]:
+    """Norms of d^order F[a, ..., a, .] over unit a that climb towards the norm of d^order F."""
+    slope = torch.func.jacrev(block.function())
+    point = block.moving_input
+    a = torch.randn(point.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+    def along(x: torch.Tensor, direction: torch.Tensor, times: int) -> torch.Tensor:
+        if times == 0:
+            return slope(x)
+        return torch.func.jvp(lambda y: along(y, direction, times - 1), (x,), (direction,))[1]
+
+    for _ in range(steps):
+        a = a / a.norm()
+        matrix = along(point, a, order - 1).reshape(-1, point.numel())
+        _, size, right = torch.linalg.svd(matrix)
+        yield size[0]
+        a = right[0].reshape(point.shape)
+
+
+# -- the second differential ----------------------------------------------------------------------------------------
+
+
+def test_second_norm_is_above_the_norm(block: Attention) -> None:
+    assert max(max(derivative_norms(block, 2, seed)) for seed in (0, 1)) <= second_norm(block)
+
+
+def test_second_norm_is_above_and_near_the_flattened_norm(block: Attention) -> None:
+    """What the Gram blocks bound is the norm for all matrices, not only products a y^T: it must not be below that."""
+    flattened = torch.linalg.matrix_norm(hessian(block).flatten(1), 2)
+    assert flattened <= second_norm(block) <= 1.5 * flattened + 1e-6
+
+
+@pytest.mark.parametrize("gain", [1.0, 12.0])
+def test_second_norm_far_below_the_sum_of_rates(gain: float) -> None:
+    block = small_block(0, 6, 12, 3, gain)
+    rates = sum(BallParts(Centre(block), 0.0).second().values())
+    allowed = second_norm(block)
+    assert max(derivative_norms(block, 2)) <= allowed < 0.35 * rates
+
+
+def test_tokens_of_any_unit_give_the_same_second_differential() -> None:
+    """x / t with weights that undo it has the second differential times t^2."""
+    block = random_block(5, n=3, biases=False)
+    for power in (-90, 90):
+        unit = 2.0**power
+        other = block.replace(x=block.x / unit, **{name: getattr(block, name) * unit for name in ("w_q", "w_k", "w_v")})
+        torch.testing.assert_close(second_norm(other) / unit / unit, second_norm(block), rtol=1e-9, atol=0)
+
+
+def test_rows_that_rest_on_one_key() -> None:
+    """Near one key there is little to move; nearer still, the error of the map is all there is, and the rates know."""
+    block = small_block(0, 4, 8, 2, 300.0)
+    reached = max(derivative_norms(block, 2))
+    assert reached <= second_norm(block) < 1.3 * reached < 0.02 * second_norm(small_block(0, 4, 8, 2, 30.0))
+    assert TAYLOR(small_block(0, 4, 8, 2, 1e3), 1.0).details["second"] < 1e-6
+
+
+def test_second_norm_of_a_batch_is_that_of_its_items() -> None:
+    block = random_block(3, n=3)
+    batch = block.at(torch.stack([block.x, -2 * block.x]))
+    alone = torch.stack([second_norm(block), second_norm(block.at(-2 * block.x))])
+    torch.testing.assert_close(second_norm(batch), alone, rtol=1e-10, atol=0)
+
+
+def test_second_norm_in_chunks(monkeypatch: pytest.MonkeyPatch, block: Attention) -> None:
+    together = second_norm(block)
+    monkeypatch.setattr(attention_second, "CHUNK_ENTRIES", 1)
+    torch.testing.assert_close(second_norm(block.replace()), together, rtol=1e-12, atol=0)
+
+
+def test_second_norm_carries_a_gradient() -> None:
+    block = random_block(6, n=2, dim=3)
+    for name in ("x", "w_q", "w_k", "w_v", "w_o"):
+        value = lambda w: second_norm(block.replace(**{name: w}))  # noqa: B023, E731
+        assert torch.autograd.gradcheck(value, getattr(block, name).clone().requires_grad_(), atol=1e-5), name
+
+
+# -- the third differential -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("as_a_user_runs_it")  # a search: the other tests keep the shape checks
+@pytest.mark.parametrize("radius", [0.0, 0.2])
+def test_third_is_above_the_third_differential_in_the_ball(block: Attention, radius: float) -> None:
+    allowed = sum(BallThird(Centre(block), radius).third().values())
+    for moved in in_ball(block, radius * (1 - 1e-9), 3) if radius else [block]:
+        for seed in (0, 1):
+            assert max(derivative_norms(moved, 3, seed)) <= allowed
+
+
+def test_third_is_of_the_size_of_the_third_differential() -> None:
+    """A term that were a hundred times too large would hide a wrong one."""
+    for case in ("self", "query", "memory"):
+        block = random_block(7, n=3, **CASES[case])
+        allowed = sum(BallThird(Centre(block), 0.0).third().values())
+        assert max(derivative_norms(block, 3)) > 0.02 * allowed, case
+
+
+# -- the formula ----------------------------------------------------------------------------------------------------
+
+
+def test_the_remainder_is_the_integral_of_the_third(monkeypatch: pytest.MonkeyPatch, block: Attention) -> None:
+    """With a third differential of 1 everywhere it is eps^2 / 2, whatever the shells."""
+    monkeypatch.setattr(BallThird, "third", lambda self: {"one": torch.ones((), dtype=torch.float64)})
+    for radius in (1e-3, 0.7):
+        found = TAYLOR(block, radius).details["third"]
+        torch.testing.assert_close(found, torch.full_like(found, radius**2 / 2), rtol=1e-12, atol=0)
+
+
+def test_where_the_second_differential_is_too_large_the_rates_take_over(
+    monkeypatch: pytest.MonkeyPatch, block: Attention
+) -> None:
+    found = TAYLOR(block, 0.1)
+    monkeypatch.setattr(sharp_ball, "SECOND_WORK", 0)
+    without = TAYLOR(block, 0.1)
+    rates = sum(BallParts(Centre(block), 0.0).second().values())
+    torch.testing.assert_close(without.details["second"], 0.1 * rates, rtol=1e-9, atol=0)
+    assert without.value >= found.value
