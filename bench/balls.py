@@ -32,6 +32,7 @@ CURVES = (
     ("Theorem 3 over the ball", "theorem_3", {"color": COLOURS[0], "linestyle": ":", "marker": "^"}),
     ("Hu et al. 2024, corrected", "hu2024.ball", {"color": COLOURS[3], "linestyle": (0, (6, 1, 1, 1)), "marker": "D"}),
 )
+DRAWN = 100.0  # a bound so many times above the least one is left out of the figure: it would flatten the others
 Row = dict[str, Any]
 
 
@@ -84,7 +85,8 @@ def page(found: dict[str, list[Row]], command: str, records_path: str, environme
         "Multiples of the largest norm of the Jacobian that gradient ascent in the ball found, a lower bound of the "
         "truth: a bound is *at most* so many times above it. The radius is in the Frobenius norm of the input. "
         "`sharp_ball` is the least of the four columns after it; its centre is the exact norm up to 2**22 entries. "
-        "All bounds are proved, on the ball, in l2; ascent is a lower bound.",
+        "All bounds are proved, on the ball, in l2; ascent is a lower bound. The figure leaves out what is more than 100 "
+        "times above the least bound.",
         "Columns marked 'quoted' were not measured here: they are quoted from the project's theory page, made there "
         "by other programs on other random blocks of the same kind, and are multiples of the norm at the centre.",
         "![curves](balls.png)",
@@ -143,10 +145,14 @@ def draw(found: dict[str, list[Row]], folder: Path, name: str = "balls") -> list
     return paths
 
 
+def _drawn(row: Row, key: str) -> bool:
+    return key in row and row[key] <= DRAWN * row.get(UPPERS[0], math.inf)
+
+
 def _panel(axes: Axes, title: str, rows: Sequence[Row]) -> None:
     """One block: the radius against every curve."""
     for words, key, look in CURVES:
-        points = [(row["radius"], row[key]) for row in rows if row["radius"] and key in row]
+        points = [(row["radius"], row[key]) for row in rows if row["radius"] and _drawn(row, key)]
         if points:
             looks: dict[str, Any] = {"markersize": 3.5, "linewidth": 1.3} | look
             axes.plot(*zip(*points, strict=True), label=words, **looks)
