@@ -18,7 +18,9 @@ can change there, is in lipbounds.targets.attention_ball_parts, with proofs. Bel
   with ||d2F(X)|| the sum of the rates at radius 0, or, where that takes at most SECOND_WORK and is less, from Gram
   blocks at X, all parts and heads together (lipbounds.targets.attention_second); ||d3F|| is bounded in
   lipbounds.targets.attention_ball_third.
-- sharp_ball: the least of the three and of Theorem 3 on the ball; a minimum of bounds is one.
+- sharp_ball: the least of the three and of Theorem 3 on the ball; a minimum of bounds is one. On blocks above
+  SECOND_WORK, where an evaluation takes minutes, sharp_ball leaves sharp_ball.taylor out, and all take two shells, not
+  four.
 
 ||J(X)|| is from the dense Jacobian where that has at most 1200**2 entries (an option), and the lesser of
 sharp_ball.direct at radius 0 and sharp_fast elsewhere. So the last three tend to it as eps -> 0, linearly.
@@ -51,6 +53,7 @@ CLAIM = Claim(kind="proved", scope="ball", norm="l2")
 DENSE = 1200**2  # entries of the Jacobian of one batch item: about a second
 SECOND_WORK = 2e11  # multiplications and additions for the second differential at the centre: a few seconds
 SHELLS = (0.25, 0.5, 0.75, 1.0)  # r_k / eps
+SHELLS_OF_LARGE_BLOCKS = (0.5, 1.0)
 COST = "O((n D)^3 + n^3 D^3) where the block is small, O(H n^2 (d^2 + H^2) + n D^2 (n + D)) elsewhere"
 Parts = dict[str, Tensor]
 
@@ -131,8 +134,8 @@ def sharp_ball(block: Attention, radius: float, *, dense: int = DENSE) -> tuple[
     """
     balls = _Balls(block.double, radius)
     centre = _centre_norm(balls, dense)
-    values = {
-        "taylor": _total(block, _taylor(balls, centre)),
+    values = {} if balls.large else {"taylor": _total(block, _taylor(balls, centre))}
+    values |= {
         "deviation": _total(block, _deviation(balls, centre)),
         "direct": _total(block, balls.largest.first()),
         "theorem_3": _known(theorem_3_on_ball(block.double, radius)[0]),
@@ -147,8 +150,9 @@ class _Balls:
         self.block, self.radius = block, radius
         self.centre = Centre(block)
         self.point = BallParts(self.centre, 0.0)
-        shares: Sequence[float] = SHELLS if radius else ()
-        self.shells = [BallThird(self.centre, share * radius) for share in shares]
+        self.large = second_work(block) > SECOND_WORK
+        shares: Sequence[float] = SHELLS_OF_LARGE_BLOCKS if self.large else SHELLS
+        self.shells = [BallThird(self.centre, share * radius) for share in shares if radius]
         self.largest = self.shells[-1] if self.shells else self.point
 
 
@@ -184,7 +188,7 @@ def _taylor(balls: _Balls, centre: Tensor) -> Parts:
     if not balls.radius:
         return parts
     second = inflate(torch.stack(torch.broadcast_tensors(*balls.point.second().values())).sum(0), 8)
-    if second_work(balls.block) <= SECOND_WORK:
+    if not balls.large:
         second = torch.minimum(_known(second), second_norm(balls.block))
     parts["second"] = inflate(balls.radius * second, 8)
     before, third = 0.0, torch.zeros_like(parts["second"])
