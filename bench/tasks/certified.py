@@ -37,6 +37,7 @@ from lipbounds.targets.layers import Pool, Sequence
 
 
 VERSION = 1  # of what is computed here: raise it when numbers change
+CERTIFICATE_VERSION = 2  # of certificates: 2 since the Jacobian of attention is followed to the second order
 RADII = {"lipschitz-vit": (0.1, 0.2, 0.3, 0.5), "digits-vit": (0.3,)}
 LANCZOS = {"delta": 1e-9, "steps": 60}
 ATTACK_SEED = 0
@@ -110,6 +111,7 @@ def run(
             advance(f"{name}: certify image {index}")
             image, label = split.images[index : index + 1], split.labels[index : index + 1]
             question = {**shared, "what": "certificate", "attention": ON_BALL, "image": int(split.indices[index])}
+            question["version"] = CERTIFICATE_VERSION
             rows.append(answers.ask(question, lambda i=image, y=label, n=network: _certificate(n, i, y), force=force))
         attacks = []
         chosen = slice(0, profile.attacked[name])

@@ -143,6 +143,20 @@ def sharp_ball(block: Attention, radius: float, *, dense: int = DENSE) -> tuple[
     return _finish(block, torch.stack([*values.values()]).amin(0), values)
 
 
+def jacobian_change(block: Attention, radius: float) -> Float[Tensor, "*batch"] | None:
+    """Upper bound of ||J(X') - J(X)|| over the ball, without the norm at the centre; None where the block is large.
+
+    Args:
+        block: in float64, without rotary positions and QK-norm.
+        radius: eps, Frobenius norm.
+    """
+    balls = _Balls(block, radius)
+    if balls.large:
+        return None
+    changes = [part(balls, torch.zeros_like(block.logits[..., 0, 0, 0])) for part in (_taylor, _deviation)]
+    return torch.minimum(*(_total(block, change) for change in changes))
+
+
 class _Balls:
     """The balls of the radii r_k about the input of a block, and that of radius 0."""
 

@@ -14,8 +14,9 @@ eps. e_l needs the radius of what reaches layer l, which is S_{l-1} eps: one pas
 telescoped with the exact norms of the rows behind every layer. At radius 0 this is the norm of the exact Jacobian.
 
 e_l: for layers that act on tokens alone, the deviations of lipbounds.ops.enclosure, token by token, of which both the
-largest times S_{l-1} and the root of the sum over tokens of (e_i S_{l-1,i})^2 bound the product; for attention eps H
-(compose.curvature), or the sum of the norm at the centre and a registered bound on the ball, where that is smaller.
+largest times S_{l-1} and the root of the sum over tokens of (e_i S_{l-1,i})^2 bound the product; for attention the
+least of eps H (compose.curvature), what `sharp_ball.taylor` and `sharp_ball.deviation` add to the norm at the centre,
+and the sum of the norm at the centre and a registered bound on the ball.
 
 Rounding: products of dense matrices are off by gamma(k + 2) times Frobenius norms, which is added to a_l and to the
 rows; the Jacobian of attention by what lipbounds.estimators bounds. The forward pass is taken as exact, as in compose.
@@ -30,6 +31,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lipbounds.bounds.sharp_ball import jacobian_change
 from lipbounds.compose.curvature import curvature, supports_curvature
 from lipbounds.compose.network import attention_specs, starting_reach
 from lipbounds.compose.reach import Reach, Rules, Step, spread
@@ -286,6 +288,8 @@ class JointNetwork:
         if supports_curvature(stage.block):
             turned = curvature(stage.block, radius) * radius
             best = turned if float(turned) < LARGEST_H else best
+            change = jacobian_change(stage.block, radius)
+            best = best if change is None else torch.minimum(best, change)
         for spec in self._rules.attention:
             largest = spec(stage.block, radius=radius) if spec.needs_radius else spec(stage.block)
             best = torch.minimum(best, inflate(largest.value + stage.norm, 2))
