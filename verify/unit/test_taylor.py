@@ -124,6 +124,79 @@ def test_third_is_above_the_third_differential_in_the_ball(block: Attention, rad
             assert max(derivative_norms(moved, 3, seed)) <= allowed
 
 
+def cumulants(block: Attention, a: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The terms of d3F[a, a, a] of self-attention, as in lipbounds.targets.attention_ball_third."""
+    scale, maps = block.scale_value, block.probabilities
+    values, moved = block.values @ block.w_o, a @ block.w_v @ block.w_o  # heads x m x out
+    query = torch.einsum("ia,hja->hij", a, scale * block.keys @ block.w_q.mT)
+    key = torch.einsum("hia,ja->hij", scale * block.queries @ block.w_k.mT, a)
+    logits = 2 * scale * (a @ block.w_q) @ (a @ block.w_k).mT
+
+    def centred(numbers: torch.Tensor) -> torch.Tensor:
+        return numbers - (maps * numbers).sum(-1, keepdim=True)
+
+    def mean(rows: torch.Tensor, *factors: torch.Tensor) -> torch.Tensor:
+        """E[ rows~ times the factors ] of every row and head, summed over heads."""
+        weights = maps
+        for factor in factors:
+            weights = weights * centred(factor)
+        away = rows.unsqueeze(-3) - (maps @ rows).unsqueeze(-2)
+        return torch.einsum("hij,hijo->hio", weights, away)
+
+    def pair(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return (maps * centred(one) * centred(other)).sum(-1, keepdim=True)
+
+    def fourth(x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        less = mean(values, x) * pair(y, z) + mean(values, y) * pair(x, z) + mean(values, z) * pair(x, y)
+        return mean(values, x, y, z) - less
+
+    terms = {
+        "values_logits": 3 * mean(moved, logits),
+        "values_query_query": 3 * mean(moved, query, query),
+        "values_query_key": 6 * mean(moved, query, key),
+        "values_key_key": 3 * mean(moved, key, key),
+        "logits_query": 3 * mean(values, logits, query),
+        "logits_key": 3 * mean(values, logits, key),
+        "query_query_query": fourth(query, query, query),
+        "query_query_key": 3 * fourth(query, query, key),
+        "query_key_key": 3 * fourth(query, key, key),
+        "key_key_key": fourth(key, key, key),
+    }
+    return {name: term.sum(0) for name, term in terms.items()}
+
+
+def test_the_terms_are_the_third_differential() -> None:
+    block = random_block(7, n=4, heads=3)
+    a = torch.randn(block.x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = block.function()
+    for _ in range(3):
+        found = lambda x, f=found: torch.func.jvp(f, (x,), (a,))[1]  # noqa: E731
+    torch.testing.assert_close(sum(cumulants(block, a).values()), found(block.x), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.usefixtures("as_a_user_runs_it")  # a search: the other tests keep the shape checks
+@pytest.mark.parametrize("gain", [0.3, 1.0, 6.0])
+@pytest.mark.parametrize("radius", [0.0, 0.3])
+def test_every_term_is_above_what_a_climb_reaches(gain: float, radius: float) -> None:
+    """Each alone: in the sum a term that were too small could hide behind the others."""
+    block = small_block(1, 4, 6, 2, gain)
+    allowed = BallThird(Centre(block), radius).third()
+    generator = torch.Generator().manual_seed(2)
+    tightest = dict.fromkeys(allowed, 0.0)
+    for moved in in_ball(block, radius * (1 - 1e-9), 3) if radius else [block]:
+        for name in allowed:
+            for _ in range(3):
+                a = torch.randn(block.x.shape, generator=generator, dtype=torch.float64)
+                for _ in range(25):
+                    a = (a / a.norm()).requires_grad_()
+                    size = cumulants(moved, a)[name].norm()
+                    assert size <= allowed[name], name
+                    tightest[name] = max(tightest[name], (size / allowed[name]).item())
+                    (slope,) = torch.autograd.grad(size, a)
+                    a = a.detach() + 2 * slope / slope.norm().clamp(min=1e-30)
+    assert radius > 0 or min(tightest.values()) > 0.003  # on balls, one-hot rows leave it far below
+
+
 def test_third_is_of_the_size_of_the_third_differential() -> None:
     """A term that were a hundred times too large would hide a wrong one."""
     for case in ("self", "query", "memory"):
