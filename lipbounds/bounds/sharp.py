@@ -40,7 +40,7 @@ the last as in bounds/covariance.py: |sum_j P_hij W_O^hT (v_hj - m_hi) c_j|^2 <=
 P_hij c_j^2 with c_j = <u_hi, dx_j>, summed over i.
 
 `sharp` is the smaller of `sharp_fast` and (1), or of `sharp_fast` and (2). Size rule, the same for every item of a
-batch: (1) is evaluated up to 1.5e12 multiplications and additions, with the largest p for which these stay below the
+batch: (1) is evaluated up to 2.5e12 multiplications and additions, with the largest p for which these stay below the
 limit in GRAM_WORK (p = 8 up to 2e11, 64 up to 5e9); above that (2) up to 1e12, with p = 8. Still larger blocks get
 `sharp_fast`: a smallest of fewer proved bounds is proved as well. With queries alone moving, J_i J_k^T = 0 for i != k,
 and (1) is max_i ||T2_i||.
@@ -67,7 +67,7 @@ from lipbounds.targets.attention_parts import three_parts
 from lipbounds.targets.attention_rows import Rows, jacobian_rows
 
 
-GRAM_WORK = (1.5e12, 4e11, 2e11, 2e10, 1e10, 5e9)  # largest work for (1) with 0, 1, ... squarings: p = 2, 4, ...
+GRAM_WORK = (2.5e12, 4e11, 2e11, 2e10, 1e10, 5e9)  # largest work for (1) with 0, 1, ... squarings: p = 2, 4, ...
 ROWS_WORK = 1e12
 ROWS_SQUARINGS = 2
 CHUNK_ENTRIES = 2**20  # of the blocks made at a time
@@ -79,7 +79,7 @@ CHUNK_ENTRIES = 2**20  # of the blocks made at a time
     source=Source(title="lipbounds", statement="norms of Gram blocks of the Jacobian, derived here"),
     supports=("heads", "biases", "mask", "cross"),
     cost="O(n^2 D^2 (D + n)) up to a size, then O(n D^3), then that of sharp_fast",
-    version=2,
+    version=3,
 )
 def sharp(block: Attention) -> tuple[Tensor, Terms]:
     """Norm of the matrix of norms of Gram blocks: all heads, keys and parts are summed before a norm is taken."""
