@@ -65,7 +65,7 @@ def second_work(block: Attention) -> int:
     return 2 * block.tokens * pairs * one
 
 
-def second_norm(block: Attention) -> Float[Tensor, "*batch"]:
+def second_norm(block: Attention) -> Float[Tensor, "*#batch"]:
     """Upper bound of the norm of the second differential at the block's input, rounded up; differentiable.
 
     Args:
@@ -80,7 +80,7 @@ def second_norm(block: Attention) -> Float[Tensor, "*batch"]:
     return _FOUND[block]
 
 
-def _second_norm(block: Attention) -> Float[Tensor, "*batch"]:
+def _second_norm(block: Attention) -> Float[Tensor, "*#batch"]:
     factors = factors_of(block)
     rows = torch.stack([_row(block, factors, i) for i in range(block.tokens)], -3)
     finite = rows.isfinite().all(-1).all(-1).all(-1)
@@ -89,7 +89,7 @@ def _second_norm(block: Attention) -> Float[Tensor, "*batch"]:
     return torch.where(finite, inflate(norm, 8) * factors.unit, torch.inf).expand(block.batch_shape)
 
 
-def _row(block: Attention, factors: Factors, i: int) -> Float[Tensor, "*batch m m"]:
+def _row(block: Attention, factors: Factors, i: int) -> Float[Tensor, "*#batch m m"]:
     """t_ijl of one i; where only the query moves, one number."""
     m = block.logits.shape[-1]
     if not block.memory_moves:
@@ -114,9 +114,9 @@ def _row(block: Attention, factors: Factors, i: int) -> Float[Tensor, "*batch m 
 def _norms(
     factors: Factors,
     i: int,
-    gram: Float[Tensor, "*batch count heads v heads w"],
-    size: Float[Tensor, "*batch count heads"],
-) -> Float[Tensor, "*batch count"]:
+    gram: Float[Tensor, "*#batch count heads v heads w"],
+    size: Float[Tensor, "*#batch count heads"],
+) -> Float[Tensor, "*#batch count"]:
     """Norms of blocks from the Gram matrices of their parts before the output weights, and the size of these parts."""
     inner, out = factors.output.shape[-2:]
     output = factors.output.unsqueeze(-3)

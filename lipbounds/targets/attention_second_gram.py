@@ -45,18 +45,18 @@ class Factors:
         error: of a block of a row, output weights included.
     """
 
-    w_v: Float[Tensor, "*weights heads dim value_dim"]
-    output: Float[Tensor, "*weights inner out_dim"]
-    unit: Float[Tensor, "*batch"]
-    reach: Float[Tensor, "*batch heads n dim"]
-    to_query: Float[Tensor, "*weights heads query_dim head_dim"]
-    to_key: Float[Tensor, "*weights heads memory_dim head_dim"]
-    maps: Float[Tensor, "*batch heads n m"]
-    spread: Float[Tensor, "*batch heads n m value_dim"]
-    away: Float[Tensor, "*batch heads n m head_dim"]
-    cross: Float[Tensor, "*batch heads n value_dim head_dim"]
+    w_v: Float[Tensor, "*#batch heads dim value_dim"]
+    output: Float[Tensor, "*#batch inner out_dim"]
+    unit: Float[Tensor, "*#batch"]
+    reach: Float[Tensor, "*#batch heads n dim"]
+    to_query: Float[Tensor, "*#batch heads query_dim head_dim"]
+    to_key: Float[Tensor, "*#batch heads memory_dim head_dim"]
+    maps: Float[Tensor, "*#batch heads n m"]
+    spread: Float[Tensor, "*#batch heads n m value_dim"]
+    away: Float[Tensor, "*#batch heads n m head_dim"]
+    cross: Float[Tensor, "*#batch heads n value_dim head_dim"]
     units: tuple[Tensor, Tensor, Tensor, Tensor]
-    error: Float[Tensor, "*batch n"]
+    error: Float[Tensor, "*#batch n"]
 
 
 def factors_of(block: Attention) -> Factors:
@@ -106,7 +106,7 @@ def _sizes(
     reach: Tensor,
     cross: Tensor,
     cross_error: Tensor,
-) -> tuple[Float[Tensor, "*batch heads n"], Float[Tensor, "*batch heads n"]]:
+) -> tuple[Float[Tensor, "*#batch heads n"], Float[Tensor, "*#batch heads n"]]:
     """Of the blocks of a row, before the output weights: a bound on the norm, factor by factor, and on the error."""
     through = w_v.norm(dim=(-2, -1)).unsqueeze(-1)
     to_query = abs(block.scale_value) * block.w_q.norm(dim=(-2, -1)).unsqueeze(-1)
@@ -133,17 +133,17 @@ def _sizes(
     return size, 2 * lost + gamma(operations + 64) * size  # twice: products of two errors
 
 
-def _unit(factor: Float[Tensor, "*batch heads rows cols"]) -> Float[Tensor, "*batch"]:
+def _unit(factor: Float[Tensor, "*#batch heads rows cols"]) -> Float[Tensor, "*#batch"]:
     return power_of_two(factor.flatten(-3, -2).detach())[..., 0, 0]
 
 
-def _wide(unit: Float[Tensor, "*batch"], dims: int) -> Tensor:
+def _wide(unit: Float[Tensor, "*#batch"], dims: int) -> Tensor:
     return unit[(..., *[None] * dims)]
 
 
 def pair_products(
     block: Attention, factors: Factors, i: int, first: Tensor, second: Tensor
-) -> tuple[Float[Tensor, "*batch count heads v heads w"], Float[Tensor, "*batch count heads"]]:
+) -> tuple[Float[Tensor, "*#batch count heads v heads w"], Float[Tensor, "*#batch count heads"]]:
     """B_ijl B_ijl^T for pairs (j, l), divided by the square of `size`, and the sum of the norms of what makes them up.
 
     Args:
@@ -197,12 +197,12 @@ def _size(factors: Factors, left: Tensor, right: Tensor, turned: Tensor, u: Tens
 
 
 @torch.no_grad()
-def _logit_size(factors: Factors) -> Float[Tensor, "*weights heads"]:
+def _logit_size(factors: Factors) -> Float[Tensor, "*#batch heads"]:
     return factors.to_query.norm(dim=(-2, -1)) * factors.to_key.norm(dim=(-2, -1))
 
 
 @torch.no_grad()
-def own_size(factors: Factors, i: int) -> Float[Tensor, "*batch heads"]:
+def own_size(factors: Factors, i: int) -> Float[Tensor, "*#batch heads"]:
     """The norm of each head of the same, term by term.
 
     Args:
@@ -213,18 +213,18 @@ def own_size(factors: Factors, i: int) -> Float[Tensor, "*batch heads"]:
     return (spread.norm(dim=-1) * keys.square().sum(-1)).sum(-1)
 
 
-def _twice(half: Float[Tensor, "*batch heads v heads w"]) -> Tensor:
+def _twice(half: Float[Tensor, "*#batch heads v heads w"]) -> Tensor:
     """A matrix of parts plus its transpose."""
     return half + half.transpose(-4, -2).transpose(-3, -1)
 
 
 def _products(
     factors: Factors,
-    left: Float[Tensor, "*batch pairs heads dim"],
-    right: Float[Tensor, "*batch pairs heads dim"],
-    turned: Float[Tensor, "*batch pairs heads v dim"],
-    u: Float[Tensor, "*batch heads dim"],
-) -> Float[Tensor, "*batch pairs heads v heads w"]:
+    left: Float[Tensor, "*#batch pairs heads dim"],
+    right: Float[Tensor, "*#batch pairs heads dim"],
+    turned: Float[Tensor, "*#batch pairs heads v dim"],
+    u: Float[Tensor, "*#batch heads dim"],
+) -> Float[Tensor, "*#batch pairs heads v heads w"]:
     """Of < r, . > W_V^T, W_V^T < r', . > and E . < u, . >, each with each."""
     w_v = factors.w_v
     values = torch.einsum("...hav,...gaw->...hvgw", w_v, w_v).unsqueeze(-5)
@@ -244,12 +244,12 @@ def _products(
 
 def _with_logits(
     factors: Factors,
-    left: Float[Tensor, "*batch pairs heads dim"],
-    right: Float[Tensor, "*batch pairs heads dim"],
-    turned: Float[Tensor, "*batch pairs heads v dim"],
-    u: Float[Tensor, "*batch heads dim"],
-    crossed: Float[Tensor, "*batch pairs heads v"],
-) -> Float[Tensor, "*batch pairs heads v heads w"]:
+    left: Float[Tensor, "*#batch pairs heads dim"],
+    right: Float[Tensor, "*#batch pairs heads dim"],
+    turned: Float[Tensor, "*#batch pairs heads v dim"],
+    u: Float[Tensor, "*#batch heads dim"],
+    crossed: Float[Tensor, "*#batch pairs heads v"],
+) -> Float[Tensor, "*#batch pairs heads v heads w"]:
     """Of x < ., G . > with itself and with the other three."""
     w_v, to_query, to_key = factors.w_v, factors.to_query, factors.to_key
     seen_q = torch.einsum("...hav,...gad->...hvgd", w_v, to_query)
@@ -269,7 +269,7 @@ def _with_logits(
     return _twice(half) + inner * crossed[..., None, None] * crossed[..., None, None, :, :]
 
 
-def own_square(factors: Factors, i: int) -> Float[Tensor, "*batch heads v heads w"]:
+def own_square(factors: Factors, i: int) -> Float[Tensor, "*#batch heads v heads w"]:
     """Gram matrix of sum_p x_ip < w~_ip, . >^2, divided by the square of `size`.
 
     Args:
@@ -281,7 +281,7 @@ def own_square(factors: Factors, i: int) -> Float[Tensor, "*batch heads v heads 
     return torch.einsum("...hpv,...hpgq,...gqw->...hvgw", spread, inner, spread)
 
 
-def _own(factors: Factors, i: int) -> tuple[Float[Tensor, "*batch heads m v"], Float[Tensor, "*batch heads m dim"]]:
+def _own(factors: Factors, i: int) -> tuple[Float[Tensor, "*#batch heads m v"], Float[Tensor, "*#batch heads m dim"]]:
     _, query_unit, _, size = factors.units
     spread = _wide(query_unit * (query_unit / size), 3) * factors.spread[..., i, :, :]
     return spread, factors.away[..., i, :, :] @ factors.to_query.mT
@@ -290,12 +290,12 @@ def _own(factors: Factors, i: int) -> tuple[Float[Tensor, "*batch heads m v"], F
 def _own_products(
     factors: Factors,
     i: int,
-    left: Float[Tensor, "*batch heads dim"],
-    right: Float[Tensor, "*batch heads dim"],
-    turned: Float[Tensor, "*batch heads v dim"],
-    u: Float[Tensor, "*batch heads dim"],
-    crossed: Float[Tensor, "*batch heads v"],
-) -> Float[Tensor, "*batch heads v heads w"]:
+    left: Float[Tensor, "*#batch heads dim"],
+    right: Float[Tensor, "*#batch heads dim"],
+    turned: Float[Tensor, "*#batch heads v dim"],
+    u: Float[Tensor, "*#batch heads dim"],
+    crossed: Float[Tensor, "*#batch heads v"],
+) -> Float[Tensor, "*#batch heads v heads w"]:
     """Of sum_p x_ip < w~_ip, . >^2 with the other four, of the pair (i, i)."""
     spread, keys = _own(factors, i)
     by_value = torch.einsum("...hpa,...gaw->...hpgw", keys, factors.w_v)
