@@ -96,6 +96,7 @@ class BallParts:
         self._memory_radius = radius if self.block.memory_moves else 0.0
         self._query_radius = radius if self.block.query_moves else 0.0
         self._operations = sum(self.block.logits.shape[-2:]) + 32
+        self._prepared = False
         self.maps: Maps = maps_on_ball(self.block, radius)
         self._values = Spreads(self.block, centre.values, self.maps, self._memory_radius)
         if self.block.query_moves:
@@ -113,8 +114,8 @@ class BallParts:
             parts["query_part"] = torch.minimum(*products).amax(-1)
         if self.block.memory_moves:
             products = [
-                (self._sg.joint(1 / c).square().unsqueeze(-1) * self._reach(c.unsqueeze(-1))).sum(-2).amax(-1)
-                for c in self.centre.query_shares
+                (rows.square().unsqueeze(-1) * reached).sum(-2).amax(-1)
+                for rows, reached in zip(self._value_rows, self._reached, strict=True)
             ]
             parts["key_part"] = root(torch.minimum(*products))
         return {name: inflate(part, self._operations) for name, part in parts.items()}
@@ -172,21 +173,14 @@ class BallParts:
 
     @cached_property
     def _logits(self) -> Tensor:
-        found = []
-        for c in self.centre.query_shares:
-            turned = self._turned(c.unsqueeze(-1))
-            found.append((self._sg.joint(1 / c).unsqueeze(-1) * root(turned)).amax((-2, -1)))
+        pairs = zip(self._value_rows, self.centre.query_shares, strict=True)
+        found = [(rows.unsqueeze(-1) * root(self._turned(c.unsqueeze(-1)))).amax((-2, -1)) for rows, c in pairs]
         return torch.minimum(*found)
 
     @cached_property
     def _query_and_key(self) -> Tensor:
-        values = self._values.weighted(self._keys.far.square())
-        keys = self._keys.weighted(self._values.far.square())
-        found = []
-        for c in self.centre.query_shares:
-            crossed = torch.minimum(values.joint(1 / c), keys.joint(1 / c))
-            found.append((crossed.unsqueeze(-1) * root(self._reach(c.unsqueeze(-1)))).amax((-2, -1)))
-        return torch.minimum(*found)
+        pairs = zip(self._crossed_rows, self._reached, strict=True)
+        return torch.minimum(*((crossed.unsqueeze(-1) * root(reached)).amax((-2, -1)) for crossed, reached in pairs))
 
     # -- what they share ----------------------------------------------------------------------------------------
 
@@ -198,8 +192,28 @@ class BallParts:
     def _sg(self) -> Spread:
         return self._values.plain
 
+    @cached_property
+    def _reached(self) -> list[Float[Tensor, "*#batch n m"]]:
+        """L_ij(c) of the shares of queries."""
+        return [self._reach(c.unsqueeze(-1)) for c in self.centre.query_shares]
+
+    @cached_property
+    def _value_rows(self) -> list[Float[Tensor, "*#batch n"]]:
+        """sg_i(1/c) of the shares of queries."""
+        return [self._sg.joint(1 / c) for c in self.centre.query_shares]
+
+    @cached_property
+    def _crossed_rows(self) -> list[Float[Tensor, "*#batch n"]]:
+        """min( K_i(v, far_w^2, 1/c), K_i(w, far_v^2, 1/c) ) of the shares of queries."""
+        values = self._values.weighted(self._keys.far.square())
+        keys = self._keys.weighted(self._values.far.square())
+        return [torch.minimum(values.joint(1 / c), keys.joint(1 / c)) for c in self.centre.query_shares]
+
     def _prepare(self) -> None:
         """What the second differential needs of rows in the ball: sqrt(Var(S)) <= eps (sup om_h + sup |u| sqrt(pi))."""
+        if self._prepared:
+            return
+        self._prepared = True
         reach = torch.zeros_like(self.maps.softmax_norm)
         if self.block.query_moves:
             norm = self.centre.keys.factor_norm.unsqueeze(-1)

@@ -67,9 +67,10 @@ class BallThird(BallParts):
         size = self._query_size
         twice = self._reach(2 * self._norms * size.square())
         terms = {"values_key_key": 3 * self._mixing_weight * root(twice.sum(-2).amax(-1))}
-        by_deviation = self._least(
-            lambda c: root(
-                (self._sg.joint(1 / c).square().unsqueeze(-1) * self._reach(_up(c) * 4 * size.pow(4))).sum(-2).amax(-1)
+        by_deviation = torch.minimum(
+            *(
+                root((rows.square().unsqueeze(-1) * self._reach(_up(c) * 4 * size.pow(4))).sum(-2).amax(-1))
+                for rows, c in zip(self._value_rows, self.centre.query_shares, strict=True)
             )
         )
         values = self._deviation(self._values.plain).unsqueeze(-1)
@@ -94,16 +95,26 @@ class BallThird(BallParts):
         terms = {"values_logits": 6 * weight * root(_largest(self._turned(norms)))}
         terms["values_query_query"] = 3 * weight * own
         terms["values_query_key"] = 6 * weight * root(_largest(self._reach(norms * farthest.square())))
-        by_values, by_keys = self._values.weighted(far.square()), self._keys.weighted(self._values.far.square())
-        terms["logits_query"] = 6 * self._least(
-            lambda c: self._crossed(torch.minimum(by_values.joint(1 / c), by_keys.joint(1 / c)), self._turned(_up(c)))
+        terms["logits_query"] = 6 * torch.minimum(
+            *(
+                self._crossed(rows, self._turned(_up(c)))
+                for rows, c in zip(self._crossed_rows, self.centre.query_shares, strict=True)
+            )
         )
         twice = 2 * size.square()
-        terms["logits_key"] = 6 * self._least(
-            lambda c: self._crossed(self._sg.joint(1 / c), self._turned(_up(c) * twice))
+        terms["logits_key"] = 6 * torch.minimum(
+            *(
+                self._crossed(rows, self._turned(_up(c) * twice))
+                for rows, c in zip(self._value_rows, self.centre.query_shares, strict=True)
+            )
         )
         once = self._values.weighted((torch.maximum(far.square(), variance) + 2 * variance).square())
-        terms["query_query_key"] = 3 * self._least(lambda c: self._crossed(once.joint(1 / c), self._reach(_up(c))))
+        terms["query_query_key"] = 3 * torch.minimum(
+            *(
+                self._crossed(once.joint(1 / c), reached)
+                for c, reached in zip(self.centre.query_shares, self._reached, strict=True)
+            )
+        )
         both = self._values.weighted((far + deviation).square())
         terms["query_key_key"] = 3 * self._least(
             lambda c: self._crossed(both.joint(1 / c), self._reach(_up(c) * twice))
