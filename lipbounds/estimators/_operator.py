@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.errors import InvalidInput
+from lipbounds.ops.spectral import vector_norm
 from lipbounds.rounding import inflate
 from lipbounds.targets.attention import Attention
 from lipbounds.targets.attention_roundoff import Roundoff
@@ -126,7 +127,7 @@ class JacobianOperator:
         bound = self._roundoff.vjp if self._starts_at_output else self._roundoff.jvp
         shape, out = (self._out_shape, self._in_shape) if self._starts_at_output else (self._in_shape, self._out_shape)
         error = self._flat(bound(self._item(v.abs(), shape)), out) / self.scale[..., None]
-        return inflate(torch.linalg.vector_norm(error, dim=-1), error.shape[-1] + 4)
+        return inflate(vector_norm(error), error.shape[-1] + 4)
 
     def norm_error(self) -> Float[Tensor, "*batch"]:
         """Upper bound on the spectral norm of (computed J - J) / scale, for both products; 0 for a `Network`.

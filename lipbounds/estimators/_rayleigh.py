@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.estimators._operator import JacobianOperator
+from lipbounds.ops.spectral import vector_norm
 from lipbounds.rounding import gamma, inflate
 
 
@@ -24,16 +25,18 @@ def attained(
 
     Returns:
         sigma, and ||A v - sigma^2 v|| / (sigma^2 ||v||) with A = J^T J or J J^T: some eigenvalue of A lies within
-        that relative distance of sigma^2. Both are 0 where J v is.
+        that relative distance of sigma^2. Both are 0 where J v is; the residual is infinite where it overflows.
     """
     v = operator.representable(direction)
     image = operator.stretch(v)
     length = torch.linalg.vector_norm(v, dim=-1)
-    stretched = torch.linalg.vector_norm(image, dim=-1)
+    # J v may be far above the scale, which one random direction gave: then squares overflow.
+    stretched = vector_norm(image)
     certain = stretched * (1 - 2 * gamma(image.shape[-1] + 4)) - operator.stretch_error(v)
     sigma = certain.clamp(min=0) / inflate(length, v.shape[-1] + 8)
     eigenvalue = (stretched / length).square()[..., None]
     defect = torch.linalg.vector_norm(operator.gram(v) - eigenvalue * v, dim=-1)
     size = eigenvalue.squeeze(-1) * length
     residual = torch.where(size > 0, defect / torch.where(size > 0, size, 1.0), 0.0)
+    residual = torch.where(size.isfinite() & defect.isfinite(), residual, torch.inf)
     return sigma * operator.scale, residual

@@ -12,7 +12,8 @@ import torch
 from lipbounds import Attention
 from lipbounds.estimators._ball import Ball
 from lipbounds.estimators._measured import quotients
-from lipbounds.estimators._operator import sphere
+from lipbounds.estimators._operator import JacobianOperator, sphere
+from lipbounds.estimators._rayleigh import attained
 from lipbounds.estimators.exact import exact
 from lipbounds.estimators.lanczos import lanczos, lanczos_certificate
 from lipbounds.estimators.power import power_iteration
@@ -187,6 +188,16 @@ def test_a_jacobian_that_is_zero_but_for_rounding_has_the_lower_bound_zero() -> 
     assert float(lanczos(block).value) == 0
     assert float(power_iteration(block).value) == 0
     assert 0 < float(exact(block).value) < 1e-10
+
+
+def test_a_scale_that_one_direction_gave_may_be_far_too_small() -> None:
+    """One key decides the norm, and the probe is blind to it: J v / scale is near the end of the floats."""
+    block = random_block(1, n=3)
+    operator = JacobianOperator(block)
+    operator.scale = torch.full_like(operator.scale, 2.0**-900)
+    value, residual = attained(operator, sphere(operator.batch_shape, operator.size, torch.Generator(), block.device))
+    assert 0 < value <= true_norm(block)
+    assert residual == torch.inf
 
 
 @pytest.mark.parametrize("finite_mask", [-1e4, torch.finfo(torch.float32).min])
