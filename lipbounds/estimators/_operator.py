@@ -42,7 +42,7 @@ class Target(Protocol):
 
 
 class JacobianOperator:
-    """J of every batch item, divided by `scale`, a power of two of the order of its norm (1 for a zero Jacobian).
+    """J of every batch item, divided by `scale`, a power of two of the order of its norm, or of the rounding of that.
 
     The division keeps squares inside the float range, and is exact. An `Attention` is evaluated in float64, detached;
     any other target in the dtype of its own input.
@@ -76,7 +76,12 @@ class JacobianOperator:
             )
         self._out_shape = image.shape[len(self.batch_shape) :]
         self.out_size = math.prod(self._out_shape)
-        self.scale = power_of_two(self._flat(image, self._out_shape).abs().amax(-1))
+        magnitude = self._flat(image, self._out_shape).abs().amax(-1)
+        if self._roundoff is not None:
+            # Where J is zero but for rounding, another direction may be stretched by all of the rounding.
+            error = self._roundoff.jvp(self._item(probe.abs(), self._in_shape))
+            magnitude = torch.maximum(magnitude, self._flat(error, self._out_shape).amax(-1))
+        self.scale = power_of_two(magnitude)
 
     @property
     def size(self) -> int:

@@ -200,6 +200,18 @@ def test_a_scale_that_one_direction_gave_may_be_far_too_small() -> None:
     assert residual == torch.inf
 
 
+def test_the_scale_is_not_below_what_rounding_may_stretch() -> None:
+    """Rows that rest on one key: one direction is stretched by 1e-200, another by all of the rounding."""
+    tokens = torch.tensor([[1.0], [0.3]], dtype=torch.float64)
+    keys = torch.tensor([[0.0], [1.0], [0.3]], dtype=torch.float64)
+    weight = torch.ones(1, 1, 1, dtype=torch.float64)
+    block = Attention(x=tokens, w_q=2e3 * weight, w_k=weight, w_v=weight, w_o=weight, memory=keys, moves="query")
+    operator = JacobianOperator(block)
+    vectors = sphere(operator.batch_shape, operator.size, torch.Generator(), block.device)
+    assert operator.stretch_error(vectors) < 100
+    assert lanczos(block).value == 0
+
+
 @pytest.mark.parametrize("finite_mask", [-1e4, torch.finfo(torch.float32).min])
 def test_a_finite_mask_costs_no_accuracy(finite_mask: float) -> None:
     hidden = torch.ones(4, 4, dtype=torch.float64).triu(1)
