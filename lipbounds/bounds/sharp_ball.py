@@ -37,6 +37,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.claims import Claim, Feature, Source
+from lipbounds.errors import InvalidInput
 from lipbounds.registry import Terms, bound
 from lipbounds.rounding import cast_up, inflate
 from lipbounds.targets.attention import Attention
@@ -45,6 +46,7 @@ from lipbounds.targets.attention_ball_parts import BallParts, Centre
 from lipbounds.targets.attention_ball_third import BallThird
 from lipbounds.targets.attention_dense import dense_norm, jacobian_entries
 from lipbounds.targets.attention_parts import three_parts
+from lipbounds.targets.attention_range import check_range
 from lipbounds.targets.attention_second import second_norm, second_work
 
 
@@ -144,12 +146,16 @@ def sharp_ball(block: Attention, radius: float, *, dense: int = DENSE) -> tuple[
 
 
 def jacobian_change(block: Attention, radius: float) -> Float[Tensor, "*batch"] | None:
-    """Upper bound of ||J(X') - J(X)|| over the ball, without the norm at the centre; None where the block is large.
+    """Upper bound of ||J(X') - J(X)|| over the ball; None where the block is large, or refused for its magnitudes.
 
     Args:
         block: in float64, without rotary positions and QK-norm.
         radius: eps, Frobenius norm.
     """
+    try:  # the registry does the same before it evaluates a bound
+        check_range(block, "jacobian_change")
+    except InvalidInput:
+        return None
     balls = _Balls(block, radius)
     if balls.large:
         return None

@@ -122,6 +122,7 @@ def _norms(
     output = factors.output.unsqueeze(-3)
     square = output.mT @ gram.flatten(-2).flatten(-3, -2) @ output
     operations = 2 * (inner + out + factors.to_query.shape[-2] + factors.w_v.shape[-2] + factors.maps.shape[-1])
+    operations = max(operations, 2 * factors.to_query.shape[-1])  # heads may be wider than all else
     with torch.no_grad():
         heads = factors.output.unflatten(-2, (size.shape[-1], -1)).norm(dim=(-2, -1))
         total = (heads.unsqueeze(-2) * size).sum(-1)

@@ -228,3 +228,10 @@ def test_where_the_second_differential_is_too_large_the_rates_take_over(
     whole = lipbounds.get("sharp_ball")(block, 0.1)
     assert "taylor" not in whole.details
     assert whole.value <= whole.details["deviation"]
+
+
+def test_magnitudes_that_the_registry_refuses_give_no_change_of_the_jacobian() -> None:
+    """Inside a network nothing else looks at them: squares of covariances underflow there."""
+    block = random_block(2, n=3)
+    assert sharp_ball.jacobian_change(block, 0.1) is not None
+    assert sharp_ball.jacobian_change(block.replace(w_k=block.w_k * 2.0**-300), 0.1) is None
