@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lipbounds.estimators._operator import JacobianOperator
 from lipbounds.registry import BoundSpec
 from lipbounds.targets.attention import Attention
 from lipbounds.targets.rms_norm import RmsNorm
@@ -157,7 +158,9 @@ def rounding_room(block: Attention, value: Float[Tensor, "*batch"], unit: float 
     """Difference between two evaluations of a formula at `block` that rounding with unit `unit` explains.
 
     The rounding of the logits, which the softmax turns into a relative error of everything after it, and cancellation
-    in products, measured by the same product of Frobenius norms; besides `SAME`.
+    in products, measured by the same product of Frobenius norms; besides `SAME`. With QK-norm, through whose Jacobian
+    an error of the logits meets terms that cancel, the bound on the rounding of J v (lipbounds.targets.
+    attention_roundoff) as well, twice for either evaluation: each may add it to what it computes.
 
     Args:
         block: in float64.
@@ -178,7 +181,11 @@ def rounding_room(block: Attention, value: Float[Tensor, "*batch"], unit: float 
     logits = unit * (2 * sums * products + 4 * bias)
     naive = (sizes[2] * (1 + products) * block.w_o.square().sum((-2, -1)).sqrt()).sum(-1)
     spread = torch.expm1((16 * logits).clamp(max=50.0)).amax(-1)
-    return (SAME + spread) * value + 2.0**14 * unit * naive + 1e-290
+    room = (SAME + spread) * value + 2.0**14 * unit * naive + 1e-290
+    if block.query_norm is not None:
+        operator = JacobianOperator(block)
+        room = room + 4 * operator.norm_error() * operator.scale
+    return room
 
 
 def _size(tokens: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
