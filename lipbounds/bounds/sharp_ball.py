@@ -30,7 +30,8 @@ Numerics: float64; every part is rounded up where it is made.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -54,6 +55,7 @@ SUPPORTS: tuple[Feature, ...] = ("heads", "biases", "mask", "cross")
 CLAIM = Claim(kind="proved", scope="ball", norm="l2")
 DENSE = 1200**2  # entries of the Jacobian of one batch item: about a second
 SECOND_WORK = 2e11  # multiplications and additions for the second differential at the centre: a few seconds
+TOGETHER = 2**22  # entries of the largest tensors up to which all balls are made at once
 SHELLS = (0.25, 0.5, 0.75, 1.0)  # r_k / eps
 SHELLS_OF_LARGE_BLOCKS = (0.5, 1.0)
 COST = "O((n D)^3 + n^3 D^3) where the block is small, O(H n^2 (d^2 + H^2) + n D^2 (n + D)) elsewhere"
@@ -139,7 +141,7 @@ def sharp_ball(block: Attention, radius: float, *, dense: int = DENSE) -> tuple[
     values = {} if balls.large else {"taylor": _total(block, _taylor(balls, centre))}
     values |= {
         "deviation": _total(block, _deviation(balls, centre)),
-        "direct": _total(block, balls.largest.first()),
+        "direct": _total(block, balls.first[1]),
         "theorem_3": _known(theorem_3_on_ball(block.double, radius)[0]),
     }
     return _finish(block, torch.stack([*values.values()]).amin(0), values)
@@ -164,16 +166,36 @@ def jacobian_change(block: Attention, radius: float) -> Float[Tensor, "*batch"] 
 
 
 class _Balls:
-    """The balls of the radii r_k about the input of a block, and that of radius 0."""
+    """The balls of the radii r_0 = 0, ..., r_K about the input of a block; each tensor has these balls in front."""
 
     def __init__(self, block: Attention, radius: float) -> None:
         self.block, self.radius = block, radius
-        self.centre = Centre(block)
-        self.point = BallParts(self.centre, 0.0)
         self.large = second_work(block) > SECOND_WORK
-        shares: Sequence[float] = SHELLS_OF_LARGE_BLOCKS if self.large else SHELLS
-        self.shells = [BallThird(self.centre, share * radius) for share in shares if radius]
-        self.largest = self.shells[-1] if self.shells else self.point
+        shares = SHELLS_OF_LARGE_BLOCKS if self.large else SHELLS
+        radii = torch.tensor([0.0, *(share * radius for share in shares if radius)], dtype=torch.float64)
+        self.radii = radii.to(block.device).reshape((-1, *[1] * len(block.batch_shape)))
+        # Small blocks take as long one by one as together; of large ones all balls may not fit into memory.
+        entries = block.logits.numel() * max(block.w_q.shape[-1], block.w_v.shape[-1])
+        groups = [radii] if radii.numel() * entries <= TOGETHER else [*radii.split(1)]
+        centre = Centre(block)
+        self.groups = [BallThird(centre, group) for group in groups]
+
+    @cached_property
+    def first(self) -> tuple[Parts, Parts]:
+        """The parts at the centre, and over the largest ball."""
+        smallest = self.groups[0].first()
+        largest = smallest if len(self.groups) == 1 else self.groups[-1].first()
+        return {name: part[0] for name, part in smallest.items()}, {name: part[-1] for name, part in largest.items()}
+
+    def second(self) -> Parts:
+        """Rates of change of the parts at the centre."""
+        return {name: rates[0] for name, rates in self.groups[0].second().items()}
+
+    def above(self, terms: Callable[[BallThird], Parts]) -> Parts:
+        """What is asked for of the balls above radius 0."""
+        groups = self.groups if len(self.groups) == 1 else self.groups[1:]
+        found = [terms(group) for group in groups]
+        return {name: torch.cat([part[name] for part in found])[1 - self.radii.shape[0] :] for name in found[0]}
 
 
 def _centre_norm(balls: _Balls, dense: int) -> Tensor:
@@ -182,7 +204,7 @@ def _centre_norm(balls: _Balls, dense: int) -> Tensor:
         return dense_norm(balls.block)
     mixing, query, key = three_parts(balls.block)
     fast = {"mixing": mixing, "query_part": query, "key_part": key}
-    return torch.minimum(_total(balls.block, balls.point.first()), _total(balls.block, fast))
+    return torch.minimum(_total(balls.block, balls.first[0]), _total(balls.block, fast))
 
 
 def _deviation(balls: _Balls, centre: Tensor) -> Parts:
@@ -190,15 +212,11 @@ def _deviation(balls: _Balls, centre: Tensor) -> Parts:
     parts = {"centre": centre}
     if not balls.radius:
         return parts
-    there, here = balls.point.first(), balls.largest.first()
-    moved = {name: torch.zeros_like(part) for name, part in there.items()}
-    before = 0.0
-    for shell in balls.shells:
-        for name, rate in shell.second().items():
-            moved[name] = moved[name] + inflate((shell.radius - before) * rate, 8)
-        before = shell.radius
-    for name, part in moved.items():
-        parts[name] = torch.minimum(_known(part), _known(here[name] + there[name]))
+    there, here = balls.first
+    steps = balls.radii[1:] - balls.radii[:-1]
+    for name, rates in balls.above(BallThird.second).items():
+        moved = inflate((steps * rates).sum(0), 16)
+        parts[name] = torch.minimum(_known(moved), _known(here[name] + there[name]))
     return parts
 
 
@@ -207,18 +225,14 @@ def _taylor(balls: _Balls, centre: Tensor) -> Parts:
     parts = {"centre": centre}
     if not balls.radius:
         return parts
-    second = inflate(torch.stack(torch.broadcast_tensors(*balls.point.second().values())).sum(0), 8)
+    second = inflate(sum(balls.second().values()), 8)
     if not balls.large:
         second = torch.minimum(_known(second), second_norm(balls.block))
     parts["second"] = inflate(balls.radius * second, 8)
-    before, third = 0.0, torch.zeros_like(parts["second"])
-    for shell in balls.shells:
-        # ((eps - r_(k-1))^2 - (eps - r_k)^2) / 2 without cancellation
-        weight = (shell.radius - before) * (2 * balls.radius - shell.radius - before) / 2
-        rate = torch.stack(torch.broadcast_tensors(*shell.third().values())).sum(0)
-        third = third + inflate(weight * rate, 24)
-        before = shell.radius
-    parts["third"] = third
+    inner, outer = balls.radii[:-1], balls.radii[1:]
+    # ((eps - r_(k-1))^2 - (eps - r_k)^2) / 2 without cancellation
+    weights = (outer - inner) * (2 * balls.radius - outer - inner) / 2
+    parts["third"] = inflate((weights * sum(balls.above(BallThird.third).values())).sum(0), 32)
     return parts
 
 

@@ -29,12 +29,12 @@ class SoftmaxInterval:
     complement: Float[Tensor, "*batch n"]
 
 
-def softmax_interval(logits: Float[Tensor, "*batch n"], radius: Float[Tensor, "*batch n"]) -> SoftmaxInterval:
+def softmax_interval(logits: Float[Tensor, "*#batch n"], radius: Float[Tensor, "*#batch n"]) -> SoftmaxInterval:
     """Enclosure of softmax(S') over all |S'_j - S_j| <= radius_j, rounded outwards.
 
     Args:
         logits: float64, -inf where masked (such a key stays masked).
-        radius: float64, finite and >= 0, one for each logit.
+        radius: float64, finite and >= 0, one for each logit; more of them than rows of logits give an interval each.
     """
     visible = ~logits.isneginf()
     high = torch.where(visible, logits + radius, -torch.inf)

@@ -52,29 +52,31 @@ def theorem_3_on_ball(block: Attention, radius: float) -> tuple[Tensor, dict[str
     return value, {"mixing": mixing, "softmax_part": softmax_part, "softmax_norm": norms}
 
 
-def logit_radius(block: Attention, radius: float) -> Float[Tensor, "*batch heads n m"]:
+def logit_radius(block: Attention, radius: float | Float[Tensor, "*#batch"]) -> Float[Tensor, "*batch heads n m"]:
     """How far each logit can move while the moving input stays in the ball, rounded up.
 
     Args:
         block: in float64.
-        radius: eps, Frobenius norm.
+        radius: eps, Frobenius norm; more radii than batch items in front give a result each.
     """
+    eps = radius[..., None, None, None] if isinstance(radius, Tensor) else radius
     by_query = block.keys @ block.w_q.mT  # W_Q k_j, a row for each key
     by_key = block.queries @ block.w_k.mT  # W_K q_i, a row for each query
     query_sizes = by_query.norm(dim=-1).unsqueeze(-2)
     key_sizes = by_key.norm(dim=-1).unsqueeze(-1)
     if block.moves == "query":
-        change = radius * query_sizes
+        change = eps * query_sizes
     elif block.moves == "memory":
-        change = radius * key_sizes
+        change = eps * key_sizes
     else:
-        curvature = block.weight_norms.logits.unsqueeze(-1)
+        curvature = block.weight_norms.logits[..., None, None]
         both = torch.stack(torch.broadcast_tensors(query_sizes, key_sizes)).norm(dim=0)
-        apart = radius * both + (curvature * radius**2 / 2).unsqueeze(-1)
-        together = radius * (by_query + by_key).norm(dim=-1) + curvature * radius**2
-        change = apart + torch.diag_embed(together - apart.diagonal(dim1=-2, dim2=-1))
-    rounded = abs(block.scale_value) * (change + radius * _size_error(block)) * (1 + SIZE_SLACK)
-    return rounded.expand(block.logits.shape) + logit_error(block).unsqueeze(-1)
+        apart = eps * both + curvature * eps**2 / 2
+        together = eps * (by_query + by_key).norm(dim=-1).unsqueeze(-1) + curvature * eps**2
+        change = apart + torch.diag_embed(together.squeeze(-1) - apart.diagonal(dim1=-2, dim2=-1))
+    rounded = abs(block.scale_value) * (change + eps * _size_error(block)) * (1 + SIZE_SLACK)
+    shape = torch.broadcast_shapes(rounded.shape, block.logits.shape)
+    return rounded.expand(shape) + logit_error(block).unsqueeze(-1)
 
 
 def _size_error(block: Attention) -> Float[Tensor, "*batch heads 1 1"]:

@@ -84,20 +84,23 @@ class Centre:
 
 
 class BallParts:
-    """Bounds of the parts on one ball; each property is an upper bound of what its name says.
+    """Bounds of the parts on a ball; each property is an upper bound of what its name says.
 
     Args:
         centre: of the ball.
-        radius: eps, Frobenius norm.
+        radius: eps, Frobenius norm; of several balls all is made at once, and each result has the balls in front.
     """
 
-    def __init__(self, centre: Centre, radius: float) -> None:
-        self.centre, self.block, self.radius = centre, centre.block, radius
-        self._memory_radius = radius if self.block.memory_moves else 0.0
-        self._query_radius = radius if self.block.query_moves else 0.0
+    def __init__(self, centre: Centre, radius: float | Float[Tensor, " balls"]) -> None:
+        self.centre, self.block = centre, centre.block
+        radii = torch.as_tensor(radius, dtype=centre.zero.dtype, device=centre.zero.device)
+        self.radius = radii.reshape((*radii.shape, *[1] * centre.zero.dim()))
+        still = torch.zeros_like(self.radius)
+        self._memory_radius = self.radius if self.block.memory_moves else still
+        self._query_radius = self.radius if self.block.query_moves else still
         self._operations = sum(self.block.logits.shape[-2:]) + 32
         self._prepared = False
-        self.maps: Maps = maps_on_ball(self.block, radius)
+        self.maps: Maps = maps_on_ball(self.block, self.radius)
         self._values = Spreads(self.block, centre.values, self.maps, self._memory_radius)
         if self.block.query_moves:
             self._keys = Spreads(self.block, centre.keys, self.maps, self._memory_radius)
@@ -122,10 +125,9 @@ class BallParts:
 
     def _mixing(self) -> Tensor:
         maps, upper, centre = self.block.probabilities, self.maps, self.centre
-        moved = lost = _frobenius(rounding_of_maps(self.block))
-        if self.radius:
-            rate = sum(self._map_change.values())
-            moved = torch.minimum(_frobenius(upper.away), self.radius * rate + lost)
+        lost = _frobenius(rounding_of_maps(self.block))
+        by_rate = self.radius * sum(self._map_change.values()) + lost
+        moved = torch.where(self.radius > 0, torch.minimum(_frobenius(upper.away), by_rate), lost)
         by_columns = upper.upper.sum(-2).amax(-1)
         together = (maps.movedim(-3, -2).flatten(-2), maps.flatten(-3, -2))
         joint = [
@@ -133,7 +135,9 @@ class BallParts:
             for stack, weights in zip(together, centre.mixing_weights, strict=True)
         ]
         apart = vector_norm(upper.away.flatten(-2))
-        alone = torch.minimum(spectral_norm_upper(maps) + inflate(apart, upper.away[0].numel()), root(by_columns))
+        alone = torch.minimum(
+            spectral_norm_upper(maps) + inflate(apart, upper.away.shape[-2:].numel()), root(by_columns)
+        )
         return torch.minimum(torch.minimum(*joint), (alone * centre.values.change).sum(-1))
 
     # -- the second differential --------------------------------------------------------------------------------
@@ -220,9 +224,9 @@ class BallParts:
             reach = reach + norm * self._om.alone() + root(self._om.total) * self._om.error
         if self.block.memory_moves:
             queries = self.centre.queries
-            moved = (self._query_radius * queries.change + queries.error).unsqueeze(-1)
+            moved = (self._query_radius.unsqueeze(-1) * queries.change + queries.error).unsqueeze(-1)
             reach = reach + (queries.sizes + moved) * root(self.maps.pairs.amax(-1))
-        reach = inflate(self.radius * reach, self._operations)
+        reach = inflate(self.radius[..., None, None] * reach, self._operations)
         rounding = rounding_of_maps(self.block)
         self._values.move(reach, rounding)
         if self.block.query_moves:

@@ -137,7 +137,7 @@ class BallThird(BallParts):
     def _query_size(self) -> Float[Tensor, "*#batch heads n 1"]:
         """Largest |u_hi|."""
         queries = self.centre.queries
-        moved = self._query_radius * queries.change + queries.error
+        moved = self._query_radius.unsqueeze(-1) * queries.change + queries.error
         return inflate(queries.sizes + moved.unsqueeze(-1), 8).unsqueeze(-1)
 
     def _deviation(self, spread: Spread) -> Float[Tensor, "*#batch heads n"]:

@@ -69,12 +69,12 @@ class Maps:
     away: Float[Tensor, "*#batch heads n m"]
 
 
-def maps_on_ball(block: Attention, radius: float) -> Maps:
+def maps_on_ball(block: Attention, radius: Float[Tensor, "*#batch"]) -> Maps:
     """Suprema of functions of the maps over the ball.
 
     Args:
         block: in float64, without rotary positions.
-        radius: eps.
+        radius: eps; more radii than batch items, in front, give a result each, here and below.
     """
     interval = softmax_interval(block.logits, logit_radius(block, radius))
     peaked = block.probabilities.amax(-1, keepdim=True) > PEAKED
@@ -113,7 +113,7 @@ class Spread:
     """
 
     rows: Rows
-    radius: float
+    radius: Float[Tensor, "*#batch"]
     heads: Float[Tensor, "*#batch heads n"]
     largest: Float[Tensor, "*#batch heads n"]
     total: Float[Tensor, "*#batch heads n"]
@@ -128,7 +128,7 @@ class Spread:
         """
         factor = root(share)
         heads, total = factor * self.heads, factor * root(self.total)
-        moved = self.radius * self.rows.joint_change.unsqueeze(-1) * root((share * self.largest).amax(-2))
+        moved = (self.radius * self.rows.joint_change).unsqueeze(-1) * root((share * self.largest).amax(-2))
         value = self._combined(heads) + moved
         if self.shift is not None:
             value = value + self._combined(total * self.shift)
@@ -138,7 +138,8 @@ class Spread:
 
     def alone(self) -> Float[Tensor, "*#batch heads n"]:
         """The spread of z of each head, without the errors of rows."""
-        value = self.heads + self.radius * self.rows.reduced_change.unsqueeze(-1) * root(self.largest)
+        change = self.radius.unsqueeze(-1) * self.rows.reduced_change
+        value = self.heads + change.unsqueeze(-1) * root(self.largest)
         if self.shift is not None:
             value = value + root(self.total) * self.shift
         return inflate(value, 8)
@@ -159,11 +160,12 @@ class Spreads:
         radius: of the ball, 0 where the tokens of these rows do not move.
     """
 
-    def __init__(self, block: Attention, rows: Rows, maps: Maps, radius: float) -> None:
+    def __init__(self, block: Attention, rows: Rows, maps: Maps, radius: Float[Tensor, "*#batch"]) -> None:
         self.rows, self.maps, self.radius = rows, maps, radius
         self._away = rows.reduced.unsqueeze(-3) - (block.probabilities @ rows.reduced).unsqueeze(-2)
         self._operations = 2 * sum(self._away.shape[-2:]) + 32
-        self._error = (rows.error + radius * rows.change_error).unsqueeze(-1) + torch.zeros_like(maps.upper[..., 0])
+        self._error = (rows.error + radius.unsqueeze(-1) * rows.change_error).unsqueeze(-1)
+        self._error = self._error + torch.zeros_like(maps.upper[..., 0])
         self.plain = self._spread(maps.upper, self._error, None)
 
     def move(self, reach: Float[Tensor, "*#batch heads n"], rounding: Float[Tensor, "*#batch heads n m"]) -> None:
@@ -176,7 +178,7 @@ class Spreads:
         distance = inflate(vector_norm(self._away), self._operations)
         # The computed mean differs from that under the computed map, and that map's sum from 1.
         lost = 8 * gamma(self._operations) * self.rows.reduced.detach().norm(dim=-1).amax(-1)
-        own = (self.radius * self.rows.reduced_change + lost).unsqueeze(-1)
+        own = (self.radius.unsqueeze(-1) * self.rows.reduced_change + lost).unsqueeze(-1)
         by_entries = (self.maps.away * distance).sum(-1)
         by_rate = (rounding * distance).sum(-1) + reach * self.plain.alone()
         self.shift = inflate(torch.minimum(by_entries, by_rate) + own, self._operations)
@@ -225,7 +227,9 @@ def balance(first: Float[Tensor, "*#batch heads n"], second: Float[Tensor, "*#ba
     return sizes[0] / sizes[1]
 
 
-def reach(queries: Queries, radius: float, weights: Float[Tensor, "*#batch heads n m"]) -> Float[Tensor, "*#batch n m"]:
+def reach(
+    queries: Queries, radius: Float[Tensor, "*#batch"], weights: Float[Tensor, "*#batch heads n m"]
+) -> Float[Tensor, "*#batch n m"]:
     """Upper bound of the norm of sum_h t_hij u'_hi u'_hi^T over the ball.
 
     Args:
@@ -244,7 +248,7 @@ def reach(queries: Queries, radius: float, weights: Float[Tensor, "*#batch heads
     total = weights.sum(-3)
     square = square + queries.slack.unsqueeze(-1) * total
     lost = root((weights * queries.error.square()[..., None, None]).sum(-3))
-    moved = radius * queries.joint_change[..., None, None] * root(weights.amax(-3))
+    moved = (radius * queries.joint_change)[..., None, None] * root(weights.amax(-3))
     return inflate((root(square) + moved + lost).square(), 2 * heads + 32)
 
 

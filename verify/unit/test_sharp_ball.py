@@ -9,11 +9,13 @@ import torch
 
 import lipbounds
 from lipbounds import Attention
+from lipbounds.bounds import sharp_ball
 from lipbounds.errors import UnsupportedAttention
 from lipbounds.ops.interval import softmax_interval, variance_interval_upper
 from lipbounds.targets import attention_dense
 from lipbounds.targets.attention_ball_parts import BallParts, Centre
 from lipbounds.targets.attention_ball_rows import joint_norms
+from lipbounds.targets.attention_ball_third import BallThird
 from lipbounds.targets.attention_dense import dense_norm
 from lipbounds.targets.attention_suprema import reach
 from verify.unit.blocks import random_block, true_norm
@@ -303,3 +305,27 @@ def test_joint_norms_are_above_the_joint_form() -> None:
         x = torch.einsum("h,hab,b->a", inner, products, y)
         y = torch.einsum("h,hab,a->b", inner, products, x)
     assert 0.5 * allowed < reached <= allowed
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_several_balls_at_once_get_the_numbers_of_each(block: Attention, batched: bool) -> None:
+    block = block.at(torch.stack([block.moving_input, 0.5 * block.moving_input])) if batched else block
+    radii, centre = torch.tensor([0.0, 0.1, 0.7], dtype=torch.float64), Centre(block)
+    together = BallThird(centre, radii)
+    for parts in (BallThird.first, BallThird.second, BallThird.third):
+        alone = [parts(BallThird(centre, radius)) for radius in radii.tolist()]
+        for name, part in parts(together).items():
+            assert part.shape[0] == len(radii)
+            each = torch.stack([one[name] for one in alone])
+            torch.testing.assert_close(part, each.expand_as(part), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("radius", [0.0, 0.3])
+def test_balls_one_by_one_give_the_same_bounds(
+    monkeypatch: pytest.MonkeyPatch, block: Attention, radius: float
+) -> None:
+    names = ("sharp_ball", "sharp_ball.deviation", "sharp_ball.taylor")
+    together = [lipbounds.get(name)(block, radius).value for name in names]
+    monkeypatch.setattr(sharp_ball, "TOGETHER", 0)
+    alone = [lipbounds.get(name)(block.replace(), radius).value for name in names]
+    torch.testing.assert_close(together, alone, rtol=1e-12, atol=0)

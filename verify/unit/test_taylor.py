@@ -210,7 +210,7 @@ def test_third_is_of_the_size_of_the_third_differential() -> None:
 
 def test_the_remainder_is_the_integral_of_the_third(monkeypatch: pytest.MonkeyPatch, block: Attention) -> None:
     """With a third differential of 1 everywhere it is eps^2 / 2, whatever the shells."""
-    monkeypatch.setattr(BallThird, "third", lambda self: {"one": torch.ones((), dtype=torch.float64)})
+    monkeypatch.setattr(BallThird, "third", lambda self: {"one": torch.ones_like(self.radius)})
     for radius in (1e-3, 0.7):
         found = TAYLOR(block, radius).details["third"]
         torch.testing.assert_close(found, torch.full_like(found, radius**2 / 2), rtol=1e-12, atol=0)
