@@ -15,12 +15,12 @@ can change there, is in lipbounds.targets.attention_ball_parts, with proofs. Bel
       sup ||J(X')|| <= ||J(X)|| + eps ||d2F(X)|| + sum_k ((eps - r_(k-1))^2 - (eps - r_k)^2) / 2 sup over the ball of
       radius r_k of ||d3F||,
 
-  with ||d2F(X)|| the sum of the rates at radius 0, or, where that takes at most SECOND_WORK and is less, from Gram
-  blocks at X, all parts and heads together (lipbounds.targets.attention_second); ||d3F|| is bounded in
-  lipbounds.targets.attention_ball_third.
+  with ||d2F(X)|| the lesser of the sum of the rates at radius 0 and what Gram blocks at X give, all parts and heads
+  together: those of pairs of tokens (lipbounds.targets.attention_second) where they take at most PAIRS_WORK, of rows
+  (attention_second_rows) where they take at most SECOND_WORK; ||d3F|| is bounded in attention_ball_third.
 - sharp_ball: the least of the three and of Theorem 3 on the ball; a minimum of bounds is one. On blocks above
   SECOND_WORK, where an evaluation takes minutes, sharp_ball leaves sharp_ball.taylor out, and all take two shells, not
-  four.
+  eight.
 
 ||J(X)|| is from the dense Jacobian where that has at most 1200**2 entries (an option), and the lesser of
 sharp_ball.direct at radius 0 and sharp_fast elsewhere. So the last three tend to it as eps -> 0, linearly.
@@ -49,14 +49,17 @@ from lipbounds.targets.attention_dense import dense_norm, jacobian_entries
 from lipbounds.targets.attention_parts import three_parts
 from lipbounds.targets.attention_range import check_range
 from lipbounds.targets.attention_second import second_norm, second_work
+from lipbounds.targets.attention_second_rows import rows_work, second_norm_by_rows
 
 
 SUPPORTS: tuple[Feature, ...] = ("heads", "biases", "mask", "cross")
 CLAIM = Claim(kind="proved", scope="ball", norm="l2")
 DENSE = 1200**2  # entries of the Jacobian of one batch item: about a second
-SECOND_WORK = 2e11  # multiplications and additions for the second differential at the centre: a few seconds
+# Multiplications and additions for the second differential at the centre:
+PAIRS_WORK = 2e11  # a few seconds; what a block inside a network may take, too
+SECOND_WORK = 2.5e12  # up to a minute, as `sharp` may take
 TOGETHER = 2**22  # entries of the largest tensors up to which all balls are made at once
-SHELLS = (0.25, 0.5, 0.75, 1.0)  # r_k / eps
+SHELLS = tuple(k / 8 for k in range(1, 9))  # r_k / eps
 SHELLS_OF_LARGE_BLOCKS = (0.5, 1.0)
 COST = "O((n D)^3 + n^3 D^3) where the block is small, O(H n^2 (d^2 + H^2) + n D^2 (n + D)) elsewhere"
 Parts = dict[str, Tensor]
@@ -83,7 +86,7 @@ def direct(block: Attention, radius: float) -> tuple[Tensor, Terms]:
     ),
     supports=SUPPORTS,
     cost=COST,
-    version=2,
+    version=3,
 )
 def deviation(block: Attention, radius: float, *, dense: int = DENSE) -> tuple[Tensor, Terms]:
     """The norm of the Jacobian at the centre plus how far the Jacobian can move over the ball.
@@ -106,6 +109,7 @@ def deviation(block: Attention, radius: float, *, dense: int = DENSE) -> tuple[T
     ),
     supports=SUPPORTS,
     cost=COST,
+    version=2,
 )
 def taylor(block: Attention, radius: float, *, dense: int = DENSE) -> tuple[Tensor, Terms]:
     """Norms of Jacobian and second differential at the centre, the third differential over the ball.
@@ -126,7 +130,7 @@ def taylor(block: Attention, radius: float, *, dense: int = DENSE) -> tuple[Tens
     source=Source(title="lipbounds", statement="least of the bounds on a ball, derived here"),
     supports=SUPPORTS,
     cost=COST,
-    version=2,
+    version=3,
 )
 def sharp_ball(block: Attention, radius: float, *, dense: int = DENSE) -> tuple[Tensor, Terms]:
     """The least of: Taylor's formula, centre plus deviation, the three joint parts, Theorem 3 over the ball.
@@ -158,7 +162,7 @@ def jacobian_change(block: Attention, radius: float) -> Float[Tensor, "*batch"] 
         check_range(block, "jacobian_change")
     except InvalidInput:
         return None
-    balls = _Balls(block, radius)
+    balls = _Balls(block, radius, PAIRS_WORK)
     if balls.large:
         return None
     changes = [part(balls, torch.zeros_like(block.logits[..., 0, 0, 0])) for part in (_taylor, _deviation)]
@@ -168,9 +172,10 @@ def jacobian_change(block: Attention, radius: float) -> Float[Tensor, "*batch"] 
 class _Balls:
     """The balls of the radii r_0 = 0, ..., r_K about the input of a block; each tensor has these balls in front."""
 
-    def __init__(self, block: Attention, radius: float) -> None:
+    def __init__(self, block: Attention, radius: float, limit: float | None = None) -> None:
         self.block, self.radius = block, radius
-        self.large = second_work(block) > SECOND_WORK
+        self.by_pairs = second_work(block) <= PAIRS_WORK
+        self.large = not self.by_pairs and rows_work(block) > (SECOND_WORK if limit is None else limit)
         shares = SHELLS_OF_LARGE_BLOCKS if self.large else SHELLS
         radii = torch.tensor([0.0, *(share * radius for share in shares if radius)], dtype=torch.float64)
         self.radii = radii.to(block.device).reshape((-1, *[1] * len(block.batch_shape)))
@@ -225,14 +230,15 @@ def _taylor(balls: _Balls, centre: Tensor) -> Parts:
     parts = {"centre": centre}
     if not balls.radius:
         return parts
-    second = inflate(sum(balls.second().values()), 8)
+    second = inflate(_sum(balls.second()), 8)
     if not balls.large:
-        second = torch.minimum(_known(second), second_norm(balls.block))
+        joint = second_norm(balls.block) if balls.by_pairs else second_norm_by_rows(balls.block)
+        second = torch.minimum(_known(second), joint)
     parts["second"] = inflate(balls.radius * second, 8)
     inner, outer = balls.radii[:-1], balls.radii[1:]
     # ((eps - r_(k-1))^2 - (eps - r_k)^2) / 2 without cancellation
     weights = (outer - inner) * (2 * balls.radius - outer - inner) / 2
-    parts["third"] = inflate((weights * sum(balls.above(BallThird.third).values())).sum(0), 32)
+    parts["third"] = inflate((weights * _sum(balls.above(BallThird.third))).sum(0), 32)
     return parts
 
 
@@ -241,9 +247,12 @@ def _known(value: Tensor) -> Tensor:
     return torch.where(value.isnan(), torch.inf, value)
 
 
+def _sum(parts: Parts) -> Tensor:
+    return torch.stack(torch.broadcast_tensors(*parts.values())).sum(0)
+
+
 def _total(block: Attention, parts: Parts) -> Float[Tensor, "*batch"]:
-    value = torch.stack(torch.broadcast_tensors(*parts.values())).sum(0)
-    return _known(inflate(value, len(parts) + 8)).expand(block.batch_shape)
+    return _known(inflate(_sum(parts), len(parts) + 8)).expand(block.batch_shape)
 
 
 def _finish(block: Attention, value: Tensor, parts: Parts) -> tuple[Tensor, Terms]:

@@ -94,30 +94,58 @@ def _row(block: Attention, factors: Factors, i: int) -> Float[Tensor, "*#batch m
     m = block.logits.shape[-1]
     if not block.memory_moves:
         gram, size = own_square(factors, i), own_size(factors, i)
-        return _norms(factors, i, gram.unsqueeze(-5), size.unsqueeze(-2)).unsqueeze(-1)  # [*, 1, 1]
+        error = factors.error[..., i : i + 1]
+        return gram_norms(factors, gram.unsqueeze(-5), size.unsqueeze(-2), error).unsqueeze(-1)  # [*, 1, 1]
     first, second = torch.triu_indices(m, m, device=block.device)
     if block.query_moves:  # where the row's own token is one of the two, it is the first
         first, second = torch.where(second == i, second, first), torch.where(second == i, first, second)
-    inner, out = factors.output.shape[-2:]
-    chunk = max(1, CHUNK_ENTRIES // max(inner, out, factors.w_v.shape[-2]) ** 2)
-    found = [
-        _norms(factors, i, *pair_products(block, factors, i, first[k : k + chunk], second[k : k + chunk]))
-        for k in range(0, first.numel(), chunk)
-    ]
-    norms = torch.cat(found, -1)
+    norms = pair_norms(block, factors, i, first, second)
     rows = norms.new_zeros(*norms.shape[:-1], m, m)
     rows[..., first, second] = norms
     rows[..., second, first] = norms
     return rows
 
 
-def _norms(
+def pair_norms(
+    block: Attention, factors: Factors, i: int, first: Tensor, second: Tensor
+) -> Float[Tensor, "*#batch count"]:
+    """t_ijl of pairs (j, l), as `lipbounds.targets.attention_second_gram.pair_products` takes them.
+
+    Args:
+        block: the attention block; its memory moves.
+        factors: of the block.
+        i: number of an output token.
+        first: numbers of the tokens j.
+        second: numbers of the tokens l.
+    """
+    error, chunk = factors.error[..., i : i + 1], chunk_of(factors)
+    found = [
+        gram_norms(factors, *pair_products(block, factors, i, first[k : k + chunk], second[k : k + chunk]), error)
+        for k in range(0, first.numel(), chunk)
+    ]
+    return torch.cat(found, -1)
+
+
+def chunk_of(factors: Factors) -> int:
+    """Number of Gram matrices to be made at a time."""
+    inner, out = factors.output.shape[-2:]
+    return max(1, CHUNK_ENTRIES // max(inner, out, factors.w_v.shape[-2]) ** 2)
+
+
+def gram_norms(
     factors: Factors,
-    i: int,
     gram: Float[Tensor, "*#batch count heads v heads w"],
     size: Float[Tensor, "*#batch count heads"],
+    error: Float[Tensor, "*#batch #count"],
 ) -> Float[Tensor, "*#batch count"]:
-    """Norms of blocks from the Gram matrices of their parts before the output weights, and the size of these parts."""
+    """Norms of blocks from the Gram matrices of their parts before the output weights.
+
+    Args:
+        factors: of the block.
+        gram: sums of products.
+        size: roots of the sums of these products in absolute value, at least.
+        error: of the blocks, output weights included.
+    """
     inner, out = factors.output.shape[-2:]
     output = factors.output.unsqueeze(-3)
     square = output.mT @ gram.flatten(-2).flatten(-3, -2) @ output
@@ -128,4 +156,4 @@ def _norms(
         total = (heads.unsqueeze(-2) * size).sum(-1)
         slack = 2 * gamma(2 * operations + 64) * total.square()
     norms = root(schatten_norm_upper(square, SQUARINGS) + slack)
-    return inflate(norms + factors.error[..., i].unsqueeze(-1), 8)
+    return inflate(norms + error, 8)

@@ -213,7 +213,7 @@ def own_size(factors: Factors, i: int) -> Float[Tensor, "*#batch heads"]:
     return (spread.norm(dim=-1) * keys.square().sum(-1)).sum(-1)
 
 
-def _twice(half: Float[Tensor, "*#batch heads v heads w"]) -> Tensor:
+def twice(half: Float[Tensor, "*#batch heads v heads w"]) -> Tensor:
     """A matrix of parts plus its transpose."""
     return half + half.transpose(-4, -2).transpose(-3, -1)
 
@@ -239,7 +239,7 @@ def _products(
     half = half + left_v.unsqueeze(-3) * right_v.transpose(-3, -2).movedim(-1, -2).unsqueeze(-1)
     inner = torch.einsum("...ha,...ga->...hg", u, u)[..., None, :, None, :, None]
     squares = torch.einsum("...khva,...kgwa->...khvgw", turned, turned)
-    return gram + _twice(half) + squares * inner
+    return gram + twice(half) + squares * inner
 
 
 def _with_logits(
@@ -266,7 +266,7 @@ def _with_logits(
     queries = torch.einsum("...had,...gae->...hgde", to_query, to_query)
     keys = torch.einsum("...had,...gae->...hgde", to_key, to_key)
     inner = (queries * keys).sum((-2, -1))[..., None, :, None, :, None]
-    return _twice(half) + inner * crossed[..., None, None] * crossed[..., None, None, :, :]
+    return twice(half) + inner * crossed[..., None, None] * crossed[..., None, None, :, :]
 
 
 def own_square(factors: Factors, i: int) -> Float[Tensor, "*#batch heads v heads w"]:
@@ -307,4 +307,4 @@ def _own_products(
     by_key = torch.einsum("...hpa,...gad->...hpgd", keys, factors.to_key)
     logits = (by_query * by_key).sum(-1)
     found = found + logits.unsqueeze(-1) * crossed[..., None, None, :, :]
-    return _twice(torch.einsum("...hpv,...hpgw->...hvgw", spread, found))
+    return twice(torch.einsum("...hpv,...hpgw->...hvgw", spread, found))

@@ -15,6 +15,7 @@ from lipbounds.targets.attention_ball_third import BallThird
 from lipbounds.targets.attention_dense import dense_norm
 from lipbounds.targets.attention_second import second_norm
 from lipbounds.targets.attention_second_gram import factors_of
+from lipbounds.targets.attention_second_rows import one_key, own_and_another, two_keys
 from verify.faults.fault import planted
 
 
@@ -86,3 +87,34 @@ def second_differential_of_the_own_token(block: Attention, radius: float) -> Ten
 def second_differential_by_its_mean_block(block: Attention, radius: float) -> Tensor:
     """The mean of the norms of its blocks for the norm of the second differential."""
     return taylor(block, radius, second=_of_rows(lambda row, i: row.mean((-2, -1), keepdim=True) / row.shape[-1]))
+
+
+def _by_rows(combine: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Norm:
+    """The norm from what one key, two keys, and the own token with another do in each row (0 where there is none)."""
+
+    def norm(block: Attention) -> Tensor:
+        if not block.memory_moves:
+            return second_norm(block)
+        factors = factors_of(block)
+        alone = torch.stack([one_key(block, factors, i) for i in range(block.tokens)], -2)
+        apart = two_keys(block, factors)
+        own = torch.zeros_like(apart)
+        if block.query_moves and block.tokens > 1:
+            own = torch.stack([own_and_another(block, factors, i) for i in range(block.tokens)], -1)
+        return combine(alone, apart, own) * factors.unit
+
+    return norm
+
+
+@planted(scope="ball", subtle=True)
+def one_key_left_out_of_the_rows(block: Attention, radius: float) -> Tensor:
+    """Of the second differential only what two tokens do together."""
+    norm = _by_rows(lambda alone, apart, own: apart.square().sum(-1).sqrt() + 2 * own.amax(-1))
+    return taylor(block, radius, second=norm)
+
+
+@planted(scope="ball", subtle=True)
+def own_token_with_another_left_out(block: Attention, radius: float) -> Tensor:
+    """What a token and another do together in the token's own row is left out."""
+    norm = _by_rows(lambda alone, apart, own: (alone + apart.unsqueeze(-1)).square().sum(-2).amax(-1).sqrt())
+    return taylor(block, radius, second=norm)

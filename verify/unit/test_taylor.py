@@ -220,6 +220,7 @@ def test_where_the_second_differential_is_too_large_the_rates_take_over(
     monkeypatch: pytest.MonkeyPatch, block: Attention
 ) -> None:
     found = TAYLOR(block, 0.1)
+    monkeypatch.setattr(sharp_ball, "PAIRS_WORK", 0)
     monkeypatch.setattr(sharp_ball, "SECOND_WORK", 0)
     without = TAYLOR(block, 0.1)
     rates = sum(BallParts(Centre(block), 0.0).second().values())

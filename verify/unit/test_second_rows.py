@@ -1,0 +1,136 @@
+"""The norm of the second differential row by row: its groups of blocks, and that it is above the truth."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import lipbounds
+from lipbounds import Attention
+from lipbounds.bounds import sharp_ball
+from lipbounds.targets import attention_second
+from lipbounds.targets.attention_second import second_norm
+from lipbounds.targets.attention_second_gram import factors_of, pair_products
+from lipbounds.targets.attention_second_rows import _two_keys, one_key, own_and_another, second_norm_by_rows, two_keys
+from lipbounds.testing.contract import run_check
+from lipbounds.testing.falsify import falsify
+from verify.unit.blocks import random_block
+from verify.unit.test_sharp_ball import CASES, small_block
+from verify.unit.test_taylor import derivative_norms, hessian
+
+
+@pytest.fixture(params=CASES, ids=lambda name: name.replace(" ", "-"))
+def block(request: pytest.FixtureRequest) -> Attention:
+    return random_block(7, n=3, **CASES[request.param])
+
+
+def test_it_is_above_the_norm(block: Attention) -> None:
+    assert max(max(derivative_norms(block, 2, seed)) for seed in (0, 1)) <= second_norm_by_rows(block)
+
+
+@pytest.mark.parametrize("n", [2, 4, 6])
+@pytest.mark.parametrize("gain", [0.3, 3.0, 30.0])
+def test_it_is_above_the_norm_and_of_its_size(n: int, gain: float) -> None:
+    block = small_block(n, n, 6, 2, gain)
+    reached = max(max(derivative_norms(block, 2, seed)) for seed in range(3))
+    assert reached <= second_norm_by_rows(block) < 5 * reached
+
+
+def test_the_groups_are_those_of_the_second_differential(block: Attention) -> None:
+    """Each is above its share of the Hessian, flattened: what one key does, two keys, the own token and another."""
+    if not block.memory_moves:
+        pytest.skip("one Gram matrix a row is all there is")
+    factors = factors_of(block)
+    tensor = hessian(block)  # outputs x inputs x inputs
+    n, out, (m, dim) = block.tokens, block.w_o.shape[-1], block.moving_input.shape[-2:]
+    tensor = tensor.reshape(n, out, m, dim, m, dim).transpose(3, 4)  # n, out, m, m, D, D
+    apart = two_keys(block, factors)
+    for i in range(n):
+        here, left_out = tensor[i], [i] if block.query_moves else []
+        alone = one_key(block, factors, i) * factors.unit
+        for j in range(m):
+            assert torch.linalg.matrix_norm(here[:, j, j].flatten(1), 2) <= alone[j] * (1 + 1e-9)
+        kept = 1 - torch.eye(m, dtype=tensor.dtype)
+        kept[left_out], kept[:, left_out] = 0.0, 0.0
+        found = torch.linalg.matrix_norm((here * kept[..., None, None]).flatten(1), 2)
+        allowed = apart[i] * factors.unit
+        assert found <= allowed * (1 + 1e-9) + 1e-12
+        # p = 32 of Schatten's norms; the root of the rounding of a Gram matrix
+        assert allowed <= 1.1 * found + 1e-6 * factors.unit
+        if block.query_moves and n > 1:
+            others = [j for j in range(m) if j != i]
+            found = torch.linalg.matrix_norm(here[:, i, others].flatten(1), 2)
+            assert found <= own_and_another(block, factors, i) * factors.unit * (1 + 1e-9)
+
+
+def test_two_keys_in_closed_form_is_the_sum_over_pairs() -> None:
+    block = small_block(1, 5, 6, 3, 3.0)
+    factors = factors_of(block)
+    for i in range(5):
+        kept = torch.arange(5) != i
+        rows = slice(i, i + 1)
+        maps, spread = factors.maps[:, rows] * kept, factors.spread[:, rows] * kept[:, None]
+        found, size = _two_keys(factors, maps, spread, rows)
+        pairs = [(j, k) for j in range(5) for k in range(5) if j != k and i not in (j, k)]
+        products, sizes = pair_products(block, factors, i, *torch.tensor(pairs).T)
+        torch.testing.assert_close(found[0], products.sum(0), rtol=1e-9, atol=1e-14)
+        assert (sizes.square().sum(0).sqrt() <= size[0]).all()
+
+
+def test_rows_that_move_alike_add_up() -> None:
+    """Nine equal queries: the largest row alone would be too small (a fault too subtle for the search on balls)."""
+    memory = random_block(3, n=2).x
+    block = random_block(7, n=1, memory=memory, moves="memory", biases=False)
+    block = block.replace(x=block.x.expand(9, -1).clone())
+    factors = factors_of(block)
+    row = (one_key(block, factors, 0).amax(-1) + two_keys(block, factors)[0]) * factors.unit
+    assert 1.2 * row < max(derivative_norms(block, 2)) <= second_norm_by_rows(block)
+
+
+def test_a_batch_gets_what_its_items_get() -> None:
+    block = random_block(3, n=3)
+    batch = block.at(torch.stack([block.x, -2 * block.x]))
+    alone = torch.stack([second_norm_by_rows(block), second_norm_by_rows(block.at(-2 * block.x))])
+    torch.testing.assert_close(second_norm_by_rows(batch), alone, rtol=1e-10, atol=0)
+
+
+def test_chunks(monkeypatch: pytest.MonkeyPatch, block: Attention) -> None:
+    together = second_norm_by_rows(block)
+    monkeypatch.setattr(attention_second, "CHUNK_ENTRIES", 1)
+    torch.testing.assert_close(second_norm_by_rows(block.replace()), together, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("power", [-90, 90])
+def test_tokens_of_any_unit(power: int) -> None:
+    block, unit = random_block(5, n=3, biases=False), 2.0**power
+    other = block.replace(x=block.x / unit, **{name: getattr(block, name) * unit for name in ("w_q", "w_k", "w_v")})
+    torch.testing.assert_close(second_norm_by_rows(other) / unit / unit, second_norm_by_rows(block), rtol=1e-9, atol=0)
+
+
+def test_it_carries_a_gradient() -> None:
+    block = random_block(6, n=3, dim=3)
+    for name in ("x", "w_q", "w_k", "w_v", "w_o"):
+        value = lambda w: second_norm_by_rows(block.replace(**{name: w}))  # noqa: B023, E731
+        assert torch.autograd.gradcheck(value, getattr(block, name).clone().requires_grad_(), atol=1e-5), name
+
+
+def test_it_is_within_three_times_what_pairs_give() -> None:
+    for gain in (1.0, 6.0):
+        block = small_block(0, 10, 8, 2, gain)
+        assert second_norm_by_rows(block) < 3 * second_norm(block)
+
+
+@pytest.mark.usefixtures("as_a_user_runs_it")  # a search: the other tests keep the shape checks
+@pytest.mark.parametrize("check", ["value", "scaling", "permutation", "batch"])
+def test_taylor_by_rows_survives_the_contract(monkeypatch: pytest.MonkeyPatch, check: str) -> None:
+    """Blocks of the strategies are small, where pairs are taken: here their limit is 0."""
+    monkeypatch.setattr(sharp_ball, "PAIRS_WORK", 0)
+    run_check(lipbounds.get("sharp_ball.taylor"), check, max_examples=150, seed=0)
+
+
+@pytest.mark.usefixtures("as_a_user_runs_it")
+def test_taylor_by_rows_survives_ascent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharp_ball, "PAIRS_WORK", 0)
+    found = falsify(lipbounds.get("sharp_ball.taylor"), seconds=8, seed=0)
+    assert not found.refuted, found
+    assert found.ratio > 0.5
