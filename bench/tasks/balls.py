@@ -1,6 +1,6 @@
 """Bounds on a ball as curves over its radius, above the largest value that ascent finds in it.
 
-A few blocks, radii from nearly nothing to a token's norm: layers of trained models on one input, and small blocks
+A few blocks, radii from nearly nothing to a token's norm: layers of trained models on an input or two, and small blocks
 without biases of the make for which figures of other methods are known (REFERENCES, quoted and not measured here).
 """
 
@@ -31,6 +31,7 @@ LOWER = "ascent_jacobians"
 UPPERS = ("sharp_ball", "hu2024.ball")  # the first one carries the parts it is the least of
 OPTIONS: dict[str, dict[str, Any]] = {"sharp_ball": {"dense": 2**22}, LOWER: {"steps": 4, "restarts": 2}}
 LAYERS = {"minilm": (0, 3, 5), "digits-vit": (0,)}
+INPUTS = {"minilm": (0, 2), "digits-vit": (0,)}  # numbers of the inputs: MiniLM's have 5 and 32 tokens
 QUICK_LAYERS = {"minilm": (3,), "digits-vit": ()}
 # n, D, H, gain of the queries; auto_LiRPA (IBP) and emltorch there, as multiples of the norm at the centre by radius.
 SHAPES = {"random": (8, 16, 2, 1.0), "one-hot": (8, 16, 2, 12.0)}
@@ -55,7 +56,7 @@ def cases(quick: bool, models: Sequence[Model] | None = None) -> Iterator[tuple[
     """The blocks with the radii at which they are evaluated.
 
     Args:
-        quick: fewer layers.
+        quick: fewer layers, one input.
         models: by default the zoo.
     """
     for name, (n, dim, heads, gain) in SHAPES.items():
@@ -70,8 +71,10 @@ def cases(quick: bool, models: Sequence[Model] | None = None) -> Iterator[tuple[
         layers = chosen.get(model.name, ())
         if not layers:
             continue
-        for case in itertools.islice(model.cases(1), model.layers):
-            if case.layer in layers:
+        inputs = INPUTS[model.name][: 1 if quick else None]
+        count = 1 + max(inputs)
+        for index, case in enumerate(itertools.islice(model.cases(count), count * model.layers)):
+            if index // model.layers in inputs and case.layer in layers:
                 unit = case.block.moving_input.norm(dim=-1).median().item()
                 yield case, tuple(Radius(float(f"{share * unit:.6g}"), share) for share in RELATIVE)
 

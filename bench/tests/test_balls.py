@@ -9,6 +9,7 @@ import pytest
 
 from bench import balls
 from bench.evaluate import Case
+from bench.models import Model
 from bench.radii import Radius
 from bench.records import Record
 from bench.store import RecordStore
@@ -68,6 +69,18 @@ def test_a_bound_below_what_ascent_reached_is_a_violation(tmp_path: Path, few_bl
     assert len(found) == len(RADII)
     assert "sharp_ball claims" in found[0]
     assert "**Violations**" in balls.page(balls.blocks(wrong), "command", "records", [])
+
+
+def test_models_give_the_chosen_layers_of_the_chosen_inputs() -> None:
+    case = tiny_case()
+    blocks = [dc.replace(case, layer=layer, input=f"input-{index}") for index in range(4) for layer in range(6)]
+    model = Model(
+        name="minilm", description="", layers=6, inputs=4, quick_inputs=1, seconds=1.0,
+        cases=lambda count: iter(blocks[: 6 * count]),
+    )  # fmt: skip
+    for quick, inputs, layers in ((False, ("input-0", "input-2"), (0, 3, 5)), (True, ("input-0",), (3,))):
+        found = [(case.input, case.layer) for case, _ in task.cases(quick, models=[model])][2:]
+        assert found == [(name, layer) for name in inputs for layer in layers]
 
 
 def test_small_blocks_come_first_and_models_only_with_their_layers() -> None:

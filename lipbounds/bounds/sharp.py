@@ -40,10 +40,10 @@ the last as in bounds/covariance.py: |sum_j P_hij W_O^hT (v_hj - m_hi) c_j|^2 <=
 P_hij c_j^2 with c_j = <u_hi, dx_j>, summed over i.
 
 `sharp` is the smaller of `sharp_fast` and (1), or of `sharp_fast` and (2). Size rule, the same for every item of a
-batch: (1) is evaluated up to 2.5e12 multiplications and additions, with the largest p for which these stay below the
-limit in GRAM_WORK (p = 8 up to 2e11, 64 up to 5e9); above that (2) up to 1e12, with p = 8. Still larger blocks get
-`sharp_fast`: a smallest of fewer proved bounds is proved as well. With queries alone moving, J_i J_k^T = 0 for i != k,
-and (1) is max_i ||T2_i||.
+batch (lipbounds.targets.attention_gram_norm): (1) is evaluated up to 2.5e12 multiplications and additions, with the
+largest p for which these stay below the limit in GRAM_WORK (p = 8 up to 2e11, 64 up to 5e9); above that (2) up to 1e12,
+with p = 8. Still larger blocks get `sharp_fast`: a smallest of fewer proved bounds is proved as well. With queries
+alone moving, J_i J_k^T = 0 for i != k, and (1) is max_i ||T2_i||.
 
 Numerics: float64. Rounding of (1) and (2) is that of lipbounds.targets.attention_gram, added to every norm of a block:
 it costs 1e-7 of the number at most where the factors do not cancel, and the sums over heads take over where they do.
@@ -53,24 +53,14 @@ it costs 1e-7 of the number at most where the factors do not cancel, and the sum
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.claims import Claim, Source
-from lipbounds.ops.schatten import schatten_norm_upper
-from lipbounds.ops.spectral import root, spectral_norm_upper
 from lipbounds.registry import Terms, bound
 from lipbounds.rounding import cast_up, inflate
 from lipbounds.targets.attention import Attention
-from lipbounds.targets.attention_gram import RowProducts
+from lipbounds.targets.attention_gram_norm import gram_norm, has_gram_norm, has_rows_norm, rows_norm
 from lipbounds.targets.attention_parts import three_parts
-from lipbounds.targets.attention_rows import Rows, jacobian_rows
-
-
-GRAM_WORK = (2.5e12, 4e11, 2e11, 2e10, 1e10, 5e9)  # largest work for (1) with 0, 1, ... squarings: p = 2, 4, ...
-ROWS_WORK = 1e12
-ROWS_SQUARINGS = 2
-CHUNK_ENTRIES = 2**20  # of the blocks made at a time
 
 
 @bound(
@@ -88,15 +78,12 @@ def sharp(block: Attention) -> tuple[Tensor, Terms]:
     parts = mixing + query + key
     terms = {"detail.parts": parts}
     value = parts
-    squarings = _squarings(wide)
-    if squarings is not None:
-        gram = _gram_norm(jacobian_rows(wide), squarings)
-        terms["detail.gram"] = gram
-        value = torch.minimum(value, gram)
-    elif _work(wide, ROWS_SQUARINGS, wide.tokens) <= ROWS_WORK:
-        rows = _rows_norm(jacobian_rows(wide))
-        terms["detail.rows"] = rows
-        value = torch.minimum(value, rows)
+    if has_gram_norm(wide):
+        terms["detail.gram"] = gram_norm(wide)
+        value = torch.minimum(value, terms["detail.gram"])
+    elif has_rows_norm(wide):
+        terms["detail.rows"] = rows_norm(wide)
+        value = torch.minimum(value, terms["detail.rows"])
     value = inflate(value, 8).expand(block.batch_shape)
     return cast_up(value, block.dtype), terms
 
@@ -115,50 +102,3 @@ def sharp_fast(block: Attention) -> tuple[Tensor, Terms]:
     value = inflate(mixing + query + key, 8).expand(block.batch_shape)
     terms = {"detail.mixing": mixing, "detail.query_part": query, "detail.key_part": key}
     return cast_up(value, block.dtype), terms
-
-
-def _gram_norm(rows: Rows, squarings: int) -> Float[Tensor, "*batch"]:
-    """The root of (1)."""
-    products = RowProducts(rows)
-    count = rows.scale.shape[-1]
-    chunk = max(1, CHUNK_ENTRIES // max(rows.w_o.shape[-1], products.output.shape[-2]) ** 2)
-    lines = []
-    for i in range(count):
-        norms = [schatten_norm_upper(products(i, k, min(k + chunk, count)), squarings) for k in range(i, count, chunk)]
-        lines.append(torch.nn.functional.pad(torch.cat(norms, -1), (i, 0)))
-    upper = torch.stack(lines, -2)
-    scale, largest = _relative(rows)
-    entries = (upper + upper.triu(1).mT + products.slack()) * scale.unsqueeze(-1) * scale.unsqueeze(-2)
-    return inflate(root(spectral_norm_upper(entries)), 8) * largest * rows.unit
-
-
-def _rows_norm(rows: Rows) -> Float[Tensor, "*batch"]:
-    """The root of (2)."""
-    products = RowProducts(rows, squares_only=True)
-    norms = [schatten_norm_upper(products(i, i, i + 1), ROWS_SQUARINGS) for i in range(rows.scale.shape[-1])]
-    squares = torch.cat(norms, -1) + products.slack().diagonal(dim1=-2, dim2=-1)
-    scale, largest = _relative(rows)
-    total = inflate((squares * scale.square()).sum(-1), squares.shape[-1] + 4)
-    return inflate(root(total), 8) * largest * rows.unit
-
-
-def _relative(rows: Rows) -> tuple[Tensor, Tensor]:
-    """The scales of the rows relative to the largest one, and that: powers of two; 0 for rows that are exactly 0."""
-    scale = torch.where(rows.size + rows.error > 0, rows.scale, 0.0)
-    largest = scale.amax(-1, keepdim=True)
-    largest = torch.where(largest > 0, largest, 1.0)
-    return scale / largest, largest.squeeze(-1)
-
-
-def _squarings(block: Attention) -> int | None:
-    """How many squarings (1) may take at this size; None where it is too large for any."""
-    pairs = block.tokens * (block.tokens + 1) // 2
-    fitting = [k for k, limit in enumerate(GRAM_WORK) if _work(block, k, pairs) <= limit]
-    return max(fitting, default=None)
-
-
-def _work(block: Attention, squarings: int, products: int) -> int:
-    """Multiplications and additions for the norms of that many products of rows, the large ones counted."""
-    heads, keys = block.heads, block.logits.shape[-1]
-    inner, out = heads * block.w_v.shape[-1], block.w_o.shape[-1]
-    return products * 2 * (inner * inner * (keys + out) + inner * out * out + squarings * out**3)

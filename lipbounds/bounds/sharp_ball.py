@@ -22,8 +22,9 @@ can change there, is in lipbounds.targets.attention_ball_parts, with proofs. Bel
   SECOND_WORK, where an evaluation takes minutes, sharp_ball leaves sharp_ball.taylor out, and all take two shells, not
   eight.
 
-||J(X)|| is from the dense Jacobian where that has at most 1200**2 entries (an option), and the lesser of
-sharp_ball.direct at radius 0 and sharp_fast elsewhere. So the last three tend to it as eps -> 0, linearly.
+||J(X)|| is from the dense Jacobian where that has at most 1200**2 entries (an option); elsewhere it is the least of
+sharp_ball.direct at radius 0, sharp_fast and, up to SECOND_WORK, the Gram blocks of sharp. So the last three tend to it
+as eps -> 0, linearly.
 
 Numerics: float64; every part is rounded up where it is made.
 """
@@ -46,6 +47,7 @@ from lipbounds.targets.attention_ball import theorem_3_on_ball
 from lipbounds.targets.attention_ball_parts import BallParts, Centre
 from lipbounds.targets.attention_ball_third import BallThird
 from lipbounds.targets.attention_dense import dense_norm, jacobian_entries
+from lipbounds.targets.attention_gram_norm import gram_norm, has_gram_norm
 from lipbounds.targets.attention_parts import three_parts
 from lipbounds.targets.attention_range import check_range
 from lipbounds.targets.attention_second import second_norm, second_work
@@ -209,7 +211,10 @@ def _centre_norm(balls: _Balls, dense: int) -> Tensor:
         return dense_norm(balls.block)
     mixing, query, key = three_parts(balls.block)
     fast = {"mixing": mixing, "query_part": query, "key_part": key}
-    return torch.minimum(_total(balls.block, balls.first[0]), _total(balls.block, fast))
+    value = torch.minimum(_total(balls.block, balls.first[0]), _total(balls.block, fast))
+    if balls.large or not has_gram_norm(balls.block):
+        return value
+    return torch.minimum(value, _known(inflate(gram_norm(balls.block), 8)))
 
 
 def _deviation(balls: _Balls, centre: Tensor) -> Parts:

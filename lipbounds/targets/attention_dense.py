@@ -9,7 +9,6 @@ most the root of its largest row sum times the root of its largest column sum.
 
 from __future__ import annotations
 
-import dataclasses as dc
 import itertools
 import weakref
 
@@ -22,6 +21,7 @@ from lipbounds.ops.verified_norm import verified_norm
 from lipbounds.rounding import inflate
 from lipbounds.targets.attention import Attention
 from lipbounds.targets.attention_roundoff import Roundoff
+from lipbounds.targets.remembered import is_tracked
 
 
 # Blocks are frozen, and bounds on balls of many radii need the norm at the same centre.
@@ -63,16 +63,6 @@ def dense_norm(block: Attention) -> Float[Tensor, "*batch"]:
     image = block.jvp(top.unflatten(-1, moving.shape[-2:]))
     stretch = vector_norm(image.expand(*block.batch_shape, *image.shape[-2:]).flatten(-2))
     return value + (stretch - stretch.detach())
-
-
-def is_tracked(block: Attention) -> bool:
-    """Whether a gradient is wanted for the input or a weight.
-
-    Args:
-        block: the attention block.
-    """
-    fields = (getattr(block, field.name) for field in dc.fields(block))
-    return any(isinstance(value, Tensor) and value.requires_grad for value in fields)
 
 
 def _jacobian(block: Attention) -> Float[Tensor, "*batch out_size in_size"]:

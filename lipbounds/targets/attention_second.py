@@ -32,8 +32,6 @@ and attention_covariance), and their own roundings, is added to t_ijl, in units 
 
 from __future__ import annotations
 
-import weakref
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -42,12 +40,10 @@ from lipbounds.ops.schatten import schatten_norm_upper
 from lipbounds.ops.spectral import root, spectral_norm_upper
 from lipbounds.rounding import gamma, inflate
 from lipbounds.targets.attention import Attention
-from lipbounds.targets.attention_dense import is_tracked
 from lipbounds.targets.attention_second_gram import Factors, factors_of, own_size, own_square, pair_products
+from lipbounds.targets.remembered import remembered
 
 
-# Blocks are frozen, and bounds on balls of many radii need the norm at the same centre.
-_FOUND: weakref.WeakKeyDictionary[Attention, Tensor] = weakref.WeakKeyDictionary()
 SQUARINGS = 4  # p = 32: at most a tenth above the norm for the Gram matrices of 768 features
 CHUNK_ENTRIES = 2**22  # of Gram matrices made at a time
 
@@ -65,22 +61,13 @@ def second_work(block: Attention) -> int:
     return 2 * block.tokens * pairs * one
 
 
+@remembered
 def second_norm(block: Attention) -> Float[Tensor, "*#batch"]:
     """Upper bound of the norm of the second differential at the block's input, rounded up; differentiable.
 
     Args:
         block: in float64, without rotary positions and QK-norm.
     """
-    tracked = torch.is_grad_enabled() and is_tracked(block)
-    if tracked or block not in _FOUND:
-        value = _second_norm(block)
-        if tracked:
-            return value
-        _FOUND[block] = value
-    return _FOUND[block]
-
-
-def _second_norm(block: Attention) -> Float[Tensor, "*#batch"]:
     factors = factors_of(block)
     rows = torch.stack([_row(block, factors, i) for i in range(block.tokens)], -3)
     finite = rows.isfinite().all(-1).all(-1).all(-1)

@@ -29,21 +29,15 @@ sum |x|^2)^(1/2) |u|^2 of the two heads, term by term (the squares of 2 + 2, 2 +
 
 from __future__ import annotations
 
-import weakref
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.rounding import inflate
 from lipbounds.targets.attention import Attention
-from lipbounds.targets.attention_dense import is_tracked
 from lipbounds.targets.attention_second import SQUARINGS, chunk_of, gram_norms, pair_norms, second_norm
 from lipbounds.targets.attention_second_gram import Factors, factors_of, pair_products, twice
-
-
-# Blocks are frozen, and bounds on balls of many radii need the norm at the same centre.
-_FOUND: weakref.WeakKeyDictionary[Attention, Tensor] = weakref.WeakKeyDictionary()
+from lipbounds.targets.remembered import remembered
 
 
 def rows_work(block: Attention) -> int:
@@ -59,6 +53,7 @@ def rows_work(block: Attention) -> int:
     return 2 * block.tokens * (2 * keys * products + (keys + 2) * norm)
 
 
+@remembered
 def second_norm_by_rows(block: Attention) -> Float[Tensor, "*#batch"]:
     """Upper bound of the norm of the second differential at the block's input, rounded up; differentiable.
 
@@ -67,14 +62,6 @@ def second_norm_by_rows(block: Attention) -> Float[Tensor, "*#batch"]:
     """
     if not block.memory_moves:  # one Gram matrix a row is all there is
         return second_norm(block)
-    if torch.is_grad_enabled() and is_tracked(block):
-        return _second_norm(block)
-    if block not in _FOUND:
-        _FOUND[block] = _second_norm(block)
-    return _FOUND[block]
-
-
-def _second_norm(block: Attention) -> Float[Tensor, "*#batch"]:
     factors = factors_of(block)
     apart = two_keys(block, factors)
     norms = torch.stack([one_key(block, factors, i) for i in range(block.tokens)], -2) + apart.unsqueeze(-1)

@@ -9,8 +9,8 @@ import torch
 
 import lipbounds
 from lipbounds import Attention
-from lipbounds.bounds import sharp as module
 from lipbounds.ops.schatten import schatten_norm_upper
+from lipbounds.targets import attention_gram_norm as module
 from lipbounds.targets.attention_gram import RowProducts
 from lipbounds.targets.attention_parts import key_part, mixing_part, query_part
 from lipbounds.targets.attention_rows import jacobian_rows

@@ -329,3 +329,9 @@ def test_balls_one_by_one_give_the_same_bounds(
     monkeypatch.setattr(sharp_ball, "TOGETHER", 0)
     alone = [lipbounds.get(name)(block.replace(), radius).value for name in names]
     torch.testing.assert_close(together, alone, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", ["sharp_ball", "sharp_ball.deviation", "sharp_ball.taylor"])
+def test_where_the_jacobian_is_not_formed_the_centre_is_that_of_sharp(block: Attention, name: str) -> None:
+    found = lipbounds.get(name)(block, 1e-12, dense=0).value
+    assert true_norm(block) <= found <= lipbounds.get("sharp")(block).value * (1 + 1e-6)

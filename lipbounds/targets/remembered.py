@@ -1,0 +1,42 @@
+"""Norms at one block that several bounds, or balls of several radii, ask for: made once."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import functools
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lipbounds.targets.attention import Attention
+
+
+def remembered(function: Callable[[Attention], Tensor]) -> Callable[[Attention], Tensor]:
+    """Keep what the function returns as long as the block lives (blocks are frozen); not where a gradient is wanted.
+
+    Args:
+        function: of a block alone.
+    """
+    found: weakref.WeakKeyDictionary[Attention, Tensor] = weakref.WeakKeyDictionary()
+
+    @functools.wraps(function)
+    def once(block: Attention) -> Tensor:
+        if torch.is_grad_enabled() and is_tracked(block):
+            return function(block)
+        if block not in found:
+            found[block] = function(block)
+        return found[block]
+
+    return once
+
+
+def is_tracked(block: Attention) -> bool:
+    """Whether a gradient is wanted for the input or a weight.
+
+    Args:
+        block: the attention block.
+    """
+    fields = (getattr(block, field.name) for field in dc.fields(block))
+    return any(isinstance(value, Tensor) and value.requires_grad for value in fields)
