@@ -85,8 +85,8 @@ def page(found: dict[str, list[Row]], command: str, records_path: str, environme
         "Multiples of the largest norm of the Jacobian that gradient ascent in the ball found, a lower bound of the "
         "truth: a bound is *at most* so many times above it. The radius is in the Frobenius norm of the input. "
         "`sharp_ball` is the least of the four columns after it; its centre is the exact norm up to 2**22 entries of "
-        "the Jacobian, and what the Gram blocks of `sharp` give for longer inputs. All bounds are proved, on the ball, in l2; ascent is a lower bound. The figure leaves out what is more than "
-        "100 times above the least bound.",
+        "the Jacobian, and what the Gram blocks of `sharp` give for longer inputs. All bounds are proved, on the ball, "
+        "in l2; ascent is a lower bound. The figure leaves out what is more than 100 times above the least bound.",
         "Columns marked 'quoted' were not measured here: they are quoted from the project's theory page, made there "
         "by other programs on other random blocks of the same kind, and are multiples of the norm at the centre.",
         "![curves](balls.png)",
