@@ -136,7 +136,8 @@ def dtype(spec: BoundSpec, block: Attention, radius: float | None = None, seed: 
     # Above its range a short dtype has only infinity (and, rounded down, its largest float) for a number.
     short = evaluate("dtype", spec, block, radius, seed).detach().clamp(max=largest)
     long = evaluate("dtype", spec, block.double, radius, seed).detach().clamp(max=largest)
-    room = rounding_room(block.double, long, unit) + 64 * unit * long
+    smallest = unit * torch.finfo(block.dtype).smallest_normal  # what a number of less is rounded up to
+    room = rounding_room(block.double, long, unit) + 64 * unit * long + smallest
     _same("dtype", spec, block, radius, seed, short, long, room, f"in {block.dtype}, as in float64")
 
 
@@ -168,6 +169,24 @@ def rounding_room(block: Attention, value: Float[Tensor, "*batch"], unit: float 
         unit: of the arithmetic.
     """
     sums = block.x.shape[-1] + block.source_input.shape[-1] + block.w_q.shape[-1]
+    products, naive = uncancelled(block)
+    mask = additive_mask(block)
+    bias = torch.where(mask.isneginf(), 0.0, mask).abs().max()
+    logits = unit * (2 * sums * products + 4 * bias)
+    spread = torch.expm1((16 * logits).clamp(max=50.0)).amax(-1)
+    room = (SAME + spread) * value + 2.0**14 * unit * naive + 1e-290
+    if block.query_norm is not None:
+        operator = JacobianOperator(block)
+        room = room + 4 * operator.norm_error() * operator.scale
+    return room
+
+
+def uncancelled(block: Attention) -> tuple[Float[Tensor, "*#batch heads"], Float[Tensor, "*#batch"]]:
+    """Sizes of the logits of each head, and of the Jacobian, as products of Frobenius norms: what nothing cancels in.
+
+    Args:
+        block: in float64.
+    """
     sizes = [_size(tokens, weights, bias) for tokens, weights, bias in (
         (block.x, block.w_q, block.b_q), (block.source_input, block.w_k, block.b_k),
         (block.source_input, block.w_v, block.b_v),
@@ -176,16 +195,7 @@ def rounding_room(block: Attention, value: Float[Tensor, "*batch"], unit: float 
         sizes[0] = sizes[0] * _magnified(block.query_norm, block.projected_queries)
         sizes[1] = sizes[1] * _magnified(block.key_norm, block.projected_keys)
     products = abs(block.scale_value) * sizes[0] * sizes[1]
-    mask = additive_mask(block)
-    bias = torch.where(mask.isneginf(), 0.0, mask).abs().max()
-    logits = unit * (2 * sums * products + 4 * bias)
-    naive = (sizes[2] * (1 + products) * block.w_o.square().sum((-2, -1)).sqrt()).sum(-1)
-    spread = torch.expm1((16 * logits).clamp(max=50.0)).amax(-1)
-    room = (SAME + spread) * value + 2.0**14 * unit * naive + 1e-290
-    if block.query_norm is not None:
-        operator = JacobianOperator(block)
-        room = room + 4 * operator.norm_error() * operator.scale
-    return room
+    return products, (sizes[2] * (1 + products) * block.w_o.square().sum((-2, -1)).sqrt()).sum(-1)
 
 
 def _size(tokens: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:

@@ -241,3 +241,58 @@ def test_a_seed_repeats_a_search() -> None:
 
     assert shapes(5) == shapes(5)
     assert shapes(5) != shapes(6)
+
+
+# What the long search called refuted and was not, each seen to fail before the kit was mended.
+FALSE_ALARMS = {
+    "a number below all floats of a short dtype": (
+        "centred.weights",
+        "dtype",
+        Attention(
+            x=torch.tensor([[0.0]]),
+            w_q=torch.tensor([[[0.5, 0.5]]]),
+            w_k=torch.tensor([[[0.5, 1.0]]]),
+            w_v=torch.tensor([[[0.5]]]),
+            w_o=torch.tensor([[[-0.5]]]),
+            b_k=torch.tensor([[0.0, 1.0]]),
+            scale=0.7071067811865476,
+            memory=torch.tensor([[0.0]]),
+            moves="query",
+        ),
+    ),
+    "two formulas of one value, one of them at its kink": (
+        "sharp",
+        "gradient",
+        Attention(
+            x=torch.tensor([[2.0, 0.5], [1.0, 0.5]], dtype=torch.float64),
+            w_q=torch.tensor([[[0.0], [-4.0]]], dtype=torch.float64),
+            w_k=torch.tensor([[[0.5], [-0.5]]], dtype=torch.float64),
+            w_v=torch.tensor([[[0.0], [-1.0]]], dtype=torch.float64),
+            w_o=torch.tensor([[[-0.5]]], dtype=torch.float64),
+            scale=1.0,
+        ),
+    ),
+    "the root of a rounding error that a sharp norm magnifies": (
+        "covariance.exact",
+        "gradient",
+        Attention(
+            x=torch.tensor([[-2.5, -0.5], [0.0, 0.5]], dtype=torch.float64),
+            w_q=torch.tensor([[[-1.0, -0.5, 1.5], [-2.0, 0.0, 1.0]]], dtype=torch.float64),
+            w_k=torch.tensor([[[0.0, 0.0, 0.5], [0.0, -1.0, 1.5]]], dtype=torch.float64),
+            w_v=torch.tensor([[[1.0], [0.5]]], dtype=torch.float64),
+            w_o=torch.tensor([[[1.0]]], dtype=torch.float64),
+            query_norm_weight=torch.tensor([[0.2180605073050011, 26.167260876600132, 0.0]], dtype=torch.float64),
+            key_norm_weight=torch.tensor([[30.0, -0.125, 0.0]], dtype=torch.float64),
+            norm_eps=1e-06,
+            norm_over="head",
+            scale=0.5773502691896257,
+            logit_bias=torch.tensor([[-torch.inf, 0.0], [0.0, -torch.inf]], dtype=torch.float64),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FALSE_ALARMS, ids=lambda name: name.replace(" ", "-"))
+def test_no_alarm_where_nothing_is_wrong(name: str) -> None:
+    bound, check, block = FALSE_ALARMS[name]
+    CHECKS[check].function(lipbounds.get(bound), block, radius=None, seed=0)
