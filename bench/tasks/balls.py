@@ -26,6 +26,7 @@ from lipbounds.targets.attention import Attention
 
 TASK = "balls"
 RELATIVE = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the median norm of the tokens
+NAMED = 0.1  # as it is: the radius that the target of ball bounds on MiniLM names
 SMALL_RADII = (1e-3, 1e-2, 1e-1, 1.0)  # as they are: tokens of small blocks have norms of a few units
 LOWER = "ascent_jacobians"
 UPPERS = ("sharp_ball", "hu2024.ball")  # the first one carries the parts it is the least of
@@ -76,7 +77,8 @@ def cases(quick: bool, models: Sequence[Model] | None = None) -> Iterator[tuple[
         for index, case in enumerate(itertools.islice(model.cases(count), count * model.layers)):
             if index // model.layers in inputs and case.layer in layers:
                 unit = case.block.moving_input.norm(dim=-1).median().item()
-                yield case, tuple(Radius(float(f"{share * unit:.6g}"), share) for share in RELATIVE)
+                radii = [Radius(float(f"{share * unit:.6g}"), share) for share in RELATIVE]
+                yield case, (*radii, Radius(NAMED, float(f"{NAMED / unit:.6g}")))
 
 
 def run(

@@ -63,7 +63,7 @@ SECOND_WORK = 2.5e12  # up to a minute, as `sharp` may take
 TOGETHER = 2**22  # entries of the largest tensors up to which all balls are made at once
 SHELLS = tuple(k / 8 for k in range(1, 9))  # r_k / eps
 SHELLS_OF_LARGE_BLOCKS = (0.5, 1.0)
-COST = "O((n D)^3 + n^3 D^3) where the block is small, O(H n^2 (d^2 + H^2) + n D^2 (n + D)) elsewhere"
+COST = "O((n D)^3 + n^3 D^3) on small blocks, O(n^2 D^3) up to a size, then O(H n^2 (d^2 + H^2) + n D^2 (n + D))"
 Parts = dict[str, Tensor]
 
 
@@ -135,7 +135,7 @@ def taylor(block: Attention, radius: float, *, dense: int = DENSE) -> tuple[Tens
     version=3,
 )
 def sharp_ball(block: Attention, radius: float, *, dense: int = DENSE) -> tuple[Tensor, Terms]:
-    """The least of: Taylor's formula, centre plus deviation, the three joint parts, Theorem 3 over the ball.
+    """The least of Taylor's formula, centre plus deviation, the three joint parts and Theorem 3 over the ball.
 
     Args:
         block: the attention block.

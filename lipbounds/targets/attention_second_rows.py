@@ -23,8 +23,8 @@ u_gi, y_j = P_j x_j; for j /= l, B_ijl = - P_j P_l (<u, .> W_V^T + W_V^T <u, .>)
     lambda_hg = 2 (sum P^h P^g) (sum P^h x^g) - 2 sum (P^h)^2 y^g,
     mu     = 2 (sum P^h P^g) (sum x^h x^gT) + 2 (sum P^g x^h) (sum P^h x^g)^T - 4 sum y^h y^gT.
 
-Rounding: as there. Every product above is in absolute value at most that of 3 sum P^2 |u| ||W_V||_F and 3 (sum P^2
-sum |x|^2)^(1/2) |u|^2 of the two heads, term by term (the squares of 2 + 2, 2 + 2 + 4 are below 3^2).
+Rounding: as there. With p = sum P^2 |u| ||W_V||_F and z = (sum P^2 sum |x|^2)^(1/2) |u|^2 of a head, the products above
+are in absolute value at most 8 p_h p_g, 8 (p_h z_g + z_h p_g) and 8 z_h z_g, less than those of 3 (p + z).
 """
 
 from __future__ import annotations
