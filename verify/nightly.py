@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m verify.nightly
 
-About eight hours on two cores. Each finished check is a line of the file; killed and started again it goes on from there.
+About eight hours on two cores. Each finished check is a line of the file; a run that is killed goes on from there.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ Part = Callable[[Attention], Tensor]  # of each head, [*batch heads]
 RowNorm = Callable[[Tensor], Tensor]  # of sorted rows of probabilities, largest first, one zero at the end
 ROUNDING = 1e-13
 UNIT = 2.0**-53
+FAR = 400.0  # as an exponent: more than any norm here, and no infinity that a zero would turn into NaN
 
 
 def norm(*matrices: Tensor) -> Float[Tensor, "*batch"]:
@@ -86,15 +87,22 @@ def largest(row_norm: RowNorm, *, of: Callable[[Attention], Tensor] = lambda blo
     """The largest row, rounding of the logits included; never above 1/2."""
 
     def part(block: Attention) -> Tensor:
-        values = row_norm(sorted_rows(of(block))).amax(-1)
-        return (values * (4 * logit_error(block)).exp() * (1 + ROUNDING)).clamp(max=0.5)
+        values, error = row_norm(sorted_rows(of(block))).amax(-1), logit_error(block)
+        # Where the logits are not known at all, neither is the row: 0 times infinity is not 0.
+        known = error < 1
+        factor = (4 * torch.where(known, error, 0.0)).exp() * (1 + ROUNDING)
+        return torch.where(known, (values * factor).clamp(max=0.5), 0.5)
 
     return part
 
 
 def map_norm(block: Attention) -> Float[Tensor, "*batch heads"]:
     """||P||."""
-    return torch.linalg.matrix_norm(block.probabilities, 2) * (2 * logit_error(block)).exp() * (1 + ROUNDING)
+    error = logit_error(block)
+    known = error < 1
+    factor = (2 * torch.where(known, error, 0.0)).exp() * (1 + ROUNDING)
+    found = torch.linalg.matrix_norm(block.probabilities, 2) * factor
+    return torch.where(known, found, block.logits.shape[-2] ** 0.5)  # ||P||^2 <= ||P||_1 ||P||_inf <= n
 
 
 def value_weights(block: Attention) -> Float[Tensor, "*batch heads"]:
@@ -265,7 +273,7 @@ class Covariance:
         products = scale * frobenius(wide.queries) * frobenius(keys)
         sizes = frobenius(wide.source_input).unsqueeze(-1) * frobenius(wide.w_q) * frobenius(wide.w_k) * scale
         room = 1e-12 * (products + sizes * frobenius(tokens) + 1) * frobenius(wide.w_v)
-        heads = (total + room) * (8 * logit_error(wide)).exp()
+        heads = (total + room) * (8 * logit_error(wide)).clamp(max=FAR).exp()
         return cast_up((output(wide) * length(heads) * (1 + ROUNDING)).expand(block.batch_shape), block.dtype)
 
 
@@ -291,7 +299,7 @@ def jacobian_error(block: Attention) -> Float[Tensor, "*batch"]:
         frobenius(wide.w_q) * frobenius(wide.key_factors[0]) * frobenius(wide.key_factors[1])
         + frobenius(wide.w_k) * frobenius(wide.query_factors[0]) * frobenius(wide.query_factors[1])
     ) * abs(wide.scale_value)
-    growth = (8 * logit_error(wide)).exp() - 1
+    growth = (8 * logit_error(wide)).clamp(max=FAR).exp() - 1
     return ((1e-13 * (1 + products) + growth) * through * frobenius(wide.w_o)).sum(-1) * wide.tokens**0.5
 
 
