@@ -12,7 +12,7 @@ from lipbounds import Attention
 from lipbounds.bounds import sharp_ball
 from lipbounds.errors import UnsupportedAttention
 from lipbounds.ops.interval import softmax_interval, variance_interval_upper
-from lipbounds.targets import attention_dense
+from lipbounds.targets import attention_dense, attention_gram_norm
 from lipbounds.targets.attention_ball_parts import BallParts, Centre
 from lipbounds.targets.attention_ball_rows import joint_norms
 from lipbounds.targets.attention_ball_third import BallThird
@@ -155,8 +155,13 @@ def test_grouped_queries_are_repeated_heads() -> None:
     torch.testing.assert_close(grouped, BALL(block.replace(**repeated), 0.1).value, rtol=1e-12, atol=0)
 
 
-def test_a_centre_too_large_to_form_is_bounded_at_the_point(block: Attention) -> None:
-    known = torch.minimum(DIRECT(block, 0.0).value, lipbounds.get("sharp_fast")(block).value)
+@pytest.mark.parametrize("gram", [True, False])
+def test_a_centre_too_large_to_form_is_bounded_at_the_point(
+    monkeypatch: pytest.MonkeyPatch, block: Attention, gram: bool
+) -> None:
+    if not gram:
+        monkeypatch.setattr(attention_gram_norm, "GRAM_WORK", (0,))
+    known = torch.minimum(DIRECT(block, 0.0).value, lipbounds.get("sharp" if gram else "sharp_fast")(block).value)
     for spec in (DEVIATION, TAYLOR):
         found = spec(block, 0.01, dense=1)
         torch.testing.assert_close(found.details["centre"], known, rtol=1e-9, atol=0)
