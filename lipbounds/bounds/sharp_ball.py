@@ -98,7 +98,7 @@ def deviation(block: Attention, radius: float, *, dense: int = DENSE) -> tuple[T
         radius: of the ball.
         dense: number of entries up to which the Jacobian of a batch item is formed for its norm at the centre.
     """
-    balls = _Balls(block.double, radius)
+    balls = _Balls(block.double, radius, SECOND_WORK)
     parts = _deviation(balls, _centre_norm(balls, dense))
     return _finish(block, _total(block, parts), parts)
 
@@ -121,7 +121,7 @@ def taylor(block: Attention, radius: float, *, dense: int = DENSE) -> tuple[Tens
         radius: of the ball.
         dense: number of entries up to which the Jacobian of a batch item is formed for its norm at the centre.
     """
-    balls = _Balls(block.double, radius)
+    balls = _Balls(block.double, radius, SECOND_WORK)
     parts = _taylor(balls, _centre_norm(balls, dense))
     return _finish(block, _total(block, parts), parts)
 
@@ -142,7 +142,7 @@ def sharp_ball(block: Attention, radius: float, *, dense: int = DENSE) -> tuple[
         radius: of the ball.
         dense: number of entries up to which the Jacobian of a batch item is formed for its norm at the centre.
     """
-    balls = _Balls(block.double, radius)
+    balls = _Balls(block.double, radius, SECOND_WORK)
     centre = _centre_norm(balls, dense)
     values = {} if balls.large else {"taylor": _total(block, _taylor(balls, centre))}
     values |= {
@@ -174,10 +174,10 @@ def jacobian_change(block: Attention, radius: float) -> Float[Tensor, "*batch"] 
 class _Balls:
     """The balls of the radii r_0 = 0, ..., r_K about the input of a block; each tensor has these balls in front."""
 
-    def __init__(self, block: Attention, radius: float, limit: float | None = None) -> None:
+    def __init__(self, block: Attention, radius: float, limit: float) -> None:
         self.block, self.radius = block, radius
         self.by_pairs = second_work(block) <= PAIRS_WORK
-        self.large = not self.by_pairs and rows_work(block) > (SECOND_WORK if limit is None else limit)
+        self.large = not self.by_pairs and rows_work(block) > limit
         shares = SHELLS_OF_LARGE_BLOCKS if self.large else SHELLS
         radii = torch.tensor([0.0, *(share * radius for share in shares if radius)], dtype=torch.float64)
         self.radii = radii.to(block.device).reshape((-1, *[1] * len(block.batch_shape)))

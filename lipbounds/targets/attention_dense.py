@@ -10,7 +10,6 @@ most the root of its largest row sum times the root of its largest column sum.
 from __future__ import annotations
 
 import itertools
-import weakref
 
 import torch
 from jaxtyping import Float
@@ -21,11 +20,9 @@ from lipbounds.ops.verified_norm import verified_norm
 from lipbounds.rounding import inflate
 from lipbounds.targets.attention import Attention
 from lipbounds.targets.attention_roundoff import Roundoff
-from lipbounds.targets.remembered import is_tracked
+from lipbounds.targets.remembered import is_tracked, remembered
 
 
-# Blocks are frozen, and bounds on balls of many radii need the norm at the same centre.
-_FOUND: weakref.WeakKeyDictionary[Attention, Tensor] = weakref.WeakKeyDictionary()
 BATCH_ENTRIES = 2**25  # of all Jacobians of a batch at once; larger batches go item by item
 
 
@@ -34,6 +31,7 @@ def jacobian_entries(block: Attention) -> int:
     return block.moving_input.shape[-2:].numel() * block.tokens * block.w_o.shape[-1]
 
 
+@remembered
 def dense_norm(block: Attention) -> Float[Tensor, "*batch"]:
     """Spectral norm of the Jacobian, rounded up; differentiable, with the top right singular vector held fixed.
 
@@ -44,9 +42,6 @@ def dense_norm(block: Attention) -> Float[Tensor, "*batch"]:
         items = [dense_norm(item) for item in batch_items(block)]
         return torch.stack(items).reshape(block.batch_shape)
     moving = block.moving_input
-    tracked = torch.is_grad_enabled() and is_tracked(block)
-    if block in _FOUND and not tracked:
-        return _FOUND[block]
     with torch.no_grad():
         # A copy of its own: what a block caches under no_grad cuts gradients.
         frozen = block.at(moving.detach())
@@ -55,8 +50,7 @@ def dense_norm(block: Attention) -> Float[Tensor, "*batch"]:
         jacobian = torch.where(finite[..., None, None], jacobian, 0.0)
         value = inflate(verified_norm(jacobian) + _rounding(frozen, jacobian), 2)
         value = torch.where(finite & value.isfinite(), value, torch.inf)
-    if not tracked:
-        _FOUND[block] = value
+    if not (torch.is_grad_enabled() and is_tracked(block)):
         return value
     with torch.no_grad():
         top = torch.linalg.svd(jacobian, full_matrices=False).Vh[..., 0, :]

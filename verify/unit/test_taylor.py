@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,10 +15,13 @@ from lipbounds.targets import attention_second
 from lipbounds.targets.attention_ball_parts import BallParts, Centre
 from lipbounds.targets.attention_ball_third import BallThird
 from lipbounds.targets.attention_second import second_norm
+from lipbounds.targets.attention_second_rows import second_norm_by_rows
 from verify.unit.blocks import random_block
 from verify.unit.test_sharp_ball import CASES, in_ball, small_block
 
 
+Norm = Callable[[Attention], torch.Tensor]
+NORMS = (second_norm, second_norm_by_rows)
 TAYLOR = lipbounds.get("sharp_ball.taylor")
 SHAPES: dict[str, dict[str, Any]] = {**CASES, "wide values": {"heads": 2, "dim": 6}, "one token": {"n": 1}}
 
@@ -57,8 +60,9 @@ def derivative_norms(block: Attention, order: int, seed: int = 0, steps: int = 8
 # -- the second differential ----------------------------------------------------------------------------------------
 
 
-def test_second_norm_is_above_the_norm(block: Attention) -> None:
-    assert max(max(derivative_norms(block, 2, seed)) for seed in (0, 1)) <= second_norm(block)
+@pytest.mark.parametrize("norm", NORMS)
+def test_second_norm_is_above_the_norm(block: Attention, norm: Norm) -> None:
+    assert max(max(derivative_norms(block, 2, seed)) for seed in (0, 1)) <= norm(block)
 
 
 def test_second_norm_is_above_and_near_the_flattened_norm(block: Attention) -> None:
@@ -75,13 +79,13 @@ def test_second_norm_far_below_the_sum_of_rates(gain: float) -> None:
     assert max(derivative_norms(block, 2)) <= allowed < 0.35 * rates
 
 
-def test_tokens_of_any_unit_give_the_same_second_differential() -> None:
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("power", [-90, 90])
+def test_tokens_of_any_unit_give_the_same_second_differential(norm: Norm, power: int) -> None:
     """x / t with weights that undo it has the second differential times t^2."""
-    block = random_block(5, n=3, biases=False)
-    for power in (-90, 90):
-        unit = 2.0**power
-        other = block.replace(x=block.x / unit, **{name: getattr(block, name) * unit for name in ("w_q", "w_k", "w_v")})
-        torch.testing.assert_close(second_norm(other) / unit / unit, second_norm(block), rtol=1e-9, atol=0)
+    block, unit = random_block(5, n=3, biases=False), 2.0**power
+    other = block.replace(x=block.x / unit, **{name: getattr(block, name) * unit for name in ("w_q", "w_k", "w_v")})
+    torch.testing.assert_close(norm(other) / unit / unit, norm(block), rtol=1e-9, atol=0)
 
 
 def test_rows_that_rest_on_one_key() -> None:
@@ -92,24 +96,27 @@ def test_rows_that_rest_on_one_key() -> None:
     assert TAYLOR(small_block(0, 4, 8, 2, 1e3), 1.0).details["second"] < 1e-6
 
 
-def test_second_norm_of_a_batch_is_that_of_its_items() -> None:
+@pytest.mark.parametrize("norm", NORMS)
+def test_second_norm_of_a_batch_is_that_of_its_items(norm: Norm) -> None:
     block = random_block(3, n=3)
     batch = block.at(torch.stack([block.x, -2 * block.x]))
-    alone = torch.stack([second_norm(block), second_norm(block.at(-2 * block.x))])
-    torch.testing.assert_close(second_norm(batch), alone, rtol=1e-10, atol=0)
+    alone = torch.stack([norm(block), norm(block.at(-2 * block.x))])
+    torch.testing.assert_close(norm(batch), alone, rtol=1e-10, atol=0)
 
 
-def test_second_norm_in_chunks(monkeypatch: pytest.MonkeyPatch, block: Attention) -> None:
-    together = second_norm(block)
+@pytest.mark.parametrize("norm", NORMS)
+def test_second_norm_in_chunks(monkeypatch: pytest.MonkeyPatch, block: Attention, norm: Norm) -> None:
+    together = norm(block)
     monkeypatch.setattr(attention_second, "CHUNK_ENTRIES", 1)
-    torch.testing.assert_close(second_norm(block.replace()), together, rtol=1e-12, atol=0)
+    torch.testing.assert_close(norm(block.replace()), together, rtol=1e-12, atol=0)
 
 
-def test_second_norm_carries_a_gradient() -> None:
-    block = random_block(6, n=2, dim=3)
-    for name in ("x", "w_q", "w_k", "w_v", "w_o"):
-        value = lambda w: second_norm(block.replace(**{name: w}))  # noqa: B023, E731
-        assert torch.autograd.gradcheck(value, getattr(block, name).clone().requires_grad_(), atol=1e-5), name
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("name", ["x", "w_q", "w_k", "w_v", "w_o"])
+def test_second_norm_carries_a_gradient(norm: Norm, name: str) -> None:
+    block = random_block(6, n=3, dim=3)
+    start = getattr(block, name).clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda w: norm(block.replace(**{name: w})), start, atol=1e-5)
 
 
 # -- the third differential -----------------------------------------------------------------------------------------
@@ -220,8 +227,8 @@ def test_where_the_second_differential_is_too_large_the_rates_take_over(
     monkeypatch: pytest.MonkeyPatch, block: Attention
 ) -> None:
     found = TAYLOR(block, 0.1)
-    monkeypatch.setattr(sharp_ball, "PAIRS_WORK", 0)
-    monkeypatch.setattr(sharp_ball, "SECOND_WORK", 0)
+    monkeypatch.setattr(sharp_ball, "PAIRS_WORK", 0.0)
+    monkeypatch.setattr(sharp_ball, "SECOND_WORK", 0.0)
     without = TAYLOR(block, 0.1)
     rates = sum(BallParts(Centre(block), 0.0).second().values())
     torch.testing.assert_close(without.details["second"], 0.1 * rates, rtol=1e-9, atol=0)
