@@ -104,8 +104,11 @@ def _rows(
         off = 2 * error + 4 * gamma(tokens.shape[-2] + width + 16) * largest
         lost = (norm * length * off + 2 * rest * largest) * unit[..., 0, 0] * OWN_ROUNDING
         change_error = rest * unit[..., 0, 0] * moving.square().sum((-2, -1)).sqrt() * OWN_ROUNDING
-    reduced_change = unit[..., 0, 0] * product_norm_upper(triangle.mT, moving)
-    return Rows(centred @ triangle * unit, norm, joint, lost, change, reduced_change, change_error, joint_change)
+    # Where W is 0, so are its rows: z of the size of tau would count in how much each head weighs.
+    unit = torch.where(size > 0, unit[..., 0, 0], 0.0)
+    reduced_change = unit * product_norm_upper(triangle.mT, moving)
+    reduced = centred @ triangle * unit[..., None, None]
+    return Rows(reduced, norm, joint, lost, change, reduced_change, change_error, joint_change)
 
 
 def joint_norms(

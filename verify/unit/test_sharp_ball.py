@@ -18,6 +18,7 @@ from lipbounds.targets.attention_ball_rows import joint_norms
 from lipbounds.targets.attention_ball_third import BallThird
 from lipbounds.targets.attention_dense import dense_norm
 from lipbounds.targets.attention_suprema import reach
+from lipbounds.testing.contract import CHECKS
 from verify.unit.blocks import random_block, true_norm
 
 
@@ -340,3 +341,15 @@ def test_balls_one_by_one_give_the_same_bounds(
 def test_where_the_jacobian_is_not_formed_the_centre_is_that_of_sharp(block: Attention, name: str) -> None:
     found = lipbounds.get(name)(block, 1e-12, dense=0).value
     assert true_norm(block) <= found <= lipbounds.get("sharp")(block).value * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("name", ["w_q", "w_o"])
+@pytest.mark.parametrize("spec", EVERY, ids=lambda spec: spec.name)
+def test_a_head_of_zero_weights_keeps_the_scaling_laws(spec: lipbounds.BoundSpec, name: str) -> None:
+    """Found by the long search: what stands in for the factor of zero weights weighed against the other heads."""
+    block = random_block(5, biases=False)
+    zero = getattr(block, name).clone()
+    zero[0] = 0
+    block = block.replace(**{name: zero})
+    for seed in range(3):
+        CHECKS["scaling"].function(spec, block, radius=0.3, seed=seed)
