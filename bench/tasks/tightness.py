@@ -27,7 +27,7 @@ SMALL = 1200  # largest dimension of a block that is measured by every estimator
 LOWER = "lanczos"
 CERTIFICATE = "lanczos_certificate"
 # Bounds that cost seconds a block, with the number of inputs of each model they are evaluated at.
-COSTLY = {"sharp": 8, "sharp_ball": 1, "sharp_ball.direct": 1, "sharp_ball.deviation": 1, "sharp_ball.taylor": 1}
+COSTLY = {"sharp_ball": 1, "sharp_ball.direct": 1, "sharp_ball.deviation": 1, "sharp_ball.taylor": 1}
 # What sharp_ball is the least of, and keeps beside its value: at blocks of this many numbers it is enough.
 PARTS, LARGE = ("sharp_ball.direct", "sharp_ball.deviation", "sharp_ball.taylor"), 2**15
 STEPS = (30, 60, 120, 240)  # of Lanczos from below: the next number is tried while the residual is too large
