@@ -66,6 +66,8 @@ def main(arguments: Sequence[str] | None = None, models: Sequence[Model] | None 
         parser.error(f"--full goes with the tasks {' and '.join(WITH_FULL)}, without --quick")
     if options.task != "robustness" and (options.model or options.images):
         parser.error("--model and --images go with the task robustness")
+    if options.jobs < 1 or (options.jobs > 1 and (options.task != "robustness" or options.model or options.images)):
+        parser.error(f"--jobs is a number from 1, for the task robustness without --model, got {options.jobs}")
     if options.ray is not None and options.task not in WITH_RAY:
         parser.error(f"--ray goes with the tasks {', '.join(WITH_RAY)}, got {options.task}")
     if options.gpus_per_job and options.ray is None:
@@ -139,6 +141,9 @@ def _parser() -> argparse.ArgumentParser:
         help="tightness and balls: evaluate on the Ray cluster at host:port, auto or local; without an address, on the "
         "running one or else on all cores of this machine. Needs `pip install 'lipbounds[ray]'`",
     )  # fmt: skip
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="robustness: models at a time, in processes (default: 1)"
+    )
     parser.add_argument(
         "--gpus-per-job", type=float, default=0.0, metavar="G", help="with --ray: evaluate on GPUs, G for each job"
     )

@@ -67,9 +67,9 @@ class Answers:
         if self.only_read:
             raise NotAnswered(f"{self.path} has no answer to {question}.")
         fields = {"schema_version": SCHEMA_VERSION, "key": key, **question, **work()}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(fields, ensure_ascii=False) + "\n")
-            file.flush()
+        line = (json.dumps(fields, ensure_ascii=False) + "\n").encode()
+        with self.path.open("ab", buffering=0) as file:  # one write, whole even if other processes append, too
+            file.write(line)
             os.fsync(file.fileno())
         self.found[key] = fields
         self.made += 1

@@ -34,8 +34,9 @@ def run(options: argparse.Namespace, *, only_read: bool = False) -> int:
     workshop = Workshop(answers, options.results / WEIGHTS, load_digits_split(), options.force and not only_read)
     command = command_of(options, "robustness")
     with progress_bar(robustness.pieces(profile)) as advance:
-        data = {"command": command, "profile": name, **robustness.run(workshop, profile, advance=advance)}
+        found = robustness.run(workshop, profile, jobs=options.jobs, advance=advance)
+    data = {"command": command, "profile": name, **found}
     summary = summarised(data)
     folder = folder_of(options)
     written = write_page(folder, "robustness", tables.report(data, summary, command), {**summary, **data})
-    return finish(answers, [*written, *figures.draw(data, summary, folder)])
+    return finish(workshop.answers, [*written, *figures.draw(data, summary, folder)])

@@ -7,6 +7,7 @@ that is killed goes on from there. Images are the first ones of the test part, p
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 from bench.attacks import right
@@ -14,6 +15,7 @@ from bench.certified_data import Answer
 from bench.robustness.attacked import Advance, Subject, attacked, share
 from bench.robustness.choice import choose, tried
 from bench.robustness.measures import BINS, LANCZOS, blocks, network_constants, versions
+from bench.robustness.processes import answered
 from bench.robustness.settings import SETTINGS, Profile, recipe
 from bench.robustness.training import Trained, Workshop
 
@@ -22,31 +24,47 @@ def pieces(profile: Profile) -> int:
     """How often `run` calls `advance`."""
     chosen = [SETTINGS[name] for name in profile.settings]
     weights = sum(len(tried(setting.grid, profile.largest_grid)) + 1 for setting in chosen if setting.grid)
-    attacks = sum(len(radii) for radii in profile.eps.values()) * -(-profile.images // profile.batch)
-    return weights + len(chosen) * len(profile.seeds) * (2 + attacks)
+    return weights + len(chosen) * len(profile.seeds) * _pieces_of_a_model(profile)
 
 
-def run(workshop: Workshop, profile: Profile, *, advance: Advance = lambda what: None) -> dict[str, Any]:
+def run(workshop: Workshop, profile: Profile, *, jobs: int = 1, advance: Advance = lambda what: None) -> dict[str, Any]:
     """Everything of a profile that is not in the file yet; returns what the tables are made of.
 
     Args:
         workshop: where models come from and answers go.
         profile: how much is done.
-        advance: called before each piece of work with its name.
+        jobs: models at a time, each in a process of its own; 1 for all in this one. Weights are chosen in this one.
+        advance: called with the name of each piece of work: before it, or when all those of a model are done elsewhere.
     """
     chosen = {name: choose(workshop, SETTINGS[name], profile, advance) for name in profile.settings}
     settings = {
         name: {"title": SETTINGS[name].title, "choice": choice, "models": []} for name, choice in chosen.items()
     }
     # Seed by seed, so that a run that is stopped early leaves whole seeds.
-    for seed in profile.seeds:
-        for name, choice in chosen.items():
-            advance(f"{name}, seed {seed}: training")
-            way = recipe(SETTINGS[name], choice["weight"], epochs=profile.epochs, seed=seed)
-            model = workshop.trained(way)
-            settings[name]["models"].append({"seed": seed, **_measured(model, profile, advance)})
+    ways = [
+        recipe(SETTINGS[name], choice["weight"], epochs=profile.epochs, seed=seed)
+        for seed in profile.seeds
+        for name, choice in chosen.items()
+    ]
+    if jobs > 1:
+        for way in answered(workshop, ways, partial(_measured, profile=profile, advance=_quietly), jobs):
+            for _ in range(_pieces_of_a_model(profile)):
+                advance(f"{way.setting}, seed {way.seed}")
+        advance = _quietly
+    for way in ways:
+        advance(f"{way.setting}, seed {way.seed}: training")
+        model = workshop.trained(way)
+        settings[way.setting]["models"].append({"seed": way.seed, **_measured(model, profile, advance)})
     done = {"images": profile.images, "blocks": profile.blocks, "epochs": profile.epochs, "seeds": list(profile.seeds)}
     return {**done, "settings": settings, "environments": sorted(workshop.used)}
+
+
+def _pieces_of_a_model(profile: Profile) -> int:
+    return 2 + sum(len(radii) for radii in profile.eps.values()) * -(-profile.images // profile.batch)
+
+
+def _quietly(what: str) -> None:
+    """Advance nothing."""
 
 
 def _measured(model: Trained, profile: Profile, advance: Advance) -> dict[str, Any]:

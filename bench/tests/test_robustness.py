@@ -6,6 +6,7 @@ import copy
 import dataclasses as dc
 import functools
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +263,29 @@ def test_a_killed_run_goes_on_where_it_was(fakes: Fakes, split: DigitsSplit, tmp
     assert fakes.calls == []
 
 
+@pytest.fixture
+def _one_thread() -> Iterator[None]:
+    """What a model is trained to depends on it, and processes share the threads there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_one_thread")
+def test_several_processes_make_the_same_answers(split: DigitsSplit, tmp_path: Path) -> None:
+    profile = dc.replace(TINY, settings=("none",), eps={"l_inf": (1.0,)}, images=2)  # where FGSM fools all
+    places: list[str] = []
+    alone, together = workshop(tmp_path / "alone", split), workshop(tmp_path / "together", split)
+    whole = robustness.run(alone, profile)
+    assert robustness.run(together, profile, jobs=2, advance=places.append) == whole
+    assert len(places) == robustness.pieces(profile)
+    assert together.answers.made == alone.answers.made == len(together.answers.found)
+    assert together.answers.reused == alone.answers.reused == 0
+    lines = (tmp_path / "together" / "robustness.jsonl").read_text().splitlines()
+    assert len(lines) == len(together.answers.found)
+
+
 def test_autoattack_sees_only_images_that_still_stand(fakes: Fakes, split: DigitsSplit, tmp_path: Path) -> None:
     place = workshop(tmp_path, split)
     robustness.run(place, TINY)
@@ -332,8 +356,19 @@ def test_the_page_says_what_the_numbers_say(fakes: Fakes, split: DigitsSplit, tm
     assert all(path.stat().st_size > 1000 for path in paths)
 
 
-def test_the_command_refuses_what_makes_no_sense(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["robustness", "--full", "--quick"], ["balls", "--full"]):
-        with pytest.raises(SystemExit, match="2"):
-            program.main(arguments)
-    assert "--full goes with" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["robustness", "--full", "--quick"], "--full goes with"),
+        (["balls", "--full"], "--full goes with"),
+        (["robustness", "--jobs", "0"], "--jobs is a number from 1"),
+        (["balls", "--jobs", "2"], "--jobs is a number from 1, for the task robustness"),
+        (["robustness", "--jobs", "2", "--model", "a", "--images", "b"], "without --model"),
+    ],
+)
+def test_the_command_refuses_what_makes_no_sense(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        program.main(arguments)
+    assert said in capsys.readouterr().err
