@@ -70,7 +70,7 @@ def rows_from_logits(logits: Float[Tensor, "*batch n"]) -> Rows:
     with torch.no_grad():  # the rounding error of the subtraction, exactly (Knuth's two-sum)
         virtual = shifted - working
         error = (working - (shifted - virtual)) - (largest + virtual)
-        correction = 1 + torch.where(shifted.isneginf(), 0.0, error)
+        correction = 1 + error.masked_fill(shifted.isneginf(), 0.0)
     return Rows(shifted.exp() * correction, WEIGHT_ROUNDINGS)
 
 

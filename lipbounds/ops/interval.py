@@ -36,9 +36,8 @@ def softmax_interval(logits: Float[Tensor, "*#batch n"], radius: Float[Tensor, "
         logits: float64, -inf where masked (such a key stays masked).
         radius: float64, finite and >= 0, one for each logit; more of them than rows of logits give an interval each.
     """
-    visible = ~logits.isneginf()
-    high = torch.where(visible, logits + radius, -torch.inf)
-    low = torch.where(visible, logits - radius, -torch.inf)
+    masked = logits.isneginf()
+    high, low = ((logits + moved).masked_fill(masked, -torch.inf) for moved in (radius, -radius))
     # Log-odds of each key at its best and at its worst.
     best = high - _log_sum_of_others(low)
     worst = low - _log_sum_of_others(high)
@@ -47,16 +46,17 @@ def softmax_interval(logits: Float[Tensor, "*#batch n"], radius: Float[Tensor, "
     def spread(odds: Tensor) -> Tensor:
         """An absolute error of the log-odds is a relative error of the result."""
         odds = odds.detach()
-        return torch.where(odds.isfinite(), odds.abs() * 4 * UNIT_ROUNDOFF + slack, slack)
+        return (odds.abs() * (4 * UNIT_ROUNDOFF)).nan_to_num(0.0, 0.0, 0.0) + slack
 
     upper = torch.sigmoid(best) * (1 + spread(best)) + SMALLEST_NORMAL
-    lower = torch.sigmoid(worst) * (1 - spread(worst)) - SMALLEST_NORMAL
+    lost = spread(worst)
+    lower = torch.sigmoid(worst) * (1 - lost) - SMALLEST_NORMAL
     # `lower` may be too small by twice the spread, sigmoid(-worst) by one: the fourth pays for second-order terms.
-    complement = torch.sigmoid(-worst) * (1 + 4 * spread(worst)) + SMALLEST_NORMAL
+    complement = torch.sigmoid(-worst) * (1 + 4 * lost) + SMALLEST_NORMAL
     return SoftmaxInterval(
-        lower=torch.where(visible, lower.clamp(min=0), 0.0),
-        upper=torch.where(visible, upper.clamp(max=1), 0.0),
-        complement=torch.where(visible, complement.clamp(max=1), 1.0),
+        lower=lower.clamp(min=0).masked_fill(masked, 0.0),
+        upper=upper.clamp(max=1).masked_fill(masked, 0.0),
+        complement=complement.clamp(max=1).masked_fill(masked, 1.0),
     )
 
 

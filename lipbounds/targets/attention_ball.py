@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lipbounds.ops._rows import SMALLEST_NORMAL
 from lipbounds.ops.interval import SoftmaxInterval, g_interval_upper, softmax_interval
 from lipbounds.ops.nonnegative import nonnegative_norm_upper
 from lipbounds.rounding import gamma, inflate
@@ -70,7 +71,8 @@ def logit_radius(block: Attention, radius: float | Float[Tensor, "*#batch"]) -> 
         change = eps * key_sizes
     else:
         curvature = block.weight_norms.logits[..., None, None]
-        both = torch.stack(torch.broadcast_tensors(query_sizes, key_sizes)).norm(dim=0)
+        # No norm of 0 and 0, which has no gradient.
+        both = torch.hypot(query_sizes.clamp(min=SMALLEST_NORMAL), key_sizes)
         apart = eps * both + curvature * eps**2 / 2
         together = eps * (by_query + by_key).norm(dim=-1).unsqueeze(-1) + curvature * eps**2
         change = apart + torch.diag_embed(together.squeeze(-1) - apart.diagonal(dim1=-2, dim2=-1))
