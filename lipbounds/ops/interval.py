@@ -42,14 +42,8 @@ def softmax_interval(logits: Float[Tensor, "*#batch n"], radius: Float[Tensor, "
     best = high - _log_sum_of_others(low)
     worst = low - _log_sum_of_others(high)
     slack = (4 * logits.shape[-1] + 4 * EXP_ULPS + 64) * UNIT_ROUNDOFF
-
-    def spread(odds: Tensor) -> Tensor:
-        """An absolute error of the log-odds is a relative error of the result."""
-        odds = odds.detach()
-        return (odds.abs() * (4 * UNIT_ROUNDOFF)).nan_to_num(0.0, 0.0, 0.0) + slack
-
-    upper = torch.sigmoid(best) * (1 + spread(best)) + SMALLEST_NORMAL
-    lost = spread(worst)
+    gained, lost = _spread(best) + slack, _spread(worst) + slack
+    upper = torch.sigmoid(best) * (1 + gained) + SMALLEST_NORMAL
     lower = torch.sigmoid(worst) * (1 - lost) - SMALLEST_NORMAL
     # `lower` may be too small by twice the spread, sigmoid(-worst) by one: the fourth pays for second-order terms.
     complement = torch.sigmoid(-worst) * (1 + 4 * lost) + SMALLEST_NORMAL
@@ -97,6 +91,11 @@ def variance_interval_upper(interval: SoftmaxInterval) -> Float[Tensor, "*batch 
     rising = interval.upper * (1 - interval.upper)
     value = torch.where(interval.lower > 0.5, falling, torch.where(interval.upper < 0.5, rising, 0.25))
     return value * (1 + 8 * UNIT_ROUNDOFF)
+
+
+def _spread(odds: Tensor) -> Tensor:
+    """What one rounding of each log-odds may change: an absolute error of it is a relative error of the result."""
+    return (odds.detach().abs() * (4 * UNIT_ROUNDOFF)).nan_to_num(0.0, 0.0, 0.0)
 
 
 def _largest_g(first: Tensor, rest: Tensor, second: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses as dc
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -124,7 +125,7 @@ def attack(
 
 
 def falsify_widely(
-    spec: BoundSpec, *, seed: int = 0, seconds: float = 60.0, progress: Progress | None = None
+    spec: BoundSpec, *, seed: int = 0, seconds: float = 60.0, skip: int = 0, progress: Progress | None = None
 ) -> Falsification:
     """The worst instance over many shapes, masks, biases, scales and moves that the bound supports.
 
@@ -134,19 +135,24 @@ def falsify_widely(
         spec: a bound of kind `proved`.
         seed: of all random numbers of the search.
         seconds: time for the whole search; at least one shape is searched.
+        skip: shapes to leave out at the beginning. Less `seed`, the seed of an instance found earlier is the number of
+            shapes before it.
         progress: called with the steps done and the largest ratio so far.
 
     Raises:
-        InvalidInput: a bound of another kind or scope.
+        InvalidInput: a bound of another kind or scope, or a number of shapes below 0.
         UnsupportedAttention: the bound refuses every block it was asked about.
     """
+    if skip < 0:
+        raise InvalidInput(f"skip must be >= 0, got {skip}.")
     begun = time.monotonic()
     worst: Falsification | None = None
     refusal: LipboundsError | None = None
     steps_done = starts_done = 0
-    for trial, (setting, steps) in enumerate(_settings(spec, Random(seed))):
+    settings = enumerate(_settings(spec, Random(seed)))
+    for trial, (setting, steps) in itertools.islice(settings, skip, None):
         left = seconds - (time.monotonic() - begun)
-        if trial and (left <= 0 or (worst is not None and worst.refuted)):
+        if trial > skip and (left <= 0 or (worst is not None and worst.refuted)):
             break
         try:
             found = attack(

@@ -17,7 +17,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 # The searches run as users run the bound. These two keep the shape checks that only tests switch on.
-SHAPES_CHECKED = ("returns", "batch")
+SHAPES_CHECKED = ("returns",)
 
 
 def test_contract(spec: BoundSpec, check: str, request: pytest.FixtureRequest) -> None:

@@ -47,6 +47,7 @@ def hunt(
     spec: BoundSpec,
     *,
     first: str | None = None,
+    skip: int = 0,
     max_examples: int = MAX_EXAMPLES,
     seconds: float = SECONDS,
     seed: int = SEED,
@@ -56,16 +57,18 @@ def hunt(
     Args:
         spec: the bound.
         first: a check to run before all others, such as the one that refuted the bound before.
+        skip: where that is the ascent, shapes that it leaves out at the beginning.
         max_examples: blocks a check.
         seconds: for the ascent.
         seed: of every search.
     """
     begun = time.monotonic()
     before = 0
-    plan = _plan(spec, max_examples, seconds)
-    for check, effort in [*([step for step in plan if step[0] == first]), *plan]:
+    plan = [(check, effort, 0) for check, effort in _plan(spec, max_examples, seconds)]
+    known = [(check, effort, skip if check == FALSIFY else 0) for check, effort, _ in plan if check == first][:1]
+    for check, effort, left_out in [*known, *(step for step in plan if step not in known)]:
         try:
-            tried = _attack(spec, seed, effort) if check == FALSIFY else _draw(spec, check, int(effort), seed)
+            tried = _attack(spec, seed, effort, left_out) if check == FALSIFY else _draw(spec, check, int(effort), seed)
         except _Found as found:
             return Outcome(
                 caught_by=check,
@@ -110,8 +113,8 @@ def _draw(spec: BoundSpec, check: str, max_examples: int, seed: int) -> int:
         hypothesis.settings.load_profile(profile)
 
 
-def _attack(spec: BoundSpec, seed: int, seconds: float) -> int:
-    found = falsify_widely(spec, seed=seed, seconds=seconds)
+def _attack(spec: BoundSpec, seed: int, seconds: float, skip: int) -> int:
+    found = falsify_widely(spec, seed=seed, seconds=seconds, skip=skip)
     if found.refuted:
         raise _Found(found.starts, repr(found).split(": ", 1)[1].rstrip(")"))
     return found.starts

@@ -360,6 +360,17 @@ def test_the_wide_search_finds_a_fault_of_one_feature(
     assert found.steps > 40  # all settings are counted, not the last alone
 
 
+def test_the_wide_search_goes_on_from_a_shape() -> None:
+    spec = spec_of(wrong_for_negative_scales, supports=frozenset())
+    whole = falsify_widely(spec, seed=5, seconds=600.0)
+    again = falsify_widely(spec, seed=5, seconds=600.0, skip=whole.seed - 5)
+    assert whole.refuted
+    assert again.ratio == whole.ratio
+    assert again.steps < whole.steps
+    with pytest.raises(InvalidInput, match="skip must be >= 0, got -1"):
+        falsify_widely(spec, skip=-1)
+
+
 def test_the_wide_search_keeps_to_its_time() -> None:
     found = falsify_widely(lipbounds.get("yudin2025.theorem3"), seconds=0.5)
     assert 0.4 < found.seconds < 10

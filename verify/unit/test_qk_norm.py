@@ -87,6 +87,7 @@ def test_the_block_and_its_judges_are_the_function_written_with_the_norm_of_torc
     assert exact * (1 - 1e-9) < lipbounds.get("lanczos")(block).value.item() <= exact
 
 
+@pytest.mark.usefixtures("as_a_user_runs_it")  # the contract checks the shapes of these bounds and estimators
 @pytest.mark.parametrize(("moves", "over"), [*itertools.product(MOVES, OVER)])
 def test_a_batch_of_norms_is_its_items(moves: str, over: str) -> None:
     block = normed_block(moves, over, batch=(2, 2), batched="both")

@@ -51,6 +51,7 @@ def log_truth(tensors: dict[str, Any], exponents: dict[str, int]) -> float:
     return math.log2(norm) + exponents["w_v"] + exponents["w_o"]
 
 
+@pytest.mark.usefixtures("as_a_user_runs_it")  # a search: the contract checks the shapes of these bounds
 @pytest.mark.parametrize("name", BOUNDS)
 def test_a_bound_of_numbers_far_from_one_is_above_the_truth(name: str) -> None:
     spec, random_ = registry.get(name), random.Random(0)
