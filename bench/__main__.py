@@ -36,7 +36,7 @@ LONG: dict[str, Callable[..., int]] = {
     "robustness": robustness.run,
 }
 WITH_FULL = ("certified", "robustness")
-WITH_RAY = ("all", "tightness", "balls")
+WITH_RAY = ("all", "tightness", "balls", "robustness")
 TASKS = {
     "all": "tightness and balls, and the pages of the others from the records; with --quick, all of them",
     "tightness": "tables and figures of tightness",
@@ -70,6 +70,10 @@ def main(arguments: Sequence[str] | None = None, models: Sequence[Model] | None 
         parser.error(f"--jobs is a number from 1, for the task robustness without --model, got {options.jobs}")
     if options.ray is not None and options.task not in WITH_RAY:
         parser.error(f"--ray goes with the tasks {', '.join(WITH_RAY)}, got {options.task}")
+    if options.ray is not None and (options.jobs > 1 or options.model or options.images):
+        parser.error("--ray goes with the models that robustness trains, without --jobs, --model and --images")
+    if options.gpus_per_job and options.task == "robustness":
+        parser.error("--gpus-per-job goes with blocks: the models that robustness trains are small, and run on the CPU")
     if options.gpus_per_job and options.ray is None:
         parser.error("--gpus-per-job goes with --ray: without Ray, blocks are evaluated on the CPU")
     if not options.time_limit > 0:
@@ -101,9 +105,10 @@ def _on_blocks(options: argparse.Namespace, models: Sequence[Model]) -> int:
         statuses = [tightness.run(options, models, cluster)] if options.task != "balls" else []
         if options.task != "tightness":
             statuses.append(balls.run(options, models, cluster))
+    here = argparse.Namespace(**{**vars(options), "ray": None})
     for name, run in LONG.items() if options.task == "all" else ():
         try:
-            statuses.append(run(options, only_read=not options.quick))
+            statuses.append(run(here, only_read=not options.quick))
         except NotAnswered:
             print(f"{name}: not all of it is in the records; `python -m bench {name}` makes the rest.")
     return max(statuses)
@@ -138,8 +143,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--time-limit", type=float, default=120.0, metavar="S", help="seconds for one evaluation")
     parser.add_argument(
         "--ray", nargs="?", const="", metavar="ADDRESS",
-        help="tightness and balls: evaluate on the Ray cluster at host:port, auto or local; without an address, on the "
-        "running one or else on all cores of this machine. Needs `pip install 'lipbounds[ray]'`",
+        help="tightness, balls and robustness: compute on the Ray cluster at host:port, auto or local; without an "
+        "address, on the running one or else on all cores of this machine. Needs `pip install 'lipbounds[ray]'`",
     )  # fmt: skip
     parser.add_argument(
         "--jobs", type=int, default=1, metavar="N", help="robustness: models at a time, in processes (default: 1)"

@@ -67,10 +67,18 @@ class Answers:
         if self.only_read:
             raise NotAnswered(f"{self.path} has no answer to {question}.")
         fields = {"schema_version": SCHEMA_VERSION, "key": key, **question, **work()}
+        self.keep(fields)
+        return fields
+
+    def keep(self, fields: Answer) -> None:
+        """Append an answer that was made now.
+
+        Args:
+            fields: all of its line.
+        """
         line = (json.dumps(fields, ensure_ascii=False) + "\n").encode()
         with self.path.open("ab", buffering=0) as file:  # one write, whole even if other processes append, too
             file.write(line)
             os.fsync(file.fileno())
-        self.found[key] = fields
+        self.found[fields["key"]] = fields
         self.made += 1
-        return fields

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from bench.certified_data import Answers
-from bench.commands.common import command_of, finish, folder_of, profile_of, progress_bar, write_page
+from bench.commands.common import cluster_of, command_of, finish, folder_of, profile_of, progress_bar, write_page
 from bench.robustness import figures, tables
 from bench.robustness.settings import PROFILES
 from bench.robustness.summary import summarised
@@ -33,8 +33,8 @@ def run(options: argparse.Namespace, *, only_read: bool = False) -> int:
     answers = Answers(options.results / "robustness.jsonl", only_read=only_read)
     workshop = Workshop(answers, options.results / WEIGHTS, load_digits_split(), options.force and not only_read)
     command = command_of(options, "robustness")
-    with progress_bar(robustness.pieces(profile)) as advance:
-        found = robustness.run(workshop, profile, jobs=options.jobs, advance=advance)
+    with cluster_of(options) as cluster, progress_bar(robustness.pieces(profile)) as advance:
+        found = robustness.run(workshop, profile, jobs=options.jobs, cluster=cluster, advance=advance)
     data = {"command": command, "profile": name, **found}
     summary = summarised(data)
     folder = folder_of(options)

@@ -15,9 +15,11 @@ from bench.certified_data import Answer
 from bench.robustness.attacked import Advance, Subject, attacked, share
 from bench.robustness.choice import choose, tried
 from bench.robustness.measures import BINS, LANCZOS, blocks, network_constants, versions
+from bench.robustness.on_cluster import answered_on
 from bench.robustness.processes import answered
 from bench.robustness.settings import SETTINGS, Profile, recipe
 from bench.robustness.training import Trained, Workshop
+from lipbounds.cluster import Cluster
 
 
 def pieces(profile: Profile) -> int:
@@ -27,13 +29,21 @@ def pieces(profile: Profile) -> int:
     return weights + len(chosen) * len(profile.seeds) * _pieces_of_a_model(profile)
 
 
-def run(workshop: Workshop, profile: Profile, *, jobs: int = 1, advance: Advance = lambda what: None) -> dict[str, Any]:
+def run(
+    workshop: Workshop,
+    profile: Profile,
+    *,
+    jobs: int = 1,
+    cluster: Cluster | None = None,
+    advance: Advance = lambda what: None,
+) -> dict[str, Any]:
     """Everything of a profile that is not in the file yet; returns what the tables are made of.
 
     Args:
         workshop: where models come from and answers go.
         profile: how much is done.
         jobs: models at a time, each in a process of its own; 1 for all in this one. Weights are chosen in this one.
+        cluster: where models are trained and attacked instead.
         advance: called with the name of each piece of work: before it, or when all those of a model are done elsewhere.
     """
     chosen = {name: choose(workshop, SETTINGS[name], profile, advance) for name in profile.settings}
@@ -46,8 +56,12 @@ def run(workshop: Workshop, profile: Profile, *, jobs: int = 1, advance: Advance
         for seed in profile.seeds
         for name, choice in chosen.items()
     ]
-    if jobs > 1:
-        for way in answered(workshop, ways, partial(_measured, profile=profile, advance=_quietly), jobs):
+    if cluster is not None or jobs > 1:
+        measure = partial(_measured, profile=profile, advance=_quietly)
+        elsewhere = (
+            answered_on(cluster, workshop, ways, measure) if cluster else answered(workshop, ways, measure, jobs)
+        )
+        for way in elsewhere:
             for _ in range(_pieces_of_a_model(profile)):
                 advance(f"{way.setting}, seed {way.seed}")
         advance = _quietly

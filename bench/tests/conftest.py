@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import jaxtyping
 import pytest
+import torch
 
 
 @pytest.fixture(autouse=True)
@@ -14,3 +15,12 @@ def _as_a_user_runs_it() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def _one_thread() -> Iterator[None]:
+    """What a model is trained to depends on it, and processes share the threads there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

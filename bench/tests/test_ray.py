@@ -21,14 +21,19 @@ from torch import nn
 
 from bench import evaluators
 from bench.__main__ import MISUSE, main
+from bench.certified_data import Answers
 from bench.evaluate import question
 from bench.machine import ROOT
+from bench.robustness.on_cluster import answered_on
+from bench.robustness.settings import PROFILES, SETTINGS, recipe
+from bench.robustness.training import Workshop
 from bench.store import RecordStore, read
-from bench.tasks import tightness
+from bench.tasks import robustness, tightness
 from bench.tests import on_workers
 from bench.tests.samples import tiny_block, tiny_case, tiny_model
 from lipbounds import registry
 from lipbounds.cluster import Cluster, ClusterError, connect
+from lipbounds.models.digits_data import load_digits_split
 from lipbounds.report import measure, to_json
 from lipbounds.targets.sending import sendable
 
@@ -225,6 +230,49 @@ def test_the_report_has_the_same_numbers(cluster: Cluster) -> None:
     assert 0.9 < told[-1] <= 1
 
 
+@pytest.mark.usefixtures("_one_thread")
+def test_models_trained_on_a_cluster_give_the_answers_of_one_process(tmp_path: Path, cluster: Cluster) -> None:
+    profile = dc.replace(  # where FGSM fools all
+        PROFILES["quick"], settings=("none",), seeds=(0, 1), epochs=1, images=2, eps={"l_inf": (1.0,)}
+    )
+
+    def workshop(name: str) -> Workshop:
+        return Workshop(Answers(tmp_path / name / "robustness.jsonl"), tmp_path / name / ".work", load_digits_split())
+
+    def without_times(run: Workshop) -> dict[str, Any]:
+        moving = ("seconds", "environment")
+        return {k: {n: v for n, v in fields.items() if n not in moving} for k, fields in run.answers.found.items()}
+
+    alone, there, again = workshop("alone"), workshop("there"), workshop("again")
+    whole = robustness.run(alone, profile)
+    places: list[str] = []
+    assert robustness.run(there, profile, cluster=cluster, advance=places.append)["settings"] == whole["settings"]
+    assert len(places) == robustness.pieces(profile)
+    assert without_times(there) == without_times(alone)
+    assert written(there.answers.path) == Counter(dict.fromkeys(alone.answers.found, 1))
+    assert (there.answers.made, there.answers.reused) == (alone.answers.made, alone.answers.reused)
+    # What is in the records is not made again.
+    kept = [fields for fields in alone.answers.found.values() if fields["seed"] == 0]
+    for fields in kept:
+        again.answers.keep(fields)
+    robustness.run(again, profile, cluster=cluster)
+    assert written(again.answers.path) == written(there.answers.path)
+    assert all(again.answers.found[fields["key"]] is fields for fields in kept)
+
+
+@pytest.mark.usefixtures("_one_thread")
+def test_a_lost_model_is_named_and_the_others_are_kept(
+    tmp_path: Path, with_gpus: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lipbounds.cluster.RETRIES", 0)
+    ways = [recipe(SETTINGS["none"], None, epochs=1, seed=seed) for seed in (0, 1)]
+    place = Workshop(Answers(tmp_path / "robustness.jsonl"), tmp_path / ".work", load_digits_split())
+    done = []
+    with pytest.raises(ClusterError, match=r"got none of none, seed 1 \(WorkerCrashedError"):
+        done.extend(answered_on(with_gpus(0.0), place, ways, on_workers.nothing_but_seed_1_dies))
+    assert [fields["seed"] for fields in place.answers.found.values()] == [0]
+
+
 def test_a_lost_evaluation_is_a_failed_record_that_is_tried_again(
     tmp_path: Path, cluster: Cluster, with_gpus: Any, serial: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,7 +308,9 @@ REFUSED = {
     "half a GPU more": (["tightness", "--ray", "--gpus-per-job", "1.5"], "a share below 1 or a whole number, got 1.5"),
     "a negative GPU": (["tightness", "--ray", "--gpus-per-job", "-1"], "a share below 1 or a whole number, got -1"),
     "GPUs without Ray": (["tightness", "--gpus-per-job", "1"], "--gpus-per-job goes with --ray"),
-    "a task that runs here only": (["speed", "--ray"], "--ray goes with the tasks all, tightness, balls, got speed"),
+    "a task that runs here only": (["speed", "--ray"], "the tasks all, tightness, balls, robustness, got speed"),
+    "models in processes and on a cluster": (["robustness", "--jobs", "2", "--ray"], "--ray goes with the models"),
+    "GPUs for models": (["robustness", "--gpus-per-job", "1", "--ray"], "--gpus-per-job goes with blocks"),
 }
 
 

@@ -6,7 +6,6 @@ import copy
 import dataclasses as dc
 import functools
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -261,15 +260,6 @@ def test_a_killed_run_goes_on_where_it_was(fakes: Fakes, split: DigitsSplit, tmp
     closed = workshop(tmp_path / "whole", split, only_read=True)
     assert robustness.run(closed, TINY) == whole
     assert fakes.calls == []
-
-
-@pytest.fixture
-def _one_thread() -> Iterator[None]:
-    """What a model is trained to depends on it, and processes share the threads there are."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("_one_thread")
