@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bench.records import Question
-    from bench.robustness.training import Trained
     from lipbounds.targets.attention import Attention
 
 
@@ -107,13 +106,3 @@ def where_it_runs() -> dict[str, Any]:
         "main thread": threading.current_thread() is threading.main_thread(),  # time limits are signals
         "threads": torch.get_num_threads(),
     }
-
-
-def nothing_but_seed_1_dies(model: Trained) -> None:
-    """Measure nothing; the worker of one model dies.
-
-    Args:
-        model: the model.
-    """
-    if model.recipe.seed == 1:
-        os.kill(os.getpid(), signal.SIGKILL)

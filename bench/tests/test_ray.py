@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ from bench.tasks import robustness, tightness
 from bench.tests import on_workers
 from bench.tests.samples import tiny_block, tiny_case, tiny_model
 from lipbounds import registry
-from lipbounds.cluster import Cluster, ClusterError, connect
+from lipbounds.cluster import Cluster, ClusterError, Lost, connect
 from lipbounds.models.digits_data import load_digits_split
 from lipbounds.report import measure, to_json
 from lipbounds.targets.sending import sendable
@@ -243,34 +243,19 @@ def test_models_trained_on_a_cluster_give_the_answers_of_one_process(tmp_path: P
         moving = ("seconds", "environment")
         return {k: {n: v for n, v in fields.items() if n not in moving} for k, fields in run.answers.found.items()}
 
-    alone, there, again = workshop("alone"), workshop("there"), workshop("again")
+    alone, there = workshop("alone"), workshop("there")
     whole = robustness.run(alone, profile)
-    places: list[str] = []
-    assert robustness.run(there, profile, cluster=cluster, advance=places.append)["settings"] == whole["settings"]
-    assert len(places) == robustness.pieces(profile)
-    assert without_times(there) == without_times(alone)
-    assert written(there.answers.path) == Counter(dict.fromkeys(alone.answers.found, 1))
-    assert (there.answers.made, there.answers.reused) == (alone.answers.made, alone.answers.reused)
     # What is in the records is not made again.
     kept = [fields for fields in alone.answers.found.values() if fields["seed"] == 0]
     for fields in kept:
-        again.answers.keep(fields)
-    robustness.run(again, profile, cluster=cluster)
-    assert written(again.answers.path) == written(there.answers.path)
-    assert all(again.answers.found[fields["key"]] is fields for fields in kept)
-
-
-@pytest.mark.usefixtures("_one_thread")
-def test_a_lost_model_is_named_and_the_others_are_kept(
-    tmp_path: Path, with_gpus: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("lipbounds.cluster.RETRIES", 0)
-    ways = [recipe(SETTINGS["none"], None, epochs=1, seed=seed) for seed in (0, 1)]
-    place = Workshop(Answers(tmp_path / "robustness.jsonl"), tmp_path / ".work", load_digits_split())
-    done = []
-    with pytest.raises(ClusterError, match=r"got none of none, seed 1 \(WorkerCrashedError"):
-        done.extend(answered_on(with_gpus(0.0), place, ways, on_workers.nothing_but_seed_1_dies))
-    assert [fields["seed"] for fields in place.answers.found.values()] == [0]
+        there.answers.keep(fields)
+    places: list[str] = []
+    assert robustness.run(there, profile, cluster=cluster, advance=places.append)["settings"] == whole["settings"]
+    assert len(places) == robustness.pieces(profile)
+    assert all(there.answers.found[fields["key"]] is fields for fields in kept)
+    assert without_times(there) == without_times(alone)
+    assert written(there.answers.path) == Counter(dict.fromkeys(alone.answers.found, 1))
+    assert there.answers.made == alone.answers.made
 
 
 def test_a_lost_evaluation_is_a_failed_record_that_is_tried_again(
@@ -291,6 +276,38 @@ def test_a_lost_evaluation_is_a_failed_record_that_is_tried_again(
 
 
 # -- without a cluster ---------------------------------------------------------------------------------------------
+
+
+class OneLost:
+    """A cluster that comes back without the first model; the others it makes here."""
+
+    room = True
+
+    def __init__(self) -> None:
+        self.jobs: list[tuple[Any, ...]] = []
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.jobs)
+
+    def share(self, content: Any) -> Any:
+        return content
+
+    def submit(self, *job: Any) -> None:
+        self.jobs.append(job)
+
+    def finished(self) -> tuple[Any, Any]:
+        way, function, *arguments = self.jobs.pop(0)
+        return way, function(*arguments) if way.seed else Lost("WorkerCrashedError: it died")
+
+
+def test_a_lost_model_is_named_and_the_others_are_kept(tmp_path: Path) -> None:
+    ways = [recipe(SETTINGS["none"], None, epochs=1, seed=seed) for seed in (0, 1)]
+    place = Workshop(Answers(tmp_path / "robustness.jsonl"), tmp_path / ".work", load_digits_split())
+    done = []
+    with pytest.raises(ClusterError, match=r"got none of none, seed 0 \(WorkerCrashedError: it died\); run the same"):
+        done.extend(answered_on(cast("Cluster", OneLost()), place, ways, lambda model: None))
+    assert [fields["seed"] for fields in place.answers.found.values()] == [1]
 
 
 def test_without_ray_one_line_says_how_to_get_it(

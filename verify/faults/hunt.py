@@ -96,7 +96,8 @@ def _plan(spec: BoundSpec, max_examples: int, seconds: float) -> list[tuple[str,
     checks = checks_for(spec)
     attackable = can_climb(spec) and spec.role == "bound"
     value = [check for check in checks if check in ("value", "tight")]
-    short, long = (((FALSIFY, time),) if attackable else () for time in (min(seconds, SHORT_SECONDS), seconds))
+    short = [(FALSIFY, min(seconds, SHORT_SECONDS))] if attackable else []
+    long = [(FALSIFY, seconds)] if attackable and seconds > SHORT_SECONDS else []  # else it would repeat the short one
     others = [(check, max_examples) for check in checks if check not in value]
     deeper = [(check, DEEPER * max_examples) for check in value]
     return [*((check, max_examples) for check in value), *short, *others, *long, *deeper]
