@@ -16,7 +16,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(("spec", "check"), cases, ids=[f"{spec.name}-{check}" for spec, check in cases])
 
 
-# The searches run as users run the bound. These two keep the shape checks that only tests switch on.
+# The searches run as users run the bound. This one keeps the shape checks that only tests switch on.
 SHAPES_CHECKED = ("returns",)
 
 
