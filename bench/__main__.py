@@ -7,22 +7,20 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench import readme
-from bench.certified_data import NotAnswered
-from bench.commands import (
-    attention,
-    balls,
-    certified,
-    classifier,
-    robustness,
-    scaling,
-    speed,
-    tightness,
-    training,
-)
-from bench.commands.common import cluster_of
-from bench.machine import ROOT
-from bench.models import Model, zoo
+from bench.attention import command as attention
+from bench.balls import command as balls
+from bench.certified import command as certified
+from bench.engine.answers import NotAnswered
+from bench.engine.machine import ROOT
+from bench.engine.options import cluster_of
+from bench.robustness import classifier_command as classifier
+from bench.robustness import command as robustness
+from bench.speed import command as speed
+from bench.speed import scaling_command as scaling
+from bench.speed import training_command as training
+from bench.tightness import command as tightness
+from bench.tightness import readme
+from bench.workloads.models import Model, zoo
 from lipbounds.errors import LipboundsError
 
 

@@ -14,9 +14,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lipbounds.claims import FEATURES, BoundResult, Claim, Feature, Source, check_result
+from lipbounds.derivatives.rounding.range import check_range
 from lipbounds.errors import InvalidInput, UnknownBound, UnsupportedAttention
 from lipbounds.targets.attention import Attention
-from lipbounds.targets.attention_range import check_range
 from lipbounds.targets.target import Target
 
 

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from bench.attacks import Norm, autoattack, fgsm, pgd, right, within
-from bench.certified_data import Answer
+from bench.attacks.images import Norm, autoattack, fgsm, pgd, right, within
+from bench.engine.answers import Answer
 from bench.robustness.statistics import worst_case
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from bench.attacks import pgd, right
-from bench.certified_data import Answer
+from bench.attacks.images import pgd, right
+from bench.engine.answers import Answer
 from bench.robustness.settings import (
     CHOICE_EPS,
     CHOICE_SEED,

@@ -13,10 +13,10 @@ mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 
-from bench.drawing import save
+from bench.pages.figure_files import save
+from bench.pages.formatting import figure, table
 from bench.robustness.figures import COLOURS, MARKERS, NORM_TITLES, STYLE
 from bench.robustness.measures import BOUNDS
-from bench.wording import figure, table
 
 
 Data = dict[str, Any]
@@ -26,7 +26,7 @@ def report(data: Data, command: str, picture: str) -> str:
     """The page.
 
     Args:
-        data: what `bench.tasks.classifier.run` returned.
+        data: what `bench.robustness.classifier_task.run` returned.
         command: that made it.
         picture: the file name of the figure.
     """
@@ -84,7 +84,7 @@ def draw(data: Data, folder: Path, name: str) -> list[Path]:
     """Robust accuracy against the radius, as PNG and SVG.
 
     Args:
-        data: what `bench.tasks.classifier.run` returned.
+        data: what `bench.robustness.classifier_task.run` returned.
         folder: where the files go.
         name: of the files, without suffix.
     """

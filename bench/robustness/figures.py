@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.drawing import save
+from bench.pages.figure_files import save
 from bench.robustness.settings import BASELINE
 from bench.robustness.summary import measure_name
 
@@ -32,7 +32,7 @@ def draw(data: Data, summary: Data, folder: Path) -> list[Path]:
     """Robust accuracy against radius and against the local constant, and g_1 of rows; each as PNG and SVG.
 
     Args:
-        data: what `bench.tasks.robustness.run` returned.
+        data: what `bench.robustness.task.run` returned.
         summary: what `bench.robustness.summary.summarised` made of it.
         folder: where the files go.
     """

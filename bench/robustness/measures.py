@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from bench.certified_data import Answer
+from bench.engine.answers import Answer
 from lipbounds import registry
 from lipbounds.capture import capture
 from lipbounds.estimators.lanczos import lanczos_upper

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from bench.certified_data import Answer, Answers
+from bench.engine.answers import Answer, Answers
 from bench.robustness.processes import Measure
 from bench.robustness.settings import Recipe
 from bench.robustness.training import Workshop

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.attacks import pgd
+from bench.attacks.images import pgd
 from bench.robustness.settings import Recipe
 from lipbounds import registry
 from lipbounds.capture import capture

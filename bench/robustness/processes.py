@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from bench.certified_data import Answers
+from bench.engine.answers import Answers
 from bench.robustness.settings import Recipe
 from bench.robustness.training import Trained, Workshop
 

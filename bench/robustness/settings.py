@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses as dc
 from typing import Any
 
-from bench.attacks import Norm
+from bench.attacks.images import Norm
 from lipbounds.models.train_digits import WEIGHT_DECAY
 
 

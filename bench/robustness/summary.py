@@ -27,7 +27,7 @@ def summarised(data: Data) -> Data:
     """Intervals of every measure of every setting, and the comparisons.
 
     Args:
-        data: what `bench.tasks.robustness.run` returned.
+        data: what `bench.robustness.task.run` returned.
     """
     values = {
         name: [{**accuracies(model), **constants(model)} for model in setting["models"]]

@@ -6,6 +6,7 @@ import math
 from statistics import mean, median
 from typing import Any
 
+from bench.pages.formatting import figure, table
 from bench.robustness.measures import BOUNDS
 from bench.robustness.settings import (
     CHOICE_EPS,
@@ -14,7 +15,6 @@ from bench.robustness.settings import (
     SETTINGS,
 )
 from bench.robustness.summary import CONSTANTS, measure_name, verdict
-from bench.wording import figure, table
 
 
 Data = dict[str, Any]
@@ -33,7 +33,7 @@ def report(data: Data, summary: Data, command: str) -> str:
     """The page of results.
 
     Args:
-        data: what `bench.tasks.robustness.run` returned.
+        data: what `bench.robustness.task.run` returned.
         summary: what `bench.robustness.summary.summarised` made of it.
         command: that made it.
     """

@@ -16,12 +16,12 @@ from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from bench.certified_data import Answer, Answers
-from bench.machine import describe, environment
-from bench.models import tensors_hash
-from bench.records import RecordError, content_hash
+from bench.engine.answers import Answer, Answers
+from bench.engine.machine import describe, environment
+from bench.engine.records import RecordError, content_hash
 from bench.robustness.penalties import loss_of
 from bench.robustness.settings import VERSION, Recipe
+from bench.workloads.models import tensors_hash
 from lipbounds.errors import InvalidInput
 from lipbounds.models.digits_data import DigitsSplit
 from lipbounds.models.digits_vit import DigitsViT, load_digits_vit

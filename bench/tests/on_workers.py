@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from bench.records import Question
+    from bench.engine.records import Question
     from lipbounds.targets.attention import Attention
 
 
@@ -47,7 +47,7 @@ def answer_watched(block: Attention, question: Question, *rest: Any) -> Any:
     """
     import ray
 
-    from bench.evaluators import answer
+    from bench.engine.evaluators import answer
 
     folder, node = Path(os.environ[WATCHED]), ray.get_runtime_context().get_node_id()
     (folder / f"{question.key}-{node}-{uuid.uuid4().hex}").touch()
@@ -70,7 +70,7 @@ def answer_slowly(*arguments: Any) -> Any:
     Args:
         *arguments: of `answer`.
     """
-    from bench.evaluators import answer
+    from bench.engine.evaluators import answer
 
     time.sleep(0.2)
     return answer(*arguments)
@@ -84,7 +84,7 @@ def answer_but_exact_dies(block: Attention, question: Question, *rest: Any) -> A
         question: what is evaluated there.
         *rest: what else `answer` takes.
     """
-    from bench.evaluators import answer
+    from bench.engine.evaluators import answer
 
     if question.bound == "exact" and question.layer == 0:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from bench.evaluate import Case
-from bench.models import Model
-from bench.records import Question, Record
+from bench.engine.records import Question, Record
+from bench.workloads.case import Case
+from bench.workloads.models import Model
 from lipbounds.claims import Claim, Source
 from lipbounds.registry import BoundSpec
 from lipbounds.targets.attention import Attention

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.attacks import Norm, autoattack, distance, fgsm, pgd, right, within
-from bench.token_attack import TokensAsImages, attack_tokens
+from bench.attacks.images import Norm, autoattack, distance, fgsm, pgd, right, within
+from bench.attacks.tokens import TokensAsImages, attack_tokens
 from lipbounds.errors import InvalidInput
 
 
@@ -145,7 +145,7 @@ def test_no_point_of_the_ball_is_clamped_away(monkeypatch: pytest.MonkeyPatch) -
         assert float(corner.max()) <= 1 + 1e-6
         return corner.clamp(0, 1)
 
-    monkeypatch.setattr("bench.token_attack.autoattack", to_the_corner)
+    monkeypatch.setattr("bench.attacks.tokens.autoattack", to_the_corner)
     moved = attack_tokens(nn.Identity(), tokens, torch.zeros(1, dtype=torch.long), "l_inf", 2.0, seed=0)
     expected = tokens + 2 * torch.tensor([[[-1.0, 1.0], [1.0, -1.0]]])
     torch.testing.assert_close(moved, expected, rtol=0, atol=1e-5)

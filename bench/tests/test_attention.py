@@ -14,16 +14,19 @@ import torch
 from scipy.stats import spearmanr
 from torch.func import jacrev
 
-from bench import attention_figures, attention_tables, parts
-from bench.attention_links import MEAN, arrays, factors, links
-from bench.certified_data import Answers
-from bench.evaluate import Case, question
-from bench.maps import examples, statistics
-from bench.parts import bounds, mixing_block, part_norms, row_correlations, true_constant
-from bench.records import Record
-from bench.tasks import attention as task
-from bench.tasks.tightness import TASK
+from bench.attention import figures as attention_figures
+from bench.attention import measures as parts
+from bench.attention import tables as attention_tables
+from bench.attention import task as task
+from bench.attention.links import MEAN, arrays, factors, links
+from bench.attention.maps import examples, statistics
+from bench.attention.measures import bounds, mixing_block, part_norms, row_correlations, true_constant
+from bench.engine.answers import Answers
+from bench.engine.evaluate import question
+from bench.engine.records import Record
 from bench.tests.samples import tiny_block, tiny_case
+from bench.tightness.task import TASK
+from bench.workloads.case import Case
 from lipbounds import registry
 
 

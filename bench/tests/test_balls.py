@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from bench import balls
-from bench.evaluate import Case
-from bench.models import Model
-from bench.radii import Radius
-from bench.records import Record
-from bench.store import RecordStore
-from bench.tasks import balls as task
+from bench.balls import page as balls
+from bench.balls import task as task
+from bench.engine.records import Record
+from bench.engine.store import RecordStore
 from bench.tests.samples import tiny_case
+from bench.workloads.case import Case
+from bench.workloads.models import Model
+from bench.workloads.radii import Radius
 
 
 RADII = (Radius(0.01, 0.001), Radius(0.1, 0.01))

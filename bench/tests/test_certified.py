@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from bench import certified_tables
-from bench.certified_data import Answers
-from bench.records import RecordError
-from bench.tasks import certified
+from bench.certified import tables as certified_tables
+from bench.certified import task as certified
+from bench.engine.answers import Answers
+from bench.engine.records import RecordError
 from lipbounds.errors import InvalidInput
 
 

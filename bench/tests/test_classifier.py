@@ -13,11 +13,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from bench import __main__ as program
-from bench.attacks import Norm, pgd
+from bench.attacks.images import Norm, pgd
 from bench.robustness import attacked
+from bench.robustness import classifier_task as classifier
 from bench.robustness.classifier import check_classes, load_classifier
 from bench.robustness.folder import read_folder
-from bench.tasks import classifier
 from lipbounds.errors import InvalidInput
 from lipbounds.models.digits_data import load_digits_split
 from lipbounds.models.digits_vit import load_digits_vit

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import pearsonr, spearmanr
 
-from bench.correlation import (
+from bench.attention.correlation import (
     Estimate,
     estimate,
     pearson_logs_across,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from torch import Tensor
 
-from bench.features import SAMPLES, differentiable, page
 from bench.tests.samples import spec
+from bench.tightness.features import SAMPLES, differentiable, page
 from lipbounds import registry
 from lipbounds.claims import FEATURES
 from lipbounds.targets.attention import Attention

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from bench.models import SENTENCES, Model, interleaved, tensors_hash, zoo
+from bench.workloads.models import SENTENCES, Model, interleaved, tensors_hash, zoo
 
 
 MODELS = {model.name: model for model in zoo()}

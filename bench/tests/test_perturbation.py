@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench.perturbation import Effort, Norm, _apgd, smallest_found
+from bench.attacks.smallest import Effort, Norm, _apgd, smallest_found
 
 
 EFFORT = Effort(iterations=20, fab_targets=9, apgd_targets=3)

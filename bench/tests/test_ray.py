@@ -19,23 +19,24 @@ import pytest
 import torch
 from torch import nn
 
-from bench import evaluators
 from bench.__main__ import MISUSE, main
-from bench.certified_data import Answers
-from bench.evaluate import question
-from bench.machine import ROOT
+from bench.engine import evaluators
+from bench.engine.answers import Answers
+from bench.engine.evaluate import question
+from bench.engine.machine import ROOT
+from bench.engine.store import RecordStore, read
+from bench.robustness import task as robustness
 from bench.robustness.on_cluster import answered_on
 from bench.robustness.settings import PROFILES, SETTINGS, recipe
 from bench.robustness.training import Workshop
-from bench.store import RecordStore, read
-from bench.tasks import robustness, tightness
 from bench.tests import on_workers
 from bench.tests.samples import tiny_block, tiny_case, tiny_model
+from bench.tightness import task as tightness
 from lipbounds import registry
 from lipbounds.cluster import Cluster, ClusterError, Lost, connect
 from lipbounds.models.digits_data import load_digits_split
 from lipbounds.report import measure, to_json
-from lipbounds.targets.sending import sendable
+from lipbounds.targets.serialize import sendable
 
 
 pytest.importorskip("ray")
@@ -45,7 +46,7 @@ PATIENCE = 240.0  # seconds: Ray starts processes, which takes long where others
 DRIVER = """
 import sys
 from pathlib import Path
-from bench import evaluators
+from bench.engine import evaluators
 from bench.tests import on_workers, test_ray
 from lipbounds.cluster import connect
 evaluators.answer = on_workers.answer_slowly

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from bench.records import SCHEMA_VERSION, Record, RecordError
-from bench.store import RecordStore, read
+from bench.engine.records import SCHEMA_VERSION, Record, RecordError
+from bench.engine.store import RecordStore, read
 from bench.tests.samples import record
 
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.certified_data import Answers
-from bench.records import RecordError
-from bench.store import RecordStore, read
+from bench.engine.answers import Answers
+from bench.engine.records import RecordError
+from bench.engine.store import RecordStore, read
 from bench.tests.samples import record
 
 

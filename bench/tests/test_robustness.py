@@ -15,16 +15,16 @@ from scipy import stats
 from torch import Tensor, nn
 
 from bench import __main__ as program
-from bench.certified_data import Answers, NotAnswered
-from bench.records import RecordError
+from bench.engine.answers import Answers, NotAnswered
+from bench.engine.records import RecordError
 from bench.robustness import attacked, choice, figures, measures, penalties, settings, tables, training
+from bench.robustness import task as robustness
 from bench.robustness.choice import best, tried
 from bench.robustness.penalties import loss_of
 from bench.robustness.settings import PROFILES, SETTINGS, Profile, recipe
 from bench.robustness.statistics import holm, interval, paired, worst_case
 from bench.robustness.summary import summarised, verdict
 from bench.robustness.training import Workshop
-from bench.tasks import robustness
 from lipbounds.capture import capture
 from lipbounds.estimators.exact import exact_norm
 from lipbounds.models.digits_data import DigitsSplit, LabelledImages, load_digits_split

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from bench.aggregate import aggregate
-from bench.radii import RELATIVE, radii
-from bench.records import Record
-from bench.scopes import WITHIN
-from bench.store import RecordStore, read
-from bench.tables import headline, report
-from bench.tasks import tightness
+from bench.engine.records import Record
+from bench.engine.store import RecordStore, read
 from bench.tests.samples import environment_line, record, spec, tiny_block, tiny_case, tiny_model
+from bench.tightness import task as tightness
+from bench.tightness.aggregate import aggregate
+from bench.tightness.scopes import WITHIN
+from bench.tightness.tables import headline, report
+from bench.workloads.radii import RELATIVE, radii
 from lipbounds import registry
 from lipbounds.claims import SCOPES
 

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from bench import speed_tables, timing
-from bench.certified_data import Answers
-from bench.speed_plan import PROFILES, Profile, Shape, Target
-from bench.tasks import speed
-from bench.timing import exponent, peak_memory, side_by_side, spread
+from bench.engine.answers import Answers
+from bench.speed import tables as speed_tables
+from bench.speed import task as speed
+from bench.speed import timing
+from bench.speed.plan import PROFILES, Profile, Shape, Target
+from bench.speed.timing import exponent, peak_memory, side_by_side, spread
 
 
 CPU = torch.device("cpu")

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 
 from bench import __main__ as command_line
-from bench import features, readme
-from bench.aggregate import aggregate, ratio
-from bench.figures import draw, spread
-from bench.records import RecordError
-from bench.store import read
-from bench.tables import findings, headline, report
+from bench.engine.records import RecordError
+from bench.engine.schedule import Chain
+from bench.engine.store import read
+from bench.pages.formatting import figure, summary_words
 from bench.tests.samples import environment_line, record, tiny_model
-from bench.walk import Chain
-from bench.wording import figure, summary_words
+from bench.tightness import features, readme
+from bench.tightness.aggregate import aggregate, ratio
+from bench.tightness.figures import draw, spread
+from bench.tightness.tables import findings, headline, report
 from lipbounds import registry
 
 
@@ -331,7 +331,7 @@ def test_an_interrupt_says_how_to_go_on_and_leaves_the_records(
         yield
 
     with monkeypatch.context() as patch:
-        patch.setattr("bench.tasks.tightness._lanczos", interrupted)
+        patch.setattr("bench.tightness.task._lanczos", interrupted)
         assert bench("--results", str(tmp_path)) == 130
     assert "run the same command again" in capsys.readouterr().err
     assert len(read(tmp_path / "tightness.jsonl").records) == 3

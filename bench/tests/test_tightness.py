@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from bench import evaluators
-from bench.evaluate import Case, evaluate, question
-from bench.records import Record
-from bench.store import RecordStore, read
-from bench.tasks import tightness
+from bench.engine import evaluators, reference
+from bench.engine.evaluate import evaluate, question
+from bench.engine.records import Record
+from bench.engine.store import RecordStore, read
 from bench.tests.samples import spec, tiny_block, tiny_case, tiny_model
+from bench.tightness import task as tightness
+from bench.workloads.case import Case
 from lipbounds import registry
 from lipbounds.registry import BoundSpec
 from lipbounds.targets.attention import Attention
@@ -223,13 +224,13 @@ def test_failures_are_tried_again_and_what_is_settled_is_not(path: Path, monkeyp
 
 @pytest.mark.usefixtures("few_methods")
 def test_lanczos_takes_more_steps_where_the_residual_is_too_large(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tightness, "STEPS", (2, 3, 30))
+    monkeypatch.setattr(reference, "STEPS", (2, 3, 30))
     run(path, quick=True)
     found = [each for each in read(path).records.values() if each.question.bound == "lanczos"]
     for _, group in itertools.groupby(found, key=lambda each: each.question.layer):
         *before, last = group
-        assert all(each.details["residual"] > tightness.LARGEST_RESIDUAL for each in before)
-        assert last.details["residual"] <= tightness.LARGEST_RESIDUAL
+        assert all(each.details["residual"] > reference.LARGEST_RESIDUAL for each in before)
+        assert last.details["residual"] <= reference.LARGEST_RESIDUAL
         assert [each.question.options["steps"] for each in (*before, last)] == [2, 3, 30][: len(before) + 1]
     assert max(each.question.options["steps"] for each in found) == 30
 

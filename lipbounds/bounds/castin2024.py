@@ -38,11 +38,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.claims import Claim, Feature, Source
+from lipbounds.derivatives.norms import combine_heads
 from lipbounds.ops.spectral import product_norm_upper, spectral_norm_upper
 from lipbounds.registry import BoundSpec, bound
 from lipbounds.rounding import cast_up, inflate, product
 from lipbounds.targets.attention import Attention
-from lipbounds.targets.attention_norms import combine_heads
 
 
 Formula = Callable[[Float[Tensor, "*weights heads"], int], Float[Tensor, "*weights heads"]]

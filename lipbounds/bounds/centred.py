@@ -10,12 +10,12 @@ such rows: they drop out. So, V_c = V - 1 v^T, K_c = K - 1 k^T,
 
 Rotary positions turn q_i to R_i q_i, k_j to R_j k_j; then dS_ij = s ( <R_i W_Q^T dx_i, k_j> + <q_i, R_j W_K^T dx_j> ),
 q_i and k_j being turned. The first form holds with max_i ||K_c R_i W_Q^T|| and max_j ||Q R_j W_K^T||, K and Q turned
-(lipbounds.targets.attention_changes); the second with the norms of the turned Q and K, and max_i ||R_i W_Q^T|| <= rho
+(lipbounds.derivatives.logit_changes); the second with the norms of the turned Q and K, and max_i ||R_i W_Q^T|| <= rho
 ||W_Q|| for ||W_Q||, likewise for W_K, rho the norm of the rotations as given (lipbounds.targets.rotary). A key bias no
 longer is a common row, and stays in K.
-QK-norm puts another linear map of the token for R_i, T_i of lipbounds.targets.token_maps, and Q and K are normalised
-before they are turned: both forms use no more than that dq_i = T_i W_Q^T dx_i and dk_j = T_j W_K^T dx_j. In the second,
-max_i ||T_i W_Q^T|| is at most the product of the two norms.
+QK-norm puts another linear map of the token for R_i, T_i of lipbounds.derivatives.token_maps, and Q and K are
+normalised before they are turned: both forms use no more than that dq_i = T_i W_Q^T dx_i and dk_j = T_j W_K^T dx_j. In
+the second, max_i ||T_i W_Q^T|| is at most the product of the two norms.
 Where only the query moves, the terms with W_V and W_K are absent; where only the memory moves, that with W_Q is.
 max_i ||J(P_i)|| is exact here. Heads: ||W_O|| sqrt(sum_h L_h^2).
 
@@ -35,11 +35,8 @@ import torch
 from torch import Tensor
 
 from lipbounds.claims import Claim, Source
-from lipbounds.ops.spectral import power_of_two, product_norm_upper
-from lipbounds.registry import Terms, bound
-from lipbounds.rounding import cast_up, inflate
-from lipbounds.targets.attention import Attention
-from lipbounds.targets.attention_changes import (
+from lipbounds.derivatives.first.covariance import centred_keys
+from lipbounds.derivatives.logit_changes import (
     change_by_keys,
     key_norm,
     key_reach,
@@ -47,9 +44,12 @@ from lipbounds.targets.attention_changes import (
     query_norm,
     query_reach,
 )
-from lipbounds.targets.attention_covariance import centred_keys
-from lipbounds.targets.attention_norms import combine_heads, largest_softmax_norm, map_norm
-from lipbounds.targets.token_maps import query_maps
+from lipbounds.derivatives.norms import combine_heads, largest_softmax_norm, map_norm
+from lipbounds.derivatives.token_maps import query_maps
+from lipbounds.ops.spectral import power_of_two, product_norm_upper
+from lipbounds.registry import Terms, bound
+from lipbounds.rounding import cast_up, inflate
+from lipbounds.targets.attention import Attention
 
 
 @bound(

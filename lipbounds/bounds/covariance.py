@@ -23,14 +23,15 @@ W_Q^T, the covariance is that of the turned keys (with their biases), and u_ij =
 that |u_i| is replaced by s rho ||W_K|| |q_i|, rho the norm of the rotations as given. In covariance.trace the
 covariance of turned keys no longer is W_V^T C_i W_K: it refuses them.
 
-QK-norm puts T_i, the map of each token (lipbounds.targets.token_maps), for R_i, and the largest norm of T_j for rho.
+QK-norm puts T_i, the map of each token (lipbounds.derivatives.token_maps), for R_i, and the largest norm of T_j for
+rho.
 
 Where only the query moves, the middle term remains; where only the memory moves, the other two. Heads: ||W_O||
 sqrt(sum_h L_h^2).
 
 Numerics: float64. Covariances are differences of moments of centred data; the error of a moment is at most gamma
 times the moment of absolute values, that of P follows from logit_error, and both are added by
-lipbounds.targets.attention_covariance.
+lipbounds.derivatives.first.covariance.
 """
 
 from __future__ import annotations
@@ -40,12 +41,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.claims import Claim, Source
-from lipbounds.ops.spectral import product_norm_upper, root, spectral_norm_upper
-from lipbounds.registry import Terms, bound
-from lipbounds.rounding import cast_up, gamma, inflate
-from lipbounds.targets.attention import Attention
-from lipbounds.targets.attention_changes import key_reach
-from lipbounds.targets.attention_covariance import (
+from lipbounds.derivatives.first.covariance import (
     centred_keys,
     centred_projection,
     centred_tokens,
@@ -53,9 +49,14 @@ from lipbounds.targets.attention_covariance import (
     row_covariance,
     row_variance,
 )
-from lipbounds.targets.attention_norms import combine_heads, map_norm
-from lipbounds.targets.attention_rounding import query_error
-from lipbounds.targets.token_maps import query_maps
+from lipbounds.derivatives.logit_changes import key_reach
+from lipbounds.derivatives.norms import combine_heads, map_norm
+from lipbounds.derivatives.rounding.logits import query_error
+from lipbounds.derivatives.token_maps import query_maps
+from lipbounds.ops.spectral import product_norm_upper, root, spectral_norm_upper
+from lipbounds.registry import Terms, bound
+from lipbounds.rounding import cast_up, gamma, inflate
+from lipbounds.targets.attention import Attention
 
 
 @bound(

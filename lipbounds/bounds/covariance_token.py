@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from lipbounds.claims import Claim, Source
+from lipbounds.derivatives.first.covariance import centred_projection, row_covariance
+from lipbounds.derivatives.norms import combine_rows
 from lipbounds.ops.spectral import product_norm_upper, row_norms_upper, spectral_norm_upper
 from lipbounds.registry import Terms, bound
 from lipbounds.rounding import cast_up, inflate
 from lipbounds.targets.attention import Attention
-from lipbounds.targets.attention_covariance import centred_projection, row_covariance
-from lipbounds.targets.attention_norms import combine_rows
 
 
 @bound(

@@ -25,13 +25,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.claims import Claim, Source
+from lipbounds.derivatives.norms import combine_heads
+from lipbounds.derivatives.rounding.logits import logit_error
 from lipbounds.ops.softmax import inf_to_one_norm_upper
 from lipbounds.ops.spectral import row_norms_upper, spectral_norm_upper
 from lipbounds.registry import Terms, bound
 from lipbounds.rounding import cast_up, inflate
 from lipbounds.targets.attention import Attention
-from lipbounds.targets.attention_norms import combine_heads
-from lipbounds.targets.attention_rounding import logit_error
 
 
 @bound(

@@ -31,11 +31,11 @@ import torch
 from torch import Tensor
 
 from lipbounds.claims import Claim, Source
+from lipbounds.derivatives.norms import combine_heads, map_norm
 from lipbounds.ops.spectral import product_norm_upper, spectral_norm_upper
 from lipbounds.registry import Terms, bound
 from lipbounds.rounding import cast_up, inflate
 from lipbounds.targets.attention import Attention
-from lipbounds.targets.attention_norms import combine_heads, map_norm
 
 
 @bound(

@@ -21,11 +21,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from lipbounds.claims import Claim, Source
+from lipbounds.derivatives.norms import combine_heads
 from lipbounds.ops.spectral import spectral_norm_upper, vector_norm
 from lipbounds.registry import bound
 from lipbounds.rounding import cast_up, inflate
 from lipbounds.targets.attention import Attention
-from lipbounds.targets.attention_norms import combine_heads
 
 
 PAPER, AUTHORS = (

@@ -50,12 +50,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.claims import Claim, Norm, Source
+from lipbounds.derivatives.norms import combine_heads
 from lipbounds.ops.lambert import phi_inverse_upper
 from lipbounds.ops.spectral import product_norm_upper, spectral_norm_upper, vector_norm
 from lipbounds.registry import BoundSpec, Status, bound
 from lipbounds.rounding import cast_up, inflate
 from lipbounds.targets.attention import Attention
-from lipbounds.targets.attention_norms import combine_heads
 from lipbounds.targets.l2_attention import L2Attention
 
 

@@ -14,7 +14,7 @@ the norm of the matrix of their norms: |sum_ik <a_i, B_ik b_k>| <= sum_ik ||B_ik
 
 Here all heads, keys and the three parts are summed before a norm is taken; only signs between different outputs are
 lost. It is never above || ( sum_j ||J_ij|| ||J_kj|| )_ik || = || ( ||J_ij|| )_ij ||^2, the norm of block norms. The
-blocks are made from small factors (lipbounds.targets.attention_gram); ||B|| is replaced by the Schatten norm
+blocks are made from small factors (lipbounds.derivatives.first.gram_blocks); ||B|| is replaced by the Schatten norm
 ||B||_S(p) >= ||B||, p = 2, 4, ..., 64 (lipbounds.ops.schatten), which costs at most D^(1/2p). Without products of
 different rows, ||J_i J_k^T|| <= ||J_i|| ||J_k||, and
 
@@ -40,14 +40,14 @@ the last as in bounds/covariance.py: |sum_j P_hij W_O^hT (v_hj - m_hi) c_j|^2 <=
 P_hij c_j^2 with c_j = <u_hi, dx_j>, summed over i.
 
 `sharp` is the smaller of `sharp_fast` and (1), or of `sharp_fast` and (2). Size rule, the same for every item of a
-batch (lipbounds.targets.attention_gram_norm): (1) is evaluated up to 2.5e12 multiplications and additions, with the
+batch (lipbounds.derivatives.first.gram_norm): (1) is evaluated up to 2.5e12 multiplications and additions, with the
 largest p for which these stay below the limit in GRAM_WORK (p = 8 up to 2e11, 64 up to 5e9); above that (2) up to 1e12,
 with p = 8. Still larger blocks get `sharp_fast`: a smallest of fewer proved bounds is proved as well. With queries
 alone moving, J_i J_k^T = 0 for i != k, and (1) is max_i ||T2_i||.
 
-Numerics: float64. Rounding of (1) and (2) is that of lipbounds.targets.attention_gram, added to every norm of a block:
-it costs 1e-7 of the number at most where the factors do not cancel, and the sums over heads take over where they do.
-(3), (4) and (5) in lipbounds.targets.attention_parts.
+Numerics: float64. Rounding of (1) and (2) is that of lipbounds.derivatives.first.gram_blocks, added to every norm of a
+block: it costs 1e-7 of the number at most where the factors do not cancel, and the sums over heads take over where they
+do. (3), (4) and (5) in lipbounds.derivatives.first.three_parts.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ import torch
 from torch import Tensor
 
 from lipbounds.claims import Claim, Source
+from lipbounds.derivatives.first.gram_norm import gram_norm, has_gram_norm, has_rows_norm, rows_norm
+from lipbounds.derivatives.first.three_parts import three_parts
 from lipbounds.registry import Terms, bound
 from lipbounds.rounding import cast_up, inflate
 from lipbounds.targets.attention import Attention
-from lipbounds.targets.attention_gram_norm import gram_norm, has_gram_norm, has_rows_norm, rows_norm
-from lipbounds.targets.attention_parts import three_parts
 
 
 @bound(

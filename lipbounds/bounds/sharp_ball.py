@@ -1,7 +1,7 @@
 r"""Sharp bounds on a ball ||X' - X||_F <= eps, ours: all heads jointly, and the truth at the centre plus a deviation.
 
 The differential has three parts, mixing, query part and key part: how each is bounded over the ball, and how fast each
-can change there, is in lipbounds.targets.attention_ball_parts, with proofs. Below 0 = r_0 < ... < r_K = eps.
+can change there, is in lipbounds.derivatives.ball.first, with proofs. Below 0 = r_0 < ... < r_K = eps.
 
 - sharp_ball.direct: the sum of the three parts over the ball.
 - sharp_ball.deviation: along the segment from X to X' each part moves by at most the integral of its rate of change, so
@@ -16,7 +16,7 @@ can change there, is in lipbounds.targets.attention_ball_parts, with proofs. Bel
       radius r_k of ||d3F||,
 
   with ||d2F(X)|| the lesser of the sum of the rates at radius 0 and what Gram blocks at X give, all parts and heads
-  together: those of pairs of tokens (lipbounds.targets.attention_second) where they take at most PAIRS_WORK, of rows
+  together: those of pairs of tokens (lipbounds.derivatives.second.norm) where they take at most PAIRS_WORK, of rows
   (attention_second_rows) where they take at most SECOND_WORK; ||d3F|| is bounded in attention_ball_third.
 - sharp_ball: the least of the three and of Theorem 3 on the ball; a minimum of bounds is one. On blocks above
   SECOND_WORK, where an evaluation takes minutes, sharp_ball leaves sharp_ball.taylor out, and all take two shells, not
@@ -39,19 +39,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.claims import Claim, Feature, Source
+from lipbounds.derivatives.ball.first import BallParts, Centre
+from lipbounds.derivatives.ball.logits import theorem_3_on_ball
+from lipbounds.derivatives.ball.third import BallThird
+from lipbounds.derivatives.first.dense import dense_norm, jacobian_entries
+from lipbounds.derivatives.first.gram_norm import gram_norm, has_gram_norm
+from lipbounds.derivatives.first.three_parts import three_parts
+from lipbounds.derivatives.rounding.range import check_range
+from lipbounds.derivatives.second.norm import second_norm, second_work
+from lipbounds.derivatives.second.rows import rows_work, second_norm_by_rows
 from lipbounds.errors import InvalidInput
 from lipbounds.registry import Terms, bound
 from lipbounds.rounding import cast_up, inflate
 from lipbounds.targets.attention import Attention
-from lipbounds.targets.attention_ball import theorem_3_on_ball
-from lipbounds.targets.attention_ball_parts import BallParts, Centre
-from lipbounds.targets.attention_ball_third import BallThird
-from lipbounds.targets.attention_dense import dense_norm, jacobian_entries
-from lipbounds.targets.attention_gram_norm import gram_norm, has_gram_norm
-from lipbounds.targets.attention_parts import three_parts
-from lipbounds.targets.attention_range import check_range
-from lipbounds.targets.attention_second import second_norm, second_work
-from lipbounds.targets.attention_second_rows import rows_work, second_norm_by_rows
 
 
 SUPPORTS: tuple[Feature, ...] = ("heads", "biases", "mask", "cross")

@@ -21,9 +21,9 @@ With biases Q = X W_Q + 1 b_Q^T and so on, and the formula as printed is not a b
 Where only the query input moves, the first and the last term are 0; where only the memory moves, ||K W_Q^T|| is.
 
 Rotary positions (ours): q_i and k_j in dS are turned, and the two norms become max_i ||K R_i W_Q^T|| and max_j ||Q R_j
-W_K^T|| with the turned Q and K: lipbounds.targets.attention_changes. Nothing else of the proof is touched. With QK-norm
-(ours) the tangents of q_i and k_j are T_i W_Q^T dx_i and T_j W_K^T dx_j, T of lipbounds.targets.token_maps, which stand
-where R_i W_Q^T dx_i and R_j W_K^T dx_j did.
+W_K^T|| with the turned Q and K: lipbounds.derivatives.logit_changes. Nothing else of the proof is touched. With QK-norm
+(ours) the tangents of q_i and k_j are T_i W_Q^T dx_i and T_j W_K^T dx_j, T of lipbounds.derivatives.token_maps, which
+stand where R_i W_Q^T dx_i and R_j W_K^T dx_j did.
 
 Heads (ours: the theorem is stated for one): the concatenation of heads with constants L_h has sqrt(sum_h L_h^2), and
 the output projection multiplies by ||W_O||.
@@ -32,7 +32,8 @@ Baselines: the same proofs with max_i ||J(P_i)|| replaced by its exact value, by
 2510.23012, Theorem 1: ||J|| <= 1/2 for every p) and by the naive constant 1 (J is the difference of diag(p) <= I and a
 positive semidefinite matrix).
 
-Numerics: float64, logits with the error analysis of lipbounds.targets.attention_rounding, norms of products rounded up.
+Numerics: float64, logits with the error analysis of lipbounds.derivatives.rounding.logits, norms of products rounded
+up.
 """
 
 from __future__ import annotations
@@ -44,12 +45,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.claims import Claim, Source
-from lipbounds.ops.spectral import spectral_norm_upper
-from lipbounds.registry import BoundSpec, Terms, bound
-from lipbounds.rounding import cast_up
-from lipbounds.targets.attention import Attention
-from lipbounds.targets.attention_changes import change_by_keys, change_by_queries
-from lipbounds.targets.attention_norms import (
+from lipbounds.derivatives.logit_changes import change_by_keys, change_by_queries
+from lipbounds.derivatives.norms import (
     combine_heads,
     largest_g_1,
     largest_softmax_norm,
@@ -57,6 +54,10 @@ from lipbounds.targets.attention_norms import (
     output_norm,
     value_norm,
 )
+from lipbounds.ops.spectral import spectral_norm_upper
+from lipbounds.registry import BoundSpec, Terms, bound
+from lipbounds.rounding import cast_up
+from lipbounds.targets.attention import Attention
 
 
 SoftmaxNorm = Callable[[Attention], Float[Tensor, "*batch heads"]]

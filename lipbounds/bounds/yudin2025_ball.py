@@ -2,7 +2,7 @@ r"""Theorem 3 of Yudin et al. 2025 extended to a ball (ours): every factor of it
 
 The ball is ||X - X0||_F <= eps in the input that moves; it is convex, so the supremum of the Jacobian norm over it is
 the Lipschitz constant on it. The suprema of the factors of the bias-aware form (lipbounds.bounds.yudin2025) and their
-proofs are in lipbounds.targets.attention_ball; at eps = 0 this is the bias-aware form at the point.
+proofs are in lipbounds.derivatives.ball.logits; at eps = 0 this is the bias-aware form at the point.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from lipbounds.claims import Claim, Source
+from lipbounds.derivatives.ball.logits import logit_radius as logit_radius
+from lipbounds.derivatives.ball.logits import theorem_3_on_ball
 from lipbounds.registry import Terms, bound
 from lipbounds.rounding import cast_up
 from lipbounds.targets.attention import Attention
-from lipbounds.targets.attention_ball import logit_radius as logit_radius
-from lipbounds.targets.attention_ball import theorem_3_on_ball
 
 
 @bound(

@@ -7,4 +7,4 @@ again on the numbers of tokens and features to learn which weight belongs to whi
 from __future__ import annotations
 
 from lipbounds.capture.blocks import CapturedAttention as CapturedAttention
-from lipbounds.capture.run import capture as capture
+from lipbounds.capture.collector import capture as capture

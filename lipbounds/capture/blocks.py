@@ -11,9 +11,9 @@ from torch import Tensor
 from lipbounds.capture.masks import future
 from lipbounds.capture.operands import Layout, Part, check_constant
 from lipbounds.capture.projections import Projection
+from lipbounds.capture.recorded_calls import MOVES_AND_SCALES, factor, reindex
 from lipbounds.capture.recorder import Recorder
-from lipbounds.capture.steps import MOVES_AND_SCALES, factor, reindex
-from lipbounds.capture.trouble import check_dropout, place, unsupported
+from lipbounds.capture.refusals import check_dropout, place, unsupported
 from lipbounds.errors import LipboundsError
 from lipbounds.targets.attention import Attention
 

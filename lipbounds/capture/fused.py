@@ -12,8 +12,8 @@ from lipbounds.capture.blocks import Call
 from lipbounds.capture.masks import additive, for_layout
 from lipbounds.capture.operands import Layout, Operand, check_constant, parts_and_layout
 from lipbounds.capture.recorder import Recorder
+from lipbounds.capture.refusals import dropout_error, unsupported
 from lipbounds.capture.tracing import trace
-from lipbounds.capture.trouble import dropout_error, unsupported
 
 
 _FUSED_DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}

@@ -13,7 +13,7 @@ from lipbounds.capture.blocks import Call, Output
 from lipbounds.capture.masks import additive, future
 from lipbounds.capture.operands import Part, check_constant
 from lipbounds.capture.recorder import Recorder
-from lipbounds.capture.trouble import dropout_error, unsupported
+from lipbounds.capture.refusals import dropout_error, unsupported
 
 
 _MULTI_HEAD = inspect.signature(F.multi_head_attention_forward)

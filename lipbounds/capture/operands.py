@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lipbounds.capture.norms import Norm
 from lipbounds.capture.projections import Projection
+from lipbounds.capture.qk_norm import Norm
 from lipbounds.capture.recorder import Invocation, Recorder
-from lipbounds.capture.trouble import unsupported
+from lipbounds.capture.refusals import unsupported
 from lipbounds.targets.rms_norm import NormOver
 
 

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lipbounds.capture import operations as ops
-from lipbounds.capture.steps import AFFINE, LINEAR, Kinds, Step, classify, tensors_in, version
+from lipbounds.capture.recorded_calls import AFFINE, LINEAR, Kinds, Step, classify, tensors_in, version
 
 
 Function = Callable[..., Any]

@@ -8,14 +8,14 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from lipbounds.capture.forms import Form, form_of
-from lipbounds.capture.norms import norm_of, read_norm
+from lipbounds.capture.linear_forms import Form, form_of
 from lipbounds.capture.operands import Operand
 from lipbounds.capture.projections import Projection, projection_of
+from lipbounds.capture.qk_norm import norm_of, read_norm
+from lipbounds.capture.recorded_calls import LINEAR, MOVES_AND_SCALES, Step, factor, reindex
 from lipbounds.capture.recorder import Recorder
+from lipbounds.capture.refusals import QK_NORM, check_dropout, unfollowed_in_words, unsupported
 from lipbounds.capture.rotations import turned
-from lipbounds.capture.steps import LINEAR, MOVES_AND_SCALES, Step, factor, reindex
-from lipbounds.capture.trouble import QK_NORM, check_dropout, unfollowed_in_words, unsupported
 
 
 def trace(recorder: Recorder, tensor: Tensor, role: str, *, transposed: bool = False, repeats: int = 1) -> Operand:

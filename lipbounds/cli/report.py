@@ -77,7 +77,7 @@ def command(
     from lipbounds.files import check_writable, write_atomically
     from lipbounds.models.loading import load_model
     from lipbounds.report import measure, to_json, write_page
-    from lipbounds.report.stages import plan
+    from lipbounds.report.evaluation import plan
     from lipbounds.report.summary import summary
 
     for path in (page, json):

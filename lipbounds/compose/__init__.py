@@ -30,4 +30,4 @@ from __future__ import annotations
 
 from lipbounds.compose.network import NetworkBound as NetworkBound
 from lipbounds.compose.network import network_bound as network_bound
-from lipbounds.compose.reach import LayerBound as LayerBound
+from lipbounds.compose.propagated_set import LayerBound as LayerBound

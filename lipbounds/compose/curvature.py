@@ -39,11 +39,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.bounds.yudin2025_ball import logit_radius
+from lipbounds.derivatives.norms import combine_heads
 from lipbounds.ops.interval import softmax_interval
 from lipbounds.ops.spectral import product_norm_upper, spectral_norm_upper
 from lipbounds.rounding import gamma, inflate
 from lipbounds.targets.attention import Attention
-from lipbounds.targets.attention_norms import combine_heads
 
 
 SLACK = 1e-11  # relative, for sums of up to 40 000 products of positive terms, of which there are few in a row

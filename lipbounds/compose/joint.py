@@ -32,11 +32,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.bounds.sharp_ball import jacobian_change
+from lipbounds.compose.containers import sequence_step
 from lipbounds.compose.curvature import curvature, supports_curvature
 from lipbounds.compose.network import attention_specs, starting_reach
-from lipbounds.compose.reach import Reach, Rules, Step, spread
+from lipbounds.compose.propagated_set import Reach, Rules, Step, spread
 from lipbounds.compose.rewrite import flat, rewritten
-from lipbounds.compose.tree import sequence_step
 from lipbounds.errors import InvalidInput, Unsupported
 from lipbounds.estimators._operator import JacobianOperator
 from lipbounds.estimators.exact import jacobian

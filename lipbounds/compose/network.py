@@ -11,9 +11,9 @@ from torch import Tensor
 
 from lipbounds import registry
 from lipbounds.claims import BoundResult, Claim, Kind, check_result
-from lipbounds.compose.reach import LayerBound, Reach, Rules, total_norm
+from lipbounds.compose.containers import sequence_step
+from lipbounds.compose.propagated_set import LayerBound, Reach, Rules, total_norm
 from lipbounds.compose.rewrite import flat
-from lipbounds.compose.tree import sequence_step
 from lipbounds.errors import InvalidInput
 from lipbounds.registry import BoundSpec
 from lipbounds.rounding import cast_up

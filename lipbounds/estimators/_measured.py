@@ -6,13 +6,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lipbounds.derivatives.rounding.jacobian import Roundoff
 from lipbounds.estimators._ball import Ball
 from lipbounds.estimators._krylov import largest_ritz_pair
 from lipbounds.estimators._operator import JacobianOperator
 from lipbounds.estimators._rayleigh import attained
 from lipbounds.ops.spectral import vector_norm
 from lipbounds.rounding import gamma, inflate
-from lipbounds.targets.attention_roundoff import Roundoff
 
 
 CHUNK_ENTRIES = 2**22  # of the largest tensor made for the points that are treated at once

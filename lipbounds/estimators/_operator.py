@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lipbounds.derivatives.rounding.jacobian import Roundoff
 from lipbounds.errors import InvalidInput
 from lipbounds.ops.spectral import vector_norm
 from lipbounds.rounding import inflate
 from lipbounds.targets.attention import Attention
-from lipbounds.targets.attention_roundoff import Roundoff
 from lipbounds.targets.network import Network
 
 

@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lipbounds.derivatives.rounding.jacobian import Roundoff
 from lipbounds.estimators._operator import JacobianOperator
 from lipbounds.estimators._options import check_steps_and_seed
 from lipbounds.rounding import cast_down, gamma, inflate
 from lipbounds.targets.attention import Attention
-from lipbounds.targets.attention_roundoff import Roundoff
 
 
 CHUNK_ENTRIES = 2**22  # of the largest tensor made for some of the tokens

@@ -3,7 +3,7 @@ r"""Attention maps of long inputs, some rows at a time: never the n x m map, O(c
 Each row is complete in its chunk, so that its maximum, second largest logit, sum and g_1 come from the formulas of
 lipbounds.ops.softmax with their rounding. With e = gamma(d + 4) s |q_i| max_j |k_j| + 2 u max |B_ij| for the rounding
 of the logits in float64, at given queries, keys and logit biases, g_1 is off by a factor of at most exp(4 e) and P_ij
-by exp(2 e) (lipbounds.targets.attention_rounding).
+by exp(2 e) (lipbounds.derivatives.rounding.logits).
 
 ||P||: for any v > 0, ||P||^2 <= max_j (P^T P v)_j / v_j (lipbounds.ops.nonnegative). A pass over the rows adds up P^T P
 v. From v = 1 the first pass gives the largest column sum, since rows sum to 1; each pass more is a step of the power
@@ -19,14 +19,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lipbounds.derivatives.logit_changes import change_by_keys, change_by_queries
+from lipbounds.derivatives.norms import LARGEST_EXPONENT, combine_heads, value_norm
+from lipbounds.derivatives.rounding.logits import logit_error
 from lipbounds.errors import InvalidInput, UnsupportedAttention
 from lipbounds.ops.softmax import g_upper_from_logits
 from lipbounds.ops.spectral import vector_norm
 from lipbounds.rounding import UNIT_ROUNDOFF, cast_up, gamma, inflate
 from lipbounds.targets.attention import Attention
-from lipbounds.targets.attention_changes import change_by_keys, change_by_queries
-from lipbounds.targets.attention_norms import LARGEST_EXPONENT, combine_heads, value_norm
-from lipbounds.targets.attention_rounding import logit_error
 
 
 ENTRIES = 2**22  # of the logits made at a time, all heads together: 32 MiB

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from lipbounds.report.as_json import from_json as from_json
 from lipbounds.report.as_json import to_json as to_json
-from lipbounds.report.contents import ModelReport as ModelReport
 from lipbounds.report.measure import ModelInput as ModelInput
 from lipbounds.report.measure import measure as measure
 from lipbounds.report.page import write_page as write_page
+from lipbounds.report.schema import ModelReport as ModelReport
 
 
 def write_report(

@@ -9,7 +9,7 @@ from typing import Any
 
 from lipbounds.claims import KINDS, NORMS, SCOPES
 from lipbounds.errors import InvalidInput
-from lipbounds.report.contents import (
+from lipbounds.report.schema import (
     SCHEMA_VERSION,
     HeadReport,
     InputReport,

@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable, Sequence
 
 from lipbounds.cluster import Cluster, Lost
+from lipbounds.report.evaluation import Plan, Stage, compute
 from lipbounds.report.layer import LayerWork
-from lipbounds.report.stages import Plan, Stage, compute
-from lipbounds.targets.sending import sendable
+from lipbounds.targets.serialize import sendable
 
 
 Progress = Callable[[str, float], None]

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from lipbounds.capture import CapturedAttention
-from lipbounds.report.contents import HeadReport, LayerReport, rounded
+from lipbounds.derivatives.first.dense import batch_items
+from lipbounds.derivatives.norms import row_g_1
+from lipbounds.report.evaluation import Found, Numbers, Stage
 from lipbounds.report.heads import mean_entropy, sinks
-from lipbounds.report.stages import Found, Numbers, Stage
+from lipbounds.report.schema import HeadReport, LayerReport, rounded
 from lipbounds.targets.attention import Attention
-from lipbounds.targets.attention_dense import batch_items
-from lipbounds.targets.attention_norms import row_g_1
 
 
 MAP_DIGITS = 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses as dc
 
-from lipbounds.report.contents import InputReport
+from lipbounds.report.schema import InputReport
 from lipbounds.report.summary import fragile_heads
 
 

@@ -13,11 +13,11 @@ from lipbounds import __version__
 from lipbounds.capture import CapturedAttention, capture
 from lipbounds.cluster import Cluster
 from lipbounds.errors import InvalidInput
-from lipbounds.report.contents import InputReport, ModelReport
+from lipbounds.report.evaluation import plan, stages
 from lipbounds.report.jobs import Progress, run_jobs
 from lipbounds.report.layer import LayerWork
 from lipbounds.report.maps import without_most_maps
-from lipbounds.report.stages import plan, stages
+from lipbounds.report.schema import InputReport, ModelReport
 
 
 @dc.dataclass(frozen=True, kw_only=True)

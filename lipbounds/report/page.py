@@ -17,7 +17,7 @@ from pathlib import Path
 from lipbounds.errors import InvalidInput
 from lipbounds.files import write_atomically
 from lipbounds.report.as_json import to_dict
-from lipbounds.report.contents import ModelReport
+from lipbounds.report.schema import ModelReport
 
 
 SCRIPTS = ("map.js", "curve.js", "page.js")

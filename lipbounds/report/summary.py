@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lipbounds.report.contents import InputReport, LayerReport, Number, least
+from lipbounds.report.schema import InputReport, LayerReport, Number, least
 
 
 MOST = 6

@@ -8,11 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lipbounds.derivatives.ball.first import BallParts, Centre
+from lipbounds.derivatives.ball.suprema import Maps
+from lipbounds.derivatives.first.dense import dense_norm
 from lipbounds.rounding import cast_up
 from lipbounds.targets.attention import Attention
-from lipbounds.targets.attention_ball_parts import BallParts, Centre
-from lipbounds.targets.attention_dense import dense_norm
-from lipbounds.targets.attention_suprema import Maps
 from verify.faults.fault import planted
 
 

@@ -7,15 +7,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lipbounds.derivatives.ball.first import Centre
+from lipbounds.derivatives.ball.third import BallThird
+from lipbounds.derivatives.first.dense import dense_norm
+from lipbounds.derivatives.second import norm as attention_second
+from lipbounds.derivatives.second.gram_blocks import factors_of
+from lipbounds.derivatives.second.norm import second_norm
+from lipbounds.derivatives.second.rows import one_key, own_and_another, two_keys
 from lipbounds.rounding import cast_up
-from lipbounds.targets import attention_second
 from lipbounds.targets.attention import Attention
-from lipbounds.targets.attention_ball_parts import Centre
-from lipbounds.targets.attention_ball_third import BallThird
-from lipbounds.targets.attention_dense import dense_norm
-from lipbounds.targets.attention_second import second_norm
-from lipbounds.targets.attention_second_gram import factors_of
-from lipbounds.targets.attention_second_rows import one_key, own_and_another, two_keys
 from verify.faults.fault import planted
 
 

@@ -287,7 +287,7 @@ def test_bench_outside_of_a_checkout_says_how_to_get_one(monkeypatch: pytest.Mon
     assert "tox -e bench" in one_line_error("bench")
 
 
-@pytest.mark.parametrize("below", [".", "docs", "bench/data"])
+@pytest.mark.parametrize("below", [".", "docs", "bench/workloads/data"])
 def test_bench_is_found_from_inside_a_checkout(below: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(RESULTS.parent / below)
     assert bench_command.checkout() == RESULTS.parent

@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lipbounds
-from lipbounds.compose import leaves, network_bound, rewrite, tree
-from lipbounds.compose.reach import Reach, Step
+from lipbounds.compose import containers as tree
+from lipbounds.compose import network_bound, rewrite
+from lipbounds.compose import primitives as leaves
+from lipbounds.compose.propagated_set import Reach, Step
 from lipbounds.compose.rewrite import flat, rewritten
 from lipbounds.ops import activations, enclosure
 from lipbounds.ops.normalization import NormalizationRange

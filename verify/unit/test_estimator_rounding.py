@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lipbounds import Attention
+from lipbounds.derivatives.rounding.jacobian import Roundoff
 from lipbounds.estimators._ball import Ball
 from lipbounds.estimators._measured import quotients
 from lipbounds.estimators._operator import JacobianOperator, sphere
@@ -19,7 +20,6 @@ from lipbounds.estimators.lanczos import lanczos, lanczos_certificate
 from lipbounds.estimators.power import power_iteration
 from lipbounds.ops.verified_norm import verified_norm
 from lipbounds.rounding import UNIT_ROUNDOFF, cast_down
-from lipbounds.targets.attention_roundoff import Roundoff
 from verify.unit.blocks import random_block, true_norm
 
 

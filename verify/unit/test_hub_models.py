@@ -33,7 +33,7 @@ from lipbounds.models.hub import load_hub_model, load_hub_tokenizer
 from lipbounds.models.minilm import load_minilm, minilm_folder
 
 
-SENTENCES = Path(__file__).parents[2] / "bench" / "data" / "sentences.txt"
+SENTENCES = Path(__file__).parents[2] / "bench" / "workloads" / "data" / "sentences.txt"
 SMALL: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 
 

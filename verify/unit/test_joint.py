@@ -16,7 +16,7 @@ from lipbounds.compose import curvature as curvature_module
 from lipbounds.compose import joint, network_bound
 from lipbounds.compose.curvature import curvature
 from lipbounds.compose.joint import JointNetwork
-from lipbounds.compose.reach import Reach, spread
+from lipbounds.compose.propagated_set import Reach, spread
 from lipbounds.targets.layers import Layer, Linear, Patches, Pool, Residual, Sequence, layer_norm
 from verify.unit.networks import Draw, attention, feed_forward, largest_norm, transformer
 

@@ -16,7 +16,7 @@ from lipbounds import Attention, InvalidInput
 from lipbounds.testing import extended, oracles, recipes, strategies
 from lipbounds.testing.oracles import batch_item, jacobian, jacobian_norm, truth_slack
 from lipbounds.testing.recipes import Recipe, build
-from verify.unit.kit import GRID, SEARCH
+from verify.unit.sample_bounds import GRID, SEARCH
 
 
 @pytest.mark.parametrize("recipe", GRID, ids=lambda r: f"{r.mask}-{r.moves}-{len(r.biases)}")

@@ -14,13 +14,13 @@ from torch import Tensor
 import lipbounds
 from lipbounds import Attention, InvalidInput, UnsupportedAttention
 from lipbounds.compose.curvature import supports_curvature
+from lipbounds.derivatives.rounding.jacobian import Roundoff
+from lipbounds.derivatives.rounding.logits import key_error, logit_error, query_error
+from lipbounds.derivatives.token_maps import key_maps, query_maps
 from lipbounds.kernels.streaming import streaming_theorem_3
 from lipbounds.registry import BoundSpec, registry
 from lipbounds.report.heads import heads_alone
-from lipbounds.targets.attention_rounding import key_error, logit_error, query_error
-from lipbounds.targets.attention_roundoff import Roundoff
 from lipbounds.targets.rotary import rotate
-from lipbounds.targets.token_maps import key_maps, query_maps
 from lipbounds.testing import extended, oracles
 from lipbounds.testing.contract import CHECKS
 from lipbounds.testing.falsify import Setting, attack, judge
@@ -29,7 +29,7 @@ from lipbounds.testing.relation_checks import rounding_room
 from lipbounds.testing.shrink import shrink
 from lipbounds.testing.snippet import snippet
 from verify.unit.blocks import check_function
-from verify.unit.kit import spec
+from verify.unit.sample_bounds import spec
 
 
 MOVES = ("self", "query", "memory")

@@ -15,10 +15,11 @@ from lipbounds.capture import capture
 from lipbounds.errors import InvalidInput, UnknownBound, Unsupported
 from lipbounds.estimators import tokens
 from lipbounds.estimators.tokens import token_lower
-from lipbounds.report import from_json, maps, measure, stages, to_json
-from lipbounds.report.contents import Number, shown
+from lipbounds.report import evaluation as stages
+from lipbounds.report import from_json, maps, measure, to_json
 from lipbounds.report.heads import heads_alone
 from lipbounds.report.page import page
+from lipbounds.report.schema import Number, shown
 from lipbounds.report.summary import fragile_heads, summary
 from verify.unit.blocks import random_block, true_norm
 from verify.unit.reported import tiny_input, tiny_model, tiny_report

@@ -12,9 +12,9 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import lipbounds
 from lipbounds import Attention, InvalidInput, UnsupportedAttention
-from lipbounds.targets.attention_changes import key_norm, query_norm
-from lipbounds.targets.attention_rounding import logit_error
-from lipbounds.targets.attention_roundoff import Roundoff
+from lipbounds.derivatives.logit_changes import key_norm, query_norm
+from lipbounds.derivatives.rounding.jacobian import Roundoff
+from lipbounds.derivatives.rounding.logits import logit_error
 from lipbounds.targets.rotary import rotate, rotate_back, rotation_norm
 from lipbounds.testing import extended, oracles
 from lipbounds.testing.falsify import judge
@@ -22,7 +22,7 @@ from lipbounds.testing.recipes import ROTATIONS, Recipe, build
 from lipbounds.testing.shrink import shrink
 from lipbounds.testing.snippet import snippet
 from verify.unit.blocks import check_function
-from verify.unit.kit import spec
+from verify.unit.sample_bounds import spec
 
 
 MOVES = ("self", "query", "memory")

@@ -8,9 +8,9 @@ import torch
 import lipbounds
 from lipbounds import Attention
 from lipbounds.bounds import sharp_ball
-from lipbounds.targets.attention_second import second_norm
-from lipbounds.targets.attention_second_gram import factors_of, pair_products
-from lipbounds.targets.attention_second_rows import _two_keys, one_key, own_and_another, second_norm_by_rows, two_keys
+from lipbounds.derivatives.second.gram_blocks import factors_of, pair_products
+from lipbounds.derivatives.second.norm import second_norm
+from lipbounds.derivatives.second.rows import _two_keys, one_key, own_and_another, second_norm_by_rows, two_keys
 from lipbounds.testing.contract import run_check
 from lipbounds.testing.falsify import falsify
 from verify.unit.blocks import random_block

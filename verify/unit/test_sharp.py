@@ -9,11 +9,11 @@ import torch
 
 import lipbounds
 from lipbounds import Attention
+from lipbounds.derivatives.first import gram_norm as module
+from lipbounds.derivatives.first.gram_blocks import RowProducts
+from lipbounds.derivatives.first.rows import jacobian_rows
+from lipbounds.derivatives.first.three_parts import key_part, mixing_part, query_part
 from lipbounds.ops.schatten import schatten_norm_upper
-from lipbounds.targets import attention_gram_norm as module
-from lipbounds.targets.attention_gram import RowProducts
-from lipbounds.targets.attention_parts import key_part, mixing_part, query_part
-from lipbounds.targets.attention_rows import jacobian_rows
 from verify.unit.blocks import random_block, true_norm
 
 

@@ -10,14 +10,15 @@ import torch
 import lipbounds
 from lipbounds import Attention
 from lipbounds.bounds import sharp_ball
+from lipbounds.derivatives.ball.first import BallParts, Centre
+from lipbounds.derivatives.ball.rows import joint_norms
+from lipbounds.derivatives.ball.suprema import reach
+from lipbounds.derivatives.ball.third import BallThird
+from lipbounds.derivatives.first import dense as attention_dense
+from lipbounds.derivatives.first import gram_norm as attention_gram_norm
+from lipbounds.derivatives.first.dense import dense_norm
 from lipbounds.errors import UnsupportedAttention
 from lipbounds.ops.interval import softmax_interval, variance_interval_upper
-from lipbounds.targets import attention_dense, attention_gram_norm
-from lipbounds.targets.attention_ball_parts import BallParts, Centre
-from lipbounds.targets.attention_ball_rows import joint_norms
-from lipbounds.targets.attention_ball_third import BallThird
-from lipbounds.targets.attention_dense import dense_norm
-from lipbounds.targets.attention_suprema import reach
 from lipbounds.testing.contract import CHECKS
 from verify.unit.blocks import random_block, true_norm
 

@@ -18,7 +18,7 @@ from lipbounds.testing.contract import CHECKS, Refuted, run_check
 from lipbounds.testing.oracles import jacobian_norm
 from lipbounds.testing.recipes import Recipe, build
 from lipbounds.testing.snippet import snippet, tensor_source
-from verify.unit.kit import AT_CENTRE, GRID, spec
+from verify.unit.sample_bounds import AT_CENTRE, GRID, spec
 
 
 # Searches: they run as users run them. Other tests keep the shape checks of what is used here.

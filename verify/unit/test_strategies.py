@@ -14,7 +14,7 @@ from lipbounds import InvalidInput
 from lipbounds.targets.rms_norm import NORM_OVER
 from lipbounds.testing import strategies
 from lipbounds.testing.recipes import GEOMETRIES, MASKS, NORMS, REGIMES, ROTATIONS, SPECTRA, Recipe, build
-from verify.unit.kit import SEARCH
+from verify.unit.sample_bounds import SEARCH
 
 
 def drawn(strategy: st.SearchStrategy, examples: int = 300) -> list:

@@ -13,11 +13,11 @@ from torch.linalg import vector_norm
 import lipbounds
 from lipbounds import Attention
 from lipbounds.bounds import sharp_ball
-from lipbounds.targets import attention_second
-from lipbounds.targets.attention_ball_parts import BallParts, Centre
-from lipbounds.targets.attention_ball_third import BallThird
-from lipbounds.targets.attention_second import second_norm
-from lipbounds.targets.attention_second_rows import second_norm_by_rows
+from lipbounds.derivatives.ball.first import BallParts, Centre
+from lipbounds.derivatives.ball.third import BallThird
+from lipbounds.derivatives.second import norm as attention_second
+from lipbounds.derivatives.second.norm import second_norm
+from lipbounds.derivatives.second.rows import second_norm_by_rows
 from verify.unit.blocks import random_block
 from verify.unit.test_sharp_ball import CASES, in_ball, small_block
 
@@ -134,7 +134,7 @@ def test_third_is_above_the_third_differential_in_the_ball(block: Attention, rad
 
 
 def cumulants(block: Attention, a: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The terms of d3F[a, a, a] of self-attention, as in lipbounds.targets.attention_ball_third."""
+    """The terms of d3F[a, a, a] of self-attention, as in lipbounds.derivatives.ball.third."""
     scale, maps = block.scale_value, block.probabilities
     values, moved = block.values @ block.w_o, a @ block.w_v @ block.w_o  # heads x m x out
     query = torch.einsum("ia,hja->hij", a, scale * block.keys @ block.w_q.mT)

@@ -10,7 +10,7 @@ import torch
 import lipbounds
 from lipbounds import Attention
 from lipbounds.bounds.yudin2025_ball import logit_radius
-from lipbounds.targets.attention_rounding import logit_error
+from lipbounds.derivatives.rounding.logits import logit_error
 from verify.unit.blocks import random_block, true_norm
 
 

@@ -1,0 +1,1 @@
+"""Attacks on classifiers: of images, of tokens, and the smallest perturbation that changes the class."""

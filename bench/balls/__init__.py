@@ -1,0 +1,1 @@
+"""The task `balls`: bounds on a ball as curves over its radius."""

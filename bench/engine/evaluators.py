@@ -1,0 +1,164 @@
+"""Where questions are answered: in this process one by one, or on a cluster many at a time."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import functools
+from typing import Any, Protocol
+
+from bench.engine.evaluate import evaluate, lost
+from bench.engine.machine import environment
+from bench.engine.records import Question, Record
+from bench.engine.schedule import Asked, Walk
+from lipbounds import registry
+from lipbounds.cluster import Cluster, ClusterError, Lost, check_device
+from lipbounds.targets.attention import Attention
+from lipbounds.targets.serialize import sendable
+
+
+Answer = tuple[Walk, Record, dict[str, Any]]  # with what the environment it was made in says of itself
+
+
+class Evaluator(Protocol):
+    """Takes the questions that walks wait at, and gives back their answers in any order."""
+
+    @property
+    def room(self) -> bool:
+        """Whether to hand in one more."""
+        ...
+
+    @property
+    def busy(self) -> bool:
+        """Whether there are answers to wait for."""
+        ...
+
+    def asked(self, question: Question) -> Question:
+        """The question as it is answered here: the device is part of it."""
+        ...
+
+    def submit(self, walk: Walk, asked: Asked) -> None:
+        """Hand in the question that the walk waits at."""
+        ...
+
+    def finished(self) -> Answer:
+        """Wait for an answer."""
+        ...
+
+
+class Here:
+    """In this process, one after the other.
+
+    Args:
+        time_limit: seconds for one evaluation.
+    """
+
+    def __init__(self, time_limit: float) -> None:
+        self._time_limit = time_limit
+        self._waiting: list[tuple[Walk, Asked]] = []
+
+    @property
+    def room(self) -> bool:
+        return not self._waiting
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._waiting)
+
+    def asked(self, question: Question) -> Question:
+        return question
+
+    def submit(self, walk: Walk, asked: Asked) -> None:
+        self._waiting.append((walk, asked))
+
+    def finished(self) -> Answer:
+        walk, asked = self._waiting.pop()
+        record = evaluate(
+            asked.question,
+            asked.block.case.block,
+            asked.method.spec,
+            time_limit=self._time_limit,
+            relative_radius=asked.relative_radius,
+        )
+        return walk, record, self._environment
+
+    @functools.cached_property
+    def _environment(self) -> dict[str, Any]:
+        return environment()
+
+
+class Remote:
+    """On a cluster: a job is one evaluation, so that whatever dies takes no more with it than that.
+
+    Args:
+        cluster: where.
+        time_limit: seconds for one evaluation.
+    """
+
+    def __init__(self, cluster: Cluster, time_limit: float) -> None:
+        self._cluster = cluster
+        self._time_limit = time_limit
+
+    @property
+    def room(self) -> bool:
+        return self._cluster.room
+
+    @property
+    def busy(self) -> bool:
+        return self._cluster.busy
+
+    def asked(self, question: Question) -> Question:
+        return dc.replace(question, device=self._cluster.device)
+
+    def submit(self, walk: Walk, asked: Asked) -> None:
+        block = asked.block
+        if block.sent is None:
+            block.sent = self._cluster.share(sendable(block.case.block))
+        self._cluster.submit((walk, asked), answer, block.sent, asked.question, self._time_limit, asked.relative_radius)
+
+    def finished(self) -> Answer:
+        (walk, asked), found = self._cluster.finished()
+        if isinstance(found, Lost):
+            block, spec = asked.block.case.block, asked.method.spec
+            error = f"no worker came back with it: {found.reason}"
+            return walk, lost(asked.question, block, spec, error, asked.relative_radius), _environment()
+        return walk, *found
+
+
+def evaluator(cluster: Cluster | None, time_limit: float) -> Evaluator:
+    """Where evaluations are made.
+
+    Args:
+        cluster: None for this process.
+        time_limit: seconds for one evaluation.
+    """
+    return Here(time_limit) if cluster is None else Remote(cluster, time_limit)
+
+
+def answer(
+    block: Attention, question: Question, time_limit: float, relative_radius: float | None
+) -> tuple[Record, dict[str, Any]]:
+    """What a worker does: one evaluation; returns the record and what the worker runs on.
+
+    Args:
+        block: the block, on the CPU.
+        question: what is evaluated there.
+        time_limit: seconds for the evaluation.
+        relative_radius: the radius in units of the input, for the tables.
+
+    Raises:
+        ClusterError: the worker cannot use the GPU it was given, or has another version of the bound.
+    """
+    spec = registry.get(question.bound)
+    if spec.version != question.bound_version:
+        raise ClusterError(
+            f"all nodes must have the same bounds, got version {spec.version} of {spec.name} on a worker and "
+            f"{question.bound_version} at the driver; install the same package on all."
+        )
+    check_device(question.device)
+    there = block.to(question.device)
+    return evaluate(question, there, spec, time_limit=time_limit, relative_radius=relative_radius), _environment()
+
+
+@functools.cache
+def _environment() -> dict[str, Any]:
+    return environment()

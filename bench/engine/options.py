@@ -1,0 +1,91 @@
+"""What the tasks of the command line share."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from bench.engine.answers import Answers
+from bench.engine.machine import ROOT
+from bench.engine.records import without_infinities
+from lipbounds.cluster import Cluster, connect
+from lipbounds.files import write_atomically
+
+
+def profile_of(options: argparse.Namespace) -> str:
+    """`quick`, `standard` or `full`."""
+    return "quick" if options.quick else "full" if options.full else "standard"
+
+
+def command_of(options: argparse.Namespace, task: str) -> str:
+    """The command line that a page is made by."""
+    profile = profile_of(options)
+    return f"python -m bench {task}" + ("" if profile == "standard" else f" --{profile}")
+
+
+@contextmanager
+def cluster_of(options: argparse.Namespace) -> Iterator[Cluster | None]:
+    """The Ray cluster that the options name; None without --ray."""
+    if options.ray is None:
+        yield None
+        return
+    with connect(options.ray or None, gpus_per_job=options.gpus_per_job) as cluster:
+        yield cluster
+
+
+def folder_of(options: argparse.Namespace) -> Path:
+    """Where pages go: those of the quick profile beside the others."""
+    return options.results / "quick" if options.quick else options.results
+
+
+def write_page(folder: Path, name: str, text: str, data: dict[str, Any]) -> list[Path]:
+    """Write a page and its numbers; returns their paths.
+
+    Args:
+        folder: where they go.
+        name: of both, without suffix.
+        text: of the page, in Markdown.
+        data: the numbers; those that are not finite are written as strings.
+    """
+    page, numbers = folder / f"{name}.md", folder / f"{name}.json"
+    write_atomically(page, text.encode())
+    write_atomically(numbers, (json.dumps(without_infinities(data), indent=1, ensure_ascii=False) + "\n").encode())
+    return [page, numbers]
+
+
+def shown(path: Path) -> str:
+    """Relative to the repository if it is inside."""
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+@contextmanager
+def progress_bar(pieces: int) -> Iterator[Callable[[str], None]]:
+    """A progress bar on stderr; what it gives is called before each piece with its name."""
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("starting", total=pieces + 1)
+        yield lambda what: progress.update(task, advance=1, description=what)
+        progress.update(task, completed=pieces + 1, description="done")
+
+
+def finish(answers: Answers, paths: Iterable[Path], troubles: Iterable[str] = ()) -> int:
+    """Say what was made and written, and on stderr what is wrong; 1 if something is."""
+    print(f"{answers.made} answers made, {answers.reused} taken from {shown(answers.path)}.")
+    return told(paths, troubles)
+
+
+def told(paths: Iterable[Path], troubles: Iterable[str]) -> int:
+    """Say what was written, and on stderr what is wrong; 1 if something is."""
+    written = ", ".join(shown(path) for path in paths)
+    print(f"Written: {written}" if written else "Its page stays as it is.")
+    troubles = list(troubles)
+    for trouble in troubles:
+        print(trouble, file=sys.stderr)
+    return 1 if troubles else 0

@@ -1,0 +1,146 @@
+"""A run under way: each question is evaluated once, or its answer taken from the records."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from bench.engine.evaluate import question
+from bench.engine.evaluators import Evaluator
+from bench.engine.records import Record, content_hash
+from bench.engine.schedule import Asked, Chain, Walk, walks_at
+from bench.engine.store import RecordStore
+from bench.workloads.case import Case
+from lipbounds.registry import NO_PROMISE, BoundSpec
+
+
+@dc.dataclass
+class Outcome:
+    """What a run did.
+
+    Args:
+        keys: of all records that belong to the run, evaluated now or found.
+        evaluated: number of evaluations made now.
+        reused: number of records found.
+        problems: models that could not be loaded or captured to the end, with the reason.
+    """
+
+    keys: list[str] = dc.field(default_factory=list)
+    evaluated: int = 0
+    reused: int = 0
+    problems: dict[str, str] = dc.field(default_factory=dict)
+
+
+@dc.dataclass
+class Session:
+    """Evaluates, or takes from the store. It alone writes there, wherever evaluations are made.
+
+    Args:
+        store: where records come from and go to.
+        task: name of the task.
+        methods: what the environment line declares.
+        models: descriptions of the models by name, for the same line.
+        force: evaluate what is in the store again, too.
+        command: the command line, for the environment line.
+        evaluator: where evaluations are made.
+    """
+
+    store: RecordStore
+    task: str
+    methods: Iterable[BoundSpec]
+    models: dict[str, str]
+    force: bool
+    command: str
+    evaluator: Evaluator
+    outcome: Outcome = dc.field(default_factory=Outcome)
+    _environments: dict[str, str] = dc.field(default_factory=dict)
+
+    def run(
+        self, blocks: Iterable[tuple[Case, Sequence[Chain]]], done: Callable[[Case], None] = lambda case: None
+    ) -> None:
+        """Answer every question of every chain; the keys of the outcome are in the order of the chains.
+
+        Args:
+            blocks: with what is asked at each; taken one by one, as there is room.
+            done: called when all chains of a block have ended.
+        """
+        walks: list[Walk] = []
+        waiting = self._waiting(blocks, walks, done)
+        going_on: deque[Walk] = deque()
+        while True:
+            while self.evaluator.room and (walk := going_on.popleft() if going_on else next(waiting, None)):
+                assert walk.asked is not None
+                self.evaluator.submit(walk, walk.asked)
+            if not self.evaluator.busy:
+                break
+            walk, record, state = self.evaluator.finished()
+            record = dc.replace(record, environment=self._environment(state))
+            self.store.append(record)
+            self.outcome.evaluated += 1
+            if self._step(walk, record, done):
+                going_on.append(walk)
+        self.outcome.keys += [key for walk in walks for key in walk.keys]
+
+    def _waiting(
+        self, blocks: Iterable[tuple[Case, Sequence[Chain]]], walks: list[Walk], done: Callable[[Case], None]
+    ) -> Iterator[Walk]:
+        """The chains that wait for an evaluation; those that need none are walked to their end on the way."""
+        for case, chains in blocks:
+            for walk in walks_at(case, chains):
+                walks.append(walk)
+                if self._step(walk, None, done):
+                    yield walk
+
+    def _step(self, walk: Walk, record: Record | None, done: Callable[[Case], None]) -> bool:
+        """Go on to the next question without a settled answer; False at the end of the chain."""
+        while (method := walk.next(record)) is not None:
+            radius = None if method.radius is None else method.radius.value
+            asked = self.evaluator.asked(question(self.task, walk.block.case, method.spec, method.options, radius))
+            walk.keys.append(asked.key)
+            known = self.store.records.get(asked.key)
+            if known is None or self.force or not known.settled or _now_supported(known, method.spec, walk.block.case):
+                walk.asked = Asked(asked, walk.block, method)
+                return True
+            self.outcome.reused += 1
+            record = known
+        if not walk.block.left:
+            done(walk.block.case)
+        return False
+
+    def _environment(self, state: dict[str, Any]) -> str:
+        """The id of the line of an environment, written with its first record: a run that adds nothing leaves none."""
+        key = content_hash(state)
+        if key not in self._environments:
+            self._environments[key] = self.store.add_environment(
+                {
+                    "started": datetime.now(UTC).isoformat(timespec="milliseconds"),
+                    "command": self.command,
+                    "environment": state,
+                    "methods": {spec.name: declaration(spec) for spec in self.methods},
+                    "models": self.models,
+                }
+            )
+        return self._environments[key]
+
+
+def _now_supported(known: Record, spec: BoundSpec, case: Case) -> bool:
+    """Whether a block was refused for a feature that the bound has come to support since."""
+    return known.status == "unsupported" and NO_PROMISE in known.error and not spec.missing_features(case.block)
+
+
+def declaration(spec: BoundSpec) -> dict[str, Any]:
+    """What a table says about a method, as it stands in the environment line."""
+    return {
+        "role": spec.role,
+        "version": spec.version,
+        "kind": spec.claim.kind,
+        "scope": spec.claim.scope,
+        "norm": spec.claim.norm,
+        "summary": spec.summary,
+        "source": str(spec.source),
+        "cost": spec.cost,
+        "target": spec.target.__name__,
+    }

@@ -1,0 +1,128 @@
+"""Robust accuracy of digits ViTs trained with and without penalties, and their local Lipschitz constants.
+
+Each model is one answer, each attack of one model with one norm and radius on one batch of images is another: a run
+that is killed goes on from there. Images are the first ones of the test part, pixels in [0, 1].
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any
+
+from bench.attacks.images import right
+from bench.engine.answers import Answer
+from bench.robustness.attacked import Advance, Subject, attacked, share
+from bench.robustness.choice import choose, tried
+from bench.robustness.measures import BINS, LANCZOS, blocks, network_constants, versions
+from bench.robustness.on_cluster import answered_on
+from bench.robustness.processes import answered
+from bench.robustness.settings import SETTINGS, Profile, recipe
+from bench.robustness.training import Trained, Workshop
+from lipbounds.cluster import Cluster
+
+
+def pieces(profile: Profile) -> int:
+    """How often `run` calls `advance`."""
+    chosen = [SETTINGS[name] for name in profile.settings]
+    weights = sum(len(tried(setting.grid, profile.largest_grid)) + 1 for setting in chosen if setting.grid)
+    return weights + len(chosen) * len(profile.seeds) * _pieces_of_a_model(profile)
+
+
+def run(
+    workshop: Workshop,
+    profile: Profile,
+    *,
+    jobs: int = 1,
+    cluster: Cluster | None = None,
+    advance: Advance = lambda what: None,
+) -> dict[str, Any]:
+    """Everything of a profile that is not in the file yet; returns what the tables are made of.
+
+    Args:
+        workshop: where models come from and answers go.
+        profile: how much is done.
+        jobs: models at a time, each in a process of its own; 1 for all in this one. Weights are chosen in this one.
+        cluster: where models are trained and attacked instead.
+        advance: called with the name of each piece of work: before it, or when all those of a model are done elsewhere.
+    """
+    chosen = {name: choose(workshop, SETTINGS[name], profile, advance) for name in profile.settings}
+    settings = {
+        name: {"title": SETTINGS[name].title, "choice": choice, "models": []} for name, choice in chosen.items()
+    }
+    # Seed by seed, so that a run that is stopped early leaves whole seeds.
+    ways = [
+        recipe(SETTINGS[name], choice["weight"], epochs=profile.epochs, seed=seed)
+        for seed in profile.seeds
+        for name, choice in chosen.items()
+    ]
+    if cluster is not None or jobs > 1:
+        measure = partial(_measured, profile=profile, advance=_quietly)
+        elsewhere = (
+            answered_on(cluster, workshop, ways, measure) if cluster else answered(workshop, ways, measure, jobs)
+        )
+        for way in elsewhere:
+            for _ in range(_pieces_of_a_model(profile)):
+                advance(f"{way.setting}, seed {way.seed}")
+        advance = _quietly
+    for way in ways:
+        advance(f"{way.setting}, seed {way.seed}: training")
+        model = workshop.trained(way)
+        settings[way.setting]["models"].append({"seed": way.seed, **_measured(model, profile, advance)})
+    done = {"images": profile.images, "blocks": profile.blocks, "epochs": profile.epochs, "seeds": list(profile.seeds)}
+    return {**done, "settings": settings, "environments": sorted(workshop.used)}
+
+
+def _pieces_of_a_model(profile: Profile) -> int:
+    return 2 + sum(len(radii) for radii in profile.eps.values()) * -(-profile.images // profile.batch)
+
+
+def _quietly(what: str) -> None:
+    """Advance nothing."""
+
+
+def _measured(model: Trained, profile: Profile, advance: Advance) -> dict[str, Any]:
+    """Constants, bounds and robust accuracies of one model."""
+    place = f"{model.recipe.setting}, seed {model.recipe.seed}"
+    advance(f"{place}: local constants")
+    test = model.workshop.split.test
+    images = {"images": test.indices[: profile.images].tolist()}
+    network = model.ask({"what": "network", **images}, lambda: _network(model, profile.images))
+    question = {"what": "blocks", "images": test.indices[: profile.blocks].tolist(), "bins": BINS}
+    found = model.ask({**question, "bounds": versions(), **LANCZOS}, lambda: _blocks(model, profile.blocks))
+    subject = Subject(
+        name=place,
+        model=model.model,
+        ask=model.ask,
+        images=test.images,
+        labels=test.labels,
+        indices=test.indices.tolist(),
+    )
+    robust = {
+        norm: attacked(subject, norm, radii, profile.batch, network["right"], advance)
+        for norm, radii in profile.eps.items()
+    }
+    return {
+        "weights": model.weights,
+        "clean": share(network["right"]),
+        "constants": network["constants"],
+        "layers": found["layers"],
+        "robust": robust,
+    }
+
+
+def _network(model: Trained, count: int) -> Answer:
+    test = model.workshop.split.test
+    constants, _ = network_constants(_wide(model), test.images[:count].double())
+    # Attacks judge in float32, and so does this.
+    flags = right(model.model(), test.images[:count], test.labels[:count])
+    return {"constants": constants.tolist(), "right": flags.tolist()}
+
+
+def _blocks(model: Trained, count: int) -> Answer:
+    return blocks(_wide(model), model.workshop.split.test.images[:count].double())
+
+
+def _wide(model: Trained) -> Any:
+    """A copy in float64."""
+    return copy.deepcopy(model.model()).double()

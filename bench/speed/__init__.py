@@ -1,0 +1,1 @@
+"""The tasks `speed`, `training` and `scaling`: time and memory."""

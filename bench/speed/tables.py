@@ -1,0 +1,202 @@
+"""Page and figure of the task `speed`, from its data alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+
+from bench.pages.figure_files import save
+from bench.pages.formatting import figure, table
+from bench.speed.timing import exponent
+
+
+Data = dict[str, Any]
+AXES = {"tokens": "n", "width": "D", "heads": "H", "batch": "batch"}
+DRAWN = {
+    "yudin2025.biased": ("#0072B2", "o"),
+    "centred.products": ("#56B4E9", "s"),
+    "covariance.exact": ("#009E73", "^"),
+    "yudin2025_ball.biased": ("#CC79A7", "v"),
+    "sharp_fast": ("#D55E00", "D"),
+    "sharp": ("#E69F00", "P"),
+    "lanczos_certificate": ("#000000", "x"),
+    "exact": ("#888888", "+"),
+}
+
+
+def report(data: Data, command: str, environment: str) -> str:
+    """The page of results.
+
+    Args:
+        data: what `bench.speed.task.run` returned.
+        command: that made it.
+        environment: of this run, in a line.
+    """
+    here = data["place"]
+    parts = [
+        "# Speed",
+        f"Made by `{command}`; nothing here is written by hand.",
+        f"Measured on {here['hardware']} with {here['threads']} "
+        f"{'thread' if here['threads'] == 1 else 'threads'}. A cost is "
+        + ("processor time, which counts nothing while other programs run" if here["device"] == "cpu" else "wall time")
+        + "; a ratio is the cost of a bound by that of one forward pass of the same block in its own dtype, in turns "
+        "in the same process: the median, and in brackets the quartiles. Bounds are evaluated in float64 whatever the "
+        "dtype of the block. Norms of weights are kept from one input to the next (`keep_weight_norms`) unless said "
+        "otherwise. Memory is the highest point of a call above where it began ("
+        + ("resident set of the process, by Linux" if here["device"] == "cpu" else "allocated by torch on the device")
+        + "); below one or two MB it is noise. Blocks are random: n tokens, width D, H heads of width D/H.",
+    ]
+    if data["targets"]:
+        parts += ["## Targets on a block of ViT-B/16", _targets(data["targets"])]
+    parts += ["## Growth", _growth(data), "## Long maps", _streamed(data["streamed"])]
+    parts += ["## Not measured further", _stopped(data), "## Environment", f"- {environment}"]
+    return "\n\n".join(parts) + "\n"
+
+
+def _ratio(answer: Data) -> str:
+    if "error" in answer:
+        return answer["error"].replace("|", "/")
+    low, median, high = answer["ratio"]
+    many = "" if answer["repeats"] == 1 else f" [{figure(low)}, {figure(high)}]"
+    return f"{figure(median)}{many}"
+
+
+def _targets(targets: list[Data]) -> str:
+    caption = (
+        "n = 197, D = 768, 12 heads, float32, with biases: all 12 layers of the encoder have this shape, so the ratio "
+        "of one is that of all. A training step is forward, backward and SGD on one image."
+    )
+    return f"{caption}\n\n{table(['what', 'name', 'target', 'ratio', 'met', 'seconds'], target_rows(targets))}"
+
+
+def target_rows(targets: list[Data]) -> list[list[str]]:
+    """For each target: what it is about, the name, the limit, the ratio, whether it is met, and seconds.
+
+    Args:
+        targets: with `title`, `method`, `limit` and the `answer` of a measurement.
+    """
+    rows = []
+    for target in targets:
+        answer, limit = target["answer"], target["limit"]
+        met = "-" if limit is None or "error" in answer else "yes" if answer["ratio"][1] <= limit else "missed"
+        cost = figure(answer["cost"][1]) if "cost" in answer else "-"
+        wanted = "-" if limit is None else f"<= {limit:g}"
+        rows.append([target["title"], f"`{target['method']}`", wanted, _ratio(answer), met, cost])
+    return rows
+
+
+def _points(data: Data, method: str, axis: str, key: str) -> list[tuple[Any, float]]:
+    """Values of an axis, and medians or numbers at them."""
+    found = []
+    for row in data["rows"]:
+        if row["method"] == method and row["axis"] == axis and row["answer"].get(key) is not None:
+            value = row["answer"][key]
+            found.append((row["value"], value[1] if isinstance(value, list) else value))
+    return found
+
+
+def methods(data: Data) -> list[str]:
+    """The methods in the order in which they were measured.
+
+    Args:
+        data: what `bench.speed.task.run` returned.
+    """
+    return list(dict.fromkeys(row["method"] for row in data["rows"]))
+
+
+def _growth(data: Data) -> str:
+    rows = []
+    for method in methods(data):
+        ratios = _points(data, method, "tokens", "ratio")
+        if not ratios:
+            continue
+        memory = _points(data, method, "tokens", "megabytes")
+        line = [f"`{method}`", figure(ratios[0][1]), f"{figure(ratios[-1][1])} at {ratios[-1][0]}"]
+        line.append(f"{figure(max(0.0, memory[-1][1]))} at {memory[-1][0]}" if memory else "-")
+        line += [_exponent(_points(data, method, axis, "cost")) for axis in AXES]
+        costs = dict(_points(data, method, "dtype", "cost"))
+        base = costs.get("float32")
+        line += [figure(costs[name] / base) if base and name in costs else "-" for name in ("float64", "bfloat16")]
+        rows.append(line)
+    caption = (
+        "Ratio at n = 64 (D = 64, 2 heads) and at the largest n that was measured, memory there in MB, and the growth "
+        "exponents of the cost: the slope of log cost over the last four sizes at most, in brackets the smallest and "
+        "largest slope between neighbours; - for fewer than three sizes. Small blocks cost what Python costs: there "
+        "exponents are small. The last columns are the cost for a block of that dtype by that for float32."
+    )
+    titles = ["method", "ratio at n = 64", "ratio at largest n", "MB", *(f"in {name}" for name in AXES.values())]
+    return f"{caption}\n\n{table([*titles, 'float64', 'bfloat16'], rows)}"
+
+
+def _exponent(points: list[tuple[Any, float]]) -> str:
+    fitted = exponent(points)
+    if fitted is None:
+        return "-"
+    low, high = fitted["between"]
+    return f"{fitted['slope']:.1f} [{low:.1f}, {high:.1f}] to {fitted['sizes'][1]}"
+
+
+def _streamed(streamed: list[Data]) -> str:
+    rows = []
+    for row in streamed:
+        answer = row["answer"]
+        memory = answer.get("megabytes")
+        cost = figure(answer["cost"][1]) if "cost" in answer else "-"
+        rows.append([row["tokens"], row["method"], _ratio(answer), cost, "-" if memory is None else figure(memory)])
+    caption = (
+        "One head of width 64, float32 queries and keys, evaluated in float64; the ratio is to "
+        "`scaled_dot_product_attention` with the same queries and keys."
+    )
+    return f"{caption}\n\n{table(['n', 'what', 'ratio', 'seconds', 'MB'], rows)}"
+
+
+def _stopped(data: Data) -> str:
+    if not data["stopped"]:
+        return "Everything was measured at every size."
+    found: dict[str, list[str]] = {}
+    for row in data["stopped"]:
+        answer = row["answer"]
+        why = answer.get("error") or f"{figure(answer['cost'][1])} s"
+        found.setdefault(row["method"], []).append(f"{AXES.get(row['axis'], row['axis'])} = {row['value']} ({why})")
+    caption = (
+        f"A method that took more than {data['limit']:g} s ({data['patience']:g} s for some, against n) is not "
+        "measured at the next size of that axis. Where each stopped:"
+    )
+    rows = [[f"`{name}`", "; ".join(places).replace("|", "/")] for name, places in found.items()]
+    return f"{caption}\n\n{table(['method', 'last sizes'], rows)}"
+
+
+def draw(data: Data, folder: Path) -> list[Path]:
+    """Ratio to a forward pass, and memory, against the number of tokens, as PNG and SVG.
+
+    Args:
+        data: what `bench.speed.task.run` returned.
+        folder: where the files go.
+    """
+    panels = (("ratio", "cost, in forward passes"), ("cost", "seconds"), ("megabytes", "peak memory, MB"))
+    with mpl.rc_context({"svg.hashsalt": "speed", "svg.fonttype": "none", "font.size": 10}):
+        canvas, all_axes = plt.subplots(1, len(panels), figsize=(14, 4.4), dpi=150)
+        for axes, (key, title) in zip(all_axes, panels, strict=True):
+            for method, (color, marker) in DRAWN.items():
+                points = [(size, value) for size, value in _points(data, method, "tokens", key) if value > 0]
+                if points:
+                    axes.plot(*zip(*points, strict=True), color=color, marker=marker, label=method, markersize=5)
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.set_xlabel("tokens n (D = 64, 2 heads)")
+            axes.set_title(title, loc="left", fontsize=10)
+            axes.grid(color="#dddddd", linewidth=0.6)
+            axes.spines[["top", "right"]].set_visible(False)
+        all_axes[0].axhline(1.0, color="#888888", linewidth=0.8, linestyle="--")
+        all_axes[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8, frameon=False)
+        canvas.tight_layout()
+        paths = save(canvas, folder, "speed")
+        plt.close(canvas)
+    return paths

@@ -1,0 +1,1 @@
+"""The task `tightness`: how far above the true local Lipschitz constant each bound is."""

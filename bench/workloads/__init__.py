@@ -1,0 +1,1 @@
+"""What is measured: models, architectures, data, and the radii of balls."""

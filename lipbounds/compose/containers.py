@@ -1,0 +1,149 @@
+"""Sequences and residuals."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lipbounds.compose.primitives import leaf_step
+from lipbounds.compose.propagated_set import (
+    LayerBound,
+    Reach,
+    Rules,
+    Step,
+    identity,
+    mixing,
+    per_token,
+    times,
+    total_norm,
+)
+from lipbounds.compose.rewrite import flat, rewritten
+from lipbounds.errors import InvalidInput
+from lipbounds.ops.enclosure import Enclosure, matrix, only_norm, plus, then
+from lipbounds.ops.spectral import vector_norm
+from lipbounds.rounding import inflate, product
+from lipbounds.targets.layers import Layer, Pool, Residual, Sequence
+
+
+def sequence_step(
+    layers: list[tuple[str, Layer]], reach: Reach, rules: Rules, log: list[LayerBound], depth: int = 0
+) -> Step:
+    """Layers one after the other.
+
+    Args:
+        layers: with their paths.
+        reach: what reaches the first.
+        rules: how layers are bounded.
+        log: where the account goes.
+        depth: of the layers in the tree.
+    """
+    start, here = reach, reach
+    closed: Tensor | None = None  # bound of everything up to the last layer that mixes tokens
+    run: Enclosure | None = None  # the layers after it, token by token
+    run_start = reach
+    for path, layer in rewritten(flat(layers)):
+        before = here
+        if isinstance(layer, Pool):
+            closed, run, run_start, here = _pooled(layer, closed, run, run_start, here)
+            own = torch.full_like(start.radius, 1.0 if layer.how != "mean" else before.x.shape[-2] ** -0.5)
+        else:
+            if isinstance(layer, Residual):
+                step = _residual_step(path, layer, here, rules, log, depth)
+            else:
+                step = leaf_step(layer, here, rules)
+            own = total_norm(step) if step.own is None else step.own
+            here = step.reach
+            if step.per_token:
+                run = step.jacobians if run is None else then(run, step.jacobians)
+            else:
+                closed = times(_joint(closed, run, start.radius), total_norm(step))
+                run, run_start = None, here
+        joint = _joint(closed, run, start.radius)
+        here = _tightened(here, inflate(product(joint, start.radius), 2), run, run_start)
+        log.append(
+            LayerBound(
+                path=path,
+                description=layer.description,
+                depth=depth,
+                input_radius=before.radius,
+                token_radius=before.largest_token(),
+                bound=own.expand(start.radius.shape),
+                so_far=joint if depth == 0 else None,
+            )
+        )
+    if closed is not None or here.tokens is None or start.tokens is None:
+        return Step(only_norm(_joint(closed, run, start.radius)), False, here)
+    return Step(run if run is not None else identity(here), True, here)
+
+
+def _joint(closed: Tensor | None, run: Enclosure | None, like: Tensor) -> Tensor:
+    total = torch.ones_like(like) if closed is None else closed
+    if run is None:
+        return total
+    return times(total, run.norm.amax(-1))
+
+
+def _tightened(here: Reach, radius: Tensor, run: Enclosure | None, run_start: Reach) -> Reach:
+    """The smaller of what was found layer by layer and for the sequence so far; never more than both allow."""
+    radius = torch.minimum(here.radius, radius)
+    tokens = here.tokens
+    if tokens is not None:
+        if run is not None and run_start.tokens is not None:
+            tokens = torch.minimum(tokens, inflate(product(run.norm, run_start.tokens), 2))
+        tokens = torch.minimum(tokens, radius.unsqueeze(-1))
+        radius = torch.minimum(radius, inflate(vector_norm(tokens), tokens.shape[-1] + 4))
+    return Reach(here.x, radius, tokens)
+
+
+def _pooled(
+    pool: Pool, closed: Tensor | None, run: Enclosure | None, run_start: Reach, here: Reach
+) -> tuple[Tensor | None, Enclosure | None, Reach, Reach]:
+    """A sequence after one token of many is taken."""
+    y, tokens = pool(here.x), here.token_radii
+    count = tokens.shape[-1]
+    if pool.how != "mean":
+        index = 0 if pool.how == "first" else count - 1
+        run = None if run is None else run.item(index)
+
+        def chosen(reach: Reach, x: Tensor) -> Reach:
+            radii = reach.token_radii[..., index : index + 1]
+            return Reach(x, torch.minimum(reach.radius, radii.squeeze(-1)), radii)
+
+        # The map to one token is no map of tokens one by one any more: with closed set, its norm stands for the whole.
+        closed = torch.ones_like(here.radius) if closed is None else closed
+        return (
+            closed,
+            run,
+            chosen(run_start, pool(run_start.x)) if run is not None else chosen(here, y),
+            chosen(here, y),
+        )
+    norms = torch.ones_like(tokens) if run is None else run.norm.expand(tokens.shape)
+    share = inflate(vector_norm(norms) / count, count + 8)
+    closed = share if closed is None else times(closed, share)
+    radius = torch.minimum(inflate(here.radius / math.sqrt(count), 4), inflate(tokens.mean(-1), count + 4))
+    moved = Reach(y, radius, radius.unsqueeze(-1))
+    return closed, None, moved, moved
+
+
+def _residual_step(path: str, layer: Residual, reach: Reach, rules: Rules, log: list[LayerBound], depth: int) -> Step:
+    inner = path if isinstance(layer.body, Sequence) else f"{path}.body" if path else "body"
+    body = sequence_step([(inner, layer.body)], reach, rules, log, depth + 1)
+    y = reach.x if layer.skip is None else layer.skip(reach.x)
+    if body.reach.x.shape != y.shape:
+        raise InvalidInput(
+            f"the body of a residual must keep the shape of its input, got {tuple(y.shape)} and "
+            f"{tuple(body.reach.x.shape)} at {path or 'the network'}."
+        )
+    y = y + body.reach.x
+    skip = identity(reach) if layer.skip is None else matrix(layer.skip.weight, reach.token_radii)
+    if body.per_token:
+        step = per_token(plus(skip, body.jacobians), reach, y)
+    else:
+        norm = inflate(skip.norm.amax(-1) + total_norm(body), 2)
+        step = mixing(norm, reach, y)
+    apart = inflate(product(skip.norm, reach.token_radii) + body.reach.token_radii, 4)
+    tokens = torch.minimum(step.reach.token_radii, apart)
+    whole = inflate(product(skip.norm.amax(-1), reach.radius) + body.reach.radius, 4)
+    return Step(step.jacobians, step.per_token, Reach(y, torch.minimum(step.reach.radius, whole), tokens))

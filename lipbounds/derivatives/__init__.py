@@ -1,0 +1,1 @@
+"""The calculus of attention: norms of its derivatives, which bounds are put together from."""

@@ -1,0 +1,1 @@
+"""Derivatives of attention while the input stays in a ball."""

@@ -1,0 +1,252 @@
+r"""The parts of the first and the second differential of a block, all heads jointly, bounded over a ball.
+
+Notation and suprema: lipbounds.derivatives.ball.suprema. With E_hi, Var_hi, Cov_hi under row i of head h, S_y =
+<y_i, w_hj> + <u_hi, y_j> the change of the logits in the direction y, ~ for the deviation from the mean:
+
+    (dF y)_i = sum_h E_hi[ M_h^T y_j + S~_y v~_hj ],
+    (d2F a y)_i = sum_h E_hi[ S~_a M_h^T y_j + S~_y M_h^T a_j + S_ay v~_hj + S~_a S~_y v~_hj ],
+    S_ay = <a_i, G_h y_j> + <y_i, G_h a_j>.
+
+Below |a| = |y| = |b| = 1, b for the output, and Cauchy-Schwarz is over heads and keys together, with shares c_h > 0
+of the heads on one side and 1/c_h on the other. om_i(c), sg_i(c) are the roots of the norms of sum_h c_h Cov_hi(w_h),
+sum_h c_h Cov_hi(v_h), K_i(z, f, c) that of sum_h c_h E_hi[f z~ z~^T], and L_ij(f) the reach of the keys with the
+factors f.
+
+First differential:
+
+- mixing, sum_h P_h (x) M_h^T: at most ||[P_1 ... P_H]|| ||[M_1 ... M_H]||, or both stacked, or sum_h ||P_h|| ||M_h||.
+  On the ball ||P'|| <= ||P|| + min( ||max |P' - P| ||_F, eps D ) for the maps side by side or stacked, and each
+  squared is at most the sum over heads of the largest column sums of P'. Here D >= ||dP||_F: dP_hi = J(P_hi) S_a and
+  |J S|^2 <= g_1 S^T J S, so D = D_q + D_k, D_q = max_i om_i(1) sqrt(max_h g_1(P_hi)), D_k = sqrt( max_j sum_i
+  L_ij(g_1) ).
+- query part, block diagonal in i: max_i om_i(c) sg_i(1/c).
+- key part: |(.)_i| <= sg_i(1/c) sqrt( sum_j L_ij(c) |y_j|^2 ), so at most sqrt( max_j sum_i sg_i(1/c)^2 L_ij(c) ).
+
+Second differential; a sum over i of |b_i| |a_i| sqrt( sum_j t_ij^2 |y_j|^2 ) is at most max_ij t_ij:
+
+- of the mixing part: ||dP||_F ||M||, which is ( D_q + D_k ) ||M||, ||M|| = sup sqrt(sum_h <x, M_h y>^2) over unit x,
+  y.
+- change of the values in the query part, D_q ||M||, and in the key part, D_k ||M||: the same, y and a exchanged.
+- change of keys in the query part, of queries in the key part, each at most sg_i(1/c) sqrt( sum_h c_h Var_hi <a_i,
+  G_h y_j> ), so max_ij sg_i(1/c) sqrt(tau_ij(c)), tau_ij(f) = min( sum_h f_h pi_hij ||G_h||^2, max_h f_h pi_hij
+  ||G||^2 ).
+- change of the map in the query part, by queries: with |<a_i, w~_hj>| <= far_hij at most max_i K_i(w, far_w, c)
+  K_i(v, far_w, 1/c); by keys: sum_h E[<y_i, w~> <u, a_j>~ <v~, b_i>] <= sqrt( sum_h E[<y_i, w~>^2 <v~, b_i>^2] / c_h
+  ) sqrt( sum_j L_ij(c) |a_j|^2 ), so max_ij min( K_i(v, far_w^2, 1/c), K_i(w, far_v^2, 1/c) ) sqrt(L_ij(c)).
+- change of the map in the key part, by queries: the last one; by keys: with R_hi = max_j far_v, sum_h R_hi sqrt(Var
+  <u, a_j>) sqrt(Var <u, y_j>) <= sqrt( sum_j B_ij |a_j|^2 sum_j B_ij |y_j|^2 ), B = L(R), and summed over i, by
+  Cauchy-Schwarz, max_j sqrt( sum_i B_ij^2 ).
+
+Where only the query moves, the query part and its change by queries remain; where only the memory moves, mixing, key
+part and their changes by keys.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lipbounds.derivatives.ball.rows import Queries, Rows, joint_norms, key_rows, query_rows, value_rows
+from lipbounds.derivatives.ball.suprema import (
+    Maps,
+    Spread,
+    Spreads,
+    balance,
+    head_sizes,
+    maps_on_ball,
+    reach,
+    rounding_of_maps,
+)
+from lipbounds.ops.spectral import root, spectral_norm_upper, vector_norm
+from lipbounds.rounding import inflate
+from lipbounds.targets.attention import Attention
+
+
+class Centre:
+    """What does not depend on the radius, of a block in float64 without rotary positions."""
+
+    def __init__(self, block: Attention) -> None:
+        self.block = block
+        self.values: Rows = value_rows(block)
+        self.zero = torch.zeros_like(block.logits[..., 0, 0, 0])
+        self.even = torch.ones_like(block.logits[..., 0])
+        sizes = head_sizes(block, self.values)
+        if block.query_moves:
+            self.keys: Rows = key_rows(block)
+            self.key_shares = (self.even, balance(sizes, head_sizes(block, self.keys)))
+        if block.memory_moves:
+            self.queries: Queries = query_rows(block)
+            self.mixing_weights = joint_norms(block.w_v, block.w_o)
+            self.query_shares = (self.even, balance(sizes, self.queries.sizes))
+
+
+class BallParts:
+    """Bounds of the parts on a ball; each property is an upper bound of what its name says.
+
+    Args:
+        centre: of the ball.
+        radius: eps, Frobenius norm; of several balls all is made at once, and each result has the balls in front.
+    """
+
+    def __init__(self, centre: Centre, radius: float | Float[Tensor, " balls"]) -> None:
+        self.centre, self.block = centre, centre.block
+        radii = torch.as_tensor(radius, dtype=centre.zero.dtype, device=centre.zero.device)
+        self.radius = radii.reshape((*radii.shape, *[1] * centre.zero.dim()))
+        still = torch.zeros_like(self.radius)
+        self._memory_radius = self.radius if self.block.memory_moves else still
+        self._query_radius = self.radius if self.block.query_moves else still
+        self._operations = sum(self.block.logits.shape[-2:]) + 32
+        self._prepared = False
+        self.maps: Maps = maps_on_ball(self.block, self.radius)
+        self._values = Spreads(self.block, centre.values, self.maps, self._memory_radius)
+        if self.block.query_moves:
+            self._keys = Spreads(self.block, centre.keys, self.maps, self._memory_radius)
+
+    # -- the first differential ---------------------------------------------------------------------------------
+
+    def first(self) -> dict[str, Float[Tensor, "*#batch"]]:
+        """Mixing, query part and key part, as far as they occur."""
+        parts = {}
+        if self.block.memory_moves:
+            parts["mixing"] = self._mixing()
+        if self.block.query_moves:
+            products = [self._om.joint(c) * self._sg.joint(1 / c) for c in self.centre.key_shares]
+            parts["query_part"] = torch.minimum(*products).amax(-1)
+        if self.block.memory_moves:
+            products = [
+                (rows.square().unsqueeze(-1) * reached).sum(-2).amax(-1)
+                for rows, reached in zip(self._value_rows, self._reached, strict=True)
+            ]
+            parts["key_part"] = root(torch.minimum(*products))
+        return {name: inflate(part, self._operations) for name, part in parts.items()}
+
+    def _mixing(self) -> Tensor:
+        maps, upper, centre = self.block.probabilities, self.maps, self.centre
+        lost = _frobenius(rounding_of_maps(self.block))
+        by_rate = self.radius * sum(self._map_change.values()) + lost
+        moved = torch.where(self.radius > 0, torch.minimum(_frobenius(upper.away), by_rate), lost)
+        by_columns = upper.upper.sum(-2).amax(-1)
+        together = (maps.movedim(-3, -2).flatten(-2), maps.flatten(-3, -2))
+        joint = [
+            weights * torch.minimum(spectral_norm_upper(stack) + moved, root(by_columns.sum(-1)))
+            for stack, weights in zip(together, centre.mixing_weights, strict=True)
+        ]
+        apart = vector_norm(upper.away.flatten(-2))
+        alone = torch.minimum(
+            spectral_norm_upper(maps) + inflate(apart, upper.away.shape[-2:].numel()), root(by_columns)
+        )
+        return torch.minimum(torch.minimum(*joint), (alone * centre.values.change).sum(-1))
+
+    # -- the second differential --------------------------------------------------------------------------------
+
+    def second(self) -> dict[str, Float[Tensor, "*#batch"]]:
+        """How fast mixing, query part and key part change, as far as they occur."""
+        self._prepare()
+        weights = self.centre.values.joint_change
+        changes = {name: weights * change for name, change in self._map_change.items()}
+        parts = {}
+        if self.block.memory_moves:
+            parts["mixing"] = sum(changes.values())
+            parts["key_part"] = changes["keys"] + root(self._reach(self._farthest).square().sum(-2).amax(-1))
+        if self.block.query_moves:
+            parts["query_part"] = self._two_queries
+        if self.block.moves == "self":
+            both = self._logits + self._query_and_key
+            parts["query_part"] = parts["query_part"] + changes["queries"] + both
+            parts["key_part"] = parts["key_part"] + both
+        return {name: inflate(part, self._operations) for name, part in parts.items()}
+
+    @cached_property
+    def _map_change(self) -> dict[str, Tensor]:
+        """||dP||_F over all heads for a unit change, by queries and by keys (D_q and D_k)."""
+        norms, changes = self.maps.softmax_norm, {}
+        if self.block.query_moves:
+            changes["queries"] = (self._om.joint(self.centre.even) * root(norms.amax(-2))).amax(-1)
+        if self.block.memory_moves:
+            changes["keys"] = root(self._reach(norms.unsqueeze(-1)).sum(-2).amax(-1))
+        return changes
+
+    @cached_property
+    def _two_queries(self) -> Tensor:
+        far = self._keys.far
+        keys, values = self._keys.weighted(far), self._values.weighted(far)
+        return torch.minimum(*(keys.joint(c) * values.joint(1 / c) for c in self.centre.key_shares)).amax(-1)
+
+    @cached_property
+    def _logits(self) -> Tensor:
+        pairs = zip(self._value_rows, self.centre.query_shares, strict=True)
+        found = [(rows.unsqueeze(-1) * root(self._turned(c.unsqueeze(-1)))).amax((-2, -1)) for rows, c in pairs]
+        return torch.minimum(*found)
+
+    @cached_property
+    def _query_and_key(self) -> Tensor:
+        pairs = zip(self._crossed_rows, self._reached, strict=True)
+        return torch.minimum(*((crossed.unsqueeze(-1) * root(reached)).amax((-2, -1)) for crossed, reached in pairs))
+
+    # -- what they share ----------------------------------------------------------------------------------------
+
+    @cached_property
+    def _om(self) -> Spread:
+        return self._keys.plain
+
+    @cached_property
+    def _sg(self) -> Spread:
+        return self._values.plain
+
+    @cached_property
+    def _reached(self) -> list[Float[Tensor, "*#batch n m"]]:
+        """L_ij(c) of the shares of queries."""
+        return [self._reach(c.unsqueeze(-1)) for c in self.centre.query_shares]
+
+    @cached_property
+    def _value_rows(self) -> list[Float[Tensor, "*#batch n"]]:
+        """sg_i(1/c) of the shares of queries."""
+        return [self._sg.joint(1 / c) for c in self.centre.query_shares]
+
+    @cached_property
+    def _crossed_rows(self) -> list[Float[Tensor, "*#batch n"]]:
+        """min( K_i(v, far_w^2, 1/c), K_i(w, far_v^2, 1/c) ) of the shares of queries."""
+        values = self._values.weighted(self._keys.far.square())
+        keys = self._keys.weighted(self._values.far.square())
+        return [torch.minimum(values.joint(1 / c), keys.joint(1 / c)) for c in self.centre.query_shares]
+
+    def _prepare(self) -> None:
+        """What the second differential needs of rows in the ball: sqrt(Var(S)) <= eps (sup om_h + sup |u| sqrt(pi))."""
+        if self._prepared:
+            return
+        self._prepared = True
+        reach = torch.zeros_like(self.maps.softmax_norm)
+        if self.block.query_moves:
+            norm = self.centre.keys.factor_norm.unsqueeze(-1)
+            reach = reach + norm * self._om.alone() + root(self._om.total) * self._om.error
+        if self.block.memory_moves:
+            queries = self.centre.queries
+            moved = (self._query_radius.unsqueeze(-1) * queries.change + queries.error).unsqueeze(-1)
+            reach = reach + (queries.sizes + moved) * root(self.maps.pairs.amax(-1))
+        reach = inflate(self.radius[..., None, None] * reach, self._operations)
+        rounding = rounding_of_maps(self.block)
+        self._values.move(reach, rounding)
+        if self.block.query_moves:
+            self._keys.move(reach, rounding)
+
+    @cached_property
+    def _farthest(self) -> Float[Tensor, "*#batch heads n 1"]:
+        """Largest distance of the values of visible keys from their mean."""
+        return torch.where(self.maps.upper > 0, self._values.far, 0.0).amax(-1, keepdim=True)
+
+    def _turned(self, factors: Float[Tensor, "*#batch heads n 1"]) -> Float[Tensor, "*#batch n m"]:
+        """tau_ij: bound of sum_h f_hi pi_hij <x, G_h y>^2 over unit x and y."""
+        keys = self.centre.keys
+        weights = self.maps.pairs * factors
+        apart = (weights * keys.change.square()[..., None, None]).sum(-3)
+        return torch.minimum(apart, weights.amax(-3) * keys.joint_change.square()[..., None, None])
+
+    def _reach(self, factors: Float[Tensor, "*#batch heads n one"]) -> Float[Tensor, "*#batch n m"]:
+        return reach(self.centre.queries, self._query_radius, self.maps.pairs * factors)
+
+
+def _frobenius(entries: Float[Tensor, "*#batch heads n m"]) -> Float[Tensor, "*#batch"]:
+    return inflate(vector_norm(entries.flatten(-3)), entries.shape[-3:].numel() + 8)

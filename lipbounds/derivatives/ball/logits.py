@@ -1,0 +1,112 @@
+r"""What a block can be while its moving input X' stays in the ball ||X' - X||_F <= eps: logits, maps, Theorem 3 there.
+
+With ' for a value in the ball and dx_i the change of token i (|.| Euclidean), self-attention:
+
+- logits: S'_ij - S_ij = s (dx_i^T W_Q k_j + q_i^T W_K^T dx_j + dx_i^T W_Q W_K^T dx_j); with |dx_i|^2 + |dx_j|^2 <=
+  eps^2, |S'_ij - S_ij| <= s eps sqrt(|W_Q k_j|^2 + |W_K q_i|^2) + s ||W_Q W_K^T|| eps^2/2 for i != j, and for i = j
+  s eps |W_Q k_i + W_K q_i| + s ||W_Q W_K^T|| eps^2. Only the query moves: s eps |W_Q k_j|; only the memory:
+  s eps |W_K q_i|.
+- softmax rows lie in the interval of lipbounds.ops.interval, g_1 over it is bounded there.
+- ||P'|| <= min( ||P|| + ||max(upper - P, P - lower)||_F , sqrt(largest column sum of upper) ): rows sum to 1, so
+  ||P'||^2 <= ||P'||_1 ||P'||_inf = ||P'||_1.
+- ||V'|| <= ||V|| + eps ||W_V||, ||K' W_Q^T|| <= ||K W_Q^T|| + eps ||W_K W_Q^T||, and likewise for Q', where they move.
+
+Rounding of the logits is added to the radius of the interval.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lipbounds.derivatives.logit_changes import change_by_keys, change_by_queries
+from lipbounds.derivatives.norms import combine_heads, value_norm
+from lipbounds.derivatives.rounding.logits import logit_error
+from lipbounds.ops._rows import SMALLEST_NORMAL
+from lipbounds.ops.interval import SoftmaxInterval, g_interval_upper, softmax_interval
+from lipbounds.ops.nonnegative import nonnegative_norm_upper
+from lipbounds.rounding import gamma, inflate
+from lipbounds.targets.attention import Attention
+
+
+SIZE_SLACK = 1e-11  # relative, for the norms of single rows: pays for sums of up to 40 000 squares
+
+
+def theorem_3_on_ball(block: Attention, radius: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """Bias-aware Theorem 3 of Yudin et al. 2025 with every factor bounded over the ball, and its parts; in float64.
+
+    Args:
+        block: in float64.
+        radius: eps, Frobenius norm.
+    """
+    interval = softmax_interval(block.logits, logit_radius(block, radius))
+    norms = g_interval_upper(interval).amax(-1)
+    values = value_norm(block)
+    mixing = torch.zeros_like(norms)
+    if block.memory_moves:
+        value_weights = block.weight_norms.values
+        values = values + radius * value_weights
+        mixing = value_weights * _map_norm(block, interval)
+    softmax_part = values * norms * abs(block.scale_value) * _logit_change(block, radius)
+    value = inflate(combine_heads(block, mixing + softmax_part), 32)
+    return value, {"mixing": mixing, "softmax_part": softmax_part, "softmax_norm": norms}
+
+
+def logit_radius(block: Attention, radius: float | Float[Tensor, "*#batch"]) -> Float[Tensor, "*batch heads n m"]:
+    """How far each logit can move while the moving input stays in the ball, rounded up.
+
+    Args:
+        block: in float64.
+        radius: eps, Frobenius norm; more radii than batch items in front give a result each.
+    """
+    eps = radius[..., None, None, None] if isinstance(radius, Tensor) else radius
+    by_query = block.keys @ block.w_q.mT  # W_Q k_j, a row for each key
+    by_key = block.queries @ block.w_k.mT  # W_K q_i, a row for each query
+    query_sizes = by_query.norm(dim=-1).unsqueeze(-2)
+    key_sizes = by_key.norm(dim=-1).unsqueeze(-1)
+    if block.moves == "query":
+        change = eps * query_sizes
+    elif block.moves == "memory":
+        change = eps * key_sizes
+    else:
+        curvature = block.weight_norms.logits[..., None, None]
+        # No norm of 0 and 0, which has no gradient.
+        both = torch.hypot(query_sizes.clamp(min=SMALLEST_NORMAL), key_sizes)
+        apart = eps * both + curvature * eps**2 / 2
+        together = eps * (by_query + by_key).norm(dim=-1).unsqueeze(-1) + curvature * eps**2
+        change = apart + torch.diag_embed(together.squeeze(-1) - apart.diagonal(dim1=-2, dim2=-1))
+    rounded = abs(block.scale_value) * (change + eps * _size_error(block)) * (1 + SIZE_SLACK)
+    shape = torch.broadcast_shapes(rounded.shape, block.logits.shape)
+    return rounded.expand(shape) + logit_error(block).unsqueeze(-1)
+
+
+def _size_error(block: Attention) -> Float[Tensor, "*batch heads 1 1"]:
+    """Rounding of W_Q k_j and W_K q_i together: gamma times Frobenius norms of the factors, for the largest token."""
+    operations = 2 * (max(block.w_q.shape[-2], block.w_k.shape[-2]) + block.w_q.shape[-1] + 4)
+    error = torch.zeros_like(block.logits[..., :1, :1])
+    for (tokens, weights), other in ((block.query_factors, block.w_k), (block.key_factors, block.w_q)):
+        size = tokens.norm(dim=-1).amax(-1) * weights.norm(dim=(-2, -1)) * other.norm(dim=(-2, -1))
+        error = error + gamma(operations) * size[..., None, None]
+    return error
+
+
+def _logit_change(block: Attention, radius: float) -> Float[Tensor, "*batch heads"]:
+    """sup ||K' W_Q^T|| + sup ||Q' W_K^T||, as far as they occur."""
+    total = torch.zeros_like(block.logits[..., 0, 0])
+    if block.query_moves:
+        total = total + change_by_queries(block)
+    if block.memory_moves:
+        total = total + change_by_keys(block)
+    if block.moves == "self":  # only then does the matrix beside the moving one move, too
+        total = total + 2 * radius * block.weight_norms.logits
+    return total
+
+
+def _map_norm(block: Attention, interval: SoftmaxInterval) -> Float[Tensor, "*batch heads"]:
+    """sup ||P'|| over the ball, rounded up."""
+    maps = block.probabilities  # as computed: the interval holds the exact ones, so their difference is in `deviation`
+    deviation = torch.maximum(interval.upper - maps, maps - interval.lower).clamp(min=0)
+    from_centre = nonnegative_norm_upper(maps) + deviation.norm(dim=(-2, -1))
+    by_columns = interval.upper.sum(-2).amax(-1).sqrt()
+    return inflate(torch.minimum(from_centre, by_columns), sum(maps.shape[-2:]) + 16)

@@ -1,0 +1,262 @@
+r"""Suprema over a ball of the joint spreads of keys, values and queries of all heads of a block, rounded up.
+
+Over the ball ||X' - X||_F <= eps, ' for a value in it, dx_i the change of token i, M_h = W_V^h W_O^h, and
+
+    w_hj = s W_Q^h k_hj,   v_hj = W_O^hT (value row j),   u_hi = s W_K^h q_hi,   G_h = s W_Q^h W_K^hT,
+
+    w'_hj - w_hj = G_h dx_j,   v'_hj - v_hj = M_h^T dx_j,   u'_hi - u_hi = G_h^T dx_i.
+
+Means and covariances of row i of head h are under P'_hi. What is bounded, with sum_j |dx_j|^2 <= eps^2 throughout:
+
+- 'spread' of keys, weights t_hij >= P'_hij f_hij: sup over |b| = 1 of sqrt( sum_hj t_hij <w'_hj - c_hi, b>^2 ), c any
+  rows. It is a seminorm in w'. Of the rows at the centre it is at most sqrt(sum_h a_hi^2) and at most k max_h a_hi,
+  a_hi the norm of the rows of head h alone and k = ||[B_1 ... B_H]||, where w_hj = B_h z_hj with ||B_h|| <= 1 and
+  |z_hj| the norm of w_hj. Their change adds sqrt(max_hj t_hij) ||G|| eps, where ||G|| stands for sup sqrt(sum_h <x,
+  G_h y>^2) over unit x, y, the norm of all G_h side by side or stacked, whichever is less. With c the mean of the row
+  and t >= P' it bounds the covariance, whose seminorm does not feel that the mean is another one in the ball; where
+  it does, for t = P' f, the shift of the mean, d_hi, adds sqrt( sum_h d_hi^2 sum_j t_hij ).
+- shift of a mean: |sum_j P'_hij w'_hj - c_hi| <= sum_j |P'_hij - P_hij| |w_hj - c_hi| + ||G_h|| eps, c the mean at
+  the centre; also, the derivative of a mean being Cov_hi(S, w) + sum_j P_hij G_h dx_j, at most sup sqrt(Var_hi(S))
+  sup ||Cov_hi(w)||^(1/2) + ||G_h|| eps, S the change of the logits. 'far': |w'_hj - mean'| <= |w_hj - c_hi| + ||G_h||
+  eps + shift.
+- 'reach' of the keys: the largest eigenvalue of sum_h t_hij u'_hi u'_hi^T is at most ( its root at the centre +
+  sqrt(max_h t_hij) ||G|| eps )^2. With t = f_hi pi_hij it bounds a variance: for c_hj = <u'_hi, y_j>, sum_h f_hi
+  Var_hi(c_h) <= sum_j reach_ij |y_j|^2, where J(P'_hi) <= diag(pi_hi) in the Loewner order. Two such pi: J(p) <=
+  diag(p), and J(p) <= 2 diag(p (1 - p)), since the difference is diagonally dominant. They must not be mixed within a
+  row: the second is taken for rows whose largest entry is above 0.55 at the centre, where it is the less, the first
+  for the others.
+
+Of head h, ||G_h|| = ||B L^T W_K^T|| (lipbounds.derivatives.ball.rows), so all of the above can also be said of z,
+head by head, and then of w through k or the sum of squares: the lesser is taken.
+
+Rounding: the error of a row of w, v or u, an absolute number a head, is added wherever its change is, for all tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses as dc
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lipbounds.derivatives.ball.logits import logit_radius
+from lipbounds.derivatives.ball.rows import Queries, Rows
+from lipbounds.derivatives.rounding.logits import logit_error
+from lipbounds.ops.interval import SoftmaxInterval, g_interval_upper, softmax_interval, variance_interval_upper
+from lipbounds.ops.spectral import root, spectral_norm_upper, vector_norm
+from lipbounds.rounding import UNIT_ROUNDOFF, gamma, inflate
+from lipbounds.targets.attention import Attention
+
+
+PEAKED = 0.55  # not 1/2, at which many a row is exactly and rounding would choose
+
+
+@dc.dataclass(frozen=True, slots=True)
+class Maps:
+    """The attention maps over the ball: ends of intervals, and how far the maps are from the computed ones.
+
+    Args:
+        upper: of P'.
+        pairs: of pi, a diagonal above J(P').
+        softmax_norm: of g_1 of each row.
+        away: of |P' - computed P|.
+    """
+
+    upper: Float[Tensor, "*#batch heads n m"]
+    pairs: Float[Tensor, "*#batch heads n m"]
+    softmax_norm: Float[Tensor, "*#batch heads n"]
+    away: Float[Tensor, "*#batch heads n m"]
+
+
+def maps_on_ball(block: Attention, radius: Float[Tensor, "*#batch"]) -> Maps:
+    """Suprema of functions of the maps over the ball.
+
+    Args:
+        block: in float64, without rotary positions.
+        radius: eps; more radii than batch items, in front, give a result each, here and below.
+    """
+    interval = softmax_interval(block.logits, logit_radius(block, radius))
+    peaked = block.probabilities.amax(-1, keepdim=True) > PEAKED
+    pairs = torch.where(peaked, 2 * variance_interval_upper(interval), interval.upper)
+    return Maps(interval.upper, pairs, g_interval_upper(interval), _away(block, interval))
+
+
+def rounding_of_maps(block: Attention) -> Float[Tensor, "*#batch heads n m"]:
+    """Upper bound of |P - computed P| at the centre, entry by entry, without a gradient.
+
+    Args:
+        block: in float64.
+    """
+    with torch.no_grad():
+        error = logit_error(block).unsqueeze(-1).expand(block.logits.shape)
+        return _away(block, softmax_interval(block.logits, error))
+
+
+def _away(block: Attention, interval: SoftmaxInterval) -> Tensor:
+    maps = block.probabilities
+    return torch.maximum(interval.upper - maps, maps - interval.lower).clamp(min=0)
+
+
+@dc.dataclass(frozen=True, slots=True)
+class Spread:
+    """What bounds a weighted spread of all heads, before it is known how much each head counts.
+
+    Args:
+        rows: whose spread it is.
+        radius: of the ball, 0 where the tokens of these rows do not move.
+        heads: norm of the weighted z of each head at the centre.
+        largest: weight in each row of the map.
+        total: sum of the weights of each row.
+        error: of a row w' less the mean or constant taken off.
+        shift: of the mean of z where the spread feels it, else None.
+    """
+
+    rows: Rows
+    radius: Float[Tensor, "*#batch"]
+    heads: Float[Tensor, "*#batch heads n"]
+    largest: Float[Tensor, "*#batch heads n"]
+    total: Float[Tensor, "*#batch heads n"]
+    error: Float[Tensor, "*#batch heads n"]
+    shift: Float[Tensor, "*#batch heads n"] | None
+
+    def joint(self, share: Float[Tensor, "*#batch heads n"]) -> Float[Tensor, "*#batch n"]:
+        """The spread of all heads with weights t_hij times the share of head h.
+
+        Args:
+            share: > 0, of each head in each row.
+        """
+        factor = root(share)
+        heads, total = factor * self.heads, factor * root(self.total)
+        moved = (self.radius * self.rows.joint_change).unsqueeze(-1) * root((share * self.largest).amax(-2))
+        value = self._combined(heads) + moved
+        if self.shift is not None:
+            value = value + self._combined(total * self.shift)
+        value = torch.minimum(value, self._combined(factor * self.alone()))
+        value = value + vector_norm((total * self.error).mT)
+        return inflate(value, heads.shape[-2] + 32)
+
+    def alone(self) -> Float[Tensor, "*#batch heads n"]:
+        """The spread of z of each head, without the errors of rows."""
+        change = self.radius.unsqueeze(-1) * self.rows.reduced_change
+        value = self.heads + change.unsqueeze(-1) * root(self.largest)
+        if self.shift is not None:
+            value = value + root(self.total) * self.shift
+        return inflate(value, 8)
+
+    def _combined(self, heads: Float[Tensor, "*#batch heads n"]) -> Float[Tensor, "*#batch n"]:
+        """Norm of all B_h Z_h side by side, from the norms of the Z_h."""
+        apart = vector_norm((self.rows.factor_norm.unsqueeze(-1) * heads).mT)
+        return torch.minimum(self.rows.joint.unsqueeze(-1) * heads.amax(-2), apart)
+
+
+class Spreads:
+    """Rows of keys or values on the ball of the given radius, seen from the mean of each row of the map at the centre.
+
+    Args:
+        block: in float64.
+        rows: keys or values.
+        maps: over the ball.
+        radius: of the ball, 0 where the tokens of these rows do not move.
+    """
+
+    def __init__(self, block: Attention, rows: Rows, maps: Maps, radius: Float[Tensor, "*#batch"]) -> None:
+        self.rows, self.maps, self.radius = rows, maps, radius
+        self._away = rows.reduced.unsqueeze(-3) - (block.probabilities @ rows.reduced).unsqueeze(-2)
+        self._operations = 2 * sum(self._away.shape[-2:]) + 32
+        self._error = (rows.error + radius.unsqueeze(-1) * rows.change_error).unsqueeze(-1)
+        self._error = self._error + torch.zeros_like(maps.upper[..., 0])
+        self.plain = self._spread(maps.upper, self._error, None)
+
+    def move(self, reach: Float[Tensor, "*#batch heads n"], rounding: Float[Tensor, "*#batch heads n m"]) -> None:
+        """Find how far means and rows are from where they were: `shift`, `far`.
+
+        Args:
+            reach: bound on sqrt(Var_hi(S)) over the ball, S how far the logits move.
+            rounding: of the maps at the centre.
+        """
+        distance = inflate(vector_norm(self._away), self._operations)
+        # The computed mean differs from that under the computed map, and that map's sum from 1.
+        lost = 8 * gamma(self._operations) * self.rows.reduced.detach().norm(dim=-1).amax(-1)
+        own = (self.radius.unsqueeze(-1) * self.rows.reduced_change + lost).unsqueeze(-1)
+        by_entries = (self.maps.away * distance).sum(-1)
+        by_rate = (rounding * distance).sum(-1) + reach * self.plain.alone()
+        self.shift = inflate(torch.minimum(by_entries, by_rate) + own, self._operations)
+        self._error_of_mean = (2 + reach) * self._error
+        far = self.rows.factor_norm[..., None, None] * (distance + (own + self.shift).unsqueeze(-1))
+        self.far = inflate(far + self._error_of_mean.unsqueeze(-1), 8)
+
+    def weighted(self, factors: Float[Tensor, "*#batch heads n m"]) -> Spread:
+        """The spread of the rows less their mean in the ball, weighted by P' f; after `move`.
+
+        Args:
+            factors: f >= 0.
+        """
+        return self._spread(self.maps.upper * factors, self._error_of_mean, self.shift)
+
+    def _spread(self, weights: Tensor, error: Tensor, shift: Tensor | None) -> Spread:
+        heads = inflate(spectral_norm_upper(root(weights).unsqueeze(-1) * self._away), self._operations)
+        largest, total = weights.amax(-1), inflate(weights.sum(-1), self._operations)
+        return Spread(self.rows, self.radius, heads, largest, total, error, shift)
+
+
+def head_sizes(block: Attention, rows: Rows) -> Float[Tensor, "*#batch heads n"]:
+    """About the spread of the rows of each head at the centre, rounded to no side: to weigh heads against each other.
+
+    Args:
+        block: in float64.
+        rows: keys or values.
+    """
+    moments = (block.probabilities @ rows.reduced.square().sum(-1, keepdim=True)).squeeze(-1)
+    variance = moments - (block.probabilities @ rows.reduced).square().sum(-1)
+    return root(torch.maximum(variance, 1e-6 * moments))
+
+
+def balance(first: Float[Tensor, "*#batch heads n"], second: Float[Tensor, "*#batch heads n"]) -> Tensor:
+    """Shares of the heads, all > 0: in sum_h a_h b_h <= sqrt(sum_h share_h b_h^2) sqrt(sum_h a_h^2 / share_h) equality
+    holds for a_h / b_h. A thousandth of the largest head is added to each, so that no share is 0 or infinite.
+
+    Args:
+        first: sizes of the a_h, >= 0.
+        second: sizes of the b_h, >= 0.
+    """
+    sizes = []
+    for size in (first, second):
+        largest = size.amax(-2, keepdim=True)
+        sizes.append(torch.where(largest > 0, size / torch.where(largest > 0, largest, 1.0), 1.0) + 1e-3)
+    return sizes[0] / sizes[1]
+
+
+def reach(
+    queries: Queries, radius: Float[Tensor, "*#batch"], weights: Float[Tensor, "*#batch heads n m"]
+) -> Float[Tensor, "*#batch n m"]:
+    """Upper bound of the norm of sum_h t_hij u'_hi u'_hi^T over the ball.
+
+    Args:
+        queries: of the block.
+        radius: of the ball, 0 where the queries do not move.
+        weights: t >= 0.
+    """
+    roots = root(weights).movedim(-3, -1)  # n x m x heads
+    gram = queries.inner.unsqueeze(-3) * roots.unsqueeze(-1) * roots.unsqueeze(-2)
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    heads = gram.shape[-1]
+    square = trace
+    if heads > 1:
+        largest = _largest_eigenvalue(gram) + 32 * heads * UNIT_ROUNDOFF * trace
+        square = torch.minimum(trace, largest)
+    total = weights.sum(-3)
+    square = square + queries.slack.unsqueeze(-1) * total
+    lost = root((weights * queries.error.square()[..., None, None]).sum(-3))
+    moved = (radius * queries.joint_change)[..., None, None] * root(weights.amax(-3))
+    return inflate((root(square) + moved + lost).square(), 2 * heads + 32)
+
+
+def _largest_eigenvalue(gram: Float[Tensor, "*#batch size size"]) -> Float[Tensor, "*#batch"]:
+    """As computed by LAPACK; its gradient is that of v^T A v with the top eigenvector v held fixed."""
+    if not (torch.is_grad_enabled() and gram.requires_grad):
+        return torch.linalg.eigvalsh(gram)[..., -1].clamp(min=0)
+    found = torch.linalg.eigh(gram.detach())
+    top = found.eigenvectors[..., -1:]
+    stretch = (top.mT @ gram @ top)[..., 0, 0]
+    return found.eigenvalues[..., -1].clamp(min=0) + (stretch - stretch.detach())

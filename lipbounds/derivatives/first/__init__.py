@@ -1,0 +1,1 @@
+"""The first derivative of attention at one input."""

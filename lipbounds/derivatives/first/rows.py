@@ -1,0 +1,158 @@
+r"""The rows of the Jacobian of an attention block in factored form, with their rounding.
+
+Output token i of the differential is a sum over heads and keys (bounds/sharp.py has the derivation),
+
+    dy_i = sum_h W_O^hT [ sum_j P_hij W_V^hT dx_j + sum_j x_hij <u_hi, dx_j> + Z_hi dx_i ],
+    x_hij = P_hij (v_hj - m_hi),   u_hi = s W_K^h q_hi,   Z_hi = s Cov_hi(V, K) W_Q^hT,   m_hi = sum_j P_hij v_hj,
+
+of which the first two parts belong to the keys' and the last to the queries' input. `Rows` holds P, x, u and Z as
+computed, each row i divided by a power of two, and two numbers for it: `size`, at least the sum over heads of the
+Frobenius norms of the three parts as computed, times ||W_O^h||_F, and `error`, at least the Frobenius norm of the
+difference to the exact ones.
+
+Scaling: W_V^h is divided and W_O^h multiplied by a power of two of the size of W_V^h, then W_O by one of its own, so
+that products of two rows keep inside the range of floats whatever the units of the weights.
+
+Rounding, with hats on what is computed, R the largest norm of a computed centred value, r the error of one, t_i the
+error of a row of P in sum |.| (all from attention_covariance): as m and its exact form differ by t_i R + r,
+
+    sum_j |x^_hij - x_hij| <= sum_j |P^_hij - P_hij| |v^_hj - m^_hi| + sum_j P_hij ( |v^_hj - v_hj| + |m^_hi - m_hi| )
+                           <= 2 t_i R + r + (t_i R + r),
+
+to which m + 8 roundings of numbers of at most 4 R are added; 4 t_i R + 4 gamma(m + 8) R + 4 r is taken. A computed
+u_hi is off by gamma(2 (D + d + 4)) s ||W_K||_F |[x_i 1]| ||[W_Q; b_Q]||_F, and twice that is taken.
+"""
+
+from __future__ import annotations
+
+import dataclasses as dc
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lipbounds.derivatives.first.covariance import (
+    CentredRows,
+    centred_keys,
+    centred_projection,
+    map_error,
+    row_covariance,
+)
+from lipbounds.ops.spectral import power_of_two
+from lipbounds.rounding import gamma, inflate
+from lipbounds.targets.attention import Attention
+
+
+@dc.dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """The factors of the Jacobian; a part whose input does not move is None.
+
+    Args:
+        w_v: value weights, scaled.
+        w_o: output weights, scaled; the Jacobian is `unit` times what these give.
+        unit: power of two.
+        maps: P, divided by `scale`.
+        spread: x_hij, not divided.
+        reach: u_hi, divided by `scale`.
+        query: Z_hi, divided by `scale`.
+        scale: power of two of each row, of the order of its size.
+        size: bound on the computed row, divided by `scale`.
+        error: bound on its error, divided by `scale`.
+    """
+
+    w_v: Float[Tensor, "*weights heads dim value_dim"]
+    w_o: Float[Tensor, "*weights heads value_dim out_dim"]
+    unit: Float[Tensor, "*weights"]
+    maps: Float[Tensor, "*batch heads n m"] | None
+    spread: Float[Tensor, "*batch n m heads value_dim"] | None
+    reach: Float[Tensor, "*batch heads n dim"] | None
+    query: Float[Tensor, "*batch heads n value_dim query_dim"] | None
+    scale: Float[Tensor, "*batch n"]
+    size: Float[Tensor, "*batch n"]
+    error: Float[Tensor, "*batch n"]
+
+
+def jacobian_rows(block: Attention) -> Rows:
+    """The factors of the Jacobian at `block`.
+
+    Args:
+        block: in float64, without rotary positions.
+    """
+    w_v, w_o, unit = scaled_weights(block)
+    output = w_o.detach().norm(dim=(-2, -1)).unsqueeze(-1)
+    values = centred_projection(block.source_input, w_v)
+    size = error = torch.zeros_like(block.logits[..., 0].detach())
+    maps = spread = reach = query = None
+    if block.memory_moves:
+        maps = block.probabilities
+        by_head = values.rows.unsqueeze(-3) - (maps @ values.rows).unsqueeze(-2)
+        spread = (maps.unsqueeze(-1) * by_head).movedim(-4, -2).contiguous()
+        reach = block.scale_value * block.queries @ block.w_k.mT
+        with torch.no_grad():
+            through = w_v.norm(dim=(-2, -1)).unsqueeze(-1)
+            spread_size, reach_size = spread.norm(dim=(-3, -1)).mT, reach.norm(dim=-1)
+            off = reach_error(block)
+            size = size + maps.norm(dim=-1) * through + spread_size * reach_size
+            error = error + map_error(block) * through + spread_size * off
+            error = error + spread_error(block, values) * (reach_size + off)
+    if block.query_moves:
+        cross, cross_error = row_covariance(block, values, centred_keys(block))
+        query = block.scale_value * cross @ block.w_q.mT.unsqueeze(-3)
+        with torch.no_grad():
+            factor = abs(block.scale_value) * block.w_q.norm(dim=(-2, -1)).unsqueeze(-1)
+            cross_size = cross.norm(dim=(-2, -1))
+            size = size + query.norm(dim=(-2, -1))
+            error = error + (cross_error + gamma(block.w_q.shape[-1] + 4) * cross_size) * factor
+    operations = block.logits.shape[-1] + sum(block.w_v.shape[-2:]) + block.heads + 32
+    size, error = inflate((output * size).sum(-2), operations), inflate((output * error).sum(-2), operations)
+    scale = power_of_two((size + error)[..., None, None])[..., 0, 0]
+    per_head = scale.unsqueeze(-2).unsqueeze(-1)
+    return Rows(
+        w_v=w_v,
+        w_o=w_o,
+        unit=unit,
+        maps=None if maps is None else maps / per_head,
+        spread=spread,
+        reach=None if reach is None else reach / per_head,
+        query=None if query is None else query / per_head.unsqueeze(-1),
+        scale=scale,
+        size=size / scale,
+        error=error / scale,
+    )
+
+
+@torch.no_grad()
+def reach_error(block: Attention) -> Float[Tensor, "*batch heads n"]:
+    """How far a computed u_hi can be from the exact one; without a gradient.
+
+    Args:
+        block: in float64, without rotary positions.
+    """
+    tokens, weights = block.query_factors
+    length = tokens.norm(dim=-1) * weights.norm(dim=(-2, -1)).unsqueeze(-1)
+    length = abs(block.scale_value) * length * block.w_k.norm(dim=(-2, -1)).unsqueeze(-1)
+    return 2 * gamma(2 * (sum(block.w_q.shape[-2:]) + 8)) * length
+
+
+@torch.no_grad()
+def spread_error(block: Attention, values: CentredRows) -> Float[Tensor, "*batch heads n"]:
+    """How far the computed x_hij of a row can be from the exact ones, in sum over j; without a gradient.
+
+    Args:
+        block: in float64.
+        values: the centred values as computed.
+    """
+    relative = 4 * map_error(block) + 4 * gamma(block.logits.shape[-1] + 8)
+    return relative * values.size.unsqueeze(-1) + 4 * values.error.unsqueeze(-1)
+
+
+def scaled_weights(block: Attention) -> tuple[Tensor, Tensor, Tensor]:
+    """W_V, W_O of order 1 for each head and for all heads, and the unit that is left over.
+
+    Args:
+        block: in float64.
+    """
+    by_head = power_of_two(block.w_v.detach())
+    w_o = block.w_o * by_head
+    unit = power_of_two(w_o.detach().flatten(-3, -2))[..., 0, 0]
+    return block.w_v / by_head, w_o / unit[..., None, None, None], unit

@@ -1,0 +1,234 @@
+r"""Norms of the three parts of the differential of an attention block, all heads together, rounded up.
+
+The formulas (3), (4), (5) and their sums over heads are those of bounds/sharp.py, which has the proofs. Weights are
+scaled by powers of two as in attention_rows; nothing of size n x m x D is formed.
+
+Rounding. A Frobenius norm is the root of a sum of products whose absolute values add up to at most z^2, z the same
+formula with every matrix replaced by its Frobenius norm: gamma(c) z^2 is added under the root. What P, V, K and Q are
+off by (map_error, centred_projection, row_covariance, reach_error) is added to the norm, through the Frobenius norms of
+what it meets:
+
+- (3): with t_hi the error of row i of P_h in sum |.|, an entry of P_h P_g^T is off by t_hi + t_gk + t_hi t_gk.
+- (5): with C_i the array of blocks <u_hi, u_gi> x_hi^T x_gi and S that of W_O^h W_O^gT, tr (K_i O_i K_i O_i) is tr (S
+  C_i S C_i). The product S C_i is off by gamma(c) ||W_O||_F^2 sum_h |u_hi|^2 ||x_hi||_F^2 in Frobenius norm, e, which
+  moves the trace by 2 e ||S C_i||_F + e^2.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lipbounds.derivatives.first.covariance import (
+    centred_keys,
+    centred_projection,
+    map_error,
+    map_upper,
+    row_covariance,
+)
+from lipbounds.derivatives.first.rows import reach_error, scaled_weights, spread_error
+from lipbounds.derivatives.norms import map_norm
+from lipbounds.ops.spectral import power_of_two, product_norm_upper, root, spectral_norm_upper, vector_norm
+from lipbounds.rounding import gamma, inflate
+from lipbounds.targets.attention import Attention
+
+
+CANCELLED = 2.0**-40  # a product of matrices this far below the product of their norms is taken for rounding
+SAME = 1e-6  # relative; the roots of the rounding slack are below it
+CHUNK_ENTRIES = 2**22  # of the kernels of the rows that are made at a time
+
+
+def three_parts(block: Attention) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
+    """Norms of T1, T2 and T3, rounded up; 0 for a part whose input does not move.
+
+    Args:
+        block: in float64, without rotary positions.
+    """
+    nothing = torch.zeros_like(block.logits[..., 0, 0, 0])
+    mixing, key = (mixing_part(block), key_part(block)) if block.memory_moves else (nothing, nothing)
+    return mixing, query_part(block) if block.query_moves else nothing, key
+
+
+def mixing_part(block: Attention) -> Float[Tensor, "*batch"]:
+    """||T1||: the smaller of (3) and sum_h ||P_h|| ||M_h||.
+
+    Args:
+        block: in float64.
+    """
+    by_head = (map_norm(block) * block.weight_norms.through).sum(-1)
+    w_v, w_o, unit = scaled_weights(block)
+    maps = block.probabilities
+    products = torch.einsum("...hij,...gkj->...ikhg", maps, maps).flatten(-2)
+    inner = _map_products(w_v, w_o)
+    squares = ((products @ inner.unsqueeze(-3)) * products).sum(-1)
+    with torch.no_grad():
+        weight = w_v.norm(dim=(-2, -1)) * w_o.norm(dim=(-2, -1))
+        pairs = (weight.unsqueeze(-1) * weight.unsqueeze(-2)).flatten(-2)
+        size = (products * pairs[..., None, None, :]).sum(-1)
+        off = (map_error(block) * weight.unsqueeze(-1)).sum(-2)
+        total = weight.sum(-1)[..., None, None]
+        crossed = off.unsqueeze(-1) * total
+        error = crossed + crossed.mT + off.unsqueeze(-1) * off.unsqueeze(-2) + 2 * gamma(maps.shape[-1] + 8) * size
+        operations = 2 * (w_v.shape[-2] + w_o.shape[-1]) + (w_v.shape[-1] + 2) ** 2 + 2 * pairs.shape[-1] + 32
+        slack = 2 * gamma(operations) * size.square()
+    entries = root(squares.clamp(min=0) + slack) + inflate(error, operations)
+    jointly = inflate(root(spectral_norm_upper(entries)), 8) * unit
+    return inflate(_smaller(jointly, by_head), block.heads + 4)
+
+
+def query_part(block: Attention) -> Float[Tensor, "*batch"]:
+    """||T2||: the largest over rows of the smaller of (4) and its sum over heads.
+
+    Args:
+        block: in float64.
+    """
+    w_v, w_o, unit = scaled_weights(block)
+    cross, error = row_covariance(block, centred_projection(block.source_input, w_v), centred_keys(block))
+    scale = abs(block.scale_value)
+    outputs, queries = w_o.mT.unsqueeze(-3), block.w_q.mT.unsqueeze(-3)
+    off = error * (w_o.norm(dim=(-2, -1)) * block.w_q.norm(dim=(-2, -1))).unsqueeze(-1)
+    by_head = scale * (_steady_norm(outputs, cross, queries) + off).sum(-2)
+    # W_Q^h of order 1, its size moved to the covariances, and these of order 1 for each row.
+    of_queries = power_of_two(block.w_q.detach())
+    w_q = block.w_q / of_queries
+    cross = cross * of_queries.unsqueeze(-3)
+    of_row = power_of_two(cross.detach().movedim(-4, -3).flatten(-3, -2))
+    cross = cross / of_row.unsqueeze(-4)
+    squares = _squared_sum(cross, w_o, w_q)
+    with torch.no_grad():
+        weight = w_o.norm(dim=(-2, -1)) * w_q.norm(dim=(-2, -1))
+        size = (cross.norm(dim=(-2, -1)) * weight.unsqueeze(-1)).sum(-2)
+        operations = 2 * (w_o.shape[-1] + w_q.shape[-2] + sum(cross.shape[-2:])) + math.prod(cross.shape[-2:]) + 64
+        slack = 2 * gamma(operations + block.heads**2) * size.square()
+    jointly = scale * (root(squares.clamp(min=0) + slack) * of_row[..., 0, 0] + off.sum(-2))
+    return inflate(_smaller(jointly, by_head), operations).amax(-1) * unit
+
+
+def key_part(block: Attention) -> Float[Tensor, "*batch"]:
+    """||T3||: the smaller of (5) and its sum over heads.
+
+    Args:
+        block: in float64.
+    """
+    w_v, w_o, unit = scaled_weights(block)
+    values = centred_projection(block.source_input, w_v)
+    reach = block.scale_value * block.queries @ block.w_k.mT
+    reach_size = vector_norm(reach) + reach_error(block)
+    outputs = w_o.mT.unsqueeze(-3)
+    spread, error = row_covariance(block, values, values)
+    # ||W_O^hT Cov W_O^h|| as computed, and what its error adds.
+    through = _steady_norm(outputs, spread, outputs.mT)
+    through = through + error * w_o.square().sum((-2, -1)).unsqueeze(-1)
+    weighted = reach_size.square() * through
+    columns = (weighted.unsqueeze(-2) @ map_upper(block)).squeeze(-2)
+    by_head = root(columns.amax(-1)).sum(-1)
+    rows = _joint_rows(block, values.rows, w_o, reach)
+    with torch.no_grad():
+        weight = w_o.norm(dim=(-2, -1)).unsqueeze(-1)
+        own = map_upper(block).norm(dim=-1) * 2 * values.size.unsqueeze(-1)
+        off = weight * (spread_error(block, values) * reach_size + own * reach_error(block))
+    jointly = vector_norm(rows + off.sum(-2))
+    operations = block.tokens + block.logits.shape[-1] + sum(block.w_k.shape[-2:]) + block.heads + 64
+    return inflate(_smaller(jointly, by_head), operations) * unit
+
+
+def _steady_norm(*factors: Tensor) -> Tensor:
+    """`product_norm_upper`, without a gradient where the factors cancel to rounding: its direction would be noise."""
+    norm = product_norm_upper(*factors)
+    size = torch.ones_like(norm.detach())
+    for factor in factors:
+        size = size * factor.detach().norm(dim=(-2, -1))
+    return torch.where(norm.detach() > CANCELLED * size, norm, norm.detach())
+
+
+def _smaller(jointly: Tensor, by_head: Tensor) -> Tensor:
+    """The minimum, with the gradient of the first where both are the same but for rounding.
+
+    A head that contributes nothing is a kink of the sum over heads alone.
+    """
+    smallest = torch.minimum(jointly, by_head).detach()
+    chosen = torch.where(by_head.detach() < (1 - SAME) * jointly.detach(), by_head, jointly)
+    return smallest + (chosen - chosen.detach())
+
+
+def _map_products(w_v: Tensor, w_o: Tensor) -> Float[Tensor, "*weights pairs pairs"]:
+    """<M_h^T M_g, M_h'^T M_g'> = tr(S_hh' G_h'g' S_g'g G_gh), G_hg = W_V^hT W_V^g, as a matrix from (h, g) to (h', g').
+
+    One head h at a time, so that H^2 d_v^2 numbers are kept and not H^3 d_v^2.
+    """
+    values = torch.einsum("...hav,...gaw->...hgvw", w_v, w_v)
+    outputs = torch.einsum("...hva,...gwa->...hgvw", w_o, w_o)
+    lines = []
+    for h in range(w_v.shape[-3]):
+        first = torch.einsum("...pvw,...pqwx->...qpvx", outputs[..., h, :, :, :], values)
+        second = torch.einsum("...qgvw,...gwx->...qgvx", outputs, values[..., :, h, :, :])
+        lines.append(torch.einsum("...qpvx,...qgxv->...gpq", first, second))
+    return torch.stack(lines, -4).flatten(-2).flatten(-3, -2)
+
+
+def _squared_sum(cross: Tensor, w_o: Tensor, w_q: Tensor) -> Float[Tensor, "*batch n"]:
+    """||sum_h W_O^hT C_hi W_Q^hT||_F^2 = sum_hg <S_hg C_gi, C_hi Q_hg>, S_hg = W_O^h W_O^gT, Q_hg = W_Q^hT W_Q^g.
+
+    One head h at a time, with the heads g >= h: the terms of (h, g) and (g, h) are equal. Rows are side by side in
+    products of few large matrices, which are several times as fast as many small ones.
+    """
+    width, depth = cross.shape[-2:]
+    columns = cross.movedim(-3, -2).flatten(-2)  # [*, g, v, (i, d)]: C_gi side by side
+    total = torch.zeros_like(cross[..., 0, :, 0, 0])
+    for h in range(cross.shape[-4]):
+        outputs = w_o[..., h : h + 1, :, :] @ w_o[..., h:, :, :].mT
+        queries = (w_q[..., h : h + 1, :, :].mT @ w_q[..., h:, :, :]).movedim(-3, -2).flatten(-2)  # [*, d, (g, e)]
+        left = (outputs @ columns[..., h:, :, :]).unflatten(-1, (-1, depth))  # [*, g, v, i, e]
+        right = (cross[..., h, :, :, :].flatten(-3, -2) @ queries).unflatten(-1, (-1, depth))  # [*, (i, v), g, e]
+        right = right.unflatten(-3, (-1, width)).movedim(-2, -4).movedim(-2, -3)  # [*, g, v, i, e]
+        terms = (left * right).sum((-3, -1))
+        total = total + (terms[..., 0, :] + 2 * terms[..., 1:, :].sum(-2))
+    return total
+
+
+def _joint_rows(block: Attention, values: Tensor, w_o: Tensor, reach: Tensor) -> Float[Tensor, "*batch n"]:
+    """||T3_i T3_i^T||_F^(1/2) for every row i, for the factors as computed, rounded up."""
+    outputs = w_o.flatten(-3, -2) @ w_o.flatten(-3, -2).mT
+    of_row = power_of_two(reach.detach().movedim(-3, -2))  # [*, n, 1, 1]
+    turned = reach.movedim(-3, -2) / of_row  # [*, n, h, D]
+    maps = block.probabilities.movedim(-3, -2)  # [*, n, h, j]
+    rows = values.movedim(-3, -2)  # [*, j, h, v]
+    operations = rows.shape[-3] + outputs.shape[-1] + w_o.shape[-1] + reach.shape[-1] + 16
+    chunk = max(1, CHUNK_ENTRIES // (outputs.shape[-1] * max(outputs.shape[-1], rows.shape[-3])))
+    squares = [
+        _row_norms(maps[..., start : start + chunk, :, :], rows, turned[..., start : start + chunk, :, :], outputs, w_o,
+                   operations)
+        for start in range(0, block.tokens, chunk)
+    ]  # fmt: skip
+    return inflate(root(torch.cat(squares, -1)), 8) * of_row[..., 0, 0]
+
+
+def _row_norms(
+    maps: Tensor, rows: Tensor, turned: Tensor, outputs: Tensor, w_o: Tensor, operations: int
+) -> Float[Tensor, "*batch count"]:
+    """||T3_i T3_i^T||_F for some rows i, as tr (S C S C)^(1/2) with the (h, g) block <u_hi, u_gi> x_hi^T x_gi in C.
+
+    Args:
+        maps: [*, count, h, j].
+        rows: the centred values, [*, j, h, v].
+        turned: u_hi, [*, count, h, D].
+        outputs: S, all heads in one.
+        w_o: for the size of the slack.
+        operations: roundings in an entry of S C.
+    """
+    means = torch.einsum("...chj,...jhv->...chv", maps, rows)
+    spread = maps.mT.unsqueeze(-1) * (rows.unsqueeze(-4) - means.unsqueeze(-3))  # [*, count, j, h, v]
+    width = rows.shape[-1]
+    alike = (turned @ turned.mT).repeat_interleave(width, -1).repeat_interleave(width, -2)
+    flat = spread.flatten(-2)
+    product = outputs.unsqueeze(-3) @ (alike * (flat.mT @ flat))
+    squared = (product * product.mT).sum((-2, -1))
+    with torch.no_grad():
+        length = (spread.norm(dim=(-3, -1)) * turned.norm(dim=-1)).square().sum(-1)
+        error = 2 * gamma(operations) * length * w_o.square().sum((-3, -2, -1)).unsqueeze(-1)
+        size = product.flatten(-2).norm(dim=-1)
+        slack = 2 * gamma(product.shape[-1] ** 2 + 8) * size.square() + 2 * error * size + error.square()
+    return root(squared.clamp(min=0) + slack)

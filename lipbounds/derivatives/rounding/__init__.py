@@ -1,0 +1,1 @@
+"""How far computed quantities of attention can be from exact ones."""

@@ -1,0 +1,1 @@
+"""The second derivative of attention at one input."""

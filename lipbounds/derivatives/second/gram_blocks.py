@@ -1,0 +1,310 @@
+r"""Gram matrices of the blocks of the second differential, from the factors of a block of attention.
+
+Notation, and what the blocks B_ijl are: lipbounds.derivatives.second.norm. B_ijl is a sum of five terms linear in the
+matrix a_j a_l^T; the inner products of each with each need inner products of the factors alone, so B_ijl, of D^2
+entries for each of H d_v numbers, is never formed.
+"""
+
+from __future__ import annotations
+
+import dataclasses as dc
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lipbounds.derivatives.first.covariance import (
+    CentredRows,
+    centred_keys,
+    centred_projection,
+    map_error,
+    row_covariance,
+)
+from lipbounds.derivatives.first.rows import reach_error, scaled_weights, spread_error
+from lipbounds.ops.spectral import power_of_two
+from lipbounds.rounding import gamma, inflate
+from lipbounds.targets.attention import Attention
+
+
+@dc.dataclass(frozen=True, slots=True, kw_only=True)
+class Factors:
+    """What the blocks are made of; a factor with a hat in `unit` or `units` is the true one divided by that number.
+
+    Args:
+        w_v: value weights, scaled.
+        output: output weights of all heads on top of each other, scaled.
+        unit: of the result.
+        reach: u_hi.
+        to_query: s W_Q.
+        to_key: W_K.
+        maps: P.
+        spread: x_hij.
+        away: k_hj less its mean.
+        cross: Cov_hi(V, K).
+        units: powers of two: of `reach`, `to_query`, `to_key`, and of the largest row.
+        error: of a block of a row, output weights included.
+    """
+
+    w_v: Float[Tensor, "*#batch heads dim value_dim"]
+    output: Float[Tensor, "*#batch inner out_dim"]
+    unit: Float[Tensor, "*#batch"]
+    reach: Float[Tensor, "*#batch heads n dim"]
+    to_query: Float[Tensor, "*#batch heads query_dim head_dim"]
+    to_key: Float[Tensor, "*#batch heads memory_dim head_dim"]
+    maps: Float[Tensor, "*#batch heads n m"]
+    spread: Float[Tensor, "*#batch heads n m value_dim"]
+    away: Float[Tensor, "*#batch heads n m head_dim"]
+    cross: Float[Tensor, "*#batch heads n value_dim head_dim"]
+    units: tuple[Tensor, Tensor, Tensor, Tensor]
+    error: Float[Tensor, "*#batch n"]
+
+
+def factors_of(block: Attention) -> Factors:
+    """What the blocks of the second differential are made of.
+
+    Args:
+        block: in float64, without rotary positions and QK-norm.
+    """
+    w_v, w_o, unit = scaled_weights(block)
+    values, keys = centred_projection(block.source_input, w_v), centred_keys(block)
+    maps = block.probabilities
+    cross, cross_error = row_covariance(block, values, keys)
+    apart = values.rows.unsqueeze(-3) - (maps @ values.rows).unsqueeze(-2)
+    away = keys.rows.unsqueeze(-3) - (maps @ keys.rows).unsqueeze(-2)
+    reach = block.scale_value * block.queries @ block.w_k.mT
+    to_query = block.scale_value * block.w_q
+    size, error = _sizes(block, values, keys, w_v, reach, cross, cross_error)
+    with torch.no_grad():
+        output = w_o.norm(dim=(-2, -1)).unsqueeze(-1)
+        operations = block.heads + 8
+        size, error = inflate((output * size).sum(-2), operations), inflate((output * error).sum(-2), operations)
+        largest = power_of_two((size + error).unsqueeze(-1))[..., 0, 0]
+        units = tuple(_unit(t) for t in (reach, to_query, block.w_k))
+    reach_unit, query_unit, key_unit = units
+    return Factors(
+        w_v=w_v,
+        output=w_o.flatten(-3, -2),
+        unit=unit * largest,
+        reach=reach / _wide(reach_unit, 3),
+        to_query=to_query / _wide(query_unit, 3),
+        to_key=block.w_k / _wide(key_unit, 3),
+        maps=maps,
+        spread=maps.unsqueeze(-1) * apart,
+        away=away,
+        cross=cross,
+        units=(reach_unit, query_unit, key_unit, largest),
+        error=error / largest.unsqueeze(-1),
+    )
+
+
+@torch.no_grad()
+def _sizes(
+    block: Attention,
+    values: CentredRows,
+    keys: CentredRows,
+    w_v: Tensor,
+    reach: Tensor,
+    cross: Tensor,
+    cross_error: Tensor,
+) -> tuple[Float[Tensor, "*#batch heads n"], Float[Tensor, "*#batch heads n"]]:
+    """Of the blocks of a row, before the output weights: a bound on the norm, factor by factor, and on the error."""
+    through = w_v.norm(dim=(-2, -1)).unsqueeze(-1)
+    to_query = abs(block.scale_value) * block.w_q.norm(dim=(-2, -1)).unsqueeze(-1)
+    to_key = block.w_k.norm(dim=(-2, -1)).unsqueeze(-1)
+    value, key = values.size.unsqueeze(-1), to_query * keys.size.unsqueeze(-1)
+    value, key = 2 * value, 2 * key  # less the mean of a row instead of that of all keys
+    off = reach_error(block)
+    query = reach.norm(dim=-1) + off
+    moment = to_query * cross.norm(dim=(-2, -1))
+    maps, spread, turned = map_error(block), spread_error(block, values), to_query * spread_error(block, keys)
+    size = lost = torch.zeros_like(query)
+    if block.memory_moves:
+        size = size + 2 * through * query + 3 * value * query.square()
+        lost = lost + 2 * through * (2 * maps * query + off) + 6 * off * value * query
+        lost = lost + (3 * spread + 2 * maps * value) * query.square()
+    if block.query_moves:
+        size = size + value * key.square()
+        lost = lost + spread * key.square() + 2 * value * key * turned
+    if block.moves == "self":
+        size = size + 2 * through * key + 2 * value * to_query * to_key + (2 * value * key + 2 * moment) * query
+        lost = lost + 2 * through * turned + 2 * spread * to_query * to_key + off * (2 * value * key + 2 * moment)
+        lost = lost + 2 * (spread * key + value * turned + maps * moment + to_query * cross_error) * query
+    operations = 2 * (sum(block.w_q.shape[-2:]) + sum(w_v.shape[-2:]) + block.w_k.shape[-2] + block.logits.shape[-1])
+    return size, 2 * lost + gamma(operations + 64) * size  # twice: products of two errors
+
+
+def _unit(factor: Float[Tensor, "*#batch heads rows cols"]) -> Float[Tensor, "*#batch"]:
+    return power_of_two(factor.flatten(-3, -2).detach())[..., 0, 0]
+
+
+def _wide(unit: Float[Tensor, "*#batch"], dims: int) -> Tensor:
+    return unit[(..., *[None] * dims)]
+
+
+def pair_products(
+    block: Attention, factors: Factors, i: int, first: Tensor, second: Tensor
+) -> tuple[Float[Tensor, "*#batch count heads v heads w"], Float[Tensor, "*#batch count heads"]]:
+    """B_ijl B_ijl^T for pairs (j, l), divided by the square of `size`, and the sum of the norms of what makes them up.
+
+    Args:
+        block: the attention block; its memory moves.
+        factors: of the block.
+        i: number of an output token.
+        first: numbers of the tokens j; where one of the two is i and the query moves, it is this one.
+        second: numbers of the tokens l.
+    """
+    reach_unit, query_unit, key_unit, size = factors.units
+    same = (first == second).to(factors.maps.dtype)
+    p_j, p_l = factors.maps[..., i, first], factors.maps[..., i, second]  # heads x pairs
+    x_j, x_l = factors.spread[..., i, first, :], factors.spread[..., i, second, :]
+    u = factors.reach[..., i, :]
+    weight = _wide(reach_unit / size, 2) * p_j * (same - p_l)
+    left = right = (weight.unsqueeze(-1) * u.unsqueeze(-2)).movedim(-3, -2)  # pairs x heads x D
+    z = same.unsqueeze(-1) * x_j - p_j.unsqueeze(-1) * x_l - p_l.unsqueeze(-1) * x_j
+    z = _wide(reach_unit * (reach_unit / size), 3) * z
+    turned = (z.unsqueeze(-1) * u[..., None, None, :]).movedim(-4, -3)  # pairs x heads x v x D
+    if not block.query_moves:
+        return _products(factors, left, right, turned, u), _size(factors, left, right, turned, u)
+    own = (first == i).to(factors.maps.dtype) * (1 + same)
+    away = factors.away[..., i, second, :]
+    keys = _wide(query_unit / size, 3) * (p_l.unsqueeze(-1) * away) @ factors.to_query.mT
+    keys = keys.movedim(-3, -2)
+    left = left + (own > 0).to(keys.dtype)[:, None, None] * keys
+    right = right + (own > 1).to(keys.dtype)[:, None, None] * keys
+    moments = x_l.unsqueeze(-1) * away.unsqueeze(-2) - p_l[..., None, None] * factors.cross[..., i, :, :].unsqueeze(-3)
+    moments = _wide(query_unit * (reach_unit / size), 4) * moments @ factors.to_query.mT.unsqueeze(-3)
+    turned = turned + own[:, None, None, None] * moments.movedim(-4, -3)
+    crossed = _wide(query_unit * (key_unit / size), 3) * own.unsqueeze(-1) * x_l
+    crossed = crossed.movedim(-3, -2)  # pairs x heads x v
+    gram = _products(factors, left, right, turned, u) + _with_logits(factors, left, right, turned, u, crossed)
+    total = _size(factors, left, right, turned, u)
+    total = total + crossed.detach().norm(dim=-1) * _logit_size(factors).unsqueeze(-2)
+    if not bool((own > 1).any()):
+        return gram, total
+    at, both = (own > 1).nonzero()[0, 0], (own > 1).to(gram.dtype)
+    square = own_square(factors, i) + _own_products(
+        factors, i, left[..., at, :, :], right[..., at, :, :], turned[..., at, :, :, :], u, crossed[..., at, :, :]
+    )
+    gram = gram + both[:, None, None, None, None] * square.unsqueeze(-5)
+    return gram, total + both.unsqueeze(-1) * own_size(factors, i).unsqueeze(-2)
+
+
+@torch.no_grad()
+def _size(factors: Factors, left: Tensor, right: Tensor, turned: Tensor, u: Tensor) -> Tensor:
+    """Of each pair and head, the norms of the parts in `_products`."""
+    values = factors.w_v.norm(dim=(-2, -1)).unsqueeze(-2)
+    return (left.norm(dim=-1) + right.norm(dim=-1)) * values + turned.norm(dim=(-2, -1)) * u.norm(dim=-1).unsqueeze(-2)
+
+
+@torch.no_grad()
+def _logit_size(factors: Factors) -> Float[Tensor, "*#batch heads"]:
+    return factors.to_query.norm(dim=(-2, -1)) * factors.to_key.norm(dim=(-2, -1))
+
+
+@torch.no_grad()
+def own_size(factors: Factors, i: int) -> Float[Tensor, "*#batch heads"]:
+    """The norm of each head of the same, term by term.
+
+    Args:
+        factors: of the block; its query moves.
+        i: number of an output token.
+    """
+    spread, keys = _own(factors, i)
+    return (spread.norm(dim=-1) * keys.square().sum(-1)).sum(-1)
+
+
+def twice(half: Float[Tensor, "*#batch heads v heads w"]) -> Tensor:
+    """A matrix of parts plus its transpose."""
+    return half + half.transpose(-4, -2).transpose(-3, -1)
+
+
+def _products(
+    factors: Factors,
+    left: Float[Tensor, "*#batch pairs heads dim"],
+    right: Float[Tensor, "*#batch pairs heads dim"],
+    turned: Float[Tensor, "*#batch pairs heads v dim"],
+    u: Float[Tensor, "*#batch heads dim"],
+) -> Float[Tensor, "*#batch pairs heads v heads w"]:
+    """Of < r, . > W_V^T, W_V^T < r', . > and E . < u, . >, each with each."""
+    w_v = factors.w_v
+    values = torch.einsum("...hav,...gaw->...hvgw", w_v, w_v).unsqueeze(-5)
+    alike = torch.einsum("...kha,...kga->...khg", left, left) + torch.einsum("...kha,...kga->...khg", right, right)
+    gram = values * alike.unsqueeze(-1).unsqueeze(-3)
+    met = torch.einsum("...kha,...kgwa->...khgw", left, turned)
+    seen = torch.einsum("...hav,...ga->...hvg", w_v, u).unsqueeze(-4)
+    half = met.unsqueeze(-3) * seen.unsqueeze(-1)
+    through = torch.einsum("...hav,...kgwa->...khvgw", w_v, turned)
+    half = half + through * torch.einsum("...kha,...ga->...khg", right, u).unsqueeze(-1).unsqueeze(-3)
+    left_v, right_v = (torch.einsum("...kha,...gaw->...khgw", side, w_v) for side in (left, right))
+    half = half + left_v.unsqueeze(-3) * right_v.transpose(-3, -2).movedim(-1, -2).unsqueeze(-1)
+    inner = torch.einsum("...ha,...ga->...hg", u, u)[..., None, :, None, :, None]
+    squares = torch.einsum("...khva,...kgwa->...khvgw", turned, turned)
+    return gram + twice(half) + squares * inner
+
+
+def _with_logits(
+    factors: Factors,
+    left: Float[Tensor, "*#batch pairs heads dim"],
+    right: Float[Tensor, "*#batch pairs heads dim"],
+    turned: Float[Tensor, "*#batch pairs heads v dim"],
+    u: Float[Tensor, "*#batch heads dim"],
+    crossed: Float[Tensor, "*#batch pairs heads v"],
+) -> Float[Tensor, "*#batch pairs heads v heads w"]:
+    """Of x < ., G . > with itself and with the other three."""
+    w_v, to_query, to_key = factors.w_v, factors.to_query, factors.to_key
+    seen_q = torch.einsum("...hav,...gad->...hvgd", w_v, to_query)
+    seen_k = torch.einsum("...hav,...gad->...hvgd", w_v, to_key)
+    left_q = torch.einsum("...kha,...gad->...khgd", left, to_query)
+    right_k = torch.einsum("...kha,...gad->...khgd", right, to_key)
+    found = torch.einsum("...khgd,...hvgd->...khvg", left_q, seen_k)
+    found = found + torch.einsum("...khgd,...hvgd->...khvg", right_k, seen_q)
+    half = found.unsqueeze(-1) * crossed[..., None, None, :, :]
+    reach_k = torch.einsum("...had,...ga->...hgd", to_key, u)
+    turned_q = torch.einsum("...kgwa,...had->...khgwd", turned, to_query)
+    found = torch.einsum("...khgwd,...hgd->...khgw", turned_q, reach_k)
+    half = half + crossed[..., None, None] * found.unsqueeze(-3)
+    queries = torch.einsum("...had,...gae->...hgde", to_query, to_query)
+    keys = torch.einsum("...had,...gae->...hgde", to_key, to_key)
+    inner = (queries * keys).sum((-2, -1))[..., None, :, None, :, None]
+    return twice(half) + inner * crossed[..., None, None] * crossed[..., None, None, :, :]
+
+
+def own_square(factors: Factors, i: int) -> Float[Tensor, "*#batch heads v heads w"]:
+    """Gram matrix of sum_p x_ip < w~_ip, . >^2, divided by the square of `size`.
+
+    Args:
+        factors: of the block; its query moves.
+        i: number of an output token.
+    """
+    spread, keys = _own(factors, i)
+    inner = torch.einsum("...hpa,...gqa->...hpgq", keys, keys).square()
+    return torch.einsum("...hpv,...hpgq,...gqw->...hvgw", spread, inner, spread)
+
+
+def _own(factors: Factors, i: int) -> tuple[Float[Tensor, "*#batch heads m v"], Float[Tensor, "*#batch heads m dim"]]:
+    _, query_unit, _, size = factors.units
+    spread = _wide(query_unit * (query_unit / size), 3) * factors.spread[..., i, :, :]
+    return spread, factors.away[..., i, :, :] @ factors.to_query.mT
+
+
+def _own_products(
+    factors: Factors,
+    i: int,
+    left: Float[Tensor, "*#batch heads dim"],
+    right: Float[Tensor, "*#batch heads dim"],
+    turned: Float[Tensor, "*#batch heads v dim"],
+    u: Float[Tensor, "*#batch heads dim"],
+    crossed: Float[Tensor, "*#batch heads v"],
+) -> Float[Tensor, "*#batch heads v heads w"]:
+    """Of sum_p x_ip < w~_ip, . >^2 with the other four, of the pair (i, i)."""
+    spread, keys = _own(factors, i)
+    by_value = torch.einsum("...hpa,...gaw->...hpgw", keys, factors.w_v)
+    sides = torch.einsum("...hpa,...ga->...hpg", keys, left + right)
+    found = sides.unsqueeze(-1) * by_value
+    by_reach = torch.einsum("...hpa,...ga->...hpg", keys, u)
+    found = found + by_reach.unsqueeze(-1) * torch.einsum("...hpa,...gwa->...hpgw", keys, turned)
+    by_query = torch.einsum("...hpa,...gad->...hpgd", keys, factors.to_query)
+    by_key = torch.einsum("...hpa,...gad->...hpgd", keys, factors.to_key)
+    logits = (by_query * by_key).sum(-1)
+    found = found + logits.unsqueeze(-1) * crossed[..., None, None, :, :]
+    return twice(torch.einsum("...hpv,...hpgw->...hvgw", spread, found))

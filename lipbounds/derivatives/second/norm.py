@@ -1,0 +1,146 @@
+r"""The norm of the second differential of a block at a point, all heads, keys and parts summed before a norm is taken.
+
+For fixed X it is a symmetric bilinear map, so that its norm, the supremum of |d2F[a, y]| over unit a and y, is that of
+the quadratic map d2F[a, a]: <b, d2F[a, y]> = <a, H_b y> with a symmetric matrix H_b. With m the keys' tokens and
+x_hij, Z as in lipbounds.derivatives.first.rows, w~_hij the key j less its mean under row i, times s W_Q^h, u_hi = s
+W_K^h q_hi, G_h = s W_Q^h W_K^hT, and only the part of a at tokens j and l, output token i of head h before W_O^h is
+
+    < r, a_j> W_V^T a_l + W_V^T a_j <r', a_l> + x <a_j, G a_l> + (E a_j) <u_i, a_l>
+                                                                      + [j = l = i] sum_p x_ip <w~_ip, a_i>^2,
+
+    generic:   r = P_ij (d_jl - P_il) u_i = r',   x = 0,   E = z u_i^T,   z = d_jl x_ij - P_ij x_il - P_il x_ij,
+    j = i /= l:  r = P_il w~_il - P_ii P_il u_i,   r' = - P_ii P_il u_i,   x = x_il,
+                 E = x_il w~_il^T - P_il Cov_i(V, w) + z u_i^T,
+    j = l = i: r = r' = P_ii w~_ii + P_ii (1 - P_ii) u_i,   x = 2 x_ii,
+                 E = 2 (x_ii w~_ii^T - P_ii Cov_i(V, w)) + z u_i^T,
+
+d_jl = 1 where j = l (expand sum_j P_ij (S~_a W_V^T y_j + S~_y W_V^T a_j + S_ay v~_ij + S~_a S~_y v~_ij), the second
+differential of lipbounds.derivatives.ball.first, by tokens). Each of these bilinear maps B_ijl of a_j and a_l is
+linear in the matrix a_j a_l^T, whose Frobenius norm is |a_j| |a_l|; so |B_ijl| <= t_ijl |a_j| |a_l| with t_ijl^2 the
+norm of the Gram matrix W_O^T (B_ijl B_ijl^T) W_O, and since (|a_j| |a_l|)_jl has norm 1,
+
+    ||d2F||  <=  sup sum_ijl t_ijl |b_i| |a_j| |a_l|  <=  || (t_i,jl) ||,   the n x m^2 matrix of them.
+
+||.|| of a Gram matrix is replaced by a Schatten norm (lipbounds.ops.schatten). Where only the query moves, row i is
+moved by its own token alone, only the last sum is there, and the norm is max_i t_iii; where only the memory moves, all
+is generic.
+
+Rounding: a Gram matrix is a sum of products of entries of the factors, so it is off by gamma(c) times the square of the
+sum of the products of their norms. What the factors themselves are off by (from the errors derived in attention_rows
+and attention_covariance), and their own roundings, is added to t_ijl, in units of the largest possible row.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lipbounds.derivatives.cache import remembered
+from lipbounds.derivatives.second.gram_blocks import Factors, factors_of, own_size, own_square, pair_products
+from lipbounds.ops.schatten import schatten_norm_upper
+from lipbounds.ops.spectral import root, spectral_norm_upper
+from lipbounds.rounding import gamma, inflate
+from lipbounds.targets.attention import Attention
+
+
+SQUARINGS = 4  # p = 32: at most a tenth above the norm for the Gram matrices of 768 features
+CHUNK_ENTRIES = 2**22  # of Gram matrices made at a time
+
+
+def second_work(block: Attention) -> int:
+    """Multiplications and additions of `second_norm` for one batch item, the large ones counted.
+
+    Args:
+        block: the attention block.
+    """
+    inner, out = block.heads * block.w_v.shape[-1], block.w_o.shape[-1]
+    pairs = block.logits.shape[-1] * (block.logits.shape[-1] + 1) // 2 if block.memory_moves else 1
+    features = block.moving_input.shape[-1]
+    one = inner * inner * (2 * features + out) + inner * out * out + SQUARINGS * out**3
+    return 2 * block.tokens * pairs * one
+
+
+@remembered
+def second_norm(block: Attention) -> Float[Tensor, "*#batch"]:
+    """Upper bound of the norm of the second differential at the block's input, rounded up; differentiable.
+
+    Args:
+        block: in float64, without rotary positions and QK-norm.
+    """
+    factors = factors_of(block)
+    rows = torch.stack([_row(block, factors, i) for i in range(block.tokens)], -3)
+    finite = rows.isfinite().all(-1).all(-1).all(-1)
+    rows = torch.where(finite[..., None, None, None], rows, 0.0)
+    norm = spectral_norm_upper(rows.flatten(-2)) if block.memory_moves else rows.flatten(-3).amax(-1)
+    return torch.where(finite, inflate(norm, 8) * factors.unit, torch.inf).expand(block.batch_shape)
+
+
+def _row(block: Attention, factors: Factors, i: int) -> Float[Tensor, "*#batch m m"]:
+    """t_ijl of one i; where only the query moves, one number."""
+    m = block.logits.shape[-1]
+    if not block.memory_moves:
+        gram, size = own_square(factors, i), own_size(factors, i)
+        error = factors.error[..., i : i + 1]
+        return gram_norms(factors, gram.unsqueeze(-5), size.unsqueeze(-2), error).unsqueeze(-1)  # [*, 1, 1]
+    first, second = torch.triu_indices(m, m, device=block.device)
+    if block.query_moves:  # where the row's own token is one of the two, it is the first
+        first, second = torch.where(second == i, second, first), torch.where(second == i, first, second)
+    norms = pair_norms(block, factors, i, first, second)
+    rows = norms.new_zeros(*norms.shape[:-1], m, m)
+    rows[..., first, second] = norms
+    rows[..., second, first] = norms
+    return rows
+
+
+def pair_norms(
+    block: Attention, factors: Factors, i: int, first: Tensor, second: Tensor
+) -> Float[Tensor, "*#batch count"]:
+    """t_ijl of pairs (j, l), as `lipbounds.derivatives.second.gram_blocks.pair_products` takes them.
+
+    Args:
+        block: the attention block; its memory moves.
+        factors: of the block.
+        i: number of an output token.
+        first: numbers of the tokens j.
+        second: numbers of the tokens l.
+    """
+    error, chunk = factors.error[..., i : i + 1], chunk_of(factors)
+    found = [
+        gram_norms(factors, *pair_products(block, factors, i, first[k : k + chunk], second[k : k + chunk]), error)
+        for k in range(0, first.numel(), chunk)
+    ]
+    return torch.cat(found, -1)
+
+
+def chunk_of(factors: Factors) -> int:
+    """Number of Gram matrices to be made at a time."""
+    inner, out = factors.output.shape[-2:]
+    return max(1, CHUNK_ENTRIES // max(inner, out, factors.w_v.shape[-2]) ** 2)
+
+
+def gram_norms(
+    factors: Factors,
+    gram: Float[Tensor, "*#batch count heads v heads w"],
+    size: Float[Tensor, "*#batch count heads"],
+    error: Float[Tensor, "*#batch #count"],
+) -> Float[Tensor, "*#batch count"]:
+    """Norms of blocks from the Gram matrices of their parts before the output weights.
+
+    Args:
+        factors: of the block.
+        gram: sums of products.
+        size: roots of the sums of these products in absolute value, at least.
+        error: of the blocks, output weights included.
+    """
+    inner, out = factors.output.shape[-2:]
+    output = factors.output.unsqueeze(-3)
+    square = output.mT @ gram.flatten(-2).flatten(-3, -2) @ output
+    operations = 2 * (inner + out + factors.to_query.shape[-2] + factors.w_v.shape[-2] + factors.maps.shape[-1])
+    operations = max(operations, 2 * factors.to_query.shape[-1])  # heads may be wider than all else
+    with torch.no_grad():
+        heads = factors.output.unflatten(-2, (size.shape[-1], -1)).norm(dim=(-2, -1))
+        total = (heads.unsqueeze(-2) * size).sum(-1)
+        slack = 2 * gamma(2 * operations + 64) * total.square()
+    norms = root(schatten_norm_upper(square, SQUARINGS) + slack)
+    return inflate(norms + error, 8)

@@ -1,0 +1,239 @@
+"""The stages in which the numbers of one attention block are computed; any process can do each."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+from collections.abc import Sequence
+
+import torch
+
+from lipbounds.cluster import check_device
+from lipbounds.derivatives.first.dense import jacobian_entries
+from lipbounds.errors import InvalidInput, UnsupportedAttention
+from lipbounds.estimators.tokens import token_lower
+from lipbounds.registry import get
+from lipbounds.report.heads import heads_alone
+from lipbounds.report.schema import Number, numbers_of
+from lipbounds.targets.attention import Attention
+
+
+AT_POINT = ("sharp_fast", "covariance.exact", "yudin2025.biased")
+ON_BALL = ("sharp_ball", "yudin2025_ball.biased")
+RADII = (0.01, 0.1, 1.0)
+EXACT_ENTRIES = 1200**2  # of a Jacobian whose exact norm takes about a second
+STEPS = 60  # of Lanczos; its vectors for all heads treated at once stay below
+KRYLOV_ENTRIES = 2**25
+MAX_TOKENS = 64  # each of which is a power iteration of its own
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Which numbers are wanted.
+
+    Args:
+        at_point: names of proved bounds at the point.
+        on_ball: names of proved bounds on a ball.
+        radii: of the balls, ascending.
+        delta: of each probable bound.
+        seed: of random starts.
+    """
+
+    at_point: tuple[str, ...]
+    on_ball: tuple[str, ...]
+    radii: tuple[float, ...]
+    delta: float
+    seed: int
+
+
+def plan(*, bounds: Sequence[str], radii: Sequence[float] | None, delta: float, seed: int) -> Plan:
+    """The plan that the arguments ask for.
+
+    Args:
+        bounds: names; the default ones for a scope of which none is named.
+        radii: of the balls; the default ones if None.
+        delta: of each probable bound.
+        seed: of random starts.
+
+    Raises:
+        UnknownBound: there is no bound of such a name.
+        InvalidInput: a bound that is not proved, in another norm or scope; a radius or delta out of range.
+    """
+    specs = [get(name) for name in dict.fromkeys(bounds)]
+    for spec in specs:
+        claim = spec.claim
+        fits = claim.kind == "proved" and claim.scope in ("point", "ball") and claim.norm == "l2"
+        if not (fits and spec.target is Attention and spec.status == "standing"):
+            raise InvalidInput(
+                "bounds must name standing proved bounds of attention in l2, at a point or on a ball, got "
+                f"{spec.name} ({spec.status}, {claim.kind}, {claim.scope}, {claim.norm}, {spec.target.__name__}); "
+                "`lipbounds bounds` lists them."
+            )
+    chosen = [*dict.fromkeys(RADII if radii is None else sorted(radii))]
+    if not all(0 < radius < float("inf") for radius in chosen):
+        raise InvalidInput(f"radii (eps) must be finite and above 0, got {chosen}.")
+    if not 0 < delta < 1:
+        raise InvalidInput(f"delta must be above 0 and below 1, got {delta=}.")
+    by_scope = {scope: [spec.name for spec in specs if spec.claim.scope == scope] for scope in ("point", "ball")}
+    return Plan(
+        at_point=tuple(by_scope["point"] or AT_POINT),
+        on_ball=tuple(by_scope["ball"] or ON_BALL),
+        radii=tuple(chosen),
+        delta=delta,
+        seed=seed,
+    )
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One sort of numbers of a block.
+
+    Args:
+        name: for people; `layers`, `heads`, `tokens`, or a ball with its radius.
+        share: of the time, in units of that of the tokens.
+        radius: of the ball.
+    """
+
+    name: str
+    share: float
+    radius: float | None = None
+
+
+def stages(plan: Plan) -> list[Stage]:
+    """All stages, in the order in which a limit of time leaves the most.
+
+    Args:
+        plan: what is wanted.
+    """
+    at_point = [Stage(name="layers", share=2.0), Stage(name="heads", share=2.0), Stage(name="tokens", share=1.0)]
+    return [*at_point, *(Stage(name=f"ball {radius:g}", share=1.5, radius=radius) for radius in plan.radii)]
+
+
+@dc.dataclass(kw_only=True)
+class Numbers:
+    """Those of one block, as far as they are computed.
+
+    Args:
+        proved: bounds of the whole.
+        constant: of the whole.
+        lower: bound of the whole from below.
+        balls: bounds on balls.
+        tokens: bounds from below of what each token alone can do.
+        head_proved: bounds of each head.
+        head_constant: of each head.
+        head_lower: bounds of each head from below.
+    """
+
+    proved: list[Number] = dc.field(default_factory=list)
+    constant: Number | None = None
+    lower: Number | None = None
+    balls: list[Number] = dc.field(default_factory=list)
+    tokens: list[Number] = dc.field(default_factory=list)
+    head_proved: list[list[Number]] = dc.field(default_factory=list)
+    head_constant: list[Number] = dc.field(default_factory=list)
+    head_lower: list[Number] = dc.field(default_factory=list)
+
+    def add(self, other: Numbers) -> None:
+        """Take over what another stage computed."""
+        for field in dc.fields(self):
+            here, there = getattr(self, field.name), getattr(other, field.name)
+            setattr(self, field.name, here + there if isinstance(here, list) else there or here)
+
+
+@dc.dataclass
+class Found:
+    """What a stage found.
+
+    Args:
+        items: the numbers of each item of the batch.
+        notes: what was left out.
+    """
+
+    items: list[Numbers] = dc.field(default_factory=list)
+    notes: list[str] = dc.field(default_factory=list)
+
+
+@torch.no_grad()
+def compute(items: Sequence[Attention], stage: Stage, plan: Plan, device: str | None = None) -> Found:
+    """The numbers of one stage.
+
+    Args:
+        items: blocks in float64, without batch dimensions.
+        stage: which numbers.
+        plan: what is wanted.
+        device: where; where the blocks are if None.
+
+    Raises:
+        ClusterError: the device is not there.
+    """
+    if device is not None:
+        check_device(device)
+    found = Found()
+    for item in items:
+        block = item if device is None else item.to(device)
+        found.items.append(_one(block, stage, plan, found.notes))
+    return found
+
+
+def _one(block: Attention, stage: Stage, plan: Plan, notes: list[str]) -> Numbers:
+    if stage.radius is not None:
+        values = _evaluated(plan.on_ball, block, notes, radius=stage.radius)
+        return Numbers(balls=[each[0] for each in values])
+    return {"layers": _whole, "heads": _heads, "tokens": _tokens}[stage.name](block, plan, notes)
+
+
+def _whole(block: Attention, plan: Plan, notes: list[str]) -> Numbers:
+    """Bounds and constant of the whole block."""
+    proved = [values[0] for values in _evaluated(plan.at_point, block, notes)]
+    (constant,), (lower,) = _truth(block, plan)
+    return Numbers(proved=proved, constant=constant, lower=lower)
+
+
+def _heads(block: Attention, plan: Plan, notes: list[str]) -> Numbers:
+    """Bounds and constant of each head alone."""
+    found = Numbers()
+    size = block.moving_input.shape[-2:].numel()
+    step = max(1, KRYLOV_ENTRIES // (STEPS * size))
+    for start in range(0, block.heads, step):
+        stop = min(start + step, block.heads)
+        alone = heads_alone(block, start, stop)
+        proved: list[list[Number]] = [[] for _ in range(start, stop)]
+        for values in _evaluated(plan.at_point, alone, notes):
+            for of_head, value in zip(proved, values, strict=True):
+                of_head.append(value)
+        constants, lowers = _truth(alone, plan)
+        found.add(Numbers(head_proved=proved, head_constant=constants, head_lower=lowers))
+    return found
+
+
+def _tokens(block: Attention, plan: Plan, notes: list[str]) -> Numbers:
+    """What the output does when one token alone moves, from below."""
+    if block.moving_input.shape[-2] > MAX_TOKENS:
+        _note(notes, f"tokens: left out, there are more than {MAX_TOKENS}")
+        return Numbers()
+    values = token_lower(block, seed=plan.seed).tolist()
+    lower = Number(value=0.0, method="token_lower", kind="lower", scope="point", norm="l2", dtype="float64")
+    return Numbers(tokens=[dc.replace(lower, value=value) for value in values])
+
+
+def _evaluated(names: Sequence[str], block: Attention, notes: list[str], **radius: float) -> list[list[Number]]:
+    found = []
+    for name in names:
+        try:
+            found.append(numbers_of(get(name)(block, **radius)))
+        except UnsupportedAttention as error:
+            _note(notes, str(error).partition(";")[0])
+    return found
+
+
+def _truth(block: Attention, plan: Plan) -> tuple[list[Number], list[Number]]:
+    """The exact constant of small blocks or else a probable one, and a lower bound."""
+    if jacobian_entries(block) <= EXACT_ENTRIES:
+        constant = get("exact")(block)
+    else:
+        constant = get("lanczos_certificate")(block, delta=plan.delta, steps=STEPS, seed=plan.seed)
+    return numbers_of(constant), numbers_of(get("lanczos")(block, steps=STEPS, seed=plan.seed))
+
+
+def _note(notes: list[str], note: str) -> None:
+    if note not in notes:
+        notes.append(note)
