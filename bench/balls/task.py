@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from bench.engine.evaluators import evaluator
-from bench.engine.schedule import Method, once
+from bench.engine.schedule import Method, single
 from bench.engine.session import Outcome, Session
 from bench.engine.store import RecordStore
 from bench.workloads.case import Case
@@ -108,7 +108,7 @@ def run(
         store=store, task=TASK, methods=[registry.get(name) for name in (*UPPERS, LOWER)], models={}, force=force,
         command=command, evaluator=evaluator(cluster, time_limit),
     )  # fmt: skip
-    session.run(((case, [*map(once, _methods(radii))]) for case, radii in cases(quick, models)), done=advance)
+    session.run(((case, [*map(single, _methods(radii))]) for case, radii in cases(quick, models)), done=advance)
     return session.outcome
 
 

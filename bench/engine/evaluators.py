@@ -9,14 +9,14 @@ from typing import Any, Protocol
 from bench.engine.evaluate import evaluate, lost
 from bench.engine.machine import environment
 from bench.engine.records import Question, Record
-from bench.engine.schedule import Asked, Walk
+from bench.engine.schedule import PendingQuestion, RunningChain
 from lipbounds import registry
 from lipbounds.cluster import Cluster, ClusterError, Lost, check_device
 from lipbounds.targets.attention import Attention
-from lipbounds.targets.serialize import sendable
+from lipbounds.targets.serialize import detached_copy
 
 
-Answer = tuple[Walk, Record, dict[str, Any]]  # with what the environment it was made in says of itself
+Answer = tuple[RunningChain, Record, dict[str, Any]]  # with what the environment it was made in says of itself
 
 
 class Evaluator(Protocol):
@@ -36,7 +36,7 @@ class Evaluator(Protocol):
         """The question as it is answered here: the device is part of it."""
         ...
 
-    def submit(self, walk: Walk, asked: Asked) -> None:
+    def submit(self, walk: RunningChain, asked: PendingQuestion) -> None:
         """Hand in the question that the walk waits at."""
         ...
 
@@ -54,7 +54,7 @@ class Here:
 
     def __init__(self, time_limit: float) -> None:
         self._time_limit = time_limit
-        self._waiting: list[tuple[Walk, Asked]] = []
+        self._waiting: list[tuple[RunningChain, PendingQuestion]] = []
 
     @property
     def room(self) -> bool:
@@ -67,7 +67,7 @@ class Here:
     def asked(self, question: Question) -> Question:
         return question
 
-    def submit(self, walk: Walk, asked: Asked) -> None:
+    def submit(self, walk: RunningChain, asked: PendingQuestion) -> None:
         self._waiting.append((walk, asked))
 
     def finished(self) -> Answer:
@@ -109,10 +109,10 @@ class Remote:
     def asked(self, question: Question) -> Question:
         return dc.replace(question, device=self._cluster.device)
 
-    def submit(self, walk: Walk, asked: Asked) -> None:
+    def submit(self, walk: RunningChain, asked: PendingQuestion) -> None:
         block = asked.block
         if block.sent is None:
-            block.sent = self._cluster.share(sendable(block.case.block))
+            block.sent = self._cluster.share(detached_copy(block.case.block))
         self._cluster.submit((walk, asked), answer, block.sent, asked.question, self._time_limit, asked.relative_radius)
 
     def finished(self) -> Answer:

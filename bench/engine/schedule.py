@@ -24,7 +24,7 @@ class Method(NamedTuple):
 Chain = Generator[Method, Record, None]
 
 
-def once(method: Method) -> Chain:
+def single(method: Method) -> Chain:
     """A chain of one question.
 
     Args:
@@ -49,7 +49,7 @@ class Block:
 
 
 @dc.dataclass(eq=False)
-class Asked:
+class PendingQuestion:
     """A question with what is needed to answer it.
 
     Args:
@@ -69,7 +69,7 @@ class Asked:
 
 
 @dc.dataclass(eq=False)
-class Walk:
+class RunningChain:
     """One chain under way.
 
     Args:
@@ -82,7 +82,7 @@ class Walk:
     block: Block
     chain: Chain
     keys: list[str] = dc.field(default_factory=list)
-    asked: Asked | None = None
+    asked: PendingQuestion | None = None
 
     def next(self, record: Record | None) -> Method | None:
         """What to evaluate next; None at the end.
@@ -98,7 +98,7 @@ class Walk:
             return None
 
 
-def walks_at(case: Case, chains: Sequence[Chain]) -> list[Walk]:
+def chains_at(case: Case, chains: Sequence[Chain]) -> list[RunningChain]:
     """The chains at one block, none of them begun.
 
     Args:
@@ -106,4 +106,4 @@ def walks_at(case: Case, chains: Sequence[Chain]) -> list[Walk]:
         chains: what is asked there.
     """
     block = Block(case, len(chains))
-    return [Walk(block, chain) for chain in chains]
+    return [RunningChain(block, chain) for chain in chains]

@@ -11,7 +11,7 @@ from typing import Any
 from bench.engine.evaluate import question
 from bench.engine.evaluators import Evaluator
 from bench.engine.records import Record, content_hash
-from bench.engine.schedule import Asked, Chain, Walk, walks_at
+from bench.engine.schedule import Chain, PendingQuestion, RunningChain, chains_at
 from bench.engine.store import RecordStore
 from bench.workloads.case import Case
 from lipbounds.registry import NO_PROMISE, BoundSpec
@@ -67,9 +67,9 @@ class Session:
             blocks: with what is asked at each; taken one by one, as there is room.
             done: called when all chains of a block have ended.
         """
-        walks: list[Walk] = []
+        walks: list[RunningChain] = []
         waiting = self._waiting(blocks, walks, done)
-        going_on: deque[Walk] = deque()
+        going_on: deque[RunningChain] = deque()
         while True:
             while self.evaluator.room and (walk := going_on.popleft() if going_on else next(waiting, None)):
                 assert walk.asked is not None
@@ -85,16 +85,16 @@ class Session:
         self.outcome.keys += [key for walk in walks for key in walk.keys]
 
     def _waiting(
-        self, blocks: Iterable[tuple[Case, Sequence[Chain]]], walks: list[Walk], done: Callable[[Case], None]
-    ) -> Iterator[Walk]:
+        self, blocks: Iterable[tuple[Case, Sequence[Chain]]], walks: list[RunningChain], done: Callable[[Case], None]
+    ) -> Iterator[RunningChain]:
         """The chains that wait for an evaluation; those that need none are walked to their end on the way."""
         for case, chains in blocks:
-            for walk in walks_at(case, chains):
+            for walk in chains_at(case, chains):
                 walks.append(walk)
                 if self._step(walk, None, done):
                     yield walk
 
-    def _step(self, walk: Walk, record: Record | None, done: Callable[[Case], None]) -> bool:
+    def _step(self, walk: RunningChain, record: Record | None, done: Callable[[Case], None]) -> bool:
         """Go on to the next question without a settled answer; False at the end of the chain."""
         while (method := walk.next(record)) is not None:
             radius = None if method.radius is None else method.radius.value
@@ -102,7 +102,7 @@ class Session:
             walk.keys.append(asked.key)
             known = self.store.records.get(asked.key)
             if known is None or self.force or not known.settled or _now_supported(known, method.spec, walk.block.case):
-                walk.asked = Asked(asked, walk.block, method)
+                walk.asked = PendingQuestion(asked, walk.block, method)
                 return True
             self.outcome.reused += 1
             record = known

@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 from bench.engine.evaluators import evaluator
-from bench.engine.schedule import Method, once
+from bench.engine.schedule import Method, single
 from bench.engine.session import Session
 from bench.engine.store import RecordStore
 from bench.workloads.case import Case
@@ -84,7 +84,7 @@ def _round(cases: Sequence[Case], cluster: Cluster | None, time_limit: float) ->
             evaluator=evaluator(cluster, time_limit),
         )  # fmt: skip
         began = time.perf_counter()
-        session.run((case, [*map(once, _methods(case))]) for case in cases)
+        session.run((case, [*map(single, _methods(case))]) for case in cases)
         seconds = time.perf_counter() - began
         failed = [record.error for record in store.records.values() if record.status != "ok"]
         if failed:

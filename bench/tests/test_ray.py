@@ -36,7 +36,7 @@ from lipbounds import registry
 from lipbounds.cluster import Cluster, ClusterError, Lost, connect
 from lipbounds.models.digits_data import load_digits_split
 from lipbounds.report import measure, to_json
-from lipbounds.targets.serialize import sendable
+from lipbounds.targets.serialize import detached_copy
 
 
 pytest.importorskip("ray")
@@ -363,5 +363,5 @@ def test_a_block_is_sent_without_what_it_was_cut_from() -> None:
     block = tiny_block()
     wide = block.replace(x=torch.zeros(10**6, 4, dtype=torch.float64)[:3].requires_grad_())
     assert wide.logits.isfinite().all()  # caches them on the block
-    assert len(pickle.dumps(sendable(wide))) < 10_000
-    assert torch.equal(pickle.loads(pickle.dumps(sendable(block))).logits, block.logits)
+    assert len(pickle.dumps(detached_copy(wide))) < 10_000
+    assert torch.equal(pickle.loads(pickle.dumps(detached_copy(block))).logits, block.logits)

@@ -12,7 +12,7 @@ from typing import Any
 
 from bench.engine.evaluators import evaluator
 from bench.engine.reference import CERTIFICATE, CERTIFICATE_OPTIONS, LOWER, SMALL, TASK, converged_lanczos
-from bench.engine.schedule import Chain, Method, once
+from bench.engine.schedule import Chain, Method, single
 from bench.engine.session import Outcome, Session, declaration
 from bench.engine.store import RecordStore
 from bench.workloads.case import Case
@@ -68,7 +68,7 @@ def _blocks(models: Iterable[Model], quick: bool, problems: dict[str, str]) -> I
         inputs: set[str] = set()
         for case in _cases(model, model.count(quick), problems):
             inputs.add(case.input)
-            yield case, [*map(once, methods(case, len(inputs))), converged_lanczos()]
+            yield case, [*map(single, methods(case, len(inputs))), converged_lanczos()]
 
 
 def _cases(model: Model, count: int, problems: dict[str, str]) -> Iterator[Case]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from lipbounds.compose.primitives import leaf_step
 from lipbounds.compose.propagated_set import (
     LayerBound,
-    Reach,
+    PropagatedSet,
     Rules,
     Step,
     identity,
@@ -28,7 +28,7 @@ from lipbounds.targets.layers import Layer, Pool, Residual, Sequence
 
 
 def sequence_step(
-    layers: list[tuple[str, Layer]], reach: Reach, rules: Rules, log: list[LayerBound], depth: int = 0
+    layers: list[tuple[str, Layer]], reach: PropagatedSet, rules: Rules, log: list[LayerBound], depth: int = 0
 ) -> Step:
     """Layers one after the other.
 
@@ -85,7 +85,7 @@ def _joint(closed: Tensor | None, run: Enclosure | None, like: Tensor) -> Tensor
     return times(total, run.norm.amax(-1))
 
 
-def _tightened(here: Reach, radius: Tensor, run: Enclosure | None, run_start: Reach) -> Reach:
+def _tightened(here: PropagatedSet, radius: Tensor, run: Enclosure | None, run_start: PropagatedSet) -> PropagatedSet:
     """The smaller of what was found layer by layer and for the sequence so far; never more than both allow."""
     radius = torch.minimum(here.radius, radius)
     tokens = here.tokens
@@ -94,12 +94,12 @@ def _tightened(here: Reach, radius: Tensor, run: Enclosure | None, run_start: Re
             tokens = torch.minimum(tokens, inflate(product(run.norm, run_start.tokens), 2))
         tokens = torch.minimum(tokens, radius.unsqueeze(-1))
         radius = torch.minimum(radius, inflate(vector_norm(tokens), tokens.shape[-1] + 4))
-    return Reach(here.x, radius, tokens)
+    return PropagatedSet(here.x, radius, tokens)
 
 
 def _pooled(
-    pool: Pool, closed: Tensor | None, run: Enclosure | None, run_start: Reach, here: Reach
-) -> tuple[Tensor | None, Enclosure | None, Reach, Reach]:
+    pool: Pool, closed: Tensor | None, run: Enclosure | None, run_start: PropagatedSet, here: PropagatedSet
+) -> tuple[Tensor | None, Enclosure | None, PropagatedSet, PropagatedSet]:
     """A sequence after one token of many is taken."""
     y, tokens = pool(here.x), here.token_radii
     count = tokens.shape[-1]
@@ -107,9 +107,9 @@ def _pooled(
         index = 0 if pool.how == "first" else count - 1
         run = None if run is None else run.item(index)
 
-        def chosen(reach: Reach, x: Tensor) -> Reach:
+        def chosen(reach: PropagatedSet, x: Tensor) -> PropagatedSet:
             radii = reach.token_radii[..., index : index + 1]
-            return Reach(x, torch.minimum(reach.radius, radii.squeeze(-1)), radii)
+            return PropagatedSet(x, torch.minimum(reach.radius, radii.squeeze(-1)), radii)
 
         # The map to one token is no map of tokens one by one any more: with closed set, its norm stands for the whole.
         closed = torch.ones_like(here.radius) if closed is None else closed
@@ -123,11 +123,13 @@ def _pooled(
     share = inflate(vector_norm(norms) / count, count + 8)
     closed = share if closed is None else times(closed, share)
     radius = torch.minimum(inflate(here.radius / math.sqrt(count), 4), inflate(tokens.mean(-1), count + 4))
-    moved = Reach(y, radius, radius.unsqueeze(-1))
+    moved = PropagatedSet(y, radius, radius.unsqueeze(-1))
     return closed, None, moved, moved
 
 
-def _residual_step(path: str, layer: Residual, reach: Reach, rules: Rules, log: list[LayerBound], depth: int) -> Step:
+def _residual_step(
+    path: str, layer: Residual, reach: PropagatedSet, rules: Rules, log: list[LayerBound], depth: int
+) -> Step:
     inner = path if isinstance(layer.body, Sequence) else f"{path}.body" if path else "body"
     body = sequence_step([(inner, layer.body)], reach, rules, log, depth + 1)
     y = reach.x if layer.skip is None else layer.skip(reach.x)
@@ -146,4 +148,4 @@ def _residual_step(path: str, layer: Residual, reach: Reach, rules: Rules, log: 
     apart = inflate(product(skip.norm, reach.token_radii) + body.reach.token_radii, 4)
     tokens = torch.minimum(step.reach.token_radii, apart)
     whole = inflate(product(skip.norm.amax(-1), reach.radius) + body.reach.radius, 4)
-    return Step(step.jacobians, step.per_token, Reach(y, torch.minimum(step.reach.radius, whole), tokens))
+    return Step(step.jacobians, step.per_token, PropagatedSet(y, torch.minimum(step.reach.radius, whole), tokens))

@@ -34,8 +34,8 @@ from torch import Tensor
 from lipbounds.bounds.sharp_ball import jacobian_change
 from lipbounds.compose.containers import sequence_step
 from lipbounds.compose.curvature import curvature, supports_curvature
-from lipbounds.compose.network import attention_specs, starting_reach
-from lipbounds.compose.propagated_set import Reach, Rules, Step, spread
+from lipbounds.compose.network import attention_specs, starting_set
+from lipbounds.compose.propagated_set import PropagatedSet, Rules, Step, norm_over_tokens
 from lipbounds.compose.rewrite import flat, rewritten
 from lipbounds.errors import InvalidInput, Unsupported
 from lipbounds.estimators._operator import JacobianOperator
@@ -117,7 +117,7 @@ class JointNetwork:
     ) -> None:
         self._rules = Rules(attention_specs(attention, on_ball=True), centre_at_point=True)
         network, wide = network.to(torch.float64), x.detach().to(torch.float64)
-        self._start = starting_reach(network, wide, 0.0)
+        self._start = starting_set(network, wide, 0.0)
         if self._start.radius.dim() > 0:
             raise InvalidInput(f"x must be one input without batch dimensions, got shape {tuple(x.shape)}.")
         self._stages: list[_Stage] = []
@@ -213,7 +213,7 @@ class JointNetwork:
         tokens: Tensor | None = None if self._start.tokens is None else torch.ones_like(self._start.tokens)
         norms, deviations, radii, moved = [], [], [], []
         for stage in self._stages:
-            reach = Reach(stage.x, norm * radius, None if tokens is None else tokens * radius)
+            reach = PropagatedSet(stage.x, norm * radius, None if tokens is None else tokens * radius)
             deviation, change = self._change(stage, reach, norm, tokens)
             apart = inflate(stage.norm * apart + change, 8)
             total = apart + stage.so_far_rounding
@@ -244,7 +244,9 @@ class JointNetwork:
             tail = tail @ stage.matrix
         return inflate(total + vector_norm(tail) + error, tail.shape[1] + 8)
 
-    def _change(self, stage: _Stage, reach: Reach, norm: Tensor, tokens: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _change(
+        self, stage: _Stage, reach: PropagatedSet, norm: Tensor, tokens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """e_l, and a bound on ||(J_l - B_l) J_{l-1} ... J_1||."""
         layer = stage.layer
         if isinstance(layer, Patches | Positions | Pool | Flatten):
@@ -257,10 +259,10 @@ class JointNetwork:
         each = step.jacobians.deviation
         if not step.per_token or each is None or tokens is None:
             raise Unsupported(f"{type(layer).__name__} has no known deviation at {stage.path}.")
-        return each.amax(-1), spread(each, tokens, norm)
+        return each.amax(-1), norm_over_tokens(each, tokens, norm)
 
     def _attention_change(
-        self, stage: _Stage, attention: _AttentionStage, reach: Reach, norm: Tensor, tokens: Tensor
+        self, stage: _Stage, attention: _AttentionStage, reach: PropagatedSet, norm: Tensor, tokens: Tensor
     ) -> tuple[Tensor, Tensor]:
         """As `_change`. With N' the Jacobian of the layers before attention, d and n its deviation and norm a token:
         (J - B) A' = A0 (N' - N0) A' + (A - A0) N' A', at most ||A0|| |d A'| + e |n A'|."""
@@ -273,7 +275,8 @@ class JointNetwork:
             inner, gain, reach = step.jacobians.deviation, step.jacobians.norm, step.reach
         turn = self._turn(attention, float(reach.radius)) + attention.rounding
         deviation, change = (
-            product(attention.norm, spread(inner, each, whole)) + product(turn, spread(gain, each, whole))
+            product(attention.norm, norm_over_tokens(inner, each, whole))
+            + product(turn, norm_over_tokens(gain, each, whole))
             for each, whole in ((ones, one), (tokens, norm))
         )
         return inflate(deviation + attention.forming, 8), inflate(change + product(attention.forming, norm), 8)
@@ -327,8 +330,8 @@ def _matrix_of(layer: Layer, x: Tensor, rules: Rules) -> Tensor:
     return _dense(sequence_step([("", layer)], _still(x), rules, [], depth=1), x, type(layer).__name__)
 
 
-def _still(x: Tensor) -> Reach:
-    return Reach(x, x.new_zeros(()), x.new_zeros(x.shape[:-1]))
+def _still(x: Tensor) -> PropagatedSet:
+    return PropagatedSet(x, x.new_zeros(()), x.new_zeros(x.shape[:-1]))
 
 
 def _dense(step: Step, x: Tensor, what: str) -> Tensor:

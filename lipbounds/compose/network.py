@@ -12,7 +12,7 @@ from torch import Tensor
 from lipbounds import registry
 from lipbounds.claims import BoundResult, Claim, Kind, check_result
 from lipbounds.compose.containers import sequence_step
-from lipbounds.compose.propagated_set import LayerBound, Reach, Rules, total_norm
+from lipbounds.compose.propagated_set import LayerBound, PropagatedSet, Rules, total_norm
 from lipbounds.compose.rewrite import flat
 from lipbounds.errors import InvalidInput
 from lipbounds.registry import BoundSpec
@@ -65,7 +65,7 @@ def network_bound(
         raise InvalidInput(f"radius must be finite and >= 0, got radius={radius}.")
     specs = attention_specs(attention, on_ball=radius > 0)
     network, wide = network.to(torch.float64), x.detach().to(torch.float64)
-    start = starting_reach(network, wide, radius)
+    start = starting_set(network, wide, radius)
     rules = Rules(specs)
     log: list[LayerBound] = []
     step = sequence_step([("", network)], start, rules, log)
@@ -104,7 +104,7 @@ def attention_specs(names: str | tuple[str, ...] | None, *, on_ball: bool) -> tu
     return specs
 
 
-def starting_reach(network: Layer, x: Tensor, radius: float) -> Reach:
+def starting_set(network: Layer, x: Tensor, radius: float) -> PropagatedSet:
     """The ball around the input.
 
     Args:
@@ -119,4 +119,4 @@ def starting_reach(network: Layer, x: Tensor, radius: float) -> Reach:
         raise InvalidInput(f"x must hold finite {kind} and not be empty, got shape {tuple(x.shape)}.")
     radii = x.new_full(x.shape[: x.dim() - dimensions], radius)
     tokens = None if images else radii.unsqueeze(-1).expand(x.shape[:-1]).clone()
-    return Reach(x, radii, tokens)
+    return PropagatedSet(x, radii, tokens)

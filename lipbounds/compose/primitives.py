@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lipbounds.compose.propagated_set import Reach, Rules, Step, identity, mixing, per_token
+from lipbounds.compose.propagated_set import PropagatedSet, Rules, Step, identity, mixing, per_token
 from lipbounds.compose.rewrite import FeedForward
 from lipbounds.errors import InvalidInput
 from lipbounds.ops.activations import slope_interval
@@ -34,7 +34,7 @@ MATRIX_ENTRIES = 2**24  # of all matrices a token of one layer; beyond it norms 
 HIDDEN_ENTRIES = 2**26  # of the scaled weights a token of one feed-forward layer; beyond it tokens share one matrix
 
 
-def leaf_step(layer: Layer, reach: Reach, rules: Rules) -> Step:
+def leaf_step(layer: Layer, reach: PropagatedSet, rules: Rules) -> Step:
     """A layer without parts.
 
     Args:
@@ -47,7 +47,9 @@ def leaf_step(layer: Layer, reach: Reach, rules: Rules) -> Step:
         norm = torch.full_like(reach.radius, math.sqrt(layer.copies) * (1 + 4 * UNIT_ROUNDOFF))
         step = mixing(norm, reach, y)
         # No window holds a pixel twice.
-        return Step(step.jacobians, False, Reach(y, step.reach.radius, reach.radius.unsqueeze(-1).expand(y.shape[:-1])))
+        return Step(
+            step.jacobians, False, PropagatedSet(y, step.reach.radius, reach.radius.unsqueeze(-1).expand(y.shape[:-1]))
+        )
     if isinstance(layer, Flatten):
         return mixing(torch.ones_like(reach.radius), reach, y)
     if isinstance(layer, Positions):
@@ -65,15 +67,17 @@ def leaf_step(layer: Layer, reach: Reach, rules: Rules) -> Step:
     raise InvalidInput(f"network must be built of the layers of lipbounds.targets.layers, got {type(layer).__name__}.")
 
 
-def _positions_step(layer: Positions, reach: Reach, y: Tensor) -> Step:
+def _positions_step(layer: Positions, reach: PropagatedSet, y: Tensor) -> Step:
     tokens = reach.token_radii
     if layer.first is None:
-        return Step(identity(reach), True, Reach(y, reach.radius, tokens))
+        return Step(identity(reach), True, PropagatedSet(y, reach.radius, tokens))
     still = tokens.new_zeros(*tokens.shape[:-1], len(layer.first))
-    return Step(only_norm(torch.ones_like(reach.radius)), False, Reach(y, reach.radius, torch.cat([still, tokens], -1)))
+    return Step(
+        only_norm(torch.ones_like(reach.radius)), False, PropagatedSet(y, reach.radius, torch.cat([still, tokens], -1))
+    )
 
 
-def _normalization_step(layer: Normalization, reach: Reach, y: Tensor) -> Step:
+def _normalization_step(layer: Normalization, reach: PropagatedSet, y: Tensor) -> Step:
     radii, dim = reach.token_radii, reach.x.shape[-1]
     known = normalization_range(reach.x, radii, layer.epsilon, centred=layer.centred)
     if radii.numel() * dim**2 > MATRIX_ENTRIES:
@@ -89,7 +93,7 @@ def _normalization_step(layer: Normalization, reach: Reach, y: Tensor) -> Step:
     jacobians = dc.replace(jacobians, limit=torch.minimum(jacobians.limit, own))
     step = per_token(jacobians, reach, y, own.amax(-1))
     sphere = inflate(2 * math.sqrt(dim) * largest, 4)
-    return dc.replace(step, reach=Reach(y, step.reach.radius, torch.minimum(step.reach.token_radii, sphere)))
+    return dc.replace(step, reach=PropagatedSet(y, step.reach.radius, torch.minimum(step.reach.token_radii, sphere)))
 
 
 def _middle(low: Tensor, high: Tensor, at_point: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
@@ -99,7 +103,7 @@ def _middle(low: Tensor, high: Tensor, at_point: tuple[Tensor, Tensor] | None) -
     return middle, (half + 4 * UNIT_ROUNDOFF * (low.abs() + high.abs())) * (1 + 4 * UNIT_ROUNDOFF)
 
 
-def _pointwise(layer: Pointwise, reach: Reach, rules: Rules) -> Enclosure:
+def _pointwise(layer: Pointwise, reach: PropagatedSet, rules: Rules) -> Enclosure:
     radii = reach.token_radii.unsqueeze(-1)
     low, high = slope_interval(layer.activation, reach.x - radii, reach.x + radii)
     limit = torch.maximum(low.abs(), high.abs()).amax(-1)
@@ -111,7 +115,7 @@ def _pointwise(layer: Pointwise, reach: Reach, rules: Rules) -> Enclosure:
     return Enclosure(limit=limit, centre=torch.diag_embed(middle), deviation=half.amax(-1))
 
 
-def _feed_forward(layer: FeedForward, reach: Reach, rules: Rules) -> Enclosure:
+def _feed_forward(layer: FeedForward, reach: PropagatedSet, rules: Rules) -> Enclosure:
     first, second = layer.first.weight, layer.second.weight
     size = first.shape[1]
     rows = inflate(vector_norm(first), size + 4)
@@ -145,7 +149,7 @@ def _split_norm(first: Tensor, slopes: Tensor, second: Tensor) -> Tensor:
     )
 
 
-def _attention_norm(block: Attention, reach: Reach, rules: Rules) -> Float[Tensor, "*batch"]:
+def _attention_norm(block: Attention, reach: PropagatedSet, rules: Rules) -> Float[Tensor, "*batch"]:
     """The smallest of the chosen bounds; on balls one call for each batch item, whose radii differ."""
     block = block.at(reach.x)
     rules.calls += 1

@@ -57,7 +57,7 @@ class Rules:
 
 
 @dc.dataclass(frozen=True, eq=False)
-class Reach:
+class PropagatedSet:
     """The inputs that can reach a layer: |X - x|_F <= radius, and every token i within tokens_i of that of x.
 
     Args:
@@ -93,7 +93,7 @@ class Step:
 
     jacobians: Enclosure
     per_token: bool
-    reach: Reach
+    reach: PropagatedSet
     own: Tensor | None = None
 
 
@@ -108,7 +108,7 @@ def total_norm(step: Step) -> Float[Tensor, "*batch"]:
     return norm.expand(*shape, norm.shape[-1]).amax(-1) if step.per_token else norm.expand(shape)
 
 
-def per_token(jacobians: Enclosure, reach: Reach, y: Tensor, own: Tensor | None = None) -> Step:
+def per_token(jacobians: Enclosure, reach: PropagatedSet, y: Tensor, own: Tensor | None = None) -> Step:
     """A layer that acts on every token alone.
 
     Args:
@@ -119,11 +119,11 @@ def per_token(jacobians: Enclosure, reach: Reach, y: Tensor, own: Tensor | None 
     """
     norms = jacobians.norm
     tokens = inflate(product(norms, reach.token_radii), 2)
-    radius = spread(norms, reach.token_radii, reach.radius)
-    return Step(jacobians, True, Reach(y, radius, tokens), own)
+    radius = norm_over_tokens(norms, reach.token_radii, reach.radius)
+    return Step(jacobians, True, PropagatedSet(y, radius, tokens), own)
 
 
-def mixing(norm: Tensor, reach: Reach, y: Tensor) -> Step:
+def mixing(norm: Tensor, reach: PropagatedSet, y: Tensor) -> Step:
     """A layer of which only the norm is known.
 
     Args:
@@ -132,10 +132,10 @@ def mixing(norm: Tensor, reach: Reach, y: Tensor) -> Step:
         y: its output at the centre.
     """
     radius = times(norm, reach.radius)
-    return Step(only_norm(norm), False, Reach(y, radius, radius.unsqueeze(-1).expand(y.shape[:-1])))
+    return Step(only_norm(norm), False, PropagatedSet(y, radius, radius.unsqueeze(-1).expand(y.shape[:-1])))
 
 
-def identity(reach: Reach) -> Enclosure:
+def identity(reach: PropagatedSet) -> Enclosure:
     """The Jacobian of the identity on every token.
 
     Args:
@@ -144,7 +144,7 @@ def identity(reach: Reach) -> Enclosure:
     return diagonal(torch.ones_like(reach.x.flatten(0, -2)[0]), reach.token_radii[..., :1])
 
 
-def spread(
+def norm_over_tokens(
     factors: Float[Tensor, "*batch one"], tokens: Float[Tensor, "*batch n"], whole: Float[Tensor, "*batch"]
 ) -> Float[Tensor, "*batch"]:
     """Bound on (sum_i f_i^2 t_i^2)^1/2 for all t with t_i <= tokens_i and |t| <= whole, rounded up.

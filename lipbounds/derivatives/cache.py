@@ -13,7 +13,7 @@ from torch import Tensor
 from lipbounds.targets.attention import Attention
 
 
-def remembered(function: Callable[[Attention], Tensor]) -> Callable[[Attention], Tensor]:
+def cached_per_block(function: Callable[[Attention], Tensor]) -> Callable[[Attention], Tensor]:
     """Keep what the function returns as long as the block lives (blocks are frozen); not where a gradient is wanted.
 
     Args:

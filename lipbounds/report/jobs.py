@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from lipbounds.cluster import Cluster, Lost
 from lipbounds.report.evaluation import Plan, Stage, compute
 from lipbounds.report.layer import LayerWork
-from lipbounds.targets.serialize import sendable
+from lipbounds.targets.serialize import detached_copy
 
 
 Progress = Callable[[str, float], None]
@@ -48,7 +48,7 @@ def run_jobs(
 
 def _hand_out(cluster: Cluster, layer: LayerWork, stage: Stage, plan: Plan) -> None:
     if layer.sent is None:
-        layer.sent = cluster.share([sendable(item) for item in layer.items])
+        layer.sent = cluster.share([detached_copy(item) for item in layer.items])
     cluster.submit((layer, stage), compute, layer.sent, stage, plan, cluster.device)
 
 

@@ -9,7 +9,7 @@ import torch
 from lipbounds.targets.attention import Attention
 
 
-def sendable(block: Attention) -> Attention:
+def detached_copy(block: Attention) -> Attention:
     """A copy on the CPU that owns its numbers: no cached results, and nothing of the tensors that it was cut from.
 
     Args:

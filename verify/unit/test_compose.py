@@ -16,7 +16,7 @@ import lipbounds
 from lipbounds.compose import containers as tree
 from lipbounds.compose import network_bound, rewrite
 from lipbounds.compose import primitives as leaves
-from lipbounds.compose.propagated_set import Reach, Step
+from lipbounds.compose.propagated_set import PropagatedSet, Step
 from lipbounds.compose.rewrite import flat, rewritten
 from lipbounds.ops import activations, enclosure
 from lipbounds.ops.normalization import NormalizationRange
@@ -390,7 +390,9 @@ FAULTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
         patched(
             leaves,
             "per_token",
-            lambda f: lambda j, reach, y, own=None: Step(j, True, Reach(y, reach.radius, reach.token_radii), own),
+            lambda f: (
+                lambda j, reach, y, own=None: Step(j, True, PropagatedSet(y, reach.radius, reach.token_radii), own)
+            ),
         ),
     ),
     "the radius of tokens is kept by attention": (
@@ -400,7 +402,7 @@ FAULTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
             "mixing",
             lambda f: (
                 lambda norm, reach, y: Step(
-                    enclosure.only_norm(norm), False, Reach(y, norm * reach.radius, reach.tokens)
+                    enclosure.only_norm(norm), False, PropagatedSet(y, norm * reach.radius, reach.tokens)
                 )
             ),
         ),

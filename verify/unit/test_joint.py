@@ -16,7 +16,7 @@ from lipbounds.compose import curvature as curvature_module
 from lipbounds.compose import joint, network_bound
 from lipbounds.compose.curvature import curvature
 from lipbounds.compose.joint import JointNetwork
-from lipbounds.compose.propagated_set import Reach, spread
+from lipbounds.compose.propagated_set import PropagatedSet, norm_over_tokens
 from lipbounds.targets.layers import Layer, Linear, Patches, Pool, Residual, Sequence, layer_norm
 from verify.unit.networks import Draw, attention, feed_forward, largest_norm, transformer
 
@@ -102,10 +102,10 @@ def test_a_curvature_that_is_too_small_is_caught(monkeypatch: pytest.MonkeyPatch
 
 
 @given(seed=st.integers(0, 10_000), n=st.integers(1, 5))
-def test_spread_is_above_every_choice(seed: int, n: int) -> None:
+def test_norm_over_tokens_is_above_every_choice(seed: int, n: int) -> None:
     draw = Draw(seed)
     factors, tokens, whole = draw(n).abs(), draw(n).abs(), draw(1).abs().squeeze()
-    bound = float(spread(factors, tokens, whole))
+    bound = float(norm_over_tokens(factors, tokens, whole))
     for _ in range(30):
         t = draw(n).abs().minimum(tokens)
         t = t * min(1.0, float(whole / t.norm()))
@@ -198,8 +198,8 @@ def shrunk(share: float) -> Callable[[Any], Any]:
     return lambda right: lambda *args: share * right(*args)
 
 
-def small_reach(x: torch.Tensor, radius: torch.Tensor, tokens: torch.Tensor | None) -> Reach:
-    return Reach(x, 0 * radius + 0.01, None if tokens is None else 0 * tokens + 0.01)
+def small_reach(x: torch.Tensor, radius: torch.Tensor, tokens: torch.Tensor | None) -> PropagatedSet:
+    return PropagatedSet(x, 0 * radius + 0.01, None if tokens is None else 0 * tokens + 0.01)
 
 
 FAULTS: dict[str, tuple[Callable[[Draw], Any], Callable[[pytest.MonkeyPatch], None]]] = {
@@ -208,8 +208,8 @@ FAULTS: dict[str, tuple[Callable[[Draw], Any], Callable[[pytest.MonkeyPatch], No
         moving_norm,
         patch(joint.JointNetwork, "_change", lambda f: lambda *args: tuple(0 * part for part in f(*args))),
     ),
-    "the reach stays small": (chain, patch(joint, "Reach", lambda f: small_reach)),
-    "the spread is too small": (moving_norm, patch(joint, "spread", shrunk(0.1))),
+    "the reach stays small": (chain, patch(joint, "PropagatedSet", lambda f: small_reach)),
+    "the spread is too small": (moving_norm, patch(joint, "norm_over_tokens", shrunk(0.1))),
 }
 
 

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lipbounds.derivatives.cache import is_tracked, remembered
+from lipbounds.derivatives.cache import cached_per_block, is_tracked
 from lipbounds.derivatives.rounding.jacobian import Roundoff
 from lipbounds.ops.spectral import vector_norm
 from lipbounds.ops.verified_norm import verified_norm
@@ -31,7 +31,7 @@ def jacobian_entries(block: Attention) -> int:
     return block.moving_input.shape[-2:].numel() * block.tokens * block.w_o.shape[-1]
 
 
-@remembered
+@cached_per_block
 def dense_norm(block: Attention) -> Float[Tensor, "*batch"]:
     """Spectral norm of the Jacobian, rounded up; differentiable, with the top right singular vector held fixed.
 

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lipbounds.derivatives.cache import remembered
+from lipbounds.derivatives.cache import cached_per_block
 from lipbounds.derivatives.first.gram_blocks import RowProducts
 from lipbounds.derivatives.first.rows import Rows, jacobian_rows
 from lipbounds.ops.schatten import schatten_norm_upper
@@ -46,7 +46,7 @@ def has_rows_norm(block: Attention) -> bool:
     return _work(block, ROWS_SQUARINGS, block.tokens) <= ROWS_WORK
 
 
-@remembered
+@cached_per_block
 def gram_norm(block: Attention) -> Float[Tensor, "*#batch"]:
     """The root of (1): an upper bound of the norm of the Jacobian, rounded up; differentiable.
 

@@ -36,7 +36,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lipbounds.derivatives.cache import remembered
+from lipbounds.derivatives.cache import cached_per_block
 from lipbounds.derivatives.second.gram_blocks import Factors, factors_of, own_size, own_square, pair_products
 from lipbounds.ops.schatten import schatten_norm_upper
 from lipbounds.ops.spectral import root, spectral_norm_upper
@@ -61,7 +61,7 @@ def second_work(block: Attention) -> int:
     return 2 * block.tokens * pairs * one
 
 
-@remembered
+@cached_per_block
 def second_norm(block: Attention) -> Float[Tensor, "*#batch"]:
     """Upper bound of the norm of the second differential at the block's input, rounded up; differentiable.
 

@@ -33,7 +33,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lipbounds.derivatives.cache import remembered
+from lipbounds.derivatives.cache import cached_per_block
 from lipbounds.derivatives.second.gram_blocks import Factors, factors_of, pair_products, twice
 from lipbounds.derivatives.second.norm import SQUARINGS, chunk_of, gram_norms, pair_norms, second_norm
 from lipbounds.rounding import inflate
@@ -53,7 +53,7 @@ def rows_work(block: Attention) -> int:
     return 2 * block.tokens * (2 * keys * products + (keys + 2) * norm)
 
 
-@remembered
+@cached_per_block
 def second_norm_by_rows(block: Attention) -> Float[Tensor, "*#batch"]:
     """Upper bound of the norm of the second differential at the block's input, rounded up; differentiable.
 
