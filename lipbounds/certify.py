@@ -28,6 +28,7 @@ from torch import Tensor
 from lipbounds.compose.joint import JointNetwork
 from lipbounds.compose.network import network_bound
 from lipbounds.errors import InvalidInput
+from lipbounds.lazy import make_callable
 from lipbounds.ops.spectral import vector_norm
 from lipbounds.rounding import inflate
 from lipbounds.targets.layers import Layer, Linear, Sequence
@@ -206,3 +207,6 @@ def _check(x: Tensor, labels: Tensor, method: str, largest: float, steps: int) -
         )
     if len(x) == 0 or not bool(x.isfinite().all()):
         raise InvalidInput(f"x must hold at least one input and be finite, got shape {tuple(x.shape)}.")
+
+
+make_callable(__name__, "certify")

@@ -1,9 +1,12 @@
-"""One file a paper; importing this package registers every bound.
+"""One file per paper; importing this package registers every bound.
+
+Every registered name is an attribute: `lipbounds.bounds.sharp(block)`, `lipbounds.bounds.yudin2025.biased(block)`.
 
 Not here: Xu et al. 2022 (OLSA, certified robustness on word embeddings), whose constants could not be recovered; the
 1/4 it is said to use for the norm of the softmax is too small, as 1/2 is reached.
 """
 
+from lipbounds.bound_names import name_bounds, names_below
 from lipbounds.bounds import castin2024 as castin2024
 from lipbounds.bounds import centred as centred
 from lipbounds.bounds import certvit2023 as certvit2023
@@ -22,3 +25,10 @@ from lipbounds.bounds import sharp_ball as sharp_ball
 from lipbounds.bounds import vuckovic2020 as vuckovic2020
 from lipbounds.bounds import yudin2025 as yudin2025
 from lipbounds.bounds import yudin2025_ball as yudin2025_ball
+
+
+__getattr__ = name_bounds(__name__)
+
+
+def __dir__() -> list[str]:
+    return names_below("")

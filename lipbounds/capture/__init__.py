@@ -8,3 +8,8 @@ from __future__ import annotations
 
 from lipbounds.capture.blocks import CapturedAttention as CapturedAttention
 from lipbounds.capture.collector import capture as capture
+from lipbounds.lazy import make_callable, submodules
+
+
+make_callable(__name__, "capture")
+__getattr__ = submodules(__name__)

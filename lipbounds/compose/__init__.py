@@ -31,3 +31,7 @@ from __future__ import annotations
 from lipbounds.compose.network import NetworkBound as NetworkBound
 from lipbounds.compose.network import network_bound as network_bound
 from lipbounds.compose.propagated_set import LayerBound as LayerBound
+from lipbounds.lazy import submodules
+
+
+__getattr__ = submodules(__name__)

@@ -9,3 +9,7 @@ from lipbounds.estimators import power as power
 from lipbounds.estimators import sampling as sampling
 from lipbounds.estimators import seqlip as seqlip
 from lipbounds.estimators import whole_model as whole_model
+from lipbounds.lazy import submodules
+
+
+__getattr__ = submodules(__name__)

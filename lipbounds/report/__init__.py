@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lipbounds.lazy import make_callable, submodules
 from lipbounds.report.as_json import from_json as from_json
 from lipbounds.report.as_json import to_json as to_json
 from lipbounds.report.measure import ModelInput as ModelInput
@@ -34,3 +35,7 @@ def write_report(
     report = measure(model, inputs, **options)
     write_page(report, path)
     return report
+
+
+make_callable(__name__, "write_report")
+__getattr__ = submodules(__name__)

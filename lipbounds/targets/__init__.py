@@ -1,1 +1,6 @@
 """What can be bounded: frozen data, validated once."""
+
+from lipbounds.lazy import submodules
+
+
+__getattr__ = submodules(__name__)

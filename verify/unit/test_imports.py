@@ -20,13 +20,13 @@ print(*sorted(name for name in set(sys.modules) - before if name.startswith("lip
 OWN = {
     *{
         "lipbounds",
-        "lipbounds._public",
+        "lipbounds.lazy",
         "lipbounds.claims",
         "lipbounds.errors",
         "lipbounds.registry",
         "lipbounds.rounding",
     },
-    *{"lipbounds.ops", "lipbounds.targets"},
+    *{"lipbounds.derivatives", "lipbounds.ops", "lipbounds.targets"},
 }
 HEAVY = {
     *{"accelerate", "beartype", "hypothesis", "matplotlib", "pandas", "pyautoattack", "pytest", "ray"},
