@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from lipbounds.capture import capture
 from lipbounds.errors import InvalidInput, Unsupported
 from lipbounds.targets.layers import AttentionLayer, Layer, Linear, Normalization, Pointwise, Residual, Sequence
+from lipbounds.targets.module_copy import module_copy
 
 
 TOLERANCE = 1e-9  # relative, between the network and the model, both in float64
@@ -27,7 +27,7 @@ def in_double(model: Model) -> Model:
     Args:
         model: the model.
     """
-    return copy.deepcopy(model).double().eval()
+    return module_copy(model, torch.float64)
 
 
 def linear(module: nn.Module) -> Linear:

@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lipbounds.errors import InvalidInput, Unsupported
 from lipbounds.targets._attention_checks import FLOAT_DTYPES
+from lipbounds.targets.derivative_check import check_derivative
 
 
 _RULE = "the function must be differentiable twice in reverse mode, and its weights must stay as they were at first use"
@@ -32,12 +33,16 @@ _REMEDY = (
 
 @dc.dataclass(frozen=True, slots=True)
 class _Graph:
-    """x -> y and u -> J^T u, recorded once; the second is linear in u, so recording it at u = 0 loses nothing."""
+    """x -> y and u -> J^T u, recorded once; the second is linear in u, so recording it at u = 0 loses nothing.
+
+    `checked` says of each batch item whether the Jacobian was seen to be the derivative of the function.
+    """
 
     x: Tensor
     y: Tensor
     u: Tensor
     pulled_back: Tensor
+    checked: Tensor
 
 
 @dc.dataclass(frozen=True, eq=False)
@@ -47,10 +52,10 @@ class Network:
     With `batch_dims` > 0 the leading dimensions hold independent items: output item i must depend on input item i
     alone. That is assumed, not checked; it is false for batch normalisation in training mode.
 
-    The function is run once, at the first use, in the precision of `x` and of its weights, with gradients enabled,
-    the plain attention kernels selected and the fast path of torch.nn off; both settings are restored, and the
-    buffers of a module are left alone. Random layers (dropout in training mode) are frozen at that one draw. A module
-    whose weights have changed in place since then needs a new Network.
+    At the first use the function is run in the precision of `x` and of its weights, with gradients enabled, the plain
+    attention kernels selected and the fast path of torch.nn off; both settings are restored, and the buffers of a
+    module are left alone. One run is recorded, and four or more others compare its Jacobian with difference quotients
+    (lipbounds.targets.derivative_check). A module whose weights have changed in place since then needs a new Network.
 
     Args:
         function: an nn.Module or any callable that takes `x` and returns one tensor; wrap a model with several
@@ -61,7 +66,8 @@ class Network:
     Raises:
         InvalidInput: `x` is not a finite, non-empty floating tensor, or `batch_dims` does not fit it; at the first
             use: the output is not a finite floating tensor with the same batch dimensions, or is cut off from `x`.
-        Unsupported: at the first use: an operation of the function cannot be differentiated twice.
+        Unsupported: at the first use: an operation of the function cannot be differentiated twice; its gradient is not
+            its derivative; two runs at `x` differ, as with dropout in training mode.
     """
 
     function: Callable[[Tensor], Tensor]
@@ -95,6 +101,14 @@ class Network:
     def batch_shape(self) -> torch.Size:
         return self.x.shape[: self.batch_dims]
 
+    @property
+    def derivative_checked(self) -> Bool[Tensor, "..."]:
+        """For each batch item, whether difference quotients agree with the Jacobian in one random direction.
+
+        False: they are too uncertain to tell, as at a kink or where the output does not move but for rounding.
+        """
+        return self._graph.checked
+
     def forward(self) -> Float[Tensor, "..."]:
         """The output at `x`, detached."""
         return self._graph.y.detach()
@@ -127,7 +141,7 @@ class Network:
     def _graph(self) -> _Graph:
         with plain_kernels():
             x = self.x.detach().clone().requires_grad_()
-            y = _detached_call(self.function)(x)
+            y = detached_call(self.function)(x)
             _check_output(y, x, self.batch_dims)
             u = torch.zeros_like(y, requires_grad=True)
             pulled_back = _gradient(y, x, u, create_graph=True)
@@ -136,9 +150,16 @@ class Network:
                     "the output must depend on x through recorded operations, got an output cut off from x; "
                     "remove torch.no_grad() or detach() inside the function."
                 )
-            graph = _Graph(x, y, u, pulled_back)
-            _check_adjoint(graph)
-        return graph
+            _check_adjoint(x, y, u, pulled_back)
+            v = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x)
+            checked = check_derivative(
+                detached_call(self.function),
+                self.x.detach(),
+                v,
+                _gradient_or_zero(pulled_back, u, v),
+                batch_dims=self.batch_dims,
+            )
+        return _Graph(x, y, u, pulled_back, checked)
 
 
 @contextlib.contextmanager
@@ -153,14 +174,18 @@ def plain_kernels() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
-def _detached_call(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """`function`, and for a module the same with constant parameters and with copies of its buffers."""
+def detached_call(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`function`, and for a module the same with constant parameters and, at each call, with copies of its buffers."""
     if not isinstance(function, nn.Module):
         return function
     # clone: tensors made under inference_mode cannot be recorded, and running averages must not move.
-    state = {name: p.detach().clone() if p.is_inference() else p.detach() for name, p in function.named_parameters()}
-    state |= {name: buffer.detach().clone() for name, buffer in function.named_buffers()}
-    return lambda x: torch.func.functional_call(function, state, (x,))
+    weights = {name: p.detach().clone() if p.is_inference() else p.detach() for name, p in function.named_parameters()}
+
+    def call(x: Tensor) -> Tensor:
+        buffers = {name: buffer.detach().clone() for name, buffer in function.named_buffers()}
+        return torch.func.functional_call(function, {**weights, **buffers}, (x,))
+
+    return call
 
 
 def _each(output: Tensor, source: Tensor, directions: Tensor) -> Tensor:
@@ -228,13 +253,13 @@ def _check_output(y: Tensor, x: Tensor, batch_dims: int) -> None:
         )
 
 
-def _check_adjoint(graph: _Graph) -> None:
+def _check_adjoint(x: Tensor, y: Tensor, u: Tensor, pulled_back: Tensor) -> None:
     """Compare both products once: a backward rule that is itself cut off gives a wrong `jvp` without an error."""
     generator = torch.Generator().manual_seed(0)
-    t, c = (torch.randn(z.shape, generator=generator).to(z) for z in (graph.x, graph.y))
-    forward = _gradient_or_zero(graph.pulled_back, graph.u, t)
+    t, c = (torch.randn(z.shape, generator=generator).to(z) for z in (x, y))
+    forward = _gradient_or_zero(pulled_back, u, t)
     c = forward if bool(forward.any()) else c
-    backward = _gradient_or_zero(graph.y, graph.x, c)
+    backward = _gradient_or_zero(y, x, c)
     one, other = (float((a.detach().double() * b.detach().double()).sum()) for a, b in ((forward, c), (t, backward)))
     tolerance = 0.1 if torch.finfo(t.dtype).eps > 1e-4 else 1e-2
     if not abs(one - other) <= tolerance * max(abs(one), abs(other)):
