@@ -43,6 +43,7 @@ from lipbounds.lazy import submodules
 
 if TYPE_CHECKING:
     from lipbounds import bounds as bounds
+    from lipbounds.bound_spec import BoundSpec as BoundSpec
     from lipbounds.capture import capture as capture
     from lipbounds.certify import certify as certify
     from lipbounds.claims import BoundResult as BoundResult
@@ -57,7 +58,6 @@ if TYPE_CHECKING:
     from lipbounds.estimators.whole_model import whole_model_constant as whole_model_constant
     from lipbounds.jasmin import JaSMin as JaSMin
     from lipbounds.models.loading import load_model as load_model
-    from lipbounds.registry import BoundSpec as BoundSpec
     from lipbounds.registry import bound as bound
     from lipbounds.registry import get as get
     from lipbounds.registry import refuted as refuted
@@ -72,7 +72,7 @@ __version__ = "0.1.0"
 _WHERE: dict[str, str | None] = {
     "Attention": "targets.attention",
     "BoundResult": "claims",
-    "BoundSpec": "registry",
+    "BoundSpec": "bound_spec",
     "Claim": "claims",
     "InvalidInput": "errors",
     "JaSMin": "jasmin",

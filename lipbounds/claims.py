@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses as dc
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -87,12 +87,24 @@ class Claim:
             raise InvalidInput(f"norm must be one of {sorted(NORMS)}, got norm={self.norm!r}.")
 
 
-@dc.dataclass(frozen=True, slots=True, kw_only=True)
+@dc.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BoundResult:
     """A number per batch item, with the promise it carries.
 
-    `terms` holds the named parts the value is made of; `details` what a reader needs to judge it, such as
-    a residual. `radius` is set for every scope but `point`, `delta` for the kind `probable`.
+    A result of one number can be used as a number: `float(result)`, `f"{result:.3g}"`, `result < 2.0`,
+    `min(results)`. Comparisons are those of the values, item by item, and tell nothing about the promises; only two
+    results in different norms are never compared. The value carries no graph unless the bound was asked for one
+    (`bound(block, grad=True)`).
+
+    Args:
+        name: of the bound or function.
+        value: one number per batch item.
+        claim: kind, scope and norm of the promise.
+        terms: the named parts that the value is made of.
+        details: what a reader needs to judge it, such as a residual.
+        radius: in the l2 norm; set for every scope but `point` and `global`.
+        delta: probability of failure that the kind `probable` allows.
+        note: what the promise takes for granted, in words; empty if nothing.
     """
 
     name: str
@@ -102,6 +114,7 @@ class BoundResult:
     details: dict[str, Tensor] = dc.field(default_factory=dict)
     radius: float | None = None
     delta: float | None = None
+    note: str = ""
 
     @property
     def kind(self) -> Kind:
@@ -111,11 +124,78 @@ class BoundResult:
     def scope(self) -> Scope:
         return self.claim.scope
 
+    @property
+    def norm(self) -> Norm:
+        return self.claim.norm
+
+    def item(self) -> float:
+        """The value as a Python number.
+
+        Raises:
+            InvalidInput: there are several batch items.
+        """
+        if self.value.numel() != 1:
+            raise InvalidInput(
+                f"{self.name} holds {self.value.numel()} numbers, one per batch item of shape "
+                f"{tuple(self.value.shape)}, and cannot be one number; take .value, .numpy() or .value.max()."
+            )
+        return float(self.value.detach())
+
+    def numpy(self) -> Any:
+        """The value as a NumPy array on the CPU; bfloat16, which NumPy lacks, becomes float32 without a change."""
+        value = self.value.detach().cpu()
+        return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python values: numbers, lists, strings and None; what `json.dumps` takes, but for infinities."""
+        parts = {"terms": self.terms, "details": self.details}
+        return {
+            "name": self.name,
+            "value": self.value.detach().tolist(),
+            "kind": self.kind,
+            "scope": self.scope,
+            "norm": self.norm,
+            "radius": self.radius,
+            "delta": self.delta,
+            "dtype": str(self.value.dtype).removeprefix("torch."),
+            "note": self.note,
+            **{name: {key: part.detach().tolist() for key, part in of.items()} for name, of in parts.items()},
+        }
+
+    def __float__(self) -> float:
+        return self.item()
+
+    def __format__(self, spec: str) -> str:
+        return format(self.item(), spec) if spec else str(self)
+
+    def __lt__(self, other: BoundResult | Tensor | float | int) -> Tensor:
+        return self.value < self._comparable(other)
+
+    def __le__(self, other: BoundResult | Tensor | float | int) -> Tensor:
+        return self.value <= self._comparable(other)
+
+    def __gt__(self, other: BoundResult | Tensor | float | int) -> Tensor:
+        return self.value > self._comparable(other)
+
+    def __ge__(self, other: BoundResult | Tensor | float | int) -> Tensor:
+        return self.value >= self._comparable(other)
+
+    def _comparable(self, other: BoundResult | Tensor | float | int) -> Tensor | float | int:
+        if not isinstance(other, BoundResult):
+            return other
+        if other.norm != self.norm:
+            raise InvalidInput(
+                f"only numbers in one norm can be compared, got {self.name} in {self.norm} and {other.name} in "
+                f"{other.norm}; choose bounds with lipbounds.select(norm=...)."
+            )
+        return other.value
+
     def __repr__(self) -> str:
         value = self.value.detach()
         shown = f"{value.item():.6g}" if value.numel() == 1 else f"[{value.min():.6g} .. {value.max():.6g}]"
         extra = f", radius={self.radius:g}" if self.radius is not None else ""
         extra += f", delta={self.delta:g}" if self.delta is not None else ""
+        extra += f"; {self.note}" if self.note else ""
         dtype, where = str(value.dtype).removeprefix("torch."), SCOPE_WORDS[self.scope]
         return f"BoundResult({self.name}: {shown}, {self.kind}, {where}, {self.claim.norm}, {dtype}{extra})"
 

@@ -1,142 +1,28 @@
-"""Declaring bounds and estimators, and finding them again."""
+"""Registering bounds and estimators, and finding them again."""
 
 from __future__ import annotations
 
-import dataclasses as dc
 import difflib
 import importlib
-import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import entry_points
-from typing import Any, Literal
+from typing import get_args
 
 from torch import Tensor
 
-from lipbounds.claims import FEATURES, BoundResult, Claim, Feature, Source, check_result
-from lipbounds.derivatives.rounding.range import check_range
-from lipbounds.errors import InvalidInput, UnknownBound, UnsupportedAttention
+from lipbounds.bound_spec import NO_PROMISE as NO_PROMISE
+from lipbounds.bound_spec import BoundSpec as BoundSpec
+from lipbounds.bound_spec import BoundTable, Captured, Role, Status, block_in
+from lipbounds.bound_spec import Terms as Terms
+from lipbounds.claims import FEATURES, KINDS, NORMS, SCOPES, Claim, Feature, Source
+from lipbounds.errors import InvalidInput, UnknownBound
 from lipbounds.targets.attention import Attention
+from lipbounds.targets.network import Network
 from lipbounds.targets.target import Target
 
 
 ENTRY_POINT_GROUP = "lipbounds.bounds"
-Role = Literal["bound", "estimator"]
-Status = Literal["standing", "refuted"]
-Terms = dict[str, Tensor]
-NO_PROMISE = "makes no promise for a block with"  # in the error for features that a bound does not support
-
-
-@dc.dataclass(frozen=True, kw_only=True)
-class BoundSpec:
-    """A registered bound or estimator: its declaration and the function that computes it.
-
-    Calling it on a block checks that the block is supported, runs `compute`, checks the shape and that no NaN came out,
-    and attaches the claim. `target` is the class of the blocks: `Attention` unless the bound is about another kind of
-    attention, whose function is another one.
-
-    `compute` takes the block (and, for the scopes `ball`, `compact`, a radius in the l2 norm) and returns the value,
-    one number per batch item, or `(value, terms)` with the named parts of the value. Terms named `detail.*` are not
-    parts of the value; they end up in `BoundResult.details`. Keyword arguments with defaults are the method's options.
-
-    A published formula that was found false stays, with the status `refuted`: it can be evaluated, it is in no list of
-    bounds, and the verifier must go on refuting it.
-    """
-
-    name: str
-    claim: Claim
-    source: Source
-    supports: frozenset[Feature]
-    cost: str
-    compute: Callable[..., Tensor | tuple[Tensor, Terms]]
-    role: Role = "bound"
-    status: Status = "standing"
-    version: int = 1
-    target: type[Target] = Attention
-    summary: str = ""
-
-    def __post_init__(self) -> None:
-        if not self.name or any(character.isspace() for character in self.name):
-            raise InvalidInput(f"name must be non-empty and without spaces, got name={self.name!r}.")
-        unknown = sorted(set(self.supports) - set(FEATURES))
-        if unknown:
-            raise InvalidInput(f"supports may hold {sorted(FEATURES)}, got also {unknown}.")
-        if not self.summary:
-            doc = inspect.getdoc(self.compute) or ""
-            object.__setattr__(self, "summary", doc.split("\n", 1)[0])
-
-    @property
-    def needs_radius(self) -> bool:
-        return self.claim.scope in ("ball", "change", "compact")
-
-    def missing_features(self, block: Target) -> list[Feature]:
-        """The features of `block` that this bound makes no promise for."""
-        return sorted(block.features - self.supports)
-
-    def __call__(self, block: Target, radius: float | None = None, **options: Any) -> BoundResult:
-        """Evaluate at `block`.
-
-        Args:
-            block: the attention block at its input.
-            radius: l2 radius; required for the scopes `ball`, `change` and `compact`, refused otherwise.
-            **options: the method's own options, such as `delta` of a probable bound.
-
-        Raises:
-            InvalidInput: `radius` missing, superfluous, negative or not finite; an option the method does not have;
-                tokens or weights of an `Attention` too large or too small for a bound in float64.
-            UnsupportedAttention: the block has a feature the bound makes no promise for.
-        """
-        self._check_call(block, radius, options)
-        output = self.compute(block, *((radius,) if self.needs_radius else ()), **options)
-        value, parts = output if isinstance(output, tuple) else (output, {})
-        check_result(self.name, value, block.batch_shape)
-        terms = {key: part for key, part in parts.items() if not key.startswith("detail.")}
-        details = {key.removeprefix("detail."): part for key, part in parts.items() if key not in terms}
-        delta = {**self.defaults, **options}.get("delta") if self.claim.kind == "probable" else None
-        return BoundResult(
-            name=self.name,
-            value=value,
-            claim=self.claim,
-            terms=terms,
-            details=details,
-            radius=radius,
-            delta=delta,
-        )
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The options of the method with their default values."""
-        parameters = list(inspect.signature(self.compute).parameters.values())
-        return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
-
-    def _check_call(self, block: Target, radius: float | None, options: dict[str, Any]) -> None:
-        if not isinstance(block, self.target):
-            name = self.target.__name__
-            how = " or lipbounds.capture(model, inputs)" if self.target is Attention else ""
-            raise InvalidInput(
-                f"{self.name} needs {_with_article(name)}, got {type(block).__name__}; build one with {name}(...){how}."
-            )
-        if self.needs_radius and radius is None:
-            raise InvalidInput(f"{self.name} is a bound on a {self.claim.scope}: pass radius=.")
-        if not self.needs_radius and radius is not None:
-            raise InvalidInput(
-                f"{self.name} has scope {self.claim.scope!r} and takes no radius, got radius={radius}; "
-                "choose a bound with scope 'ball'."
-            )
-        if radius is not None and not 0 <= radius < float("inf"):
-            raise InvalidInput(f"radius must be finite and >= 0, got radius={radius}.")
-        unknown = sorted(set(options) - set(self.defaults))
-        if unknown:
-            raise InvalidInput(f"{self.name} has the options {sorted(self.defaults)}, got {unknown}.")
-        missing = self.missing_features(block)
-        if missing:
-            described = "; ".join(f"{feature} ({FEATURES[feature]})" for feature in missing)
-            raise UnsupportedAttention(
-                f"{self.name} {NO_PROMISE} {described}; "
-                "lipbounds.select(block=block) lists the bounds that hold for it."
-            )
-        if self.role == "bound" and isinstance(block, Attention):
-            check_range(block, self.name)
 
 
 class Registry:
@@ -193,10 +79,6 @@ def _origin(spec: BoundSpec) -> str:
     return f"{spec.compute.__module__}.{spec.compute.__qualname__}"
 
 
-def _with_article(noun: str) -> str:
-    return f"an {noun}" if noun[0] in "AEIOL" else f"a {noun}"
-
-
 registry = Registry()
 
 
@@ -211,6 +93,7 @@ def bound(
     status: Status = "standing",
     version: int = 1,
     target: type[Target] = Attention,
+    networks: bool = False,
 ) -> Callable[[Callable[..., Tensor | tuple[Tensor, Terms]]], BoundSpec]:
     """Decorator: turn a function of an `Attention` into a registered `BoundSpec`.
 
@@ -224,6 +107,7 @@ def bound(
         status: `refuted` for a published formula kept although a counterexample is known.
         version: raise it when the returned numbers or what is supported change, so that stored records are not mixed.
         target: class of the blocks the bound is about.
+        networks: the method also takes a `Network`.
 
     Raises:
         InvalidInput: the name is taken or malformed, or `supports` holds an unknown feature.
@@ -241,6 +125,7 @@ def bound(
             status=status,
             version=version,
             target=target,
+            networks=networks,
         )
         return registry.add(spec)
 
@@ -260,30 +145,50 @@ def select(
     *,
     kind: str | None = None,
     scope: str | None = None,
-    role: Role | None = None,
+    norm: str | None = None,
+    supports: str | Iterable[str] = (),
+    role: str | None = None,
     target: type[Target] = Attention,
-    block: Target | None = None,
-) -> list[BoundSpec]:
+    block: Target | Network | Captured | None = None,
+) -> BoundTable:
     """All registered specs that match every argument given, without the refuted ones, sorted by name.
 
     Args:
         kind: `proved`, `probable`, `estimate` or `lower`.
         scope: `point`, `ball`, `change`, `compact` or `global`.
+        norm: `l2`, `linf`, `token` or `token_mean`.
+        supports: features that the promise must cover, such as `mask`.
         role: `bound` or `estimator`.
         target: class of the blocks the bound is about; not read where a block is given.
-        block: only those whose promise covers this block.
+        block: only those whose promise covers this block; an `Attention`, one that `lipbounds.capture` found, or
+            another target.
+
+    Raises:
+        InvalidInput: a value that is none of these.
     """
-    wanted = target if block is None else type(block)
-    return [
+    features = frozenset([supports] if isinstance(supports, str) else supports)
+    for name, value, known in (
+        ("kind", kind, KINDS),
+        ("scope", scope, SCOPES),
+        ("norm", norm, NORMS),
+        ("role", role, get_args(Role)),
+        *(("supports", feature, FEATURES) for feature in features),
+    ):
+        if value is not None and value not in known:
+            raise InvalidInput(f"{name} must be one of {sorted(known)}, got {name}={value!r}.")
+    given = None if block is None else block_in(block)
+    return BoundTable(
         spec
         for spec in registry
         if spec.status == "standing"
-        and spec.target is wanted
+        and (spec.target is target if given is None else spec.takes(given))
         and (kind is None or spec.claim.kind == kind)
         and (scope is None or spec.claim.scope == scope)
+        and (norm is None or spec.claim.norm == norm)
+        and features <= spec.supports
         and (role is None or spec.role == role)
-        and (block is None or not spec.missing_features(block))
-    ]
+        and (given is None or not spec.missing_features(given))
+    )
 
 
 def standing() -> list[BoundSpec]:

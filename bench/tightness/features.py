@@ -55,7 +55,7 @@ def differentiable(spec: BoundSpec) -> str:
     moving = block.moving_input.detach().clone().requires_grad_()
     block = block.at(moving)
     weights = [tensor.requires_grad_() for tensor in _tensors(block) if tensor.is_leaf and tensor is not moving]
-    value = spec(block, RADIUS if spec.needs_radius else None).value
+    value = spec(block, RADIUS if spec.needs_radius else None, grad=True).value
     if not value.requires_grad:
         return "no"
     gradients = torch.autograd.grad(value.sum(), [moving, *weights], allow_unused=True)

@@ -294,7 +294,7 @@ class JointNetwork:
             change = jacobian_change(stage.block, radius)
             best = best if change is None else torch.minimum(best, change)
         for spec in self._rules.attention:
-            largest = spec(stage.block, radius=radius) if spec.needs_radius else spec(stage.block)
+            largest = spec(stage.block, radius=radius if spec.needs_radius else None, grad=True)
             best = torch.minimum(best, inflate(largest.value + stage.norm, 2))
         return inflate(best, 4)
 

@@ -156,10 +156,10 @@ def _attention_norm(block: Attention, reach: PropagatedSet, rules: Rules) -> Flo
     values = []
     for spec in rules.attention:
         if not spec.needs_radius:
-            values.append(spec(block).value.expand(reach.radius.shape))
+            values.append(spec(block, grad=True).value.expand(reach.radius.shape))
             continue
         each = [
-            spec(item, radius=radius).value if radius < math.inf else reach.radius.new_tensor(math.inf)
+            spec(item, radius=radius, grad=True).value if radius < math.inf else reach.radius.new_tensor(math.inf)
             for item, radius in zip(_items(block), reach.radius.flatten().tolist(), strict=True)
         ]
         values.append(torch.stack(each).view(reach.radius.shape))

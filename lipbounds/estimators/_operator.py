@@ -6,7 +6,6 @@ eigenvalues, the one on the smaller side is used.
 
 from __future__ import annotations
 
-import dataclasses as dc
 import math
 from typing import Any, Protocol, runtime_checkable
 
@@ -174,8 +173,4 @@ def working_copy(target: Target) -> Target:
     """
     if not isinstance(target, Attention):
         return target
-    fields: dict[str, Any] = {f.name: getattr(target, f.name) for f in dc.fields(target)}
-    tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
-    if any(tensor.requires_grad for tensor in tensors.values()):
-        target = target.replace(**{name: tensor.detach() for name, tensor in tensors.items()})
-    return target.double
+    return target.detached.double

@@ -13,6 +13,7 @@ from lipbounds.ops.verified_norm import verified_norm
 from lipbounds.registry import Terms, bound
 from lipbounds.rounding import cast_up, inflate
 from lipbounds.targets.attention import Attention
+from lipbounds.targets.network import Network
 
 
 MAX_ENTRIES = 2**27  # 1 GiB in float64; a Gram matrix and its factor come on top
@@ -64,10 +65,11 @@ def exact_norm(target: Target) -> Float[Tensor, "*batch"]:
     supports=("heads", "biases", "mask", "cross", "rotary", "qk_norm"),
     cost="O((n D)^3) time, O((n D)^2) memory",
     role="estimator",
+    networks=True,
     version=2,
 )
 @torch.no_grad()
-def exact(block: Attention) -> tuple[Tensor, Terms]:
+def exact(block: Attention | Network) -> tuple[Tensor, Terms]:
     """Spectral norm of the dense Jacobian, rounded up: the local Lipschitz constant at the input, to about 1e-9.
 
     Promise: at least ||dY/dX||_2. The value is a verified upper bound on the norm of the Jacobian computed in float64,
@@ -76,13 +78,13 @@ def exact(block: Attention) -> tuple[Tensor, Terms]:
     Numerics: float64 inside. Not differentiable.
 
     Args:
-        block: the attention block; at most 2**27 Jacobian entries in all batch items together.
+        block: the attention block, or a `Network`; at most 2**27 Jacobian entries in all batch items together.
 
     Raises:
         InvalidInput: the Jacobian is too large to be formed.
     """
     norm, rounding = _norm_and_rounding(block)
-    value = cast_up(inflate(norm + rounding, 2), block.dtype)
+    value = cast_up(inflate(norm + rounding, 2), block.moving_input.dtype)
     return value, {"norm": norm, "rounding": rounding}
 
 

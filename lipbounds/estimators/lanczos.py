@@ -32,6 +32,7 @@ from lipbounds.estimators.exact import exact_norm
 from lipbounds.registry import Terms, bound
 from lipbounds.rounding import UNIT_ROUNDOFF, cast_down, cast_up, inflate
 from lipbounds.targets.attention import Attention
+from lipbounds.targets.network import Network
 
 
 CONSTANT = 1.648
@@ -136,9 +137,10 @@ def _relative_error(size: int, steps: int, delta: float) -> float:
     supports=("heads", "biases", "mask", "cross", "rotary", "qk_norm"),
     cost="O(k H n (n + D) d + k^2 n D), k steps",
     role="estimator",
+    networks=True,
     version=2,
 )
-def lanczos(block: Attention, *, steps: int = 60, seed: int = 0) -> tuple[Tensor, Terms]:
+def lanczos(block: Attention | Network, *, steps: int = 60, seed: int = 0) -> tuple[Tensor, Terms]:
     """Norm of the Jacobian by Lanczos, from below: ||J v|| / ||v|| at the top Ritz vector, rounded down.
 
     Promise: at most ||dY/dX||_2, whatever the iteration did: the bounded rounding of J v is subtracted.
@@ -146,7 +148,7 @@ def lanczos(block: Attention, *, steps: int = 60, seed: int = 0) -> tuple[Tensor
     Numerics: float64 inside, full re-orthogonalisation. Not differentiable.
 
     Args:
-        block: the attention block.
+        block: the attention block, or a `Network`.
         steps: Lanczos steps; capped at the smaller side of the Jacobian.
         seed: of the random start.
 
@@ -163,10 +165,11 @@ def lanczos(block: Attention, *, steps: int = 60, seed: int = 0) -> tuple[Tensor
     supports=("heads", "biases", "mask", "cross", "rotary", "qk_norm"),
     cost="O(k H n (n + D) d + k^2 n D), k steps",
     role="estimator",
+    networks=True,
     version=2,
 )
 def lanczos_certificate(
-    block: Attention, *, delta: float = 1e-9, steps: int = 60, seed: int = 0
+    block: Attention | Network, *, delta: float = 1e-9, steps: int = 60, seed: int = 0
 ) -> tuple[Tensor, Terms]:
     """Upper bound on the norm of the Jacobian, above the Ritz value by a factor that fails with probability <= delta.
 
@@ -174,7 +177,7 @@ def lanczos_certificate(
     `lanczos_upper`, which this is. A seed chosen after looking at the results voids the probability.
 
     Args:
-        block: the attention block.
+        block: the attention block, or a `Network`.
         delta: allowed probability of failure.
         steps: k, the Lanczos steps; with N <= k the dense norm is returned.
         seed: of the random start.

@@ -13,6 +13,7 @@ from lipbounds.estimators._rayleigh import attained
 from lipbounds.registry import Terms, bound
 from lipbounds.rounding import cast_down
 from lipbounds.targets.attention import Attention
+from lipbounds.targets.network import Network
 
 
 @torch.no_grad()
@@ -54,9 +55,10 @@ def power_lower(target: Target, *, steps: int = 100, seed: int = 0) -> tuple[Flo
     supports=("heads", "biases", "mask", "cross", "rotary", "qk_norm"),
     cost="O(k H n (n + D) d), k steps",
     role="estimator",
+    networks=True,
     version=2,
 )
-def power_iteration(block: Attention, *, steps: int = 100, seed: int = 0) -> tuple[Tensor, Terms]:
+def power_iteration(block: Attention | Network, *, steps: int = 100, seed: int = 0) -> tuple[Tensor, Terms]:
     """Norm of the Jacobian by power iteration, from below: ||J v|| / ||v|| at the last iterate, rounded down.
 
     Promise: at most ||dY/dX||_2: the bounded rounding of J v is subtracted. Kept as the textbook method; `lanczos`
@@ -64,7 +66,7 @@ def power_iteration(block: Attention, *, steps: int = 100, seed: int = 0) -> tup
     Numerics: float64 inside. Not differentiable.
 
     Args:
-        block: the attention block.
+        block: the attention block, or a `Network`.
         steps: applications of J^T J.
         seed: of the random start.
 

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lipbounds.claims import Feature
 from lipbounds.errors import InvalidInput, Unsupported
 from lipbounds.targets._attention_checks import FLOAT_DTYPES
 from lipbounds.targets.derivative_check import check_derivative
@@ -108,6 +109,16 @@ class Network:
         False: they are too uncertain to tell, as at a kink or where the output does not move but for rounding.
         """
         return self._graph.checked
+
+    @property
+    def detached(self) -> Network:
+        """Itself: no product with its Jacobian carries a gradient."""
+        return self
+
+    @property
+    def features(self) -> frozenset[Feature]:
+        """None: the features that bounds declare are those of attention blocks."""
+        return frozenset()
 
     def forward(self) -> Float[Tensor, "..."]:
         """The output at `x`, detached."""

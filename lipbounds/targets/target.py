@@ -55,6 +55,18 @@ class Target:
         """The same block in float64."""
         raise NotImplementedError
 
+    @cached_property
+    def detached(self) -> Any:  # of the class of the block
+        """The same block cut off from every graph: itself where none of its tensors needs a gradient."""
+        fields = {field.name: getattr(self, field.name) for field in dc.fields(self)}  # pyright: ignore
+        if not any(tensor.requires_grad for value in fields.values() for tensor in _tensors(value)):
+            return self
+        # The values are those that were checked already.
+        copy = object.__new__(type(self))
+        for name, value in fields.items():
+            object.__setattr__(copy, name, _detach(value))
+        return copy
+
     def function(self) -> Callable[[Tensor], Tensor]:
         """The block as a plain function of its moving input, for automatic differentiation."""
         raise NotImplementedError
@@ -70,6 +82,19 @@ class Target:
     def to(self, target: torch.dtype | torch.device | str) -> Target:
         """The same block in another dtype or on another device."""
         raise NotImplementedError
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors of a field: itself, or those in a tuple."""
+    if isinstance(value, tuple | list):
+        return [tensor for entry in value for tensor in _tensors(entry)]
+    return [value] if isinstance(value, Tensor) else []
+
+
+def _detach(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return tuple(map(_detach, value))
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _shape(value: Any) -> str:

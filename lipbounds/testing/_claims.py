@@ -75,7 +75,7 @@ class Claims:
 
     def _value(self, parameters: Parameters) -> Tensor:
         radius = (self.setting.radius,) if self.spec.needs_radius else ()
-        return self.spec(self.setting.block(parameters), *radius).value.to(torch.float64)
+        return self.spec(self.setting.block(parameters), *radius, grad=True).value.to(torch.float64)
 
     def log_values(self, parameters: Parameters) -> Float[Tensor, " count"]:
         """Logarithms of the claimed norms; a claim of 0 counts as the smallest number."""

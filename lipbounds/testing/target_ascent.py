@@ -136,7 +136,7 @@ def climb(spec: BoundSpec, *, seed: int = 0, number: int = 0, starts: int = 16, 
 
 def _log_ratio(spec: BoundSpec, block: TensorTarget) -> Tensor:
     truth = dense_jacobian.jacobian_norm(block, spec.claim.norm)
-    return truth.clamp(min=SMALLEST).log() - spec(block).value.clamp(min=SMALLEST).log()
+    return truth.clamp(min=SMALLEST).log() - spec(block, grad=True).value.clamp(min=SMALLEST).log()
 
 
 def _worst(spec: BoundSpec, block: TensorTarget, log_ratio: Tensor) -> Climb:

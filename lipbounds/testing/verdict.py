@@ -62,7 +62,7 @@ def evaluate(
         Unsupported: the bound refuses the block, which breaks no promise.
     """
     try:
-        return spec(block, radius, **(options or {})).value.to(torch.float64)
+        return spec(block, radius, grad=True, **(options or {})).value.to(torch.float64)
     except Unsupported:
         raise
     except Exception as error:

@@ -136,7 +136,21 @@ def test_bounds_lists_what_is_registered() -> None:
     assert "2507.07814" in row["source"]
     shown = run("bounds")
     assert shown.exit_code == 0
-    assert all(spec.name in shown.stdout for spec in registry.standing())
+    listed = [line.split()[0] for line in shown.stdout.splitlines()]
+    assert listed == ["name", *(spec.name for spec in registry.standing())]
+
+
+def test_bounds_are_filtered_and_a_wrong_filter_is_told() -> None:
+    rows = json.loads(run("bounds", "--kind", "proved", "--scope", "ball", "--supports", "mask", "--json").stdout)[
+        "bounds"
+    ]
+    assert {row["kind"] + row["scope"] for row in rows} == {"provedball"}
+    assert all("mask" in row["supports"] for row in rows)
+    assert {row["target"] for row in json.loads(run("bounds", "--target", "Mlp", "--json").stdout)["bounds"]} == {"Mlp"}
+    for option, value in (("--kind", "upper"), ("--target", "mlp"), ("--supports", "masks")):
+        done = run("bounds", option, value)
+        assert done.exit_code == 2
+        assert "must be one of" in done.stderr
 
 
 # -- verify -----------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ print(*sorted(name for name in set(sys.modules) - before if name.startswith("lip
 OWN = {
     *{
         "lipbounds",
+        "lipbounds.bound_spec",
         "lipbounds.lazy",
         "lipbounds.claims",
         "lipbounds.errors",

@@ -113,7 +113,7 @@ def test_gradients_of_weights_are_those_without(name: str) -> None:
         given = {key: value.requires_grad_() for key, value in weights().items()}
         if name == "centred.products":  # a common row of keys and values drops out
             given = {key: value for key, value in given.items() if key not in ("b_k", "b_v")}
-        spec(Attention(x=x, **given)).value.backward()
+        spec(Attention(x=x, **given), grad=True).value.backward()
         return [value.grad for value in given.values() if value.grad is not None]
 
     plain = gradients()
@@ -133,7 +133,7 @@ def test_gradients_of_the_input_reach_through_kept_norms() -> None:
             spec(Attention(x=draw(5, 8, seed=20), **weights()))
         with keep_weight_norms():
             x = draw(5, 8, seed=20).requires_grad_()
-            spec(Attention(x=x, **weights())).value.backward()
+            spec(Attention(x=x, **weights()), grad=True).value.backward()
             found.append(x.grad)
     assert torch.equal(found[0], found[1])
     assert found[0].abs().sum() > 0

@@ -86,7 +86,9 @@ def test_cross_attention(moves: str) -> None:
 def test_gradient_and_batches(name: str) -> None:
     bound = lipbounds.get(f"yudin2025.{name}")
     block = random_block(4, n=3)
-    assert torch.autograd.gradcheck(lambda x: bound(block.at(x)).value, block.x.clone().requires_grad_(), atol=1e-5)
+    assert torch.autograd.gradcheck(
+        lambda x: bound(block.at(x), grad=True).value, block.x.clone().requires_grad_(), atol=1e-5
+    )
     inputs = torch.stack([random_block(seed, n=3).x for seed in range(3)])
     together = bound(block.at(inputs)).value
     torch.testing.assert_close(together, torch.stack([bound(block.at(x)).value for x in inputs]), rtol=1e-12, atol=0)

@@ -72,7 +72,9 @@ def test_grows_with_the_radius(block: lipbounds.Attention) -> None:
 
 def test_gradient() -> None:
     block = random_block(8, n=3)
-    assert torch.autograd.gradcheck(lambda x: BALL(block.at(x), 0.2).value, block.x.clone().requires_grad_(), atol=1e-5)
+    assert torch.autograd.gradcheck(
+        lambda x: BALL(block.at(x), 0.2, grad=True).value, block.x.clone().requires_grad_(), atol=1e-5
+    )
 
 
 def test_logits_whose_rounding_leaves_nothing_of_the_map_give_a_number() -> None:
