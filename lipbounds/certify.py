@@ -99,7 +99,7 @@ def certify(
     """
     _check(x, labels, method, largest, steps)
     network = network.to(torch.float64)
-    x = x.detach().to(torch.float64)
+    x, labels = x.detach().to(torch.float64), labels.to(x.device)
     with torch.no_grad():
         output = network(x)
     if output.dim() != 3 or output.shape[1] != 1 or output.shape[2] < 2:
@@ -120,7 +120,7 @@ def certify(
     others = logits.scatter(1, labels[:, None], -torch.inf).amax(1)
     prediction = logits.argmax(1)
     return Certificate(
-        radius=torch.tensor(radii, dtype=torch.float64),
+        radius=torch.tensor(radii, dtype=x.dtype, device=x.device),
         correct=prediction == labels,
         prediction=prediction,
         margin=chosen.squeeze(1) - others,
@@ -141,10 +141,11 @@ def _one(
     """Radius and slopes of one input."""
     unknown = torch.full_like(logits, torch.inf)
     margins = logits[label] - logits - MARGIN_SLACK * logits.abs().max()
-    others = torch.arange(len(logits)) != label
+    identity = torch.eye(len(logits), dtype=logits.dtype, device=logits.device)
+    others = identity[label] == 0
     if not bool((margins[others] > 0).all()):
         return 0.0, unknown
-    rows = torch.eye(len(logits), dtype=torch.float64)[label] - torch.eye(len(logits), dtype=torch.float64)
+    rows = identity[label] - identity
     slopes_at = _joint(network, x, rows, attention) if method == "joint" else _product(network, x, rows, attention)
 
     def allowed(radius: float) -> tuple[float, Tensor]:

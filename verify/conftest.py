@@ -11,6 +11,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase
 
+from lipbounds.testing import pretend_device
+
+
+pretend_device()  # before any backward pass
 
 # ci: the whole of `tox -e verify` under eight minutes on two cores; nightly: what a release is believed on.
 SHARED = {"deadline": None, "print_blob": True, "suppress_health_check": list(HealthCheck)}

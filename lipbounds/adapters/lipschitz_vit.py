@@ -28,7 +28,7 @@ def lipschitz_vit_network(model: LipschitzViT, images: Float[Tensor, "batch 1 8 
     wide: Any = in_double(model)
     x = images.double()
     attention = attention_layers(wide, x)
-    centre = Linear(torch.eye(DIM).double() - 1 / DIM)
+    centre = Linear(torch.eye(DIM, dtype=x.dtype, device=x.device) - 1 / DIM)
     layers: list[tuple[str, Layer]] = [
         ("patches", Patches((PATCH_SIZE, PATCH_SIZE), (PATCH_SIZE, PATCH_SIZE))),
         ("embedding", linear(wide.patch_embedding)),

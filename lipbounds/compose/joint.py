@@ -234,8 +234,9 @@ class JointNetwork:
     def _rows(self, moved: Float[Tensor, " layers"], rows: Tensor | None) -> Float[Tensor, " count"]:
         """|w^T C_L| + sum_l |w^T B_L ... B_{l+1}| (e_l S_{l-1})."""
         last = self._stages[-1]
-        tail = torch.eye(last.matrix.shape[0], dtype=torch.float64) if rows is None else rows.to(torch.float64)
-        error = torch.zeros(len(tail), dtype=torch.float64)  # of the computed tail, each row
+        identity = torch.eye(len(last.matrix), dtype=last.matrix.dtype, device=last.matrix.device)
+        tail = identity if rows is None else rows.to(identity)
+        error = tail.new_zeros(len(tail))  # of the computed tail, each row
         total = torch.zeros_like(error)
         for stage, change in zip(reversed(self._stages), moved.flip(0), strict=True):
             size = inflate(vector_norm(tail), tail.shape[1] + 8)
