@@ -1,31 +1,17 @@
-r"""Castin, Ablin, Peyre 2024: How Smooth Is Attention? (ICML 2024, arXiv 2312.14820).
-
-Bounds on the set of inputs whose tokens all have norm at most R. Of the paper only the abstract was read here (a bound
-that grows like sqrt(n) on compact sets, one that does not depend on n for the mean-field version); the constants are
-recollected, and each is derived below, so the promise rests on this page.
+"""Castin, Ablin, Peyre 2024: How Smooth Is Attention? (ICML 2024, arXiv 2312.14820).
 
 | paper | here |
 |---|---|
 | tokens x_i, |x_i| <= R | rows of `block.x`, `radius` |
 | A = s W_Q W_K^T, V of a head | `scale * w_q[h] @ w_k[h].T`, `w_v[h]` |
 
-With m_i = sum_j P_ij x_j and C_i = sum_j P_ij (x_j - m_i)(x_j - m_i)^T, and a change v_i of token i,
+Bounds on the set of inputs whose tokens all have norm at most R, with r = ||A|| R^2:
 
-    dy_i = V^T [ sum_j P_ij v_j  +  C_i A^T v_i  +  sum_j P_ij (x_j - m_i) <A^T x_i, v_j> ].
+    general:  sqrt(3) ||V|| ( r^2 (4 n + 1) + n )^(1/2)      triangle (ours):  ||V|| ( sqrt(n) + r (1 + sqrt(n)) )
+    mean_field:  ||V|| (1 + 3 r) e^(2 r)                     mean_field_finite (ours):  ||V|| ( e^r + r + r e^r )
 
-Write r = ||A|| R^2, and c for the largest column sum of P, so that ||P||^2 <= c (rows sum to 1).
-
-- First part: at most sqrt(c). Second: block diagonal, ||C_i|| <= R^2, so at most r. Third: by Cauchy-Schwarz its row i
-  is at most ||C_i||^{1/2} ( sum_j P_ij <A^T x_i, v_j>^2 )^{1/2}; the squares sum to at most R^2 (||A|| R)^2 c, so it is
-  at most r sqrt(c). With c <= n:       triangle (ours):  ||V|| ( sqrt(n) + r (1 + sqrt(n)) ).
-- (a + b + c)^2 <= 3 (a^2 + b^2 + c^2) in place of the triangle inequality, and |x_j - m_i| <= 2 R in place of the
-  standard deviation, which costs a factor 4:  general:  sqrt(3) ||V|| ( r^2 (4 n + 1) + n )^{1/2}.
-  It holds for any mask and logit bias, for the three parts are those of any row-stochastic P.
-- Without masks and biases of the logits |S_ij| <= r, so P_ij <= e^{2 r}/n and c <= e^{2 r}:
-                                        finite mean field (ours):  ||V|| ( e^r + r + r e^r ).
-  The mean-field constant for W_2, ||V|| (1 + 3 r) e^{2 r}, is larger:    mean_field.
-
-Heads (ours): ||W_O|| sqrt(sum_h L_h^2).
+The last two need logits without masks and biases. Of the paper only the abstract was read; each constant is derived
+again on docs/bounds/castin2024.md, and the promise rests on that. Heads (ours): ||W_O|| sqrt(sum_h L_h^2).
 
 Numerics: float64; norms of the weights rounded up, everything after them is a few operations on non-negative numbers.
 """

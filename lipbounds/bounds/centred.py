@@ -1,29 +1,12 @@
-r"""Theorem 3's proof with centred keys and values, ours: bounds.md D1 (`centred.products`) and D4 (`centred.weights`).
-
-J(p) 1 = 0, so in row i of dP V = (J(P_i) dS_i)^T V a constant row may be taken off V, and a constant vector off dS_i.
-In dS_i = s (K W_Q^T dx_i + dX W_K q_i) the first term loses a constant when a constant row is taken off K. The second
-does not involve a common row. Any row may be taken off; here the mean over the keys. Biases of keys and values are
-such rows: they drop out. So, V_c = V - 1 v^T, K_c = K - 1 k^T,
+"""Theorem 3's proof with centred keys and values, ours.
 
     products:  ||W_V|| ||P|| + max_i ||J(P_i)|| s ||V_c|| ( ||K_c W_Q^T|| + ||Q W_K^T|| )
     weights:   ||W_V|| ||P|| + max_i ||J(P_i)|| s ||V_c|| ( ||W_Q|| ||K|| + ||W_K|| ||Q|| )
-
-Rotary positions turn q_i to R_i q_i, k_j to R_j k_j; then dS_ij = s ( <R_i W_Q^T dx_i, k_j> + <q_i, R_j W_K^T dx_j> ),
-q_i and k_j being turned. The first form holds with max_i ||K_c R_i W_Q^T|| and max_j ||Q R_j W_K^T||, K and Q turned
-(lipbounds.derivatives.logit_changes); the second with the norms of the turned Q and K, and max_i ||R_i W_Q^T|| <= rho
-||W_Q|| for ||W_Q||, likewise for W_K, rho the norm of the rotations as given (lipbounds.targets.rotary). A key bias no
-longer is a common row, and stays in K.
-QK-norm puts another linear map of the token for R_i, T_i of lipbounds.derivatives.token_maps, and Q and K are
-normalised before they are turned: both forms use no more than that dq_i = T_i W_Q^T dx_i and dk_j = T_j W_K^T dx_j. In
-the second, max_i ||T_i W_Q^T|| is at most the product of the two norms.
-Where only the query moves, the terms with W_V and W_K are absent; where only the memory moves, that with W_Q is.
-max_i ||J(P_i)|| is exact here. Heads: ||W_O|| sqrt(sum_h L_h^2).
-
-Likewise for the change from X to X' = X + D, ||D||_F <= eps, of a head (compare `havens2024`): P' V' - P V = P D W_V +
-(P' - P) V', where P' - P loses a constant row of V', and ||P'_i - P_i|| <= (1/2) ||S'_i - S_i - c 1|| for any c, so K
-may lose one in S' - S = s (D W_Q K^T + Q W_K^T D^T + D W_Q W_K^T D^T). Divided by ||D||_F, for the whole ball:
-
     change:    ||W_V|| ||P|| + (s/2) ( ||V_c|| + eps ||W_V|| ) ( ||K_c W_Q^T|| + ||Q W_K^T|| + eps ||W_Q W_K^T|| )
+
+V_c and K_c are V and K minus their mean over the keys. Heads: ||W_O|| sqrt(sum_h L_h^2). Where only the query moves,
+the terms with W_V and W_K are absent; where only the memory moves, that with W_Q is. Proof, rotary positions and
+QK-norm: docs/bounds/centred.md.
 
 Numerics: float64; V_c and K_c are products of the given floats [X a] and [W; -mean(X) W / a], so their rounding is
 covered as that of any product. The slack is relative to the norms of the factors, so a is of the size of X.

@@ -1,6 +1,6 @@
 r"""Gupta, Verma 2023: CertViT (arXiv 2302.10287). The bound in its code on L2 attention is no bound.
 
-Read in the code (sagarverma/transformer-lipschitz; bounds.md, section 7), with L(.) the spectral norm of a weight, N
+Read in the code (sagarverma/transformer-lipschitz), with L(.) the spectral norm of a weight, N
 the number of tokens and W_0 Lambert's function, so that W_0(N/e) = phi^-1(N), lipbounds.ops.lambert:
 
     sqrt( N / (D/H) ) ( 4 W_0(N/e) + 1 ) sqrt( L(W_Q) + L(W_V) ) L(W_O).

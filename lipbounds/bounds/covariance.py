@@ -1,37 +1,14 @@
-r"""Bounds through the covariances of keys and values under each attention row, ours: bounds.md D2 and D3.
+"""Bounds through the covariances of keys and values under each attention row, ours.
 
-Row i of the differential of a head is, with m_i = sum_j P_ij v_j, u_i = s W_K q_i and Cov_i(Y, Z) = Y^T J(P_i) Z,
+    exact:  ||W_V|| ||P|| + s max_i ||Cov_i(V, K) W_Q^T|| + sqrt( max_j sum_i P_ij |u_i|^2 ||Cov_i(V, V)|| )
+    trace:  ||W_V|| ( ||P|| + s ||W_Q W_K^T|| max_i tr C_i + sqrt( max_j sum_i P_ij |u_i|^2 tr C_i ) )
 
-    dy_i = sum_j P_ij W_V^T dx_j  +  s Cov_i(V, K) W_Q^T dx_i  +  sum_j P_ij (v_j - m_i) <u_i, dx_j>.
+with u_i = s W_K q_i, Cov_i(Y, Z) = Y^T J(P_i) Z and C_i the covariance of the tokens under row i. Heads: ||W_O||
+sqrt(sum_h L_h^2). Where only the query moves, the middle term remains; where only the memory moves, the other two.
+Proof, rotary positions, QK-norm: docs/bounds/covariance.md.
 
-The first map has norm at most ||P|| ||W_V||. The second is block diagonal in i: its norm is the largest of its
-blocks'. For the third, |sum_j P_ij (v_j - m_i) c_j|^2 <= ||Cov_i(V, V)|| sum_j P_ij c_j^2 (Cauchy-Schwarz, as sum_j
-P_ij (v_j - m_i) (v_j - m_i)^T = Cov_i(V, V)), so summed over i its squared norm is at most max_j sum_i P_ij |u_i|^2
-||Cov_i(V, V)||. Hence
-
-    covariance.exact:  ||W_V|| ||P|| + s max_i ||Cov_i(V, K) W_Q^T|| + sqrt( max_j sum_i P_ij |u_i|^2 ||Cov_i(V, V)|| ).
-
-With C_i the covariance of the tokens under row i, Cov_i(V, K) = W_V^T C_i W_K and ||C_i|| <= tr C_i = sum_j P_ij |x_j
-- x|^2 - |sum_j P_ij (x_j - x)|^2 for any row x, which gives without any matrix a row
-
-    covariance.trace:  ||W_V|| ( ||P|| + s ||W_Q W_K^T|| max_i tr C_i + sqrt( max_j sum_i P_ij |u_i|^2 tr C_i ) ).
-
-Biases of keys and values drop out of covariances.
-
-Rotary positions turn q_i to R_i q_i and k_j to R_j k_j and keep the proof of covariance.exact: R_i W_Q^T stands for
-W_Q^T, the covariance is that of the turned keys (with their biases), and u_ij = s W_K R_j^T q_i depends on the key, so
-that |u_i| is replaced by s rho ||W_K|| |q_i|, rho the norm of the rotations as given. In covariance.trace the
-covariance of turned keys no longer is W_V^T C_i W_K: it refuses them.
-
-QK-norm puts T_i, the map of each token (lipbounds.derivatives.token_maps), for R_i, and the largest norm of T_j for
-rho.
-
-Where only the query moves, the middle term remains; where only the memory moves, the other two. Heads: ||W_O||
-sqrt(sum_h L_h^2).
-
-Numerics: float64. Covariances are differences of moments of centred data; the error of a moment is at most gamma
-times the moment of absolute values, that of P follows from logit_error, and both are added by
-lipbounds.derivatives.first.covariance.
+Numerics: float64. tr C_i = sum_j P_ij |x_j - x|^2 - |sum_j P_ij (x_j - x)|^2 for any row x. Covariances are differences
+of moments of centred data; their rounding is added by lipbounds.derivatives.first.covariance.
 """
 
 from __future__ import annotations

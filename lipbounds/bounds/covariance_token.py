@@ -1,4 +1,4 @@
-r"""The covariance form in the norm max_i |x_i| of the tokens, ours: bounds.md E2.
+r"""The covariance form in the norm max_i |x_i| of the tokens, ours.
 
 As in `covariance`, row i of the differential of a head is, with u_i = s W_K q_i and Cov_i(Y, Z) = Y^T J(P_i) Z,
 

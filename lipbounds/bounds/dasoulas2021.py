@@ -1,7 +1,7 @@
 r"""Dasoulas, Scaman, Virmaux 2021: Lipschitz Normalization for Self-Attention Layers (ICML 2021, arXiv 2103.04886).
 
 The constant of dot-product attention with LipschitzNorm in (Q, K, V), for m queries and n keys. The scores were read in
-the released code; the constant is recollected (bounds.md, section 9), with the orientation of m/n derived again:
+the released code; the constant is recollected, with the orientation of m/n derived again:
 
     recollected:      e^sqrt(3) sqrt(m/n) + 2 sqrt(6)
     tighter (ours):   max( sqrt(8 + g), sqrt(6 + 2 sqrt(g) + g) ),    g = m / (1 + (n-1) e^(-2))

@@ -14,8 +14,8 @@ where k_j and v_j may lose their biases, since J(P_i) 1 = 0 and the entries of J
 at a point, for any mask; the number of tokens does not occur. Where only the query moves, the first and the last term
 are absent, where only the memory moves, that with W_Q is. Heads (ours): ||W_O|| sqrt(sum_h L_h^2), for each token.
 
-Numerics: float64; the rounding of the logits moves theta by a factor within e^{4 eta} (attention_rounding), as it is
-a product of two probabilities of subsets.
+Numerics: float64; the rounding of the logits moves theta by a factor within e^{4 eta}
+(lipbounds.derivatives.rounding.logits), as it is a product of two probabilities of subsets.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 r"""Kim, Papamakarios, Mnih 2021: The Lipschitz Constant of Self-Attention (ICML 2021, arXiv 2006.04710).
 
 The paper shows that dot-product attention has no global Lipschitz constant and gives constants for L2 attention with
-W_Q = W_K. Its text was not read here: the constants are recollected (bounds.md, section 7), and each that stands is
-derived below, so the promise rests on this page.
+W_Q = W_K. Its text was not read here: the constants are recollected, and each that stands is derived
+below, so the promise rests on this page.
 
 | paper | here |
 |---|---|

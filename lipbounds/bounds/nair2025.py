@@ -1,7 +1,7 @@
 r"""Nair 2025: Softmax is 1/2-Lipschitz (TMLR, arXiv 2510.23012), applied to scaled cosine similarity attention.
 
-Theorem 1, ||J(p)|| <= 1/2 in every l_p norm, is what the `half` baselines of yudin2025 use. Theorem 2 was read in it
-(bounds.md, section 8), with e = eps^(-1/2), Q, K, V with rows normalised as in CosineAttention:
+Theorem 1, ||J(p)|| <= 1/2 in every l_p norm, is what the `half` baselines of yudin2025 use. Theorem 2 was read in it,
+with e = eps^(-1/2), Q, K, V with rows normalised as in CosineAttention:
 
     theorem2:             nu e ( n^2 tau ||W_K||  +  n tau ||W_Q||  +  2 n ||W_V|| )
     half (ours):          nu e ( (n/2) tau ( ||W_Q|| + ||W_K|| )  +  sqrt(n) ||W_V|| )

@@ -1,6 +1,6 @@
 r"""Qi et al. 2023: LipsFormer (ICLR 2023, arXiv 2304.09856), scaled cosine similarity attention.
 
-Theorem 1, recollected and consistent with what Nair 2025 says of it (bounds.md, section 8), with e = eps^(-1/2):
+Theorem 1, recollected and consistent with what Nair 2025 says of it, with e = eps^(-1/2):
 
     nu e ( 2 n (n-1) tau ||W_K||  +  2 (n-1) tau ||W_Q||  +  2 n ||W_V|| ).
 

@@ -1,30 +1,12 @@
-r"""Sharp bounds on a ball ||X' - X||_F <= eps, ours: all heads jointly, and the truth at the centre plus a deviation.
+"""Sharp bounds on a ball ||X' - X||_F <= eps, ours: all heads jointly, and the truth at the centre plus a deviation.
 
-The differential has three parts, mixing, query part and key part: how each is bounded over the ball, and how fast each
-can change there, is in lipbounds.derivatives.ball.first, with proofs. Below 0 = r_0 < ... < r_K = eps.
+- sharp_ball.direct: the sum of mixing, query and key part, each bounded over the ball;
+- sharp_ball.deviation: ||J(X)|| plus the integral of how fast each part can change, in shells of the ball;
+- sharp_ball.taylor: ||J(X)|| + eps ||d2F(X)|| + the integral of (1 - t) sup ||d3F|| over the ball, in shells;
+- sharp_ball: the least of the three and of Theorem 3 on the ball; a minimum of bounds is one.
 
-- sharp_ball.direct: the sum of the three parts over the ball.
-- sharp_ball.deviation: along the segment from X to X' each part moves by at most the integral of its rate of change, so
-
-      sup ||J(X')|| <= ||J(X)|| + sum over the parts of min( sum_k (r_k - r_(k-1)) sup over the ball of radius r_k of
-      the rate,  sup over the ball of the part + the part at X ).
-
-- sharp_ball.taylor: Taylor's formula to the second order, J(X') = J(X) + d2F(X)[h] + the integral over t of (1 - t)
-  d3F(X + t h)[h, h] with h = X' - X, so
-
-      sup ||J(X')|| <= ||J(X)|| + eps ||d2F(X)|| + sum_k ((eps - r_(k-1))^2 - (eps - r_k)^2) / 2 sup over the ball of
-      radius r_k of ||d3F||,
-
-  with ||d2F(X)|| the lesser of the sum of the rates at radius 0 and what Gram blocks at X give, all parts and heads
-  together: those of pairs of tokens (lipbounds.derivatives.second.norm) where they take at most PAIRS_WORK, of rows
-  (attention_second_rows) where they take at most SECOND_WORK; ||d3F|| is bounded in attention_ball_third.
-- sharp_ball: the least of the three and of Theorem 3 on the ball; a minimum of bounds is one. On blocks above
-  SECOND_WORK, where an evaluation takes minutes, sharp_ball leaves sharp_ball.taylor out, and all take two shells, not
-  eight.
-
-||J(X)|| is from the dense Jacobian where that has at most 1200**2 entries (an option); elsewhere it is the least of
-sharp_ball.direct at radius 0, sharp_fast and, up to SECOND_WORK, the Gram blocks of sharp. So the last three tend to it
-as eps -> 0, linearly.
+Formulas, size rules and proof: docs/bounds/sharp_ball.md. ||J(X)|| is exact where the Jacobian has at most 1200**2
+entries (an option), elsewhere the least of what is known at a point: the last three tend to it as eps -> 0, linearly.
 
 Numerics: float64; every part is rounded up where it is made.
 """

@@ -1,4 +1,4 @@
-r"""Yudin, Gaponov, Kudriashov, Rakhuba 2025: Pay Attention to Attention Distribution (arXiv 2507.07814).
+"""Yudin, Gaponov, Kudriashov, Rakhuba 2025: Pay Attention to Attention Distribution (arXiv 2507.07814).
 
 | paper | here |
 |---|---|
@@ -6,31 +6,13 @@ r"""Yudin, Gaponov, Kudriashov, Rakhuba 2025: Pay Attention to Attention Distrib
 | W_Q, W_K, W_V of a head; A = W_Q W_K^T / sqrt(d) | `w_q[h]`, `w_k[h]`, `w_v[h]`; `scale * w_q[h] @ w_k[h].T` |
 | P, g_1(P_i) | `block.probabilities`, lipbounds.ops.softmax |
 
-Theorem 3 (one head, no biases): ||dY/dX||_2 <= ||W_V|| ( ||P|| + 2 ||X||^2 ||A|| max_i g_1(P_i) ).
+    theorem3 (one head, no biases):  ||W_V|| ( ||P|| + 2 ||X||^2 ||A|| max_i g_1(P_i) )
+    biased:                          ||W_V|| ||P|| + ||V|| max_i g_1(P_i) s ( ||K W_Q^T|| + ||Q W_K^T|| )
 
-Proof. dY = P dX W_V + dP V, V = X W_V, and row i of dP V is (J(P_i) dS_i)^T V with dS = dX A X^T + X A dX^T. The first
-term has norm at most ||P|| ||W_V||. The rows of the second are at most ||V|| ||J(P_i)|| ||dS_i||, so its Frobenius
-norm is at most ||V|| max_i ||J(P_i)|| ||dS||_F, and ||dS||_F <= 2 ||A|| ||X|| ||dX||_F, ||V|| <= ||X|| ||W_V||,
-||J(P_i)|| <= g_1(P_i). A logit bias or mask is constant and drops out of dS.
-
-With biases Q = X W_Q + 1 b_Q^T and so on, and the formula as printed is not a bound (bounds.md, section 2, finding
-3). The same proof with the real Q, K, V gives, with dS = s (dX W_Q K^T + Q W_K^T dX^T),
-
-    ||W_V|| ||P|| + ||V|| max_i ||J(P_i)|| s ( ||K W_Q^T|| + ||Q W_K^T|| ).
-
-Where only the query input moves, the first and the last term are 0; where only the memory moves, ||K W_Q^T|| is.
-
-Rotary positions (ours): q_i and k_j in dS are turned, and the two norms become max_i ||K R_i W_Q^T|| and max_j ||Q R_j
-W_K^T|| with the turned Q and K: lipbounds.derivatives.logit_changes. Nothing else of the proof is touched. With QK-norm
-(ours) the tangents of q_i and k_j are T_i W_Q^T dx_i and T_j W_K^T dx_j, T of lipbounds.derivatives.token_maps, which
-stand where R_i W_Q^T dx_i and R_j W_K^T dx_j did.
-
-Heads (ours: the theorem is stated for one): the concatenation of heads with constants L_h has sqrt(sum_h L_h^2), and
-the output projection multiplies by ||W_O||.
-
-Baselines: the same proofs with max_i ||J(P_i)|| replaced by its exact value, by the constant 1/2 (Nair 2025, arXiv
-2510.23012, Theorem 1: ||J|| <= 1/2 for every p) and by the naive constant 1 (J is the difference of diag(p) <= I and a
-positive semidefinite matrix).
+Heads (ours: the theorem is stated for one): ||W_O|| sqrt(sum_h L_h^2). Where only the query moves, the first and the
+last term of `biased` are 0; where only the memory moves, ||K W_Q^T|| is. Baselines replace g_1 by the exact norm of the
+softmax Jacobian, by 1/2 (Nair 2025, arXiv 2510.23012, Theorem 1) and by 1. Proof, biases, rotary positions, QK-norm:
+docs/bounds/yudin2025.md.
 
 Numerics: float64, logits with the error analysis of lipbounds.derivatives.rounding.logits, norms of products rounded
 up.

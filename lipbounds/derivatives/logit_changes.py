@@ -1,13 +1,7 @@
-r"""How far the logits move with queries and with keys: the norms in the softmax part of Theorem 3 and its relatives.
+"""How far the logits move with queries and with keys: the norms in the softmax part of Theorem 3 and its relatives.
 
-Without rotary positions dS = s (dX W_Q K^T + Q W_K^T dX^T), of norm at most s (||K W_Q^T|| + ||Q W_K^T||) |dX|. With
-them, Q and K being turned, row i of the first part is s K R_i W_Q^T dx_i and column j of the second s Q R_j W_K^T dx_j.
-The parts are block diagonal in i and in j: their norms are max_i ||K R_i W_Q^T|| and max_j ||Q R_j W_K^T||. A constant
-row may be taken off K in the first part, as before (bounds/centred.py). QK-norm puts T_i, the map of each token, for
-R_i, and Q and K are normalised and turned (lipbounds.derivatives.token_maps); nothing else of the above is touched.
-
-Rounding: the rows are computed, with the error of `query_error` and `key_error`. What is off by e in Frobenius norm
-moves the norm of the product by at most e |T_i| ||W||_F, and an error of T_i by that times the norms of the others.
+s ||K W_Q^T|| and s ||Q W_K^T||; with rotary positions or QK-norm s max_i ||K T_i W_Q^T|| and s max_j ||Q T_j W_K^T||,
+T the map of each token (lipbounds.derivatives.token_maps). Proof and rounding: docs/derivatives.md, section 9.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Norms of the parts of an attention block, each rounded up: what the bounds are put together from.
 
-All take the block in float64 (`block.double`) and cover the rounding of its logits (attention_rounding).
+All take the block in float64 (`block.double`) and cover the rounding of its logits
+(lipbounds.derivatives.rounding.logits).
 """
 
 from __future__ import annotations

@@ -1,21 +1,8 @@
-r"""How a query or key moves with its token: the linear map of each token, where it is not the same for all of them.
+"""How a query or key moves with its token: the linear map of each token, where it is not the same for all of them.
 
-With z = x W + b of a token, the change of its query is dq_i = T_i W^T dx_i, where T_i is R_i for rotary positions
-alone, and with QK-norm (lipbounds.targets.rms_norm), for what is normalised together, D features of which a head has d,
-
-    T_i = r R_i diag(w) ( E - u_h u^T / D ),
-
-E the rows of the identity that belong to the head and u_h that part of u: d x D, and W that of all these features. As u
-u^T / D lies between 0 and I, |T_i| <= rho r max|w|, rho the norm of the rotations.
-
-Rounding: let e be the error of z, Euclidean, and t the relative error of r as in
-lipbounds.derivatives.rounding.rms_norm, with |m' - m| <= (2 |z'| e + e^2) / D. Then u = r z is off by a <= r' e (1 + t)
-+ t |u'| + 2 gamma(4) |u'|, its outer product by a (2 sqrt(D) + a), and T_i by at most
-
-    rho max|w| r' ( t + (1 + t) a (2 sqrt(D) + a) / D + 2 gamma(16) (sqrt(d) + 1) ).
-
-Where t is above 1/2 both T_i and what is computed have norm at most 2 rho max|w| eps^(-1/2), so their difference twice
-that.
+dq_i = T_i W^T dx_i, where T_i is the rotation R_i for rotary positions alone, and with QK-norm, for the D features that
+are normalised together, T_i = r R_i diag(w) ( E - u_h u^T / D ), E the rows of the identity that belong to the head.
+Proof: docs/bounds/yudin2025.md, "Rotary positions and QK-norm"; rounding: docs/derivatives.md, section 9.
 """
 
 from __future__ import annotations

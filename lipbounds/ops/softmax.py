@@ -112,7 +112,7 @@ def l1_norm_upper(probabilities: Float[Tensor, "*batch n"]) -> Float[Tensor, "*b
     The l1 norm is the largest column sum of |J|, max_i 2 p_i (1 - p_i). The maximum is at i = 1: t (1 - t) grows up to
     t = 1/2, all entries but the first are at most 1/2, and 1 - p_(1) >= p_(2).
 
-    Source: bounds.md section 1, column sums.
+    Source: the column sums, derived here.
 
     Args:
         probabilities: rows that sum to 1.
@@ -148,7 +148,7 @@ def inf_to_one_norm_upper(probabilities: Float[Tensor, "*batch n"]) -> Float[Ten
     12 entries (all subsets); otherwise the bound 1. The formula: a convex function of a vector in the cube is largest
     at a sign vector v, and |J v|_1 there is 4 m (1 - m) with m the mass of the positive entries.
 
-    Source: Emadi 2026 (arXiv 2602.18849) names theta the balanced-mass factor; closed form in bounds.md section 1.
+    Source: Emadi 2026 (arXiv 2602.18849) names theta the balanced-mass factor; the closed form is derived here.
 
     Args:
         probabilities: rows that sum to 1.

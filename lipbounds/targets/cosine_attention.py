@@ -11,7 +11,7 @@ r"""Scaled cosine similarity attention at one input (Qi et al. 2023, LipsFormer,
 | SCSA | `forward()` | nu softmax(tau Q K^T) V, n x d_v |
 
 The additive eps is what makes the map Lipschitz: the released code normalises by the plain norm and leaves the values
-alone, and no bound here covers that (bounds.md, section 8).
+alone, and no bound here covers that.
 """
 
 from __future__ import annotations

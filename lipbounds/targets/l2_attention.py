@@ -10,7 +10,7 @@ r"""L2 attention with tied queries and keys at one input (Kim, Papamakarios, Mni
 | P^h | row softmax of -s |x_i^T W_Q^h - x_j^T W_Q^h|^2 | n x n |
 | F | `forward()` | sum_h P^h X A_h W_V^h W_O^h, n x D_out |
 
-Recollected from the paper (bounds.md, section 7); its text was not read here.
+Recollected from the paper; its text was not read here.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Kinds of attention that a search starts from: each changes a Gaussian instance in place.
 
-Left alone, every ascent drifts to logits near zero, where the mixing term alone is tight (bounds.md, section 3). These
+Left alone, every ascent drifts to logits near zero, where the mixing term alone is tight. These
 start where the softmax part matters, or where a common mistake shows.
 """
 

@@ -61,8 +61,9 @@ def key_and_value_bias_left_out(block: Attention) -> Tensor:
 def whole_matrices_for_heads(block: Attention) -> Tensor:
     """Right although it looks wrong: norms of the whole matrices, as though all heads were one.
 
-    N3 (multi-head) of bounds.md misses a factor in the RMS norm of tokens. In the l2 norm none is missing: with V_h and
-    K_h at most ||V|| and ||K||, sum_h ||dX W_Q^h K_h^T||^2 <= ||K||^2 ||dX W_Q||^2, and likewise for the other terms.
+    The multi-head formula of Newhouse et al. as coded misses a factor in the RMS norm of tokens. In the l2 norm none
+    is missing: with V_h and K_h at most ||V|| and ||K||, sum_h ||dX W_Q^h K_h^T||^2 <= ||K||^2 ||dX W_Q||^2, and
+    likewise for the other terms.
     """
 
     def together(weights: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Published or coded formulas found false (bounds.md), for dot-product attention at a point, on a ball or everywhere.
+"""Published or coded formulas found false, for dot-product attention at a point, on a ball or everywhere.
 
 Those about other functions are adapted where an analogue exists and else listed in `catalogue.NOT_EXPRESSIBLE`.
 """

@@ -183,7 +183,7 @@ def literal(
     return Formula(**{**own, **parts})
 
 
-# -- rotary positions: D4 of bounds.md, without its centred values ----------------------------------------------------
+# -- rotary positions: `centred.weights`, without its centred values ---------------------------------------------------
 
 
 def _rotation_norm(rotation: Tensor) -> float | Tensor:
@@ -213,7 +213,7 @@ def turned(
     return Formula(key_side=key_side, query_side=query_side)
 
 
-# -- centred: D1 of bounds.md, tighter, for the controls -------------------------------------------------------------
+# -- centred: `centred.products`, tighter, for the controls ------------------------------------------------------------
 
 
 def centred(factors: tuple[Tensor, Tensor], *last: Tensor) -> Tensor:
@@ -232,7 +232,7 @@ CENTRED = Formula(
 )
 
 
-# -- covariances: D2 of bounds.md ------------------------------------------------------------------------------------
+# -- covariances: `covariance.exact` -----------------------------------------------------------------------------------
 
 
 def covariance_of(first: Tensor, second: Tensor, maps: Tensor) -> Float[Tensor, "*batch heads n d e"]:

@@ -1,4 +1,4 @@
-r"""A sound bound of blocks with QK-norm, written once more from replaceable parts: D4 of bounds.md, not centred.
+r"""A sound bound of blocks with QK-norm, written once more from replaceable parts: `centred.weights`, not centred.
 
 For each head, with M_i and L_j the derivatives of a normalised and turned query and key by its token, D x d matrices,
 

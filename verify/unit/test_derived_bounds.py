@@ -100,6 +100,6 @@ def test_rows_that_round_to_equal_ones_keep_their_error(name: str) -> None:
 
 
 def test_covariance_beats_the_products_under_a_causal_mask() -> None:
-    """bounds.md, section 2: short causal rows pin max g_1 near 1/2; a bound by rows does not mind."""
+    """Short causal rows pin max g_1 near 1/2; a bound by rows does not mind."""
     block = random_block(15, n=12, causal=True)
     assert lipbounds.get("covariance.exact")(block).value < 0.7 * lipbounds.get("yudin2025.biased_exact")(block).value

@@ -105,7 +105,7 @@ def test_the_lemma_and_the_entries_of_the_map() -> None:
 
 
 def test_the_recollected_constant_is_too_small_by_the_norm_of_w_q() -> None:
-    """One token, one feature: the truth is w_q^2 and the formula says w_q (bounds.md saw a ratio of 5.1)."""
+    """One token, one feature: the truth is w_q^2 and the formula says w_q (a ratio of 5.1 was seen)."""
     one = torch.ones(1, 1, 1, dtype=torch.float64)
     for size in (2.0, 5.1, 1000.0):
         at = L2Attention(x=one[0], w_q=size * one, w_v=one, w_o=one)

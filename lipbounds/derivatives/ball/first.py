@@ -1,44 +1,10 @@
-r"""The parts of the first and the second differential of a block, all heads jointly, bounded over a ball.
-
-Notation and suprema: lipbounds.derivatives.ball.suprema. With E_hi, Var_hi, Cov_hi under row i of head h, S_y =
-<y_i, w_hj> + <u_hi, y_j> the change of the logits in the direction y, ~ for the deviation from the mean:
+"""The parts of the first and the second differential of a block, all heads jointly, bounded over a ball.
 
     (dF y)_i = sum_h E_hi[ M_h^T y_j + S~_y v~_hj ],
     (d2F a y)_i = sum_h E_hi[ S~_a M_h^T y_j + S~_y M_h^T a_j + S_ay v~_hj + S~_a S~_y v~_hj ],
-    S_ay = <a_i, G_h y_j> + <y_i, G_h a_j>.
 
-Below |a| = |y| = |b| = 1, b for the output, and Cauchy-Schwarz is over heads and keys together, with shares c_h > 0
-of the heads on one side and 1/c_h on the other. om_i(c), sg_i(c) are the roots of the norms of sum_h c_h Cov_hi(w_h),
-sum_h c_h Cov_hi(v_h), K_i(z, f, c) that of sum_h c_h E_hi[f z~ z~^T], and L_ij(f) the reach of the keys with the
-factors f.
-
-First differential:
-
-- mixing, sum_h P_h (x) M_h^T: at most ||[P_1 ... P_H]|| ||[M_1 ... M_H]||, or both stacked, or sum_h ||P_h|| ||M_h||.
-  On the ball ||P'|| <= ||P|| + min( ||max |P' - P| ||_F, eps D ) for the maps side by side or stacked, and each
-  squared is at most the sum over heads of the largest column sums of P'. Here D >= ||dP||_F: dP_hi = J(P_hi) S_a and
-  |J S|^2 <= g_1 S^T J S, so D = D_q + D_k, D_q = max_i om_i(1) sqrt(max_h g_1(P_hi)), D_k = sqrt( max_j sum_i
-  L_ij(g_1) ).
-- query part, block diagonal in i: max_i om_i(c) sg_i(1/c).
-- key part: |(.)_i| <= sg_i(1/c) sqrt( sum_j L_ij(c) |y_j|^2 ), so at most sqrt( max_j sum_i sg_i(1/c)^2 L_ij(c) ).
-
-Second differential; a sum over i of |b_i| |a_i| sqrt( sum_j t_ij^2 |y_j|^2 ) is at most max_ij t_ij:
-
-- of the mixing part: ||dP||_F ||M||, which is ( D_q + D_k ) ||M||, ||M|| = sup sqrt(sum_h <x, M_h y>^2) over unit x,
-  y.
-- change of the values in the query part, D_q ||M||, and in the key part, D_k ||M||: the same, y and a exchanged.
-- change of keys in the query part, of queries in the key part, each at most sg_i(1/c) sqrt( sum_h c_h Var_hi <a_i,
-  G_h y_j> ), so max_ij sg_i(1/c) sqrt(tau_ij(c)), tau_ij(f) = min( sum_h f_h pi_hij ||G_h||^2, max_h f_h pi_hij
-  ||G||^2 ).
-- change of the map in the query part, by queries: with |<a_i, w~_hj>| <= far_hij at most max_i K_i(w, far_w, c)
-  K_i(v, far_w, 1/c); by keys: sum_h E[<y_i, w~> <u, a_j>~ <v~, b_i>] <= sqrt( sum_h E[<y_i, w~>^2 <v~, b_i>^2] / c_h
-  ) sqrt( sum_j L_ij(c) |a_j|^2 ), so max_ij min( K_i(v, far_w^2, 1/c), K_i(w, far_v^2, 1/c) ) sqrt(L_ij(c)).
-- change of the map in the key part, by queries: the last one; by keys: with R_hi = max_j far_v, sum_h R_hi sqrt(Var
-  <u, a_j>) sqrt(Var <u, y_j>) <= sqrt( sum_j B_ij |a_j|^2 sum_j B_ij |y_j|^2 ), B = L(R), and summed over i, by
-  Cauchy-Schwarz, max_j sqrt( sum_i B_ij^2 ).
-
-Where only the query moves, the query part and its change by queries remain; where only the memory moves, mixing, key
-part and their changes by keys.
+a mixing part, a query part and a key part; each is bounded by Cauchy-Schwarz over heads and keys together, with shares
+c_h of the heads. Symbols and proof: docs/derivatives.md, sections 1 and 7.
 """
 
 from __future__ import annotations

@@ -1,17 +1,8 @@
-r"""What a block can be while its moving input X' stays in the ball ||X' - X||_F <= eps: logits, maps, Theorem 3 there.
+"""What a block can be while its moving input X' stays in the ball ||X' - X||_F <= eps: logits, maps, Theorem 3 there.
 
-With ' for a value in the ball and dx_i the change of token i (|.| Euclidean), self-attention:
-
-- logits: S'_ij - S_ij = s (dx_i^T W_Q k_j + q_i^T W_K^T dx_j + dx_i^T W_Q W_K^T dx_j); with |dx_i|^2 + |dx_j|^2 <=
-  eps^2, |S'_ij - S_ij| <= s eps sqrt(|W_Q k_j|^2 + |W_K q_i|^2) + s ||W_Q W_K^T|| eps^2/2 for i != j, and for i = j
-  s eps |W_Q k_i + W_K q_i| + s ||W_Q W_K^T|| eps^2. Only the query moves: s eps |W_Q k_j|; only the memory:
-  s eps |W_K q_i|.
-- softmax rows lie in the interval of lipbounds.ops.interval, g_1 over it is bounded there.
-- ||P'|| <= min( ||P|| + ||max(upper - P, P - lower)||_F , sqrt(largest column sum of upper) ): rows sum to 1, so
-  ||P'||^2 <= ||P'||_1 ||P'||_inf = ||P'||_1.
-- ||V'|| <= ||V|| + eps ||W_V||, ||K' W_Q^T|| <= ||K W_Q^T|| + eps ||W_K W_Q^T||, and likewise for Q', where they move.
-
-Rounding of the logits is added to the radius of the interval.
+Each logit moves by at most s eps sqrt(|W_Q k_j|^2 + |W_K q_i|^2) + s ||W_Q W_K^T|| eps^2/2 (i != j, self-attention),
+softmax rows stay in the interval that this gives (lipbounds.ops.interval), and the norms in Theorem 3 grow with eps.
+Rounding of the logits is added to the radius of the interval. Proof: docs/derivatives.md, section 6.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-r"""Keys, values and queries of all heads as rows in the space of tokens, at the centre of a ball, with their rounding.
+"""Keys, values and queries of all heads as rows in the space of tokens, at the centre of a ball, with their rounding.
 
-The table of symbols is in lipbounds.derivatives.ball.suprema. Of head h, with W its weights towards the tokens (s W_Q
-for keys, W_O^T for values): W^T W + tau = L L^T, z = L^T k, B = W L^-T, so that a row W k is B z with ||B|| <= 1 and
-|z| the norm of the row, tau so small that it is felt only where W is singular. Where W is 0, so are B and all rows, and
-z is taken as 0. What W - B L^T leaves is added to the rounding error of the rows.
+A row W k, W the weights of the head towards the tokens (s W_Q for keys, W_O^T for values), is written B z with ||B|| <=
+1 and |z| = |W k|: z = L^T k with W^T W + tau = L L^T. What W - B L^T leaves is added to the rounding error of the rows.
+Symbols and proof: docs/derivatives.md, sections 1 and 6.
 """
 
 from __future__ import annotations

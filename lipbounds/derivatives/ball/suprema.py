@@ -1,35 +1,11 @@
-r"""Suprema over a ball of the joint spreads of keys, values and queries of all heads of a block, rounded up.
+"""Suprema over a ball of the joint spread of keys, values and queries of all heads of a block, rounded up.
 
-Over the ball ||X' - X||_F <= eps, ' for a value in it, dx_i the change of token i, M_h = W_V^h W_O^h, and
+- spread: sup over |b| = 1 of sqrt( sum_hj t_hij <w'_hj - c_hi, b>^2 ) for weights t_hij >= P'_hij f_hij: it bounds
+  covariances;
+- shift: how far the mean of a row moves; far: how far one key is from the mean of its row;
+- reach: the largest eigenvalue of sum_h t_hij u'_hi u'_hi^T: it bounds variances of the logits by the keys.
 
-    w_hj = s W_Q^h k_hj,   v_hj = W_O^hT (value row j),   u_hi = s W_K^h q_hi,   G_h = s W_Q^h W_K^hT,
-
-    w'_hj - w_hj = G_h dx_j,   v'_hj - v_hj = M_h^T dx_j,   u'_hi - u_hi = G_h^T dx_i.
-
-Means and covariances of row i of head h are under P'_hi. What is bounded, with sum_j |dx_j|^2 <= eps^2 throughout:
-
-- 'spread' of keys, weights t_hij >= P'_hij f_hij: sup over |b| = 1 of sqrt( sum_hj t_hij <w'_hj - c_hi, b>^2 ), c any
-  rows. It is a seminorm in w'. Of the rows at the centre it is at most sqrt(sum_h a_hi^2) and at most k max_h a_hi,
-  a_hi the norm of the rows of head h alone and k = ||[B_1 ... B_H]||, where w_hj = B_h z_hj with ||B_h|| <= 1 and
-  |z_hj| the norm of w_hj. Their change adds sqrt(max_hj t_hij) ||G|| eps, where ||G|| stands for sup sqrt(sum_h <x,
-  G_h y>^2) over unit x, y, the norm of all G_h side by side or stacked, whichever is less. With c the mean of the row
-  and t >= P' it bounds the covariance, whose seminorm does not feel that the mean is another one in the ball; where
-  it does, for t = P' f, the shift of the mean, d_hi, adds sqrt( sum_h d_hi^2 sum_j t_hij ).
-- shift of a mean: |sum_j P'_hij w'_hj - c_hi| <= sum_j |P'_hij - P_hij| |w_hj - c_hi| + ||G_h|| eps, c the mean at
-  the centre; also, the derivative of a mean being Cov_hi(S, w) + sum_j P_hij G_h dx_j, at most sup sqrt(Var_hi(S))
-  sup ||Cov_hi(w)||^(1/2) + ||G_h|| eps, S the change of the logits. 'far': |w'_hj - mean'| <= |w_hj - c_hi| + ||G_h||
-  eps + shift.
-- 'reach' of the keys: the largest eigenvalue of sum_h t_hij u'_hi u'_hi^T is at most ( its root at the centre +
-  sqrt(max_h t_hij) ||G|| eps )^2. With t = f_hi pi_hij it bounds a variance: for c_hj = <u'_hi, y_j>, sum_h f_hi
-  Var_hi(c_h) <= sum_j reach_ij |y_j|^2, where J(P'_hi) <= diag(pi_hi) in the Loewner order. Two such pi: J(p) <=
-  diag(p), and J(p) <= 2 diag(p (1 - p)), since the difference is diagonally dominant. They must not be mixed within a
-  row: the second is taken for rows whose largest entry is above 0.55 at the centre, where it is the less, the first
-  for the others.
-
-Of head h, ||G_h|| = ||B L^T W_K^T|| (lipbounds.derivatives.ball.rows), so all of the above can also be said of z,
-head by head, and then of w through k or the sum of squares: the lesser is taken.
-
-Rounding: the error of a row of w, v or u, an absolute number a head, is added wherever its change is, for all tokens.
+Symbols and proof: docs/derivatives.md, sections 1 and 6.
 """
 
 from __future__ import annotations

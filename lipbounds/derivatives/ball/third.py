@@ -1,37 +1,9 @@
-r"""The third differential of a block, all heads jointly, bounded over a ball.
-
-Notation: lipbounds.derivatives.ball.first. Derivatives of means under a row of the map are cumulants: with v_a =
-M_h^T a_j for the change of the values and S_aa = 2 <a_i, G_h a_j> for the second change of the logits,
+"""The third differential of a block, all heads jointly, bounded over a ball.
 
     d3F[a, a, a]_i = sum_h 3 k(v_a, S_aa) + 3 k(v_a, S_a, S_a) + 3 k(v, S_aa, S_a) + k(v, S_a, S_a, S_a),
 
-k the covariance, the third central moment, and k(v, S, S, S) = E[v~ S~^3] - 3 E[v~ S~] E[S~^2]. The norm of a symmetric
-trilinear map on a Hilbert space is that of its diagonal (Banach 1938), so it is enough to take |a| = 1 there. S_a = q +
-k, q_j = <a_i, w_hj> by the query, k_j = <u_hi, a_j> by the keys, and
-
-    |q~_j| <= far^w_j |a_i| <= F^w |a_i|,    Var(q) <= s_w^2 |a_i|^2,   s_w = sup ||Cov_hi(w)||^(1/2), s_v alike;
-    |k~_j| <= sqrt(2) |u|, as keys differ by at most that,    Var(k) <= |u|^2 / 2 (Popoviciu).
-
-|b| = 1 for the output, v_b = <v~, b>, s_b its standard deviation. With tau_ij(f) of the second differential, sum_h f_h
-Var(S_aa) <= 4 |a_i|^2 sum_j tau_ij(f) |a_j|^2. Then, with sums over heads by Cauchy-Schwarz (shares c_h, 1/c_h):
-
-- 3 k(v_a, S_aa): |J(P) S|^2 <= g_1 Var(S), so at most 6 ||M|| sqrt( max_ij tau_ij(g_1) ).
-- 3 k(v_a, S, S) = 3 sum_hj (J(P_hi) S~^2)_j M_h^T a_j, and |J(P) (x y)|^2 <= g_1 E[x^2 y^2], so at most 3 ||M|| ( max_i
-  K_i(w, far_w^2, g_1) + 2 sqrt( max_ij L_ij(g_1 F_w^2) ) + sqrt( max_j sum_i L_ij(2 g_1 |u|^2) ) ).
-- 3 k(v, S_aa, q) <= 3 sum_h sqrt(E[v_b^2 q~^2]) sqrt(Var S_aa), so at most 6 max_ij min( K_i(v, far_w^2, 1/c), K_i(w,
-  far_v^2, 1/c) ) sqrt(tau_ij(c)); 3 k(v, S_aa, k) at most 6 max_ij sg_i(1/c) sqrt(tau_ij(2 c |u|^2)).
-- k(v, q, q, q) = E[v_b q~ (q~^2 - 3 Var q)], |q~^2 - 3 Var q| <= f_j |a_i|^2 with f = max(far_w^2, 3 s_w^2), so at most
-  max_i K_i(v, f, 1/c) K_i(w, f, c).
-- 3 k(v, q, q, k) = 3 E[v_b k~ (q~^2 - Var q)] - 6 E[v_b q~] E[q~ k~] <= 3 sd(k) |a_i|^2 ( sqrt(E[m^2 v_b^2]) + 2 s_w^2
-  s_b ), m = max(far_w^2, s_w^2), so at most 3 max_ij K_i(v, (m + 2 s_w^2)^2, 1/c) sqrt(L_ij(c)).
-- 3 k(v, q, k, k) = 3 E[v_b q~ (k~^2 - Var k)] - 6 E[v_b k~] E[q~ k~]. With sd(k~^2) <= sqrt(2) |u| sd(k) and sd(k) <=
-  |u| / sqrt(2) it is at most 3 sqrt(2) |u| sd(k) ( sqrt(E[v_b^2 q~^2]) + s_w |a_i| s_b ), so at most 3 max_ij K_i(v,
-  (far_w + s_w)^2, 1/c) sqrt(L_ij(2 c |u|^2)).
-- k(v, k, k, k) = E[v_b k~ (k~^2 - 3 Var k)] <= 2 |u|^2 s_b sd(k), so at most sqrt( max_j sum_i sg_i(1/c)^2 L_ij(4 c
-  |u|^4) ); also <= ( sqrt(2) F_v |u| + (3 / sqrt(2)) s_v |u| ) Var(k), so at most max_j sqrt( sum_i L_ij(.)^2 ).
-
-Sums over i of |b_i| |a_i| sqrt( sum_j t_ij^2 |a_j|^2 ) are at most max_ij t_ij, as there. Where only the query moves,
-k(v, q, q, q) remains; where only the memory moves, the terms with neither q nor S_aa.
+with cumulants k of the change of the values, v_a, and of the logits, S_a, under each row; each is split into what the
+query and what the keys move. Symbols, the terms and their proof: docs/derivatives.md, sections 1 and 8.
 """
 
 from __future__ import annotations

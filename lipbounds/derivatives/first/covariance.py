@@ -1,15 +1,7 @@
-r"""Covariances of keys and values under each row of an attention map, with their rounding.
+"""Covariances of keys and values under each row of an attention map, with their rounding.
 
-Cov_i(Y, Z) = sum_j P_ij y_j z_j^T - (sum_j P_ij y_j)(sum_j P_ij z_j)^T = Y^T J(P_i) Z; it does not change when a
-constant row is taken off Y or Z, so both are centred first, by their mean over the keys.
-
-Rounding, as an absolute error in Frobenius norm, with R the largest row norm and r the largest error of a computed row:
-the moments cost 4 gamma(m + 8) R_Y R_Z; a row of P that is off by t in sum_j |.| at most 3 t R_Y R_Z (4 is taken),
-where t is at most the relative error e of each P_ij (from the logits: e = exp(2 eta) - 1, and m + 16 roundings of the
-softmax) and, both rows being probabilities, at most 2; and since ||Cov_i(E, Z)|| <= max|e_j| max|z_j| the errors of
-the rows at most 2 (r_Y R_Z + r_Z R_Y + r_Y r_Z).
-
-This slack carries no gradient.
+Cov_i(Y, Z) = Y^T J(P_i) Z. It does not change when a constant row is taken off Y or Z, so both are centred first, by
+their mean over the keys. The slack for rounding carries no gradient. Proof: docs/derivatives.md, section 3.
 """
 
 from __future__ import annotations

@@ -1,10 +1,7 @@
-r"""The norm of the dense Jacobian of small blocks, rounded up: for bounds that start from the truth at one point.
+"""The norm of the dense Jacobian of small blocks, rounded up: for bounds that start from the truth at one point.
 
-The norm of the Jacobian as computed is verified by a Cholesky factorisation (lipbounds.ops.verified_norm). How far
-its entries can be from the exact ones is bounded as for products with the Jacobian
-(lipbounds.derivatives.rounding.jacobian): that bound is about the sum of all products that make up an entry, in any
-order, with fewer roundings on the longest path than are counted there. A matrix with entries at most E has norm at
-most the root of its largest row sum times the root of its largest column sum.
+The norm of the Jacobian as computed is verified by a Cholesky factorisation (lipbounds.ops.verified_norm); how far its
+entries can be from the exact ones is added. Proof: docs/derivatives.md, section 4.
 """
 
 from __future__ import annotations

@@ -1,18 +1,7 @@
-r"""Products of two block rows of the Jacobian of an attention block, from its factors (attention_rows).
+"""Products J_i J_k^T of two block rows of the Jacobian of an attention block, from its factors (first/rows.py).
 
-With J_i the D_out x m D part of the Jacobian for output token i, J_i J_k^T = W_O^T C_ik W_O, and the (h, g) part of
-C_ik is, in the notation of attention_rows,
-
-    sum_j P_hij P_gkj W_V^hT W_V^g  +  <u_hi, u_gk> sum_j x_hij x_gkj^T
-    + (W_V^hT u_gk) (sum_j P_hij x_gkj)^T  +  (sum_j x_hij P_gkj) (W_V^gT u_hi)^T
-    + Z_hi ( P_gki W_V^g + u_gk x_gki^T )  +  ( P_hik W_V^hT + x_hik u_hi^T ) Z_gk^T  +  [i = k] Z_hi Z_gk^T,
-
-the last line where query and memory are the same input. So J itself is never formed, and a product costs what its
-H d_v x H d_v entries and the two multiplications by W_O cost.
-
-Rounding: every term is a sum of products of entries of the factors, so the error in Frobenius norm is at most gamma(c)
-times the product of the sizes of the two rows (their Frobenius norms, factor by factor); the errors of the factors add
-size_i error_k + error_i size_k + error_i error_k.
+J itself is never formed: a product costs what its H d_v x H d_v entries and the two multiplications by W_O cost.
+The products and their rounding: docs/derivatives.md, section 4.
 """
 
 from __future__ import annotations

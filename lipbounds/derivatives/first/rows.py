@@ -1,26 +1,10 @@
-r"""The rows of the Jacobian of an attention block in factored form, with their rounding.
-
-Output token i of the differential is a sum over heads and keys (bounds/sharp.py has the derivation),
+"""The rows of the Jacobian of an attention block in factored form, with their rounding.
 
     dy_i = sum_h W_O^hT [ sum_j P_hij W_V^hT dx_j + sum_j x_hij <u_hi, dx_j> + Z_hi dx_i ],
-    x_hij = P_hij (v_hj - m_hi),   u_hi = s W_K^h q_hi,   Z_hi = s Cov_hi(V, K) W_Q^hT,   m_hi = sum_j P_hij v_hj,
+    x_hij = P_hij (v_hj - m_hi),   u_hi = s W_K^h q_hi,   Z_hi = s Cov_hi(V, K) W_Q^hT,   m_hi = sum_j P_hij v_hj.
 
-of which the first two parts belong to the keys' and the last to the queries' input. `Rows` holds P, x, u and Z as
-computed, each row i divided by a power of two, and two numbers for it: `size`, at least the sum over heads of the
-Frobenius norms of the three parts as computed, times ||W_O^h||_F, and `error`, at least the Frobenius norm of the
-difference to the exact ones.
-
-Scaling: W_V^h is divided and W_O^h multiplied by a power of two of the size of W_V^h, then W_O by one of its own, so
-that products of two rows keep inside the range of floats whatever the units of the weights.
-
-Rounding, with hats on what is computed, R the largest norm of a computed centred value, r the error of one, t_i the
-error of a row of P in sum |.| (all from attention_covariance): as m and its exact form differ by t_i R + r,
-
-    sum_j |x^_hij - x_hij| <= sum_j |P^_hij - P_hij| |v^_hj - m^_hi| + sum_j P_hij ( |v^_hj - v_hj| + |m^_hi - m_hi| )
-                           <= 2 t_i R + r + (t_i R + r),
-
-to which m + 8 roundings of numbers of at most 4 R are added; 4 t_i R + 4 gamma(m + 8) R + 4 r is taken. A computed
-u_hi is off by gamma(2 (D + d + 4)) s ||W_K||_F |[x_i 1]| ||[W_Q; b_Q]||_F, and twice that is taken.
+`Rows` holds P, x, u and Z as computed, each row i divided by a power of two, with a bound on the size of the row and on
+its error. Scaling, rounding and proof: docs/derivatives.md, section 2.
 """
 
 from __future__ import annotations

@@ -1,17 +1,7 @@
-r"""Norms of the three parts of the differential of an attention block, all heads together, rounded up.
+"""Norms of the three parts of the differential of an attention block, all heads together, rounded up.
 
-The formulas (3), (4), (5) and their sums over heads are those of bounds/sharp.py, which has the proofs. Weights are
-scaled by powers of two as in attention_rows; nothing of size n x m x D is formed.
-
-Rounding. A Frobenius norm is the root of a sum of products whose absolute values add up to at most z^2, z the same
-formula with every matrix replaced by its Frobenius norm: gamma(c) z^2 is added under the root. What P, V, K and Q are
-off by (map_error, centred_projection, row_covariance, reach_error) is added to the norm, through the Frobenius norms of
-what it meets:
-
-- (3): with t_hi the error of row i of P_h in sum |.|, an entry of P_h P_g^T is off by t_hi + t_gk + t_hi t_gk.
-- (5): with C_i the array of blocks <u_hi, u_gi> x_hi^T x_gi and S that of W_O^h W_O^gT, tr (K_i O_i K_i O_i) is tr (S
-  C_i S C_i). The product S C_i is off by gamma(c) ||W_O||_F^2 sum_h |u_hi|^2 ||x_hi||_F^2 in Frobenius norm, e, which
-  moves the trace by 2 e ||S C_i||_F + e^2.
+Mixing, query and key part by formula (3) of docs/bounds/sharp.md, each replaced by its sum over heads where that is
+smaller. Nothing of size n x m x D is formed. Rounding: docs/derivatives.md, section 4.
 """
 
 from __future__ import annotations

@@ -1,23 +1,10 @@
-r"""How far the float64 products of an `Attention` with its Jacobian can be from the exact ones.
+"""How far the float64 products of an `Attention` with its Jacobian can be from the exact ones.
 
-J v is multilinear in the attention maps P, in Q, K, V, in the weights and in v; of these P, Q, K, V are computed. Each
-is known up to |fl(Z) - Z| <= error(Z), entry by entry, so |Z| <= size(Z) = |fl(Z)| + error(Z). Let F(size) be J v with
-every matrix replaced by its size and every subtraction by an addition. Then
+    |fl(J v) - J v|  <=  F(size + error) - F(size)  +  gamma(c) F(size + error),
 
-    |fl(J v) - J v|  <=  F(size + error) - F(size)  +  gamma(c) F(size + error)
-
-where c counts the roundings on the longest path (Higham 2002, section 3.5). The difference is carried along as the
-second member of a pair, never formed by subtraction. The same sum read backwards bounds J^T u, and the sum over heads
-of P V W_O, which is multilinear too, the output.
-
-The errors: Q, K, V have gamma(inner size) times their formula on absolute values, with |R_i| for a rotation, which is
-given exactly and adds two roundings to each entry of Q and K, and for QK-norm as
-lipbounds.derivatives.rounding.rms_norm has it, whose Jacobian then stands between W_Q or W_K and the rotation; the
-logits follow from Q and K. A change of at most r in each logit of a row turns p_j into p_j / (1 + t) with |t| <= (1 -
-p_j)(e^{2 r} - 1): write the new sum as e^{r_j} (1 + sum_{k != j} p_k (e^{r_k - r_j} - 1)). So an entry near 1 is known
-far better than a small one.
-
-Underflow is covered inside the softmax only: weights and tokens are taken to be zero or above 1e-100 in size.
+F the product with every matrix replaced by its size, c the roundings on the longest path; the difference is carried
+along as the second member of a pair. Underflow is covered inside the softmax only: weights and tokens are taken to be
+zero or above 1e-100 in size. Proof: docs/derivatives.md, section 11.
 """
 
 from __future__ import annotations

@@ -1,25 +1,11 @@
-r"""How far computed logits and attention maps can be from those of exact arithmetic.
+"""How far computed logits and attention maps can be from those of exact arithmetic.
 
-A bound promises something about the real function that the given floats define. Its evaluation goes through logits
-computed in float64; with u = 2**-53, K = 2 D + d + 6 and |.| entrywise, each is off by at most
+With K = 2 D + d + 6 each logit of row i is off by at most
 
-    eta_i = gamma(K) s ||[x_i 1]|| ||[W_Q; b_Q]||_F ||[W_K; b_K]||_F max_j ||[x_j 1]||  +  2 u max_j |B_ij|
+    eta_i = gamma(K) s ||[x_i 1]|| ||[W_Q; b_Q]||_F ||[W_K; b_K]||_F max_j ||[x_j 1]||  +  2 u max_j |B_ij|,
 
-(dot products: Higham 2002, section 3.1, then Cauchy-Schwarz; the maximum is over visible keys). A change of all
-logits of a row by at most eta multiplies each weight exp(S_ij) by a factor in [e^-eta, e^eta], hence each P_ij by one
-in [e^-2 eta, e^2 eta], a product of two of them and so g_1 and the spectral norm of J(P_i) by one in [e^-4 eta, e^4
-eta].
-
-Rotary positions: a rotation of norm rho multiplies the error so far by rho and adds sqrt(2) gamma(2) rho |q_i| (two
-products and a sum in each entry of a pair, |.| Euclidean). Q is then off by gamma(D + 5) rho ||[x_i 1]|| ||[W_Q;
-b_Q]||_F, K likewise, and eta_i has both rho as factors and 10 more roundings in K.
-
-QK-norm (lipbounds.targets.rms_norm): let z' be what is projected, as computed, e its error, and |.| over the features
-that are normalised together. Every point between z and z' has at least the length |z'| - e; so there r is at most r* =
-(max(0, |z'| - e)^2 / D + eps)^(-1/2), and N moves by at most max|w| r* e. Its own evaluation adds gamma(D + 12)
-|N(z')|, and a rotation what it adds above. With the errors e_q, e_k of whole rows that come out,
-
-    eta_i = s ( |q_i| e_k + e_q (|k_j| + e_k) + gamma(d + 6) |q_i| |k_j| ) + 2 u max_j |B_ij|,    largest over j.
+so each P_ij by a factor in [e^-2 eta, e^2 eta]. Rotary positions, QK-norm and the proof: docs/derivatives.md, section
+10.
 """
 
 from __future__ import annotations

@@ -1,13 +1,7 @@
-r"""How far QK-norm and its Jacobian, computed in float64, can be from exact ones.
+"""How far QK-norm and its Jacobian, computed in float64, can be from exact ones.
 
-With the notation of lipbounds.targets.rms_norm, let z' be the computed z, |z' - z| <= e entry by entry, m = |z|^2 / D +
-eps and m' its value at z'. Then |m' - m| <= sum e (2 |z'| + e) / D; let t be its ratio to m', with the rounding of m'.
-For t <= 1/2
-
-    |r' - r| = r' |1 - sqrt(m'/m)| <= r' (1/sqrt(1 - t) - 1) <= r' t,
-
-as the middle is convex in t, 0 at t = 0 and below 1/2 at t = 1/2. For larger t, 0 < r <= eps^(-1/2) is all that is
-taken; |u| <= sqrt(D) always holds. Everything else is multilinear in u, r, w and what is multiplied.
+The relative error of the inverse root mean square r is at most that of the mean square, t, where t <= 1/2; for larger t
+all that is taken is 0 < r <= eps^(-1/2). Everything else is multilinear. Proof: docs/derivatives.md, section 12.
 """
 
 from __future__ import annotations

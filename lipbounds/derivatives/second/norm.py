@@ -1,33 +1,10 @@
-r"""The norm of the second differential of a block at a point, all heads, keys and parts summed before a norm is taken.
+"""The norm of the second differential of a block at a point, all heads, keys and parts summed before a norm is taken.
 
-For fixed X it is a symmetric bilinear map, so that its norm, the supremum of |d2F[a, y]| over unit a and y, is that of
-the quadratic map d2F[a, a]: <b, d2F[a, y]> = <a, H_b y> with a symmetric matrix H_b. With m the keys' tokens and
-x_hij, Z as in lipbounds.derivatives.first.rows, w~_hij the key j less its mean under row i, times s W_Q^h, u_hi = s
-W_K^h q_hi, G_h = s W_Q^h W_K^hT, and only the part of a at tokens j and l, output token i of head h before W_O^h is
+    ||d2F||  <=  || (t_i,jl) ||,   an n x m^2 matrix,
 
-    < r, a_j> W_V^T a_l + W_V^T a_j <r', a_l> + x <a_j, G a_l> + (E a_j) <u_i, a_l>
-                                                                      + [j = l = i] sum_p x_ip <w~_ip, a_i>^2,
-
-    generic:   r = P_ij (d_jl - P_il) u_i = r',   x = 0,   E = z u_i^T,   z = d_jl x_ij - P_ij x_il - P_il x_ij,
-    j = i /= l:  r = P_il w~_il - P_ii P_il u_i,   r' = - P_ii P_il u_i,   x = x_il,
-                 E = x_il w~_il^T - P_il Cov_i(V, w) + z u_i^T,
-    j = l = i: r = r' = P_ii w~_ii + P_ii (1 - P_ii) u_i,   x = 2 x_ii,
-                 E = 2 (x_ii w~_ii^T - P_ii Cov_i(V, w)) + z u_i^T,
-
-d_jl = 1 where j = l (expand sum_j P_ij (S~_a W_V^T y_j + S~_y W_V^T a_j + S_ay v~_ij + S~_a S~_y v~_ij), the second
-differential of lipbounds.derivatives.ball.first, by tokens). Each of these bilinear maps B_ijl of a_j and a_l is
-linear in the matrix a_j a_l^T, whose Frobenius norm is |a_j| |a_l|; so |B_ijl| <= t_ijl |a_j| |a_l| with t_ijl^2 the
-norm of the Gram matrix W_O^T (B_ijl B_ijl^T) W_O, and since (|a_j| |a_l|)_jl has norm 1,
-
-    ||d2F||  <=  sup sum_ijl t_ijl |b_i| |a_j| |a_l|  <=  || (t_i,jl) ||,   the n x m^2 matrix of them.
-
-||.|| of a Gram matrix is replaced by a Schatten norm (lipbounds.ops.schatten). Where only the query moves, row i is
-moved by its own token alone, only the last sum is there, and the norm is max_i t_iii; where only the memory moves, all
-is generic.
-
-Rounding: a Gram matrix is a sum of products of entries of the factors, so it is off by gamma(c) times the square of the
-sum of the products of their norms. What the factors themselves are off by (from the errors derived in attention_rows
-and attention_covariance), and their own roundings, is added to t_ijl, in units of the largest possible row.
+t_ijl^2 the norm of the Gram matrix of what the parts of a direction at tokens j and l do to output token i; ||.|| of a
+Gram matrix is replaced by a Schatten norm (lipbounds.ops.schatten). Proof and rounding: docs/derivatives.md, section
+5.
 """
 
 from __future__ import annotations

@@ -1,30 +1,9 @@
-r"""The norm of the second differential of a block at a point, row by row: about n Gram matrices a row, not n^2 / 2.
+"""The norm of the second differential of a block at a point, row by row: about n Gram matrices a row, not n^2 / 2.
 
-The blocks B_ijl of lipbounds.derivatives.second.norm, in three groups for each output token i and |a| = 1:
+    ||d2F||  <=  max_j ( sum_i (d_ij + tau_i)^2 )^(1/2) + 2 max_i o_i,
 
-- one key, j = l (with j = i among them): |B_ijj| <= d_ij |a_j|^2, d_ij = t_ijj;
-- two other keys, j /= l, neither of them i where the query moves: the sum is linear in the matrices a_j a_l^T side by
-  side, whose Frobenius norm is at most |a|^2, so at most tau_i, tau_i^2 the norm of the sum of all B_ijl B_ijl^T;
-- the own token and another, (i, l) and (l, i): likewise 2 o_i |a_i|, o_i^2 the norm of the sum over l of B_iil B_iil^T.
-
-The vector of sum_j d_ij |a_j|^2 + tau_i is convex in the |a_j|^2, which sum to 1, so its norm is largest where one of
-them is 1:
-
-    ||d2F||  <=  max_j ( sum_i (d_ij + tau_i)^2 )^(1/2) + 2 max_i o_i.
-
-Compared with the n x m^2 matrix there, what one key does is not summed over keys, and what two keys do is summed before
-a norm is taken; what two keys do is summed over rows as though all rows could be at their worst in one direction.
-
-tau_i in closed form, with sums over the keys j (P = 0, x = 0 where j is left out), U = <u_hi, u_gi>, s_hg = W_V^hT
-u_gi, y_j = P_j x_j; for j /= l, B_ijl = - P_j P_l (<u, .> W_V^T + W_V^T <u, .>) - (P_j x_l + P_l x_j) <u, .><u, .>:
-
-    sum B^h B^gT = 2 kappa (U W_V^hT W_V^g + s_hg s_gh^T) + 2 U (s_hg lambda_hg^T + lambda_gh s_gh^T) + U^2 mu,
-    kappa  = (sum P^h P^g)^2 - sum (P^h P^g)^2,
-    lambda_hg = 2 (sum P^h P^g) (sum P^h x^g) - 2 sum (P^h)^2 y^g,
-    mu     = 2 (sum P^h P^g) (sum x^h x^gT) + 2 (sum P^g x^h) (sum P^h x^g)^T - 4 sum y^h y^gT.
-
-Rounding: as there. With p = sum P^2 |u| ||W_V||_F and z = (sum P^2 sum |x|^2)^(1/2) |u|^2 of a head, the products above
-are in absolute value at most 8 p_h p_g, 8 (p_h z_g + z_h p_g) and 8 z_h z_g, less than those of 3 (p + z).
+d_ij what key j alone does to output token i, tau_i what two other keys do (in closed form), o_i what the own token does
+together with another one. Proof and rounding: docs/derivatives.md, section 5, steps 4 and 5.
 """
 
 from __future__ import annotations
