@@ -22,6 +22,7 @@ from lipbounds.bounds import newhouse2025 as newhouse2025
 from lipbounds.bounds import qi2023 as qi2023
 from lipbounds.bounds import sharp as sharp
 from lipbounds.bounds import sharp_ball as sharp_ball
+from lipbounds.bounds import sharp_cheap as sharp_cheap
 from lipbounds.bounds import vuckovic2020 as vuckovic2020
 from lipbounds.bounds import yudin2025 as yudin2025
 from lipbounds.bounds import yudin2025_ball as yudin2025_ball

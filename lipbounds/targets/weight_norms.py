@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lipbounds.errors import InvalidInput
 from lipbounds.ops.spectral import Factor, product_norm_upper, spectral_norm_upper
+from lipbounds.targets.head_factors import HeadFactors, Layout, head_factors
 from lipbounds.targets.projection import affine_weights
 
 
@@ -45,6 +46,37 @@ class WeightNorms:
     def __init__(self, weights: Weights) -> None:
         self.weights = weights
         self.w_q, self.w_k, self.w_v, self.w_o = (weights[name] for name in NAMES[:4])
+        self._factors: dict[tuple[str, Layout, int], HeadFactors] = {}
+
+    def factors(self, name: str, layout: Layout = "whitened", pairs: int = 0) -> HeadFactors:
+        """The weights of each head as a basis times a small factor, and the overlaps of the heads.
+
+        Args:
+            name: `w_q`, `w_k`, `w_v` or `w_o`, of which the last is transposed.
+            layout: see lipbounds.targets.head_factors.
+            pairs: of features that rotary positions turn, for the layout `pairs`.
+        """
+        key = (name, layout, pairs)
+        if key not in self._factors:
+            weights = self.w_o.mT if name == "w_o" else self.weights[name]
+            self._factors[key] = head_factors(weights, layout, pairs)
+        return self._factors[key]
+
+    @cached_property
+    def values_jointly(self) -> Float[Tensor, "*weights"]:
+        """||[W_V^1 ... W_V^H]||, the spectral norm of all heads side by side."""
+        return spectral_norm_upper(self.w_v.transpose(-3, -2).flatten(-2))
+
+    @cached_property
+    def through_jointly(self) -> Float[Tensor, "*weights"]:
+        """||sum_h W_V^h W_O^h||."""
+        return product_norm_upper(self.w_v.transpose(-3, -2).flatten(-2), self.w_o.flatten(-3, -2))
+
+    @cached_property
+    def inner(self) -> Float[Tensor, "*weights heads"]:
+        """||L_V^hT L_O^h|| of the factors of values and outputs: W_V^h W_O^h is that between their bases."""
+        values, outputs = self.factors("w_v"), self.factors("w_o")
+        return product_norm_upper(values.factor.mT, outputs.factor) * (values.unit * outputs.unit)
 
     @cached_property
     def queries(self) -> Float[Tensor, "*weights heads"]:
