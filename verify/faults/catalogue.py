@@ -6,6 +6,7 @@ from verify.faults import (
     controls,
     faults_ball,
     faults_behaviour,
+    faults_cheap,
     faults_estimators,
     faults_matrices,
     faults_point,
@@ -32,6 +33,7 @@ THEMES = (
     faults_qk_norm,
     faults_sharp,
     faults_sharp_ball,
+    faults_cheap,
     faults_taylor,
 )
 FAULTS: dict[str, Fault] = {fault.name: fault for theme in THEMES for fault in faults_in(theme)}
