@@ -18,7 +18,7 @@ def device_named(name: str) -> torch.device:
     """
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(0, dtype=torch.float64, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch without CUDA asserts
         reason = str(error).strip().split("\n", 1)[0]
         raise InvalidInput(

@@ -161,8 +161,9 @@ class _Balls:
         self.by_pairs = second_work(block) <= PAIRS_WORK
         self.large = not self.by_pairs and rows_work(block) > limit
         shares = SHELLS_OF_LARGE_BLOCKS if self.large else SHELLS
-        radii = torch.tensor([0.0, *(share * radius for share in shares if radius)], dtype=torch.float64)
-        self.radii = radii.to(block.device).reshape((-1, *[1] * len(block.batch_shape)))
+        sizes = [0.0, *(share * radius for share in shares if radius)]
+        radii = torch.tensor(sizes, dtype=torch.float64, device=block.device)
+        self.radii = radii.reshape((-1, *[1] * len(block.batch_shape)))
         # Small blocks take as long one by one as together; of large ones all balls may not fit into memory.
         entries = block.logits.numel() * max(block.w_q.shape[-1], block.w_v.shape[-1])
         groups = [radii] if radii.numel() * entries <= TOGETHER else [*radii.split(1)]

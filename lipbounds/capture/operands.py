@@ -199,8 +199,8 @@ def check_constant(recorder: Recorder, tokens: Tensor, name: str, constants: Ite
 def _numbered(keys: Tensor) -> Tensor:
     """Equal rows get equal numbers, counted in the order of first appearance."""
     _, inverse = keys.unique(dim=0, return_inverse=True)
-    first = torch.full((int(inverse.max()) + 1,), len(inverse), device=keys.device)
-    first = first.scatter_reduce(0, inverse, torch.arange(len(inverse), device=keys.device), "amin")
+    first = torch.full((int(inverse.max()) + 1,), len(inverse), dtype=torch.int64, device=keys.device)
+    first = first.scatter_reduce(0, inverse, torch.arange(len(inverse), dtype=torch.int64, device=keys.device), "amin")
     return first.argsort().argsort()[inverse]
 
 

@@ -225,7 +225,7 @@ def _first_features(entries: _Entries, refuse: Refuse) -> Tensor:
     group, rows, features = (t.flatten() for t in (entries.group, entries.rows, entries.features) if t is not None)
 
     def least(values: Tensor) -> Tensor:
-        start = torch.full((int(group.max()) + 1,), int(values.max()), device=values.device)
+        start = torch.full((int(group.max()) + 1,), int(values.max()), dtype=values.dtype, device=values.device)
         return start.scatter_reduce(0, group, values, "amin")[group]
 
     if not bool((least(rows) == rows).all()):

@@ -46,8 +46,10 @@ class Ball:
     def uniform_steps(self, count: int) -> Float[Tensor, "count *batch moving dim"]:
         """Steps from the centre to points that are uniform in the ball, the same on every device."""
         shape = (count, *self.centre.shape)
-        direction = torch.randn(shape, generator=self.generator, dtype=torch.float64)
-        fraction = torch.rand(shape[:-2], generator=self.generator, dtype=torch.float64) ** (1 / self.size)
+        source = self.generator.device
+        direction = torch.randn(shape, generator=self.generator, dtype=torch.float64, device=source)
+        uniform = torch.rand(shape[:-2], generator=self.generator, dtype=torch.float64, device=source)
+        fraction = uniform ** (1 / self.size)
         direction = direction / _length(direction)
         return (direction * fraction[..., None, None]).to(self.centre.device) * self.usable
 

@@ -156,7 +156,7 @@ class JacobianOperator:
 
 def sphere(batch: torch.Size, size: int, generator: torch.Generator, device: torch.device) -> Tensor:
     """Independent unit vectors, uniformly distributed on the sphere, in float64; the same on every device."""
-    vectors = torch.randn(*batch, size, generator=generator, dtype=torch.float64).to(device)
+    vectors = torch.randn(*batch, size, generator=generator, dtype=torch.float64, device=generator.device).to(device)
     return vectors / torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
 
 

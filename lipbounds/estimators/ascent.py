@@ -7,6 +7,7 @@ once more with its rounding errors, which decides the value.
 
 from __future__ import annotations
 
+import dataclasses as dc
 import math
 from collections.abc import Callable
 
@@ -42,6 +43,7 @@ TINY = torch.finfo(torch.float64).tiny
     cost="O(r k H n (n + D) d), r restarts, k steps",
     role="estimator",
 )
+@torch.inference_mode(False)
 def ascent_pairs(block: Attention, radius: float, *, steps: int = 15, restarts: int = 4, seed: int = 0) -> Tensor:
     """Largest |f(y) - f(z)|_F / |y - z|_F found by gradient ascent on both points in the ball, rounded down.
 
@@ -61,7 +63,7 @@ def ascent_pairs(block: Attention, radius: float, *, steps: int = 15, restarts: 
         InvalidInput: `steps`, `restarts` or `seed` is out of range.
     """
     _check(steps, restarts, seed)
-    ball = Ball(block, radius, seed)
+    ball = Ball(_outside_inference(block), radius, seed)
     function = ball.block.replace(b_o=None).function()
 
     def log_quotient(pair: Tensor) -> Tensor:
@@ -84,6 +86,7 @@ def ascent_pairs(block: Attention, radius: float, *, steps: int = 15, restarts: 
     cost="O(r k H n (n + D) d), r restarts, k steps",
     role="estimator",
 )
+@torch.inference_mode(False)
 def ascent_jacobians(block: Attention, radius: float, *, steps: int = 7, restarts: int = 4, seed: int = 0) -> Tensor:
     """Largest norm of the Jacobian found by gradient ascent in the ball, from below.
 
@@ -104,7 +107,7 @@ def ascent_jacobians(block: Attention, radius: float, *, steps: int = 7, restart
             overflows at a point of the ball.
     """
     _check(steps, restarts, seed)
-    ball = Ball(block, radius, seed)
+    ball = Ball(_outside_inference(block), radius, seed)
     start = _promising(ball, restarts, seed)
     direction = sphere(start.shape[:-2], ball.size, ball.generator, start.device).view(start.shape)
 
@@ -123,6 +126,13 @@ def ascent_jacobians(block: Attention, radius: float, *, steps: int = 7, restart
         candidates = torch.cat([torch.zeros_like(best[:1]), start, best])
         value = jacobian_norms(ball, ball.points(candidates), KRYLOV, seed).amax(0)
     return cast_down(value, block.dtype)
+
+
+def _outside_inference(block: Attention) -> Attention:
+    """The block without tensors made in inference mode, its cached ones included: gradients cannot pass them."""
+    fields = {field.name: getattr(block, field.name) for field in dc.fields(block)}
+    made = {name: value for name, value in fields.items() if isinstance(value, Tensor) and value.is_inference()}
+    return block.replace(**{name: tensor.clone() for name, tensor in made.items()})
 
 
 @torch.no_grad()

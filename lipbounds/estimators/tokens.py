@@ -52,7 +52,8 @@ def _lower(operator: JacobianOperator, tokens: range, steps: int, generator: tor
     lead = (len(tokens), *[1] * len(operator.batch_shape))
     own = torch.eye(count, dtype=torch.float64, device=operator.device)[list(tokens)].view(*lead, count, 1)
     shape = (len(tokens), *operator.batch_shape, count, width)
-    v = _unit(torch.randn(*shape, generator=generator, dtype=torch.float64).to(operator.device) * own)
+    drawn = torch.randn(*shape, generator=generator, dtype=torch.float64, device=generator.device)
+    v = _unit(drawn.to(operator.device) * own)
     for _ in range(steps):
         image = wide.vjp(wide.jvp(v) / operator.scale[..., None, None]) * own
         v = torch.where(_length(image) > 0, _unit(image), v)

@@ -94,7 +94,7 @@ def measure(
         InputReport(name=run.name, layers=tuple(part for one in blocks for part in one.reports(order)))
         for run, blocks in zip(runs, work, strict=True)
     )
-    parameter = next(iter(model.parameters()), torch.zeros(()))
+    parameter = next(iter(model.parameters()), torch.zeros((), dtype=torch.get_default_dtype(), device="cpu"))
     return ModelReport(
         model=name or type(model).__name__,
         dtype=str(parameter.dtype).removeprefix("torch."),

@@ -267,7 +267,9 @@ def _check_output(y: Tensor, x: Tensor, batch_dims: int) -> None:
 def _check_adjoint(x: Tensor, y: Tensor, u: Tensor, pulled_back: Tensor) -> None:
     """Compare both products once: a backward rule that is itself cut off gives a wrong `jvp` without an error."""
     generator = torch.Generator().manual_seed(0)
-    t, c = (torch.randn(z.shape, generator=generator).to(z) for z in (x, y))
+    t, c = (
+        torch.randn(z.shape, generator=generator, dtype=torch.float32, device=generator.device).to(z) for z in (x, y)
+    )
     forward = _gradient_or_zero(pulled_back, u, t)
     c = forward if bool(forward.any()) else c
     backward = _gradient_or_zero(y, x, c)

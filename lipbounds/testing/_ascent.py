@@ -222,7 +222,7 @@ class Ascent:
         disturbed = {}
         for name, leaf in leaves.items():
             noise = torch.randn(leaf.shape, generator=self.generator, dtype=torch.float64)
-            kept = torch.rand(leaf.shape, generator=self.generator) < 0.3
+            kept = torch.rand(leaf.shape, generator=self.generator, dtype=torch.float32) < 0.3
             scale = _column(size, leaf) if isinstance(size, Tensor) else size
             disturbed[name] = _confined(name, leaf + scale * noise * kept)
         return disturbed

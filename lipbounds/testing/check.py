@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses as dc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol, runtime_checkable
 
 import hypothesis
@@ -14,6 +14,7 @@ from lipbounds.testing.strategies import attention_blocks
 
 
 FEWEST_EXAMPLES = 10
+Case = tuple[Any, float | None]  # a block, and the radius for the scopes that have one
 
 
 @runtime_checkable
@@ -32,14 +33,14 @@ class Check:
         applies: whether the property is promised by a bound.
         blocks: the blocks to draw for a bound.
         share: of the examples of the Hypothesis profile that this check gets.
-        fixed: blocks to run instead of drawing any.
+        fixed: cases to run instead of drawing any, given the bound and the seconds of processor time they may take.
     """
 
     function: CheckFunction
     applies: Callable[[BoundSpec], bool] = lambda spec: True
     blocks: Callable[[BoundSpec], SearchStrategy[Any]] = lambda spec: attention_blocks(spec.supports)
     share: float = 0.25
-    fixed: Callable[[], list[Any]] | None = None
+    fixed: Callable[[BoundSpec, float], Iterable[Case]] | None = None
 
     @property
     def examples(self) -> int:

@@ -10,6 +10,7 @@ one on blocks drawn by Hypothesis. A failure is a `Refuted` whose message ends w
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses as dc
 import warnings
 from collections.abc import Callable, Iterable
@@ -19,6 +20,7 @@ import torch
 from hypothesis import HealthCheck, Phase
 from hypothesis import strategies as st
 from hypothesis.database import ExampleDatabase
+from hypothesis.errors import Flaky
 from hypothesis.strategies import SearchStrategy
 
 from lipbounds.claims import FEATURES
@@ -27,7 +29,16 @@ from lipbounds.registry import BoundSpec
 from lipbounds.targets.attention import Attention
 from lipbounds.targets.mlp import Mlp
 from lipbounds.targets.target import Target
-from lipbounds.testing import behaviour_checks, coverage_check, relation_checks, target_checks, value_checks
+from lipbounds.testing import (
+    behaviour_checks,
+    coverage_check,
+    deterministic,
+    known,
+    relation_checks,
+    surroundings,
+    target_checks,
+    value_checks,
+)
 from lipbounds.testing.check import Check as Check
 from lipbounds.testing.loading import load_spec as load_spec
 from lipbounds.testing.other_targets import target_blocks
@@ -78,7 +89,9 @@ def _value_blocks(spec: BoundSpec) -> SearchStrategy[Attention]:
     return attention_blocks(spec.supports, largest=12 if spec.claim.scope != "point" else 32)
 
 
+_FEW = 0.1  # cheap to evaluate and without cases: a few blocks show what these checks can show
 CHECKS: dict[str, Check] = {
+    "deterministic": Check(function=deterministic.deterministic, share=_FEW),
     "value": Check(
         function=value_checks.value,
         applies=lambda spec: spec.claim.kind in ("proved", "lower"),
@@ -102,6 +115,12 @@ CHECKS: dict[str, Check] = {
         applies=lambda spec: spec.claim.kind == "probable",
         fixed=coverage_check.hard_blocks,
     ),
+    "closed_form": Check(
+        function=known.closed_form,
+        applies=lambda spec: spec.claim.kind in ("proved", "lower") and spec.claim.norm == "l2",
+        fixed=known.instances,
+    ),
+    "surroundings": Check(function=surroundings.surroundings, fixed=surroundings.blocks),
     "unsupported": Check(
         function=behaviour_checks.unsupported,
         applies=lambda spec: bool(set(FEATURES) - spec.supports),
@@ -135,9 +154,8 @@ CHECKS: dict[str, Check] = {
 }
 
 
-# Cheap to evaluate and without cases: a few blocks show what these checks can show.
-_FEW = 0.1
 TARGET_CHECKS: dict[str, Check] = {
+    "deterministic": Check(function=deterministic.deterministic, blocks=target_blocks, share=_FEW),
     "value": Check(
         function=target_checks.value,
         applies=lambda spec: spec.claim.kind != "estimate",
@@ -163,6 +181,7 @@ TARGET_CHECKS: dict[str, Check] = {
         blocks=lambda spec: st.one_of(*(target_blocks(spec, dtype=kind) for kind in (torch.float32, torch.bfloat16))),
         share=_FEW,
     ),
+    "surroundings": Check(function=surroundings.surroundings, blocks=target_blocks, share=_FEW),
     "gradient": Check(
         function=target_checks.gradient,
         applies=_proved,
@@ -182,7 +201,15 @@ def checks_for(spec: BoundSpec) -> list[str]:
     return [name for name, check in checks_of(spec).items() if check.applies(spec)]
 
 
-def run_check(spec: BoundSpec, name: str, *, max_examples: int | None = None, seed: int | None = None) -> int:
+def run_check(
+    spec: BoundSpec,
+    name: str,
+    *,
+    max_examples: int | None = None,
+    seed: int | None = None,
+    seconds: float = 1.0,
+    seen: Callable[[Target], None] | None = None,
+) -> int:
     """Run one check on blocks drawn by Hypothesis, and shrink what fails.
 
     Args:
@@ -190,6 +217,8 @@ def run_check(spec: BoundSpec, name: str, *, max_examples: int | None = None, se
         name: of the check, in `checks_of(spec)`.
         max_examples: blocks to draw; None for the check's share of what the Hypothesis profile says.
         seed: of the search; None for a new one, or for the one given to pytest by `--hypothesis-seed`.
+        seconds: processor time after which a check on fixed blocks goes on to no larger ones.
+        seen: called with every block before it is judged.
 
     Returns:
         The number of blocks tried.
@@ -201,12 +230,13 @@ def run_check(spec: BoundSpec, name: str, *, max_examples: int | None = None, se
     checks = checks_of(spec)
     if name not in checks:
         raise InvalidInput(f"the checks are {list(checks)}, got name={name!r}.")
-    attempt = _Attempt(spec, checks[name])
+    attempt = _Attempt(spec, checks[name], seen)
     fixed = attempt.check.fixed
     try:
         if fixed is not None:
-            for block in fixed():
-                attempt(block, None, 0 if seed is None else seed)
+            for block, radius in fixed(spec, seconds):
+                with contextlib.suppress(Unsupported):  # an honest refusal of a block is no broken promise
+                    attempt(block, radius, 0 if seed is None else seed)
         else:
             _search(attempt, name, max_examples, seed)
     except Refuted as refuted:
@@ -233,13 +263,17 @@ def suite_for(spec: BoundSpec) -> Callable[..., None]:
 class _Attempt:
     """One check of one bound, counting the blocks it is given."""
 
-    def __init__(self, spec: BoundSpec, check: Check) -> None:
-        self.spec, self.check = spec, check
+    def __init__(self, spec: BoundSpec, check: Check, seen: Callable[[Target], None] | None) -> None:
+        self.spec, self.check, self.seen = spec, check, seen
         self.tried = 0
+        self.last: tuple[Target, float | None] | None = None
         self.failed_after: int | None = None
 
     def __call__(self, block: Target, radius: float | None, seed: int) -> None:
         self.tried += 1
+        self.last = block, radius
+        if self.seen is not None:
+            self.seen(block)
         try:
             self.check.function(self.spec, block, radius, seed)
         except Refuted:
@@ -271,7 +305,14 @@ def _search(attempt: _Attempt, name: str, max_examples: int | None, seed: int | 
     with warnings.catch_warnings():
         # A counterexample is printed as a snippet: how long Hypothesis would print the block does not matter.
         warnings.filterwarnings("ignore", "Generating overly large repr")
-        (search if seed is None else hypothesis.seed(seed)(search))()
+        try:
+            (search if seed is None else hypothesis.seed(seed)(search))()
+        except (
+            Flaky
+        ) as flaky:  # what failed at a block has passed there: the bound, or what the check compares, changed
+            assert attempt.last is not None
+            refuted = deterministic.changing(spec, *attempt.last, deterministic.SUSPECTED)
+            raise refuted or flaky from flaky
 
 
 class _Drawer(ExampleDatabase):

@@ -21,18 +21,24 @@ ERROR_RATE = 1e-6  # probability that a bound which keeps its delta is refuted a
 FEWEST_STEPS = (2, 3, 4, 6, 8, 12, 16, 24, 32)
 
 
-def hard_blocks() -> list[Attention]:
+def hard_blocks(spec: BoundSpec, seconds: float) -> list[tuple[Attention, None]]:
     """Blocks whose top singular value is hard to find from a random start, too large for a dense shortcut.
 
     One token attends to itself alone, so the Jacobian is W_V W_O: a chosen spectrum with one value just above the rest.
+
+    Args:
+        spec: the bound, at a point; all get the same blocks.
+        seconds: not looked at: the blocks are few.
     """
+    one = torch.ones(1, dtype=torch.float64)
     spectra = [
-        torch.cat([torch.ones(1), torch.linspace(0.9, 0.1, 95)]),
-        torch.cat([torch.ones(1), _least_visible(95, 0.16)]),
-        torch.cat([torch.ones(1), torch.linspace(0.99, 0.9, 95)]),
+        torch.cat([one, torch.linspace(0.9, 0.1, 95, dtype=torch.float64)]),
+        torch.cat([one, _least_visible(95, 0.16)]),
+        torch.cat([one, torch.linspace(0.99, 0.9, 95, dtype=torch.float64)]),
     ]
-    blocks = [_diagonal(spectrum.double()) for spectrum in spectra]
-    return [*blocks, build(Recipe(seed=1, n=12, dim=8, heads=2, head_dim=4, value_dim=4, out_dim=8, spread=4.0))]
+    blocks = [_diagonal(spectrum) for spectrum in spectra]
+    blocks.append(build(Recipe(seed=1, n=12, dim=8, heads=2, head_dim=4, value_dim=4, out_dim=8, spread=4.0)))
+    return [(block, None) for block in blocks]
 
 
 def coverage(spec: BoundSpec, block: Attention, radius: float | None = None, seed: int = 0) -> None:
@@ -102,4 +108,6 @@ def _diagonal(spectrum: Tensor) -> Attention:
     size = len(spectrum)
     zero = torch.zeros(1, size, 1, dtype=torch.float64)
     x = torch.ones(1, size, dtype=torch.float64)
-    return Attention(x=x, w_q=zero, w_k=zero, w_v=torch.diag(spectrum)[None], w_o=torch.eye(size).double()[None])
+    return Attention(
+        x=x, w_q=zero, w_k=zero, w_v=torch.diag(spectrum)[None], w_o=torch.eye(size, dtype=torch.float64)[None]
+    )

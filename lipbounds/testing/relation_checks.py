@@ -125,7 +125,7 @@ def batch(spec: BoundSpec, block: Attention, radius: float | None = None, seed: 
     together = evaluate("batch", spec, block, radius, seed).detach()
     room = rounding_room(block, together)
     for flat in range(together.numel()):
-        index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), together.shape))
+        index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat, dtype=torch.int64), together.shape))
         alone = evaluate("batch", spec, batch_item(block, index), radius, seed).detach()
         _same("batch", spec, block, radius, seed, alone, together[index], room[index], "alone, as in its batch")
 

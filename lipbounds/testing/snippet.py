@@ -109,7 +109,7 @@ def snippet(
         query_bias="" if block.b_q is None else " + block.b_q.double().unsqueeze(-2)",
         assertion=_assertion(spec, radius, point is not None),
     )
-    return _head(spec, block) + text
+    return head(spec, block) + text
 
 
 def _logits(block: Attention) -> dict[str, str]:
@@ -131,7 +131,7 @@ def _logits(block: Attention) -> dict[str, str]:
 def check_snippet(spec: BoundSpec, check: str, block: Target, radius: float | None, seed: int) -> str:
     """Python source that runs one check again at `block`, for properties that need more than one number."""
     call = f'{_checks(block)}["{check}"].function(spec, block, radius={radius!r}, seed={seed})'
-    return _head(spec, block) + call + "  # raises Refuted, which says what must hold\n"
+    return head(spec, block) + call + "  # raises Refuted, which says what must hold\n"
 
 
 def tensor_source(tensor: Tensor, indent: str = "") -> str:
@@ -154,7 +154,13 @@ def _checks(block: Target) -> str:
     return "CHECKS" if isinstance(block, Attention) else "TARGET_CHECKS"
 
 
-def _head(spec: BoundSpec, block: Target) -> str:
+def head(spec: BoundSpec, block: Target) -> str:
+    """The beginning of a file: the imports, `spec` and `block` with exactly the same numbers.
+
+    Args:
+        spec: the bound.
+        block: where it fails.
+    """
     name = type(block).__name__
     lines = []
     for field in dc.fields(block):  # pyright: ignore[reportArgumentType] a target is a dataclass

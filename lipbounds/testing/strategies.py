@@ -200,7 +200,8 @@ def small_blocks(
     kind = draw(_DTYPES) if dtype is None else dtype
     fields: dict[str, Any] = _dyadic(draw, shapes, kind)
     if "mask" in features and draw(st.booleans()):
-        hidden = torch.tensor(list(draw(st.binary(min_size=n * m, max_size=n * m)))).reshape(n, m) % 2 == 1
+        drawn = list(draw(st.binary(min_size=n * m, max_size=n * m)))
+        hidden = torch.tensor(drawn, dtype=torch.int64).reshape(n, m) % 2 == 1
         hidden[torch.arange(n), torch.arange(n) % m] = False
         fields["logit_bias"] = torch.zeros(n, m, dtype=kind).masked_fill(hidden, float("-inf"))
     if turned:
@@ -216,7 +217,7 @@ def _quarter_turns(draw: Callable[..., Any], tokens: int, dtype: torch.dtype) ->
     """Rotations of one pair by multiples of a right angle: exact in every dtype."""
     quarters = [byte % 4 for byte in draw(st.binary(min_size=tokens, max_size=tokens))]
     turns = torch.tensor([[1, 0], [0, 1], [-1, 0], [0, -1]], dtype=dtype)
-    return turns[torch.tensor(quarters)].unsqueeze(-1)
+    return turns[torch.tensor(quarters, dtype=torch.int64)].unsqueeze(-1)
 
 
 def _dyadic(draw: Callable[..., Any], shapes: dict[str, Sequence[int]], dtype: torch.dtype) -> dict[str, Tensor]:

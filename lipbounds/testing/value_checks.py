@@ -141,7 +141,7 @@ def _judge_upper(
         return
     excess = truth - claimed - torch.minimum(oracles.truth_slack(at), LARGEST_SLACK * truth) / 2
     for flat in excess.flatten().argsort(descending=True).tolist():
-        index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), excess.shape))
+        index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat, dtype=torch.int64), excess.shape))
         if not excess[index] > 0:
             return
         own = index if points is None else index[1:]

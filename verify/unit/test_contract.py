@@ -29,7 +29,8 @@ pytestmark = pytest.mark.usefixtures("as_a_user_runs_it")
 @pytest.mark.parametrize("check", checks_for(EXACT))
 @pytest.mark.parametrize("exact", [EXACT, ALMOST_EXACT], ids=lambda s: s.name)
 def test_the_exact_constant_passes_every_check(exact: BoundSpec, check: str) -> None:
-    assert run_check(exact, check, max_examples=60 if check == "value" else 12) >= 12
+    few = CHECKS[check].fixed is not None
+    assert run_check(exact, check, max_examples=60 if check == "value" else 12) >= (3 if few else 12)
 
 
 def test_the_exact_constant_is_a_lower_bound_too() -> None:
@@ -104,6 +105,16 @@ def honest(block: Attention, *, delta: float = 1e-9, seed: int = 0) -> Tensor:
     return jacobian_norm(block) * (1.01 if draw > delta else 0.99)
 
 
+def clamped(block: Attention) -> Tensor:
+    """sqrt(n) ||W_V|| of each head where nothing else moves; 257 is no number in bfloat16."""
+    return torch.tensor(float(block.tokens)).double().sqrt() * block.w_v.double().norm() * block.w_o.double().norm()
+
+
+def short_root(block: Attention) -> Tensor:
+    root = block.x.new_tensor(block.tokens, dtype=torch.bfloat16).double().sqrt()
+    return torch.minimum(jacobian_norm(block), root * block.w_v.double().norm() * block.w_o.double().norm())
+
+
 FIELDS = {field.name: getattr(EXACT, field.name) for field in dc.fields(EXACT)}
 UNCHECKED = Unchecked(**FIELDS | {"supports": frozenset()})
 BALL = {"claim": Claim(kind="proved", scope="ball")}
@@ -120,6 +131,9 @@ WRONG: dict[str, tuple[str, BoundSpec]] = {
     "infinite": ("finite", spec(lambda block: torch.full(block.batch_shape, torch.inf))),
     "too many failures": ("coverage", spec(lucky, claim=Claim(kind="probable"))),
     "failures that cannot be counted": ("coverage", spec(jacobian_norm, claim=Claim(kind="probable"))),
+    "drawn anew": ("deterministic", spec(lambda block: jacobian_norm(block) * (2 + torch.rand(()).double()))),
+    "a clamp in the default dtype": ("surroundings", spec(clamped)),
+    "a root of the length in float16": ("closed_form", spec(short_root)),
     "all features": ("unsupported", UNCHECKED),
     "the first token": ("permutation", spec(lambda block: block.x[..., 0, :].norm(dim=-1).expand(block.batch_shape))),
     "the first head": ("head_order", spec(first_head)),
@@ -159,8 +173,9 @@ def test_the_table_covers_every_check() -> None:
 
 
 def test_an_honest_probable_bound_survives() -> None:
-    for block in coverage_check.hard_blocks()[:2]:
-        coverage_check.coverage(spec(honest, claim=Claim(kind="probable")), block)
+    probable = spec(honest, claim=Claim(kind="probable"))
+    for block, _ in coverage_check.hard_blocks(probable, 1.0)[:2]:
+        coverage_check.coverage(probable, block)
 
 
 def test_binomial_tail() -> None:
@@ -181,7 +196,9 @@ def test_checks_apply_where_something_is_promised() -> None:
     assert "monotone" not in checks_for(EXACT)
     assert "coverage" not in checks_for(EXACT)
     assert {"monotone", "value"} <= set(checks_for(AT_CENTRE))
-    assert set(checks_for(spec(jacobian_norm, claim=Claim(kind="estimate")))) == {"returns", "finite"}
+    assert set(checks_for(spec(jacobian_norm, claim=Claim(kind="estimate")))) == {
+        "deterministic", "returns", "finite", "surroundings",
+    }  # fmt: skip
     with pytest.raises(InvalidInput, match="name='beauty'"):
         run_check(EXACT, "beauty")
 
