@@ -5,11 +5,7 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-import pytest
-import torch
-
 import lipbounds
-from lipbounds import Attention
 
 
 LIBRARY = Path(lipbounds.__file__).parent
