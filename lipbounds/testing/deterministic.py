@@ -1,4 +1,4 @@
-"""A bound is a function: at one block it returns one number, however often it is asked and whatever was drawn before."""
+"""A bound is a function: at one block it returns one number, however often it is asked."""
 
 from __future__ import annotations
 

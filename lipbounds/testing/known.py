@@ -1,7 +1,7 @@
 r"""Blocks of any length whose Jacobian norm is known in closed form, beyond what search or a dense truth can reach.
 
-Two values. One feature, x_i = +1 or -1 in turn, n even, W_Q W_K^T = a with s = 1, W_V = v > 0, W_O = 1. With t = tanh a,
-y_i = v tanh(a x_i) and
+Two values. One feature, x_i = +1 or -1 in turn, n even, W_Q W_K^T = a with s = 1, W_V = v > 0, W_O = 1. With t =
+tanh a, y_i = v tanh(a x_i) and
 
     dy_i/dx_k = v P_ik (1 + a x_i (x_k - m_i)) + delta_ik v a (1 - t^2),      m_i = x_i t.
 
@@ -9,8 +9,8 @@ On vectors that sum to 0 over the tokens of each value this is v a (1 - t^2); on
 symmetric circulant with the eigenvalues v (1 + a (1 - t^2)) and v (t + 2 a (1 - t^2)). The norm is the largest size of
 the three, whatever n is.
 
-Equal tokens. Every row of P is uniform and every row of V the same, so dP V = 0 and dY = P dX W_V: ||W_V W_O||, as ||P||
-= 1. No logits (W_Q = 0): dS = 0 and P is uniform: the same, for any tokens.
+Equal tokens. Every row of P is uniform and every row of V the same, so dP V = 0 and dY = P dX W_V: ||W_V W_O||, as
+||P|| = 1. No logits (W_Q = 0): dS = 0 and P is uniform: the same, for any tokens.
 
 Sinks. W_Q = 0 and all keys hidden but c: P has n equal rows of c entries 1/c: sqrt(n/c) ||W_V W_O||. Without a mask the
 key of one token is so large that all other weights are below e^-800: sqrt(n) v but for a relative 1e-300.
@@ -206,7 +206,7 @@ FAMILIES: dict[str, Callable[[int], tuple[Attention, float]]] = {
     "one query": _one_query,
     "one query, two keys": _one_query_two_keys,
 }
-# Of any number of tokens, and tried at one more: bfloat16 does not hold 257, float16 not 2049. The others: multiples of 4.
+# Of any number of tokens, tried at one more: bfloat16 does not hold 257, float16 not 2049. Others: multiples of 4.
 ANY_NUMBER = frozenset({"sink", "equal tokens", "no logits", "hidden keys", "two keys"})
 AT_LENGTH = ("two values", "sink", "one query, two keys")  # of thousands of tokens, where each takes seconds
 FEATURES_OF: dict[str, frozenset[Feature]] = {name: make(4)[0].features for name, make in FAMILIES.items()}
@@ -251,8 +251,8 @@ def closed_form(spec: BoundSpec, block: Attention, radius: float | None = None, 
         return
     side = "above" if lower else "below"
     raise Refuted(
-        f"at {instance.family!r} with n = {instance.tokens} the norm is {truth!r} in closed form, got {claimed!r}, {side} "
-        "it",
+        f"at {instance.family!r} with n = {instance.tokens} the norm is {truth!r} in closed form, got {claimed!r}, "
+        f"{side} it",
         check="closed_form", spec=spec, block=block, radius=radius, seed=seed, claimed=claimed, reached=truth,
         source=_source(spec, instance, radius),
     )  # fmt: skip
