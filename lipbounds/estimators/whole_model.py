@@ -101,7 +101,7 @@ def _same_in_its_own_dtype(module: nn.Module, network: Network, x: Tensor, stret
         return checked
     own = detached_call(module_copy(module))
     generator = torch.Generator().manual_seed(1)
-    random = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device)
+    random = torch.randn(x.shape, generator=generator, dtype=torch.float64, device=generator.device).to(x.device)
     with plain_kernels():
         for v in (random, stretched):
             checked = checked & check_derivative(

@@ -162,7 +162,8 @@ class Network:
                     "remove torch.no_grad() or detach() inside the function."
                 )
             _check_adjoint(x, y, u, pulled_back)
-            v = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x)
+            generator = torch.Generator().manual_seed(1)
+            v = torch.randn(x.shape, generator=generator, dtype=torch.float32, device=generator.device).to(x)
             checked = check_derivative(
                 detached_call(self.function),
                 self.x.detach(),

@@ -307,9 +307,7 @@ def _search(attempt: _Attempt, name: str, max_examples: int | None, seed: int | 
         warnings.filterwarnings("ignore", "Generating overly large repr")
         try:
             (search if seed is None else hypothesis.seed(seed)(search))()
-        except (
-            Flaky
-        ) as flaky:  # what failed at a block has passed there: the bound, or what the check compares, changed
+        except Flaky as flaky:  # what failed at a block has passed there
             assert attempt.last is not None
             refuted = deterministic.changing(spec, *attempt.last, deterministic.SUSPECTED)
             raise refuted or flaky from flaky

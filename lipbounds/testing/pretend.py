@@ -87,7 +87,7 @@ def pretend_device() -> torch.device:
     """
     _register()
     device = torch.device(NAME, 0)
-    probe = torch.ones(1, device=device, requires_grad=True)
+    probe = torch.ones(1, dtype=torch.float32, device=device, requires_grad=True)
     try:
         torch.autograd.grad(probe * probe, probe, torch.ones_like(probe))
     except RuntimeError as error:
