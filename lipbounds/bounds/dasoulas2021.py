@@ -1,4 +1,4 @@
-r"""Dasoulas, Scaman, Virmaux 2021: Lipschitz Normalization for Self-Attention Layers (ICML 2021, arXiv 2103.04886).
+"""Dasoulas, Scaman, Virmaux 2021: Lipschitz Normalization for Self-Attention Layers (ICML 2021, arXiv 2103.04886).
 
 The constant of dot-product attention with LipschitzNorm in (Q, K, V), for m queries and n keys. The scores were read in
 the released code; the constant is recollected, with the orientation of m/n derived again:
@@ -6,23 +6,7 @@ the released code; the constant is recollected, with the orientation of m/n deri
     recollected:      e^sqrt(3) sqrt(m/n) + 2 sqrt(6)
     tighter (ours):   max( sqrt(8 + g), sqrt(6 + 2 sqrt(g) + g) ),    g = m / (1 + (n-1) e^(-2))
 
-Proof. S = Q K^T / M, M = max(u v, u w, v w) with u = ||Q||_F, v = max|k_j|, w = max|v_j|. The map is locally Lipschitz
-where M > 0, so its constant is the largest norm of its differential where that exists. |S_ij| <= u v / M <= 1, so
-P_ij <= 1 / (1 + (n-1) e^(-2)), column sums of P are at most g, rows sum to 1: ||P dV|| <= sqrt(g) ||dV||.
-Row i of dP V is the covariance under P_i of v_j and dS_ij, at most w times the standard deviation of
-dS_ij = ( <dq_i, k_j> + <q_i, dk_j> ) / M - S_ij dM / M. Its parts, summed over rows:
-- <dq_i, k_j>: w v |dq_i| / M, at most ||dQ||.
-- <q_i, dk_j>: w |q_i| max|dk_j| / M, and w u / M <= 1: at most ||dK||.
-- S_ij dM / M: w (u v / M) |dM| / M, by cases, with |du| <= ||dQ||, |dv| <= ||dK||, |dw| <= ||dV||:
-      M = u v:  (u w / M) |dv| + (v w / M) |du|            <= ||dK|| + ||dQ||
-      M = u w:  (v / w) |dw| + (v / u) |du|,  v <= w, u    <= ||dV|| + ||dQ||
-      M = v w:  (u / w) |dw| + (u / v) |dv|,  u <= w, v    <= ||dV|| + ||dK||
-With (a, b, c) the norms of dQ, dK, dV this is sqrt(g) c + a + b + one of a + b, c + a, c + b, hence at most the norm of
-(2, 2, sqrt(g)) or of (2, 1, 1 + sqrt(g)) times |(a, b, c)|.
-`recollected` is above it: sqrt(g) <= e sqrt(m/n), sqrt(8 + g) <= sqrt(8) + sqrt(g), sqrt(5 + (1 + sqrt(g))^2) <=
-sqrt(5) + 1 + sqrt(g), and sqrt(8) < sqrt(5) + 1 < 2 sqrt(6).
-
-The value depends on the shapes alone, so it has no gradient.
+Proof: docs/bounds/dasoulas2021.md. The value depends on the shapes alone, so it has no gradient.
 """
 
 from __future__ import annotations

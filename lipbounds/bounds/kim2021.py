@@ -1,43 +1,18 @@
-r"""Kim, Papamakarios, Mnih 2021: The Lipschitz Constant of Self-Attention (ICML 2021, arXiv 2006.04710).
-
-The paper shows that dot-product attention has no global Lipschitz constant and gives constants for L2 attention with
-W_Q = W_K. Its text was not read here: the constants are recollected, and each that stands is derived
-below, so the promise rests on this page.
+"""Kim, Papamakarios, Mnih 2021: The Lipschitz Constant of Self-Attention (ICML 2021, arXiv 2006.04710).
 
 | paper | here |
 |---|---|
 | N tokens, D/H | n, d = `w_q.shape[-1]`; s = 1/sqrt(d) |
-| phi(x) = x e^(x+1), c = phi^-1(N-1) | `phi_inverse_upper(n - 1)` |
+| phi(x) = x e^(x+1), c = phi^-1(N-1), c_1 = phi^-1(1) | `phi_inverse_upper(n - 1)`, `phi_inverse_upper(1)` |
 
-One head, f_i = A sum_j P_ij x_j with A = s W W^T, W = W_Q, q_j = W^T x_j. With m_i = sum_j P_ij q_j, Sigma_i the
-covariance of the q_j under P_i and a change z_j = W^T dx_j, the differential is
+L2 attention with W_Q = W_K = W, one head before W_V and W_O; constants recollected, each proved again on
+docs/bounds/kim2021.md:
 
-    df_i = s W [ sum_j P_ij z_j  +  2 s Sigma_i z_i  +  2 s sum_j P_ij (q_j - m_i) <q_i - q_j, z_j> ].
-
-Lemma (theirs): t = sum_j P_ij y_j <= c for y_j = s |q_i - q_j|^2. By the definition of P, t = sum_(j != i) (y_j - t)
-e^(-y_j), and (y - t) e^(-y) <= e^(-t-1) for every y, so t <= (n-1) e^(-t-1), which is phi(t) <= n - 1. Hence
-||Sigma_i|| <= tr Sigma_i <= c/s. By the lemma for two tokens, P_ij y_j <= y_j / (e^y_j + 1) <= c_1 = phi^-1(1); and
-P_ij <= P_ii, so P_ij <= 1/2 off the diagonal.
-
-l2. First part: ||P||^2 <= the largest column sum <= (n+1)/2. Second: 2 c. Third: row i is at most 2 s ||Sigma_i||^(1/2)
-( sum_j P_ij <q_i - q_j, z_j>^2 )^(1/2) by Cauchy-Schwarz; the squares sum to at most 4 c (n-1) c_1 sum_j |z_j|^2.
-    l2_tighter (ours):        s ||W||^2 ( sqrt((n+1)/2) + 2 c + 2 sqrt(c c_1 (n-1)) )
-    l2 (exponent corrected):  s ||W||^2 sqrt(n) (4 c + 1), which is larger, as c_1 <= c for n >= 2.
-    l2_recollected:           s ||W|| sqrt(n) (4 c + 1): no bound, as the map has degree 2 in W.
-Heads: ||W_O|| sqrt( sum_h ||W_V^h||^2 L_h^2 ).
-
-linf, for |dx_j| <= 1. The second and third part together are 2 s sum_j P_ij (q_j - m_i) <q_i - q_j, z_j - z_i>, with
-|z_j - z_i| <= 2 ||W^T||. With t_b = sum_j P_ij (q_ib - q_jb)^2, whose sum over b is at most c/s, coordinate a is at
-most 4 s ||W^T|| sqrt(t_a) sum_b sqrt(t_b), and sqrt(t_a) sum_b sqrt(t_b) is at most (1 + sqrt(d))/2 c/s.
-    linf_tighter (ours):      ( 2 c (1 + s) + s ) ||W|| ||W^T||, for sqrt(d) s = 1
-    linf (recollected):       ( 4 c + s ) ||W|| ||W^T||, which is larger, as s <= 1.
-Heads: the largest of them times ||W_V^hT||, times ||W_O^T||; `linf` takes the maximum over heads of each factor.
-
-Dot-product attention on tokens of norm at most R (ours; for the differential see castin2024). With r = ||A|| R^2, C_i
-the covariance of the tokens under P_i and a unit vector u, the first and third part of row i are
-sum_j P_ij <u + a_j A^T x_i, v_j> with a_j = <u, x_j - m_i>, whose mean under P_i is 0 and whose variance is at most
-R^2. By Cauchy-Schwarz the square is at most (1 + r^2) sum_j P_ij |v_j|^2; sum over i: n (1 + r^2) |v|^2. The second: r.
-    dot_product_compact:      ||W_V|| ( r + sqrt(n (1 + r^2)) ), for any mask.
+    linf:  ( 4 c + s ) ||W|| ||W^T||            linf_tighter (ours):  ( 2 c (1 + s) + s ) ||W|| ||W^T||
+    l2:    s ||W||^2 sqrt(n) (4 c + 1)          l2_tighter (ours):
+                                                s ||W||^2 ( sqrt((n+1)/2) + 2 c + 2 sqrt(c c_1 (n-1)) )
+    l2_recollected:  s ||W|| sqrt(n) (4 c + 1), no bound: the map has degree 2 in W
+    dot_product_compact (ours; tokens of norm at most R, r = ||A|| R^2):  ||W_V|| ( r + sqrt(n (1 + r^2)) )
 
 Numerics: float64, norms of the weights rounded up, phi^-1 rounded up, a few operations on non-negative numbers.
 """

@@ -1,35 +1,7 @@
-r"""How fast the Jacobian of attention turns: a bound on the second derivative over a ball.
+"""How fast the Jacobian of attention turns: a bound on the second derivative over a ball.
 
-One head, row i, P_i = softmax(S_i), A = s W_Q W_K^T, u_i = s W_K q_i (here for the query, not for a direction). For
-directions X -> U and X -> W, a_ij = dS_ij[U], b_ij = dS_ij[W], c_ij = d2S_ij[U, W] = w_i A u_j^T + u_i A w_j^T:
-
-    d2Y_i[U, W] = Cov_i(b, U W_V) + Cov_i(a, W W_V) + Cov_i(c, V) + kappa_i(a, b, V),
-
-covariances under P_i and kappa_i = sum_j P_ij (a_j - a)(b_j - b)(v_j - v) with means a, b, v (the derivative of the
-covariance of softmax is its third cumulant). With m_i(U)^2 = sum_j P_ij |u_j|^2, standard deviations under P_i
-
-    sd_i(a) <= alpha_i |u_i| + nu_i m_i(U),   alpha_i = s ||Cov_i(K)^1/2 W_Q^T||,   nu_i = |s W_K q_i|,
-    sd_i(c) <= ||A|| ( |w_i| m_i(U) + |u_i| m_i(W) ),
-
-and with R_i at least the distance of any v_j from the mean v, beta_i = ||Cov_i(V)||^1/2, Cauchy-Schwarz gives
-
-    |d2Y_i[U, W]| <= ||W_V|| (sd_i(b) m_i(U) + sd_i(a) m_i(W)) + beta_i sd_i(c) + R_i sd_i(a) sd_i(b)
-                   = (x1_i |w_i| + x2_i m_i(W)) m_i(U) + (y1_i |w_i| + y2_i m_i(W)) |u_i|,
-    x1 = ||W_V|| alpha + ||A|| beta + R nu alpha,   x2 = 2 ||W_V|| nu + R nu^2,   y1 = R alpha^2,   y2 = x1.
-
-For |W|_F = |U|_F = 1 the norm over rows is at most the sum of
-
-- (sum_i x1_i^2 |w_i|^2 m_i(U)^2)^1/2 <= max_i x1_i mu_i with mu_i^2 = max_j P_ij >= m_i(U)^2,
-- (sum_i x2_i^2 m_i(W)^2 m_i(U)^2)^1/2 <= max_j (sum_i P_ij^2 x2_i^2)^1/2, since sum_i x2_i^2 P_ij P_ik, a positive
-  semidefinite matrix, has its largest entry on the diagonal,
-- max_i (y1_i + y2_i mu_i).
-
-Over the ball: P between the ends of its interval (bounds.yudin2025_ball), nu_i grows by ||A|| eps, R is the diameter of
-the values and grows by sqrt(2) ||W_V|| eps, and Cov'_i(Z') <= sum_j upper_ij (z_j - c)(z_j - c)^T around the mean c at
-the centre (Loewner), to whose root moving Z by dZ adds ||J(P_i)||^1/2 ||dZ|| <= (1/2)^1/2 ||dZ||.
-
-Heads: ||W_O|| (sum_h H_h^2)^1/2, since this bounds the stacked heads for the same U and W. So on the ball
-||J(X) - J(X0)|| <= eps H: the segment between the two stays in the ball.
+||J(X) - J(X0)|| <= eps H with H = ||W_O|| (sum_h H_h^2)^1/2, H_h from standard deviations of keys, values and logits
+under each row, bounded over the ball. Symbols and proof: docs/functions.md, section 8.
 """
 
 from __future__ import annotations

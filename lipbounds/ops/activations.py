@@ -1,25 +1,8 @@
-r"""Activation functions of feed-forward networks: Lipschitz constants rounded up, and slopes on intervals.
+"""Activation functions of feed-forward networks: Lipschitz constants rounded up, and slopes on intervals.
 
-The constant is the supremum of |f'|. For f(x) = x s(x) with s(-x) = 1 - s(x), f'(-x) = 1 - f'(x): so the supremum over
-x >= 0 of f', which is above 1, is that of |f'|.
-
-- relu, identity, tanh: 1, for 0 <= f' <= 1 and f' reaches 1 (tanh' = 1 - tanh^2).
-- gelu, x Phi(x): f'' = phi(x) (2 - x^2), so f' is largest at sqrt 2: (1 + erf 1) / 2 + 1 / (e sqrt pi), which is
-  1.128904145185...
-- silu, x sigma(x): f'' = sigma (1 - sigma) (2 - x tanh(x/2)), so f' is largest at the root r of r tanh(r/2) = 2. There
-  sigma = 1/2 + 1/r, and f' = sigma + r sigma (1 - sigma) = 1/2 + r/4 = 1.099839320128...
-- gelu_tanh, x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))): 1.1289930686... No closed form was found; that the supremum
-  is below the constant is proved by interval arithmetic in verify/unit/test_activations.py.
-
-Slopes on an interval [a, b]. For the three f(x) = x s(x), f'(-x) = 1 - f'(x), so f'' is even; f' grows on [0, p] and
-falls beyond p (gelu: f'' = phi (2 - x^2); silu: x tanh(x/2) grows; gelu_tanh: verify/unit/test_activations.py). So f'
-falls up to -p, grows up to p and falls again: its supremum on [a, b] is the constant if p is in [a, b], else it is at
-an end, and its infimum is 1 minus the constant if -p is in [a, b], else it is at an end. p is known up to the bracket
-`peak`. tanh' is largest at the point of [a, b] nearest to 0 and least at the end farthest from it. relu' is 0 below 0
-and 1 above; at 0 both count (Clarke).
-
-Rounding of a slope: it is a sum of at most two terms of size at most 1.2, each with fewer than 24 roundings, those of
-the arguments of exp, erfc and tanh included, whose effect is bounded since t^2 exp(-t) < 1: 64 u is added outwards.
+relu, identity and tanh have the constant 1, gelu 1.128904145185..., silu 1.099839320128... and gelu_tanh
+1.1289930686.... The slope of the last three falls up to -p, grows up to p and falls again, so that its range on an
+interval follows from its ends and p. Proof and rounding: docs/functions.md, section 4.
 """
 
 from __future__ import annotations

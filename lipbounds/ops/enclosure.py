@@ -1,16 +1,8 @@
-r"""Matrices known up to a spectral-norm ball: all J with ||J - centre|| <= deviation and ||J|| <= norm.
+"""Matrices known up to a spectral-norm ball: all J with ||J - centre|| <= deviation and ||J|| <= norm.
 
-The Jacobians of a layer over a ball of inputs lie in such a set, and sets of layers combine to sets of networks:
-
-- product: for J = B A, J - B0 A0 = B0 (A - A0) + (B - B0) A, so the deviation is at most ||B0|| a + b sup||A||, or, in
-  the other order, sup||B|| a + b ||A0||; the norm is at most sup||B|| sup||A||.
-- sum: centres, deviations and norms add up.
-- always norm <= ||centre|| + deviation. At a point, where deviations are rounding errors, this is the exact norm of the
-  product, however many factors it has.
-
-Rounding: a product of centres with k terms in its sums is off by gamma(k + 2) |B0|_F |A0|_F in Frobenius norm, a sum by
-u times the norms of both; these go into the deviation. Where a deviation is that small, Frobenius norms stand in for
-||B0||, and no product of norms is formed: both would cost an eigenproblem and gain nothing.
+The Jacobians of a layer over a ball of inputs lie in such a set, and sets of layers combine to sets of networks by
+products and sums. What the rounding of centres costs goes into the deviation; where a deviation is that small,
+Frobenius norms stand in for spectral ones. Rules and proof: docs/functions.md, section 7.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-r"""Softmax rows whose logits are known up to an interval: |S'_j - S_j| <= r_j for every j.
+"""Softmax rows whose logits are known up to an interval: |S'_j - S_j| <= r_j for every j.
 
-P_j = 1/(1 + sum_{l != j} exp(S'_l - S'_j)) is largest with S'_j = S_j + r_j and all others lowered, least with the
-signs swapped; both are attained. The sum over l != j is a sum of non-negative terms for the largest key and a
-difference that loses at most one digit for the others, so neither end cancels, nor does 1 - lower, which is returned
-beside it, rounded up."""
+P_j is largest with S'_j = S_j + r_j and all others lowered, least with the signs swapped; both are attained. Neither
+end cancels, nor does 1 - lower, which is returned with them, rounded up. Proof: docs/functions.md, section 3.
+"""
 
 from __future__ import annotations
 

@@ -1,14 +1,9 @@
-r"""Spectral norm of a matrix of non-negative entries, from products with vectors.
+"""Spectral norm of a matrix of non-negative entries, from products with vectors.
 
-For A >= 0 and any vector v > 0, Collatz (1942) and Wielandt (1950): the largest eigenvalue of A^T A is at most
-max_j (A^T A v)_j / v_j. Proof: with w = A^T A v <= r v and the weights v, |A x|^2 = x^T A^T A x = sum_jk (A^T A)_jk x_j
-x_k <= sum_jk (A^T A)_jk (v_k x_j^2 / v_j + v_j x_k^2 / v_k) / 2 = sum_j w_j x_j^2 / v_j <= r |x|^2. It holds whatever v
-is, so v comes from the power method, whose ratio falls at every step and tends to the norm where one eigenvalue leads.
-|A v|^2 / |v|^2 is a lower bound: where the two have met, the number is the norm; elsewhere the Gram matrix is taken
-apart, as for any other matrix.
-
-Rounding: sums of non-negative numbers keep their relative accuracy, gamma(rows + columns + 2) of each (A^T A v)_j;
-underflow can take rows times the smallest normal number off it.
+For A >= 0 and any vector v > 0, Collatz (1942) and Wielandt (1950): ||A||^2 <= max_j (A^T A v)_j / v_j. It holds
+whatever v is, so v comes from the power method, whose ratio falls at every step. |A v|^2 / |v|^2 is a lower bound:
+where the two have met, the number is the norm; elsewhere the Gram matrix is taken apart, as for any other matrix.
+Proof and rounding: docs/functions.md, section 6.
 """
 
 from __future__ import annotations

@@ -1,29 +1,9 @@
-r"""LayerNorm and RMSNorm of one token without scale and shift: their Jacobians, at a point and on a ball.
+"""LayerNorm and RMSNorm of one token without scale and shift: their Jacobians, at a point and on a ball.
 
 With C = I - 1 1^T / D for LayerNorm and C = I for RMSNorm, v = C x and sigma = sqrt(|v|^2 / D + e), the output is
-z = v / sigma, and the Jacobian
-
-    N(x) = ( C - z z^T / D ) / sigma.
-
-z z^T / D has the one eigenvalue |z|^2 / D = 1 - e / sigma^2, so N has the eigenvalues 1/sigma on what C keeps and is
-orthogonal to z, e / sigma^3 along z, and 0 along 1 for LayerNorm. Hence 0 <= N <= 1/sigma, and the norm is 1/sigma
-where there is a direction orthogonal to z, which takes D >= 3 for LayerNorm and D >= 2 for RMSNorm; in one dimension
-less it is e / sigma^3, and 0 for LayerNorm with D = 1.
-
-On a ball |x' - x| <= r: |v| moves by at most r, so sigma' >= sqrt( max(0, |v| - r)^2 / D + e ); both forms of the norm
-fall with sigma.
-
-How far N moves: N(x) = C Hess phi(u) C with phi(u) = sqrt(|u|^2 + e) at u = v / sqrt(D). The third derivative of phi is
-symmetric, so its norm is reached at three equal unit vectors a (Banach): with t = <u, a> / phi, |t| < 1, it is
-|D^3 phi[a, a, a]| = 3 |t| (1 - t^2) / phi^2 <= (2 / sqrt 3) / phi^2. So
-
-    ||N(x') - N(x)|| <= (2 / sqrt 3) (r / sqrt D) / (smallest sigma')^2,
-
-and at most the larger of both norms, since N and N' lie between 0 and 1/(smallest sigma').
-
-Rounding: each entry of x - mean is off by at most gamma(D + 4) |x|_inf, so v by sqrt(D) times that (twice it is taken);
-this moves |v| and N as a change of x of that size would, and is added to r. The formula for N then costs fewer than D +
-16 roundings in each entry of matrices whose Frobenius norms add up to at most (sqrt D + 2) / sigma <= 4 D / sigma.
+z = v / sigma, and the Jacobian N(x) = ( C - z z^T / D ) / sigma, of norm 1/sigma where there is a direction orthogonal
+to z. On a ball of radius r, sigma' >= sqrt( max(0, |v| - r)^2 / D + e ), and N moves by at most (2 / sqrt 3)
+(r / sqrt D) / (smallest sigma')^2. Proof and rounding: docs/functions.md, section 5.
 """
 
 from __future__ import annotations

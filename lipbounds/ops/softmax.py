@@ -1,4 +1,4 @@
-r"""Norms of the softmax Jacobian J(p) = diag(p) - p p^T, as sound upper values in floating point.
+"""Norms of the softmax Jacobian J(p) = diag(p) - p p^T, as sound upper values in floating point.
 
 | symbol | meaning |
 |---|---|
@@ -6,20 +6,9 @@ r"""Norms of the softmax Jacobian J(p) = diag(p) - p p^T, as sound upper values 
 | g_k(p) | p_(k) (1 - p_(k) + p_(k+1)) |
 | lambda_k | k-th largest eigenvalue of J(p) |
 
-Proof that lambda_k <= g_k (ours; Yudin et al. 2025, Corollary 1, is the case k = 1). Where p_(k) > p_(k+1), lambda_k is
-the root in (p_(k+1), p_(k)) of the increasing function F(t) = sum_j p_j / (p_j - t). At t = g_k: p_(k) - t =
-p_(k) (p_(k) - p_(k+1)), so the k-th term is 1/(p_(k) - p_(k+1)) and the terms before it are positive; for j > k,
-t - p_(j) >= t - p_(k+1) = (1 - p_(k)) (p_(k) - p_(k+1)), so those terms together are at least
--sum_{j>k} p_(j) / ((1 - p_(k)) (p_(k) - p_(k+1))) >= -1/(p_(k) - p_(k+1)). Hence F(g_k) >= 0 and lambda_k <= g_k.
-Where p_(k) = p_(k+1), lambda_k = p_(k) = g_k.
-
-Rows given as probabilities rarely sum to exactly 1. The value returned is then >= the formula with `1 - p_(k)` and >=
-the formula with the sum of the others, each in exact arithmetic at the given floats; for k = 1 it is also >= the
-spectral norm of diag(p) - p p^T at the given floats, s = sum(p). For s <= 1: lambda_1 solves p_(1)^2/(p_(1) - t) = 1
-+ sum_{j>1} p_(j)^2/(t - p_(j)); at t = g_1 the left side is p_(1)/(p_(1) - p_(2)) and the right side is at most 1 +
-others p_(2) / ((1 - p_(1)) (p_(1) - p_(2))), which is no more, since others <= 1 - p_(1). For s > 1: diag(p) - p p^T
-<= s J(p/s), whose norm is at most p_(1) (others + p_(2)) / s; the negative eigenvalue is at least -(s-1) p_(1) and s
-- 1 <= others.
+lambda_k <= g_k (Yudin et al. 2025, Corollary 1, is the case k = 1). Rows given as probabilities rarely sum to exactly
+1: for k = 1 the value is also at least the spectral norm of diag(p) - p p^T at the given floats. Proof:
+docs/functions.md, section 1.
 
 Numerics, for all functions here: float64 inside; relative slack of the order n * 2**-53 for sums of n terms, outwards
 (see lipbounds.rounding); from logits also n * 2**-1022 absolute, where exp underflows; one cast upwards to the dtype.

@@ -1,20 +1,8 @@
-r"""Exact spectral norm of the softmax Jacobian J(p) = diag(p) - p p^T, in O(n) a row and without an eigendecomposition.
+"""Exact spectral norm of the softmax Jacobian J(p) = diag(p) - p p^T, in O(n) a row and without an eigendecomposition.
 
-Let w be non-negative weights with p = w/s, s = sum w, and w_1 the largest. The largest eigenvalue of J(p) is nu/s,
-where nu in [w_2, w_1] is the root of sum_j w_j/(w_j - nu) = 0 (secular equation). With
-
-    A(nu) = sum_{j>1} w_j + sum_{j>1} w_j^2/(nu - w_j)      (equal to sum_{j>1} w_j nu/(nu - w_j))
-
-the equation is w_1 nu/(w_1 - nu) = A(nu), that is nu = T(nu) := w_1 A(nu)/(w_1 + A(nu)).
-
-- All terms are positive, and nu - w_j = x + (w_2 - w_j) with x = nu - w_2 as the unknown: nothing cancels, also for
-  rows that are one-hot to all digits.
-- T decreases. So nu_left <= nu implies T(nu_left) >= nu: an upper bound from any point left of the root.
-- K(nu) = w_1 - nu - w_1/psi(nu), psi = A/nu, is convex (1/psi, a weighted harmonic mean of the nu - w_j, is concave)
-  and decreasing with root nu. Newton's method on K from the left stays on the left and converges quadratically.
-- From the term j = 2 alone: x >= w_2 (w_1 - w_2)/(w_1 + w_2), the start; it is the root for n = 2.
-
-The result is T at the last Newton point moved left by its rounding error.
+For weights w with p = w/s, s = sum w, and w_1 the largest, it is nu/s with nu in [w_2, w_1] the root of nu = T(nu) :=
+w_1 A(nu)/(w_1 + A(nu)), A(nu) = sum_{j>1} w_j + sum_{j>1} w_j^2/(nu - w_j). Newton's method stays left of the root, and
+T at a point left of the root is an upper bound; nothing cancels. Proof: docs/functions.md, section 2.
 """
 
 from __future__ import annotations

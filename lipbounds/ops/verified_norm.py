@@ -1,9 +1,8 @@
-r"""The spectral norm of an explicit matrix, verified from above.
+"""The spectral norm of an explicit matrix, verified from above.
 
-With G = M^T M (the smaller side) and an eigenvalue theta from LAPACK, tau slightly above theta is verified: if the
-Cholesky factorisation of tau I - G runs to its end in floating point, tau I - G + Delta is positive semidefinite with
-||Delta|| <= gamma(N+1) / (1 - gamma(N+1)) trace(tau I - G) (Higham 2002, Theorem 10.3 and (10.7); Rump 2006), so that
-the largest eigenvalue is at most tau + ||Delta||. No trust in the eigensolver is needed; a bad theta only costs tries.
+A Cholesky factorisation of tau I - M^T M that runs to its end in floating point proves that ||M||^2 is at most tau plus
+a bound on its rounding (Higham 2002, Theorem 10.3; Rump 2006). No trust in the eigensolver that proposes tau is needed.
+Proof: docs/functions.md, section 6.
 """
 
 from __future__ import annotations
