@@ -134,6 +134,9 @@ def _parser() -> argparse.ArgumentParser:
     given = parser.add_argument_group("robustness of a classifier of your own")
     given.add_argument("--model", metavar="NAME", help="a Hugging Face folder or name, package.module:attribute, ...")
     given.add_argument("--images", type=Path, metavar="DIR", help="with a folder of pictures for each class")
+    given.add_argument(
+        "--classes", type=Path, metavar="FILE", help="a JSON object with the number of the class of each folder by name"
+    )
     given.add_argument("--count", type=int, metavar="N", help="of images, a sample (default: 200; with --quick 4)")
     given.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
     parser.add_argument("--force", action="store_true", help="evaluate again what is in the records")

@@ -7,6 +7,7 @@ float64 are at most eps. FGSM is `pgd` with one step of the whole radius and no 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -68,7 +69,8 @@ def pgd(
         generator: of the random start in the ball; None starts at the image.
 
     Raises:
-        InvalidInput: an image is outside of [0, 1], the norm is unknown, or eps or steps are not above 0.
+        InvalidInput: an image is outside of [0, 1], the norm is unknown, eps or steps are not above 0, or eps is
+            beyond the range of pixels.
     """
     _check(images, norm, eps)
     if steps < 1:
@@ -189,8 +191,12 @@ def right(
 def _check(images: Tensor, norm: str, eps: float) -> None:
     if norm not in NORMS:
         raise InvalidInput(f"norm must be one of {sorted(NORMS)}, got {norm=}.")
-    if not eps > 0:
-        raise InvalidInput(f"eps must be above 0, got {eps=}.")
+    largest = 1.0 if norm == "l_inf" else math.sqrt(images[0].numel())
+    if not 0 < eps <= largest:
+        raise InvalidInput(
+            f"eps must be above 0 and at most {largest:g}, beyond which the {norm} ball holds every image with pixels "
+            f"in [0, 1], got {eps=}; is it in units of 1/255?"
+        )
     low, high = float(images.min()), float(images.max())
     if not (low >= 0 and high <= 1):
         raise InvalidInput(

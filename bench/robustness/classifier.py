@@ -10,9 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lipbounds.errors import InvalidInput
-from lipbounds.models.hub import image_settings, load_hub_classifier
-from lipbounds.models.loading import BUNDLED, ImageInput, load_model
+from bench.robustness.folder import LabelledFolder
+from lipbounds.errors import InvalidInput, LipboundsError
+from lipbounds.models.hub import load_hub_classifier
+from lipbounds.models.image_processor import image_input
+from lipbounds.models.loading import BUNDLED, ImageInput, load_model, python_path
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -23,7 +25,8 @@ class LoadedClassifier:
         name: what the user typed.
         module: from pixels in [0, 1] to logits, in evaluation mode; its parameters need no gradient.
         image: size and channels of its images; None: any.
-        classes: the number of each class by its name; empty where the model knows no names.
+        classes: the number of each class by its name, without names that several classes have; empty where the model
+            knows no names.
     """
 
     name: str
@@ -69,18 +72,54 @@ def load_classifier(name: str, *, trust_remote_code: bool = False) -> LoadedClas
         Unsupported: it is of an unknown kind, or needs code that comes with it.
     """
     image: ImageInput | None
-    labels: Any = {}
-    if name in BUNDLED or ":" in name:
+    labels: dict[str, int] = {}
+    if name in BUNDLED or python_path(name):
         loaded = load_model(name)
         if name in BUNDLED and loaded.kind != "image":
             raise InvalidInput(f"model must classify images, got {name!r}.")
         model, image = loaded.module, loaded.image
+        labels = {str(digit): digit for digit in range(10)} if name in BUNDLED else {}
     else:
         model = load_hub_classifier(name, trust_remote_code=trust_remote_code)
-        image = ImageInput(**image_settings(name, model))
-        labels = model.config.label2id or {}
+        image = image_input(name, model, trust_remote_code=trust_remote_code)
+        labels = _names(model.config.id2label or {})
     module = FromPixels(model, image).eval().requires_grad_(False)
     return LoadedClassifier(name=name, module=module, image=image, classes=labels)
+
+
+def _names(id2label: Mapping[Any, str]) -> dict[str, int]:
+    """The number of each class by its name; some names of ImageNet stand for two classes, and so for neither."""
+    names = list(id2label.values())
+    return {name: int(number) for number, name in id2label.items() if names.count(name) == 1}
+
+
+def check_numbered(classifier: LoadedClassifier, given: LabelledFolder) -> None:
+    """Folders called by numbers must be those of all classes; of a subset, nobody knows how it was numbered.
+
+    Args:
+        classifier: the model.
+        given: the images.
+
+    Raises:
+        InvalidInput: there are fewer such folders than classes; the model cannot be run on the images.
+    """
+    try:
+        with torch.no_grad():
+            classes = classifier.module(given.images[:1]).shape[1]
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError) as error:
+        if isinstance(error, LipboundsError):
+            raise
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InvalidInput(
+            f"{classifier.name} must run on the images, got shape {tuple(given.images.shape[1:])}, on which it raised: "
+            f"{reason} The size must be right in its preprocessor_config.json, or in the pictures."
+        ) from error
+    if given.numbered and given.classes < classes:
+        raise InvalidInput(
+            f"folders called by numbers must be 0 to {classes - 1}, all classes of {classifier.name}, got "
+            f"{given.classes} of them; pass --classes FILE, a JSON object with the number of the class of each folder "
+            "by its name."
+        )
 
 
 @torch.no_grad()

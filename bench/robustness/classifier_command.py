@@ -10,8 +10,8 @@ from bench.engine.answers import Answers
 from bench.engine.options import finish, folder_of, progress_bar, write_page
 from bench.robustness import classifier_page
 from bench.robustness import classifier_task as task
-from bench.robustness.classifier import load_classifier
-from bench.robustness.folder import read_folder
+from bench.robustness.classifier import check_numbered, load_classifier
+from bench.robustness.folder import read_classes, read_folder
 from lipbounds.devices import device_named
 from lipbounds.errors import InvalidInput
 
@@ -32,7 +32,9 @@ def run(options: argparse.Namespace) -> int:
     profile = task.PROFILES["quick" if options.quick else "standard"]
     loaded = load_classifier(options.model)
     count = profile.images if options.count is None else options.count
-    given = read_folder(options.images, count, settings=loaded.image, classes=loaded.classes)
+    classes = loaded.classes if options.classes is None else read_classes(options.classes)
+    given = read_folder(options.images, count, settings=loaded.image, classes=classes)
+    check_numbered(loaded, given)
     answers = Answers(options.results / "classifier.jsonl")
     with progress_bar(task.pieces(profile, len(given.names))) as advance:
         data = task.run(answers, loaded, given, profile, device=device, force=options.force, advance=advance)
@@ -46,5 +48,6 @@ def run(options: argparse.Namespace) -> int:
 def _command(options: argparse.Namespace) -> str:
     words = ["python", "-m", "bench", "robustness", "--model", options.model, "--images", str(options.images)]
     words += ["--device", options.device] if options.device != "cpu" else []
+    words += ["--classes", str(options.classes)] if options.classes is not None else []
     words += ["--count", str(options.count)] if options.count is not None else []
     return shlex.join(words + (["--quick"] if options.quick else []))

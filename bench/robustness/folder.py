@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses as dc
+import json
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,6 +31,7 @@ class LabelledFolder:
         names: their paths in the folder.
         classes: number of class folders.
         available: number of images in the folder.
+        numbered: whether the names of the class folders are the numbers of the classes.
     """
 
     images: Float[Tensor, "n channels height width"]
@@ -37,6 +39,7 @@ class LabelledFolder:
     names: list[str]
     classes: int
     available: int
+    numbered: bool
 
     def hash(self) -> str:
         """Of pixels and labels."""
@@ -46,30 +49,31 @@ class LabelledFolder:
 def read_folder(folder: Path, count: int, *, settings: ImageInput | None, classes: Mapping[str, int]) -> LabelledFolder:
     """A sample of the images of a folder: drawn evenly without replacement with a fixed seed, then sorted by name.
 
+    The class of a folder is what `classes` says of its name. Where no folder has such a name, they may be called by the
+    numbers of all classes, from 0. Hidden folders and those that archives leave behind (__MACOSX) are passed over.
+
     Args:
         folder: holds one folder a class, and these hold pictures.
         count: of images; fewer if there are fewer.
-        settings: what the model takes: pictures are brought to that size; None leaves them as they are, in colour.
-        classes: the number of each class by its name, where the model knows names; a folder that is none of them makes
-            all folders be numbered in the order of their names.
+        settings: what the model takes: pictures are prepared for it; None leaves them as they are, in colour.
+        classes: the number of each class by its name, where the model or the user knows names.
 
     Raises:
-        InvalidInput: there is no such folder, it holds no pictures in folders, one cannot be read, or they are of
-            several sizes.
+        InvalidInput: there is no such folder, it holds no pictures in folders, the class of one is not known, a picture
+            cannot be read, or they are of several sizes.
     """
     if count < 1:
         raise InvalidInput(f"count must be at least 1, got {count}.")
-    folders = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    known = all(path.name in classes for path in folders)
-    numbers = {path: classes[path.name] if known else place for place, path in enumerate(folders)}
-    found = [(path, number) for inner, number in numbers.items() for path in pictures_in(inner)]
+    inner = folder.iterdir() if folder.is_dir() else []
+    folders = sorted(path for path in inner if path.is_dir() and not path.name.startswith((".", "__")))
+    numbers = class_numbers([path.name for path in folders], classes)
+    found = [(path, numbers[part.name]) for part in folders for path in pictures_in(part)]
     if not found:
         raise InvalidInput(
             f"images must be a folder with a folder of pictures ({', '.join(SUFFIXES)}) for each class, got '{folder}'."
         )
     chosen = sorted(random.Random(SAMPLE_SEED).sample(found, min(count, len(found))))
-    channels, size = (3, None) if settings is None else (settings.channels, (settings.height, settings.width))
-    read = [picture(path, channels, size) for path, _ in chosen]
+    read = [picture(path, settings) for path, _ in chosen]
     if len({image.shape for image in read}) > 1:
         raise InvalidInput(f"the pictures in '{folder}' must be of one size, got several; resize them.")
     return LabelledFolder(
@@ -78,4 +82,51 @@ def read_folder(folder: Path, count: int, *, settings: ImageInput | None, classe
         names=[path.relative_to(folder).as_posix() for path, _ in chosen],
         classes=len(folders),
         available=len(found),
+        numbered=not any(path.name in classes for path in folders),
     )
+
+
+def class_numbers(names: list[str], classes: Mapping[str, int]) -> dict[str, int]:
+    """The class of each folder; nothing is guessed from the order of names.
+
+    Args:
+        names: of the folders.
+        classes: the number of each class by its name.
+
+    Raises:
+        InvalidInput: a name is none of the classes, and they are not the numbers of all classes.
+    """
+    unknown = [name for name in names if name not in classes]
+    if not unknown:
+        return {name: classes[name] for name in names}
+    numbers = {name: int(name) for name in names if name.isascii() and name.isdecimal()}
+    count = len(set(classes.values())) or len(names)
+    if len(numbers) == len(names) and sorted(numbers.values()) == list(range(count)):
+        return numbers
+    known = f"such as {', '.join(map(repr, list(classes)[:3]))}" if classes else "of which it says none"
+    raise InvalidInput(
+        f"the folders must be called as the model names its classes ({known}), or 0 to {count - 1}, got "
+        f"{len(unknown)} other names such as {unknown[0]!r}; pass --classes FILE, a JSON object with the number of the "
+        "class of each folder by its name."
+    )
+
+
+def read_classes(path: Path) -> dict[str, int]:
+    """The number of the class of each folder by its name, from a JSON object.
+
+    Args:
+        path: the file.
+
+    Raises:
+        InvalidInput: there is no such file, or it holds something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError as error:
+        raise InvalidInput(f"classes must be a file with a JSON object, got '{path}', which holds none.") from error
+    if not isinstance(found, dict) or not found or not all(type(number) is int for number in found.values()):
+        raise InvalidInput(
+            f'classes must be a file with a JSON object such as {{"cat": 3}}, the number of the class of each folder '
+            f"by its name, got '{path}'."
+        )
+    return found

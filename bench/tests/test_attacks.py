@@ -166,3 +166,10 @@ def test_tokens_that_cannot_be_attacked_are_refused(tokens: Tensor, classes: int
     pytest.importorskip("pyautoattack")
     with pytest.raises(InvalidInput, match=message):
         attack_tokens(linear(4, classes), tokens, torch.zeros(1, dtype=torch.long), "l2", eps, seed=0)
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("l_inf", 8.0), ("l_inf", 1.01), ("l2", 4.1)])
+def test_a_radius_beyond_the_range_of_pixels_is_refused(norm: Norm, eps: float) -> None:
+    images = torch.full((2, 1, 4, 4), 0.5)
+    with pytest.raises(InvalidInput, match="in units of 1/255"):
+        pgd(nn.Flatten(), images, torch.zeros(2, dtype=torch.long), norm, eps, steps=1, generator=None)

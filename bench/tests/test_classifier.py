@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from bench import __main__ as program
 from bench.attacks.images import Norm, pgd
 from bench.robustness import attacked
 from bench.robustness import classifier_task as classifier
-from bench.robustness.classifier import check_classes, load_classifier
-from bench.robustness.folder import read_folder
+from bench.robustness.classifier import check_classes, check_numbered, load_classifier
+from bench.robustness.folder import read_classes, read_folder
 from lipbounds.errors import InvalidInput
 from lipbounds.models.digits_data import load_digits_split
 from lipbounds.models.digits_vit import load_digits_vit
@@ -66,6 +67,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "do_normalize": True,
         "image_mean": [0.5],
         "image_std": [0.5],
+        "size": {"height": 8, "width": 8},
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
     return folder
@@ -143,17 +145,98 @@ def test_a_whole_run_on_a_checkpoint(digits: Path, checkpoint: Path, tmp_path: P
     assert [layer["module"] for layer in data["measured"][0]["layers"]]
 
 
-def test_folders_are_numbered_in_order_where_the_model_knows_no_names(tmp_path: Path) -> None:
-    for name, value in (("b", 0), ("a", 255), ("c", 51)):
-        (tmp_path / name).mkdir()
-        Image.fromarray(np.full((4, 6, 3), value, dtype=np.uint8)).save(tmp_path / name / "one.PNG")
-    given = read_folder(tmp_path, 10, settings=None, classes={"a": 7})
-    assert given.labels.tolist() == [0, 1, 2]
-    assert given.images.shape == (3, 3, 4, 6)
-    assert given.images[:, 0, 0, 0].tolist() == pytest.approx([1.0, 0.0, 0.2])
-    Image.fromarray(np.zeros((5, 6), dtype=np.uint8)).save(tmp_path / "a" / "two.png")
+def save(path: Path, pixels: Any) -> None:
+    """A picture, in folders that are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(pixels)).save(path)
+
+
+def test_folders_called_by_numbers_are_read_as_numbers(tmp_path: Path) -> None:
+    for number in range(12):
+        save(tmp_path / str(number) / "one.PNG", np.full((4, 6, 3), 20 * number, dtype=np.uint8))
+    for other in (".ipynb_checkpoints", "__MACOSX", "__pycache__"):
+        (tmp_path / other).mkdir()
+    (tmp_path / "3" / "._one.png").write_bytes(b"what archives of other systems leave behind")
+    given = read_folder(tmp_path, 20, settings=None, classes={f"LABEL_{number}": number for number in range(12)})
+    assert given.images.shape == (12, 3, 4, 6)
+    expected = [round(20 * number / 255, 6) for number in given.labels.tolist()]
+    assert given.images[:, 0, 0, 0].tolist() == pytest.approx(expected, abs=1e-6)
+    assert sorted(given.labels.tolist()) == list(range(12))
+    save(tmp_path / "3" / "two.png", np.zeros((5, 6), dtype=np.uint8))
     with pytest.raises(InvalidInput, match="must be of one size"):
-        read_folder(tmp_path, 10, settings=None, classes={})
+        read_folder(tmp_path, 20, settings=None, classes={})
+
+
+@pytest.mark.parametrize(
+    ("names", "classes"),
+    [
+        (["a", "b", "c"], {}),  # in which order?
+        (["a", "b"], {"A": 0, "B": 1}),
+        (["0", "1", "2"], {"a": 0, "b": 1, "c": 2, "d": 3}),  # a subset, perhaps numbered anew
+        (["1", "2", "3"], {}),
+        (["0", "2"], {}),
+        (["0", "00"], {}),
+        (["0", "b"], {"a": 0, "b": 1}),
+    ],
+)
+def test_names_of_folders_are_not_guessed(names: list[str], classes: dict[str, int], tmp_path: Path) -> None:
+    for name in names:
+        save(tmp_path / name / "one.png", np.zeros((2, 2, 3), dtype=np.uint8))
+    with pytest.raises(InvalidInput, match=r"folders must be called .*pass --classes FILE"):
+        read_folder(tmp_path, 9, settings=None, classes=classes)
+    chosen = {name: 5 - place for place, name in enumerate(names)}
+    (tmp_path / "classes.json").write_text(json.dumps(chosen))
+    given = read_folder(tmp_path, 9, settings=None, classes=read_classes(tmp_path / "classes.json"))
+    assert given.labels.tolist() == [chosen[Path(name).parts[0]] for name in given.names]
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{}", '{"a": "b"}', '{"a": 1.5}', '{"a": true}'])
+def test_a_mapping_that_is_none_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "classes.json").write_text(content)
+    with pytest.raises(InvalidInput, match="classes must be a file with a JSON object"):
+        read_classes(tmp_path / "classes.json")
+    with pytest.raises(InvalidInput, match="classes must be a file with a JSON object"):
+        read_classes(tmp_path / "nowhere.json")
+
+
+def ten() -> nn.Module:
+    """A model of ten classes that knows no names."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 10))
+
+
+@pytest.mark.usefixtures("small")
+def test_a_subset_of_numbers_needs_a_mapping(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("0", "1"):
+        save(tmp_path / "images" / name / "one.png", np.zeros((2, 2, 3), dtype=np.uint8))
+    assert run(tmp_path, f"{__name__}:ten", tmp_path / "images") == 2
+    assert "must be 0 to 9, all classes" in capsys.readouterr().err
+    (tmp_path / "c.json").write_text('{"0": 7, "1": 3}')
+    assert run(tmp_path, f"{__name__}:ten", tmp_path / "images", "--classes", str(tmp_path / "nowhere.json")) == 2
+    given = read_folder(tmp_path / "images", 2, settings=None, classes=read_classes(tmp_path / "c.json"))
+    check_numbered(load_classifier(f"{__name__}:ten"), given)
+    assert given.labels.tolist() == [7, 3]
+
+
+def test_names_that_two_classes_share_stand_for_neither(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["id2label"] = {str(place): "crane" if place in (3, 5) else f"n{place}" for place in range(10)}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    classes = load_classifier(str(tmp_path / "model")).classes
+    assert "crane" not in classes
+    assert classes["n4"] == 4
+    assert len(classes) == 8
+
+
+def test_a_size_that_the_model_does_not_take_is_one_line(
+    checkpoint: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(checkpoint, tmp_path / "model")
+    settings = json.loads((tmp_path / "model" / "preprocessor_config.json").read_text())
+    del settings["size"]  # 224 x 224, as transformers has it
+    (tmp_path / "model" / "preprocessor_config.json").write_text(json.dumps(settings))
+    assert run(tmp_path, str(tmp_path / "model"), digits) == 2
+    assert "must run on the images, got shape (1, 224, 224)" in capsys.readouterr().err
 
 
 def test_the_sample_is_the_same_every_time_and_spread_over_the_classes(digits: Path) -> None:

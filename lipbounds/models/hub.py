@@ -8,7 +8,7 @@ cache are read. Code that comes with a checkpoint is not run unless the caller s
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -23,7 +23,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.image_processing_base import ImageProcessingMixin
 
 from lipbounds.errors import InvalidInput, LipboundsError, Unsupported
 
@@ -76,49 +75,22 @@ def load_hub_tokenizer(name_or_path: str | Path, *, trust_remote_code: bool = Fa
         InvalidInput: no tokenizer is found under that name.
         Unsupported: the tokenizer is of an unknown kind or needs its own code.
     """
-    with _clear_errors(name_or_path, "a text model whose tokenizer transformers can build"):
+    with clear_errors(name_or_path, "a text model whose tokenizer transformers can build"):
         tokenizer = AutoTokenizer.from_pretrained(str(name_or_path), trust_remote_code=trust_remote_code)
     # Without vocabulary files transformers makes a tokenizer with special tokens and at most a bare space: it turns
     # every text into unknown tokens.
     if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:
-        raise InvalidInput(_not_found(name_or_path, "there is no tokenizer vocabulary"))
+        raise InvalidInput(not_found(name_or_path, "there is no tokenizer vocabulary"))
     return tokenizer
 
 
-def image_settings(name_or_path: str | Path, model: PreTrainedModel) -> dict[str, Any]:
-    """Size of the images of a model, and the mean and standard deviation of each channel they are normalised with.
-
-    Args:
-        name_or_path: where the model is from.
-        model: an image model whose config has an `image_size`.
-
-    Raises:
-        InvalidInput: the settings are no numbers, or too few.
-    """
-    with _clear_errors(name_or_path, "an image model"):
-        size: Any = model.config.image_size
-        height, width = size if isinstance(size, list | tuple) else (size, size)
-        channels = int(getattr(model.config, "num_channels", 3))
-        settings: dict[str, Any] = {"do_normalize": False}  # without preprocessor_config.json pixels go in as they are
-        with suppress(OSError):
-            settings: dict[str, Any] = ImageProcessingMixin.get_image_processor_dict(str(name_or_path))[0]
-        mean, std = (
-            tuple(float(value) for value in settings.get(name, ())) if settings.get("do_normalize", True) else ()
-            for name in ("image_mean", "image_std")
-        )
-        if {len(mean), len(std)} - {0, channels} or not all(value > 0 for value in std):
-            reason = f"preprocessor_config.json must hold {channels} means and as many positive standard deviations"
-            raise InvalidInput(_not_found(name_or_path, f"{reason}, got {mean} and {std}"))
-        return {"channels": channels, "height": int(height), "width": int(width), "mean": mean, "std": std}
-
-
 def _load(kind: Any, name_or_path: str | Path, trust_remote_code: bool) -> Any:
-    with _clear_errors(
+    with clear_errors(
         name_or_path, f'a model that transformers can build with {kind.__name__} and attn_implementation="sdpa"'
     ):
         folder = Path(name_or_path)
         if folder.is_dir() and not (folder / "config.json").is_file():
-            raise InvalidInput(_not_found(name_or_path, "the folder has no config.json"))
+            raise InvalidInput(not_found(name_or_path, "the folder has no config.json"))
         # Mismatched shapes are let through here to be refused below, with a shorter message.
         model, loading = kind.from_pretrained(
             str(name_or_path),
@@ -133,13 +105,19 @@ def _load(kind: Any, name_or_path: str | Path, trust_remote_code: bool) -> Any:
 
 
 @contextmanager
-def _clear_errors(name_or_path: str | Path, supported: str) -> Iterator[None]:
+def clear_errors(name_or_path: str | Path, supported: str) -> Iterator[None]:
+    """What transformers and torch raise inside becomes one of the library's errors.
+
+    Args:
+        name_or_path: what is loaded.
+        supported: what it must be, for the message.
+    """
     try:
         yield
     except LipboundsError:
         raise
     except (OSError, SafetensorError) as error:
-        raise InvalidInput(_not_found(name_or_path, _first_line(error))) from error
+        raise InvalidInput(not_found(name_or_path, _first_line(error))) from error
     except (ValueError, ImportError) as error:
         raise Unsupported(
             f"name_or_path must be {supported} and without code from the checkpoint, "
@@ -147,12 +125,18 @@ def _clear_errors(name_or_path: str | Path, supported: str) -> Iterator[None]:
         ) from error
     except UnpicklingError as error:
         reason = "the weights are a pickle that is damaged or holds more than tensors; convert them to safetensors"
-        raise InvalidInput(_not_found(name_or_path, reason)) from error
+        raise InvalidInput(not_found(name_or_path, reason)) from error
     except Exception as error:  # a damaged config or pickle makes transformers and torch raise anything
-        raise InvalidInput(_not_found(name_or_path, f"{type(error).__name__}: {_first_line(error)}")) from error
+        raise InvalidInput(not_found(name_or_path, f"{type(error).__name__}: {_first_line(error)}")) from error
 
 
-def _not_found(name_or_path: str | Path, reason: str) -> str:
+def not_found(name_or_path: str | Path, reason: str) -> str:
+    """The message for a checkpoint that is not there or damaged.
+
+    Args:
+        name_or_path: what was given.
+        reason: what is wrong with it.
+    """
     return (
         "name_or_path must be a folder with a complete checkpoint (config.json, weights, for texts a tokenizer) or a "
         f"name that is in the local cache or can be downloaded, got name_or_path='{name_or_path}'; where there is a "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses as dc
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -27,6 +28,8 @@ class ImageInput:
         width: in pixels.
         mean: subtracted from each channel of an image with values in [0, 1]; empty if nothing is.
         std: by which each channel is then divided; empty if it is not.
+        prepare: makes of an 8-bit picture of Pillow, grey or RGB, an image with values in [0, 1]; None: it is resized
+            to `height` and `width`.
     """
 
     channels: int
@@ -34,6 +37,7 @@ class ImageInput:
     width: int
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    prepare: Callable[[Any], Tensor] | None = dc.field(default=None, compare=False, repr=False)
 
     def normalised(self, images: Float[Tensor, "*batch channels height width"]) -> Tensor:
         """The images as the model takes them, of the same shape.
@@ -83,9 +87,18 @@ def load_model(name: str, *, trust_remote_code: bool = False) -> LoadedModel:
     """
     if name in BUNDLED:
         return BUNDLED[name]()
-    if ":" in name:
+    if python_path(name):
         return _from_python(name)
     return _from_hub(name, trust_remote_code)
+
+
+def python_path(name: str) -> bool:
+    """Whether a name is that of a Python object: a folder that is there is none, whatever its name.
+
+    Args:
+        name: what the user typed.
+    """
+    return ":" in name and not Path(name).exists()
 
 
 def _digits_vit() -> LoadedModel:
@@ -134,12 +147,14 @@ def _from_python(path: str) -> LoadedModel:
 
 
 def _from_hub(name: str, trust_remote_code: bool) -> LoadedModel:
-    from lipbounds.models.hub import image_settings, load_hub_model, load_hub_tokenizer
+    from lipbounds.models.hub import load_hub_model, load_hub_tokenizer
+    from lipbounds.models.image_processor import image_input
 
     model = load_hub_model(name, trust_remote_code=trust_remote_code)
     if model.main_input_name == "input_ids":
         tokenizer = load_hub_tokenizer(name, trust_remote_code=trust_remote_code)
         return LoadedModel(name=name, module=model, kind="text", tokenizer=tokenizer)
     if model.main_input_name == "pixel_values" and hasattr(model.config, "image_size"):
-        return LoadedModel(name=name, module=model, kind="image", image=ImageInput(**image_settings(name, model)))
+        image = image_input(name, model, trust_remote_code=trust_remote_code)
+        return LoadedModel(name=name, module=model, kind="image", image=image)
     return LoadedModel(name=name, module=model, kind="tensor")

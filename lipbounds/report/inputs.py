@@ -120,7 +120,7 @@ def from_images(loaded: LoadedModel, folder: Path) -> list[ModelInput]:
         raise InvalidInput(f"images must be a folder with pictures ({', '.join(SUFFIXES)}), got '{folder}'.")
     found = []
     for path in paths:
-        planes = picture(path, settings.channels, (settings.height, settings.width))
+        planes = picture(path, settings)
         found.append(ModelInput(name=path.name, args=(settings.normalised(planes[None]),)))
     return found
 

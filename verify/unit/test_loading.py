@@ -38,6 +38,7 @@ def save_bert(folder: Path) -> BertModel:
 def save_vit(folder: Path, **settings: Any) -> None:
     ViTModel(ViTConfig(image_size=8, patch_size=4, num_channels=3, **SMALL)).save_pretrained(folder)
     if settings:
+        settings = {"size": {"height": 8, "width": 8}, **settings}
         (folder / "preprocessor_config.json").write_text(json.dumps(settings))
 
 
