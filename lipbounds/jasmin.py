@@ -32,7 +32,8 @@ from torch.overrides import TorchFunctionMode
 from lipbounds.capture import operations as ops
 from lipbounds.capture.masks import additive, future
 from lipbounds.capture.multi_head import multi_head_arguments, multi_head_logit_inputs
-from lipbounds.errors import InvalidInput
+from lipbounds.capture.recorded_calls import tensors_in
+from lipbounds.errors import InvalidInput, Unsupported
 from lipbounds.ops.log_g import log_g_1, log_g_ratio, scores
 from lipbounds.targets.attention import Attention
 
@@ -41,7 +42,12 @@ K = 10
 REMEMBERED = 64  # softmax results whose use in a product is waited for
 AGAIN = "again"  # stands for the names of modules that backward runs
 BACKWARD = (torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad)
-WATCHED = ops.FUSED_ATTENTION | ops.MULTI_HEAD_ATTENTION | ops.SOFTMAX | ops.DROPOUT | ops.CAST | ops.COPY | ops.PRODUCT
+EXP = frozenset({torch.exp, torch.Tensor.exp, torch.exp2, torch.Tensor.exp2})
+# What leaves a map the map it was, and what may make another of it.
+KEEP = ops.DROPOUT | ops.CAST | ops.COPY
+CHANGE = ops.REINDEX | ops.MULTIPLY | ops.DIVIDE | ops.ADD | ops.SUBTRACT | ops.FILL | ops.JOIN
+PRODUCTS = ops.PRODUCT | ops.OTHER_PRODUCT
+WATCHED = ops.FUSED_ATTENTION | ops.MULTI_HEAD_ATTENTION | ops.SOFTMAX | EXP | KEEP | CHANGE | PRODUCTS
 Handle = torch.utils.hooks.RemovableHandle
 Reduction = Literal["max", "mean"]
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -103,7 +109,8 @@ class JaSMin(TorchFunctionMode):
             loss.backward()
 
     Attention is found where it is computed: `scaled_dot_product_attention` (Hugging Face with its default
-    implementation), `nn.MultiheadAttention`, and `softmax(...) @ v` written out. Keep `backward` inside the block where
+    implementation), `nn.MultiheadAttention`, and `softmax(...) @ v` written out. A map that was written out with exp,
+    or changed after its softmax, is refused by `penalty`. Keep `backward` inside the block where
     activations are checkpointed: the layers run again then, and must be watched again.
 
     Args:
@@ -142,7 +149,9 @@ class JaSMin(TorchFunctionMode):
         self.over_batch: Reduction = over_batch
         self.over_layers: Reduction = over_layers
         self._found: list[Tensor] = []
-        self._maps: deque[tuple[Tensor, Tensor]] = deque(maxlen=REMEMBERED)
+        # Maps and their logits; None where what was computed is no softmax any more, or never was one.
+        self._maps: deque[tuple[Tensor, Tensor | None]] = deque(maxlen=REMEMBERED)
+        self._missed = 0
         # Names of the modules that are running ("" is the model), and of those that have computed attention, in order.
         self._running: list[str] = []
         self._numbers: dict[str, int] = {}
@@ -155,16 +164,25 @@ class JaSMin(TorchFunctionMode):
 
         Raises:
             InvalidInput: no attention layer was seen, or none with a gradient where gradients are enabled.
+            Unsupported: some attention was computed in a way that is not known, and `layers` does not name what counts.
         """
-        if not self._found:
+        self._maps.clear()
+        found, self._found = self._found, []
+        missed, self._missed = self._missed, 0
+        if missed and self.layers is None:
+            raise Unsupported(
+                f"model must compute all attention in ways that JaSMin knows, got {len(found)} layers that count and "
+                f"{missed} products with a map that is no plain softmax (written out with exp, or changed after the "
+                "softmax); use scaled_dot_product_attention or softmax(...) @ v, or name the layers that count with "
+                "layers=, which leaves the others out."
+            )
+        if not found:
             kept = "" if self.layers is None else f", and layers={sorted(self.layers)} to name some of its layers"
             raise InvalidInput(
                 f"model must compute attention inside the `with` block before penalty() is called{kept}, got "
                 f"{len(self._numbers) or self._seen} attention layers; run the model first, and do not let it hide "
                 "attention in a kernel of its own (transformers: attn_implementation='sdpa' or 'eager')."
             )
-        found, self._found = self._found, []
-        self._maps.clear()
         trained = any(parameter.requires_grad for parameter in self.model.parameters())
         if torch.is_grad_enabled() and trained and not any(score.requires_grad for score in found):
             raise InvalidInput(
@@ -174,7 +192,7 @@ class JaSMin(TorchFunctionMode):
         return _reduced(torch.stack(found), self.over_layers, 0)
 
     def __enter__(self) -> JaSMin:
-        self._found, self._running, self._numbers, self._seen = [], [], {}, 0
+        self._found, self._running, self._numbers, self._seen, self._missed = [], [], {}, 0, 0
         # Which layer it is matters for `layers` alone. Other hooks would cost compiled models more than they give.
         watched = [("", self.model)] if self.layers is None else self.model.named_modules()
         self._handles = self._watch(watched)
@@ -202,12 +220,12 @@ class JaSMin(TorchFunctionMode):
             self._fused(*args, **kwargs)
         elif func in ops.MULTI_HEAD_ATTENTION:
             self._multi_head(args, kwargs)
-        elif func in ops.SOFTMAX:
-            self._maps.append((result, args[0] if args else kwargs["input"]))
-        elif self._maps and (func in ops.DROPOUT or func in ops.CAST or func in ops.COPY):
-            self._follow(args, result)
-        elif self._maps and func in ops.PRODUCT:
-            self._written_out(args)
+        elif func in ops.SOFTMAX or func in EXP:
+            self._may_be_a_map(func, args[0] if args else kwargs["input"], result)
+        elif self._maps and (func in KEEP or func in CHANGE):
+            self._follow(func, args, result)
+        elif self._maps and func in PRODUCTS:
+            self._written_out(func, args)
         return result
 
     @_uncompiled
@@ -251,22 +269,35 @@ class JaSMin(TorchFunctionMode):
         query, key, mask = multi_head_logit_inputs(multi_head_arguments(args, kwargs))
         self._take(query, key, query.shape[-1] ** -0.5, mask)
 
+    def _may_be_a_map(self, func: Callable[..., Any], logits: Tensor, result: Tensor) -> None:
+        """A softmax, or the exponentials that one may be written out with; of one item without heads it is none."""
+        if result.dim() >= 3:
+            self._maps.append((result, logits if func in ops.SOFTMAX else None))
+
     @_uncompiled
-    def _written_out(self, args: tuple[Any, ...]) -> None:
+    def _written_out(self, func: Callable[..., Any], args: tuple[Any, ...]) -> None:
         """A product whose left factor is the result of a softmax over its last dimension: the map times the values."""
-        used = next((pair for pair in self._maps if args and args[0] is pair[0]), None)
+        factors = tensors_in(args)
+        used = next((pair for pair in self._maps if any(factor is pair[0] for factor in factors)), None)
         if used is None:
             return
         self._maps = deque((pair for pair in self._maps if pair is not used), maxlen=REMEMBERED)
-        if used[0].dim() >= 3:
-            logits = additive(used[1], used[1].dtype)  # models write the most negative float for -inf
-            self._keep(lambda chosen: _rows(logits, chosen))
+        table, logits = used
+        if logits is None and any(isinstance(factor, nn.Parameter) for factor in factors):
+            return  # a layer with weights: exp and the softmax of experts are no maps there
+        if logits is None or func not in ops.PRODUCT or args[0] is not table:
+            self._missed += "" in self._running
+            return
+        logits = additive(logits, logits.dtype)  # models write the most negative float for -inf
+        self._keep(lambda chosen: _rows(logits, chosen))
 
-    def _follow(self, args: tuple[Any, ...], result: Any) -> None:
-        """Dropout and casts of a map: still that map."""
+    def _follow(self, func: Callable[..., Any], args: tuple[Any, ...], result: Any) -> None:
+        """Dropout and casts of a map are still that map; entries that were moved, scaled or shifted are not."""
+        given = tensors_in(args)
         for known, logits in list(self._maps):
-            if args and args[0] is known and result is not known:
-                self._maps.append((result, logits))
+            if any(tensor is known for tensor in given) and result is not known and isinstance(result, Tensor):
+                same = func in KEEP and args[0] is known
+                self._maps.append((result, logits if same else None))
 
     # -- what is kept ---------------------------------------------------------------------------------------------
 

@@ -4,19 +4,40 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from lipbounds.capture.operands import Layout
+from lipbounds.errors import Unsupported
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A boolean mask (True = keep) or an additive one, as an additive one with -inf where a key is hidden.
 
     Models write the most negative float for -inf. Half of it and less is taken as such: its exponential is zero.
+
+    Raises:
+        Unsupported: the mask is a tensor of a kind that holds its entries in a way of its own.
     """
+    mask = _written_out(mask)
     if mask.dtype == torch.bool:
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
     hidden = mask <= torch.finfo(mask.dtype).min / 2
     return mask.to(dtype).masked_fill(hidden, -torch.inf)
+
+
+def _written_out(mask: Tensor) -> Tensor:
+    """The entries of `causal_upper_left` and `causal_lower_right`, whose own are zeros and stand for nothing."""
+    if isinstance(mask, CausalBias):
+        offset = mask.seq_len_kv - mask.seq_len_q if mask.variant == CausalVariant.LOWER_RIGHT else 0
+        keep = torch.ones(mask.seq_len_q, mask.seq_len_kv, dtype=torch.bool, device=mask.device)
+        return keep.tril(offset)
+    if type(mask) not in (Tensor, torch.nn.Parameter) or mask.is_nested or mask.layout != torch.strided:
+        kind = type(mask).__name__ if mask.layout == torch.strided else mask.layout
+        raise Unsupported(
+            f"the attention mask must be a plain tensor, causal_upper_left or causal_lower_right, got {kind}; write "
+            "its entries into a tensor."
+        )
+    return mask
 
 
 def future(queries: int, keys: int, like: Tensor) -> Tensor:

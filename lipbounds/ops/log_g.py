@@ -25,7 +25,7 @@ except ImportError:  # torch works without it
 
 
 def log_g_1(logits: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:
-    """log g_1 of softmax(logits) for each row; -inf, with gradient 0, where only one key is visible.
+    """log g_1 of softmax(logits) for each row; -inf, with gradient 0, where at most one key is visible.
 
     Args:
         logits: float32 or float64; -inf marks a masked key.
@@ -45,10 +45,10 @@ def log_g_ratio(logits: Float[Tensor, "*batch n"], k: int) -> Float[Tensor, "*ba
 
     Args:
         logits: float32 or float64; -inf marks a masked key.
-        k: at least 1; a row that sees fewer keys takes the number it sees, and 0 if it sees one.
+        k: at least 1; a row that sees fewer keys takes the number it sees, and 0 if it sees one or none.
     """
     top, _, visible = _largest(logits, k + 1)
-    rank = visible.sum(-1, keepdim=True).clamp(max=k) - 1
+    rank = visible.sum(-1, keepdim=True).clamp(min=1, max=k) - 1
     single = rank[..., 0] == 0
     safe = torch.where(single.unsqueeze(-1), 0.0, logits)
     total = safe.logsumexp(-1)
@@ -76,7 +76,7 @@ def scores(logits: Float[Tensor, "*batch n"], k: int) -> Float[Tensor, "*batch"]
     log_g = (second - first) + others.log1p() - 2 * log_total
     if k == 0:
         return log_g.masked_fill(single, -torch.inf)
-    rank = visible.sum(-1, keepdim=True).clamp(max=k) - 1
+    rank = visible.sum(-1, keepdim=True).clamp(min=1, max=k) - 1
     here, after = (_at(top, rank + step) - first - log_total for step in (0, 1))
     return (log_g - here - torch.log1p(after.exp() - here.exp())).masked_fill(rank[..., 0] == 0, 0.0)
 
@@ -95,13 +95,18 @@ def _split(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     On a CPU the sort of NumPy uses wide vectors: it orders whole rows in a fraction of the time in which topk picks a
     few of their entries.
     """
-    if not (numpy and logits.device.type == "cpu" and type(logits) is Tensor):
+    if not (numpy and logits.device.type == "cpu" and type(logits) is Tensor and not _is_transformed(logits)):
         top, index, _ = _largest(logits, count)
-        return top, logits.scatter_(-1, index[..., :1], -torch.inf)
+        return top, logits.scatter(-1, index[..., :1], -torch.inf)
     ordered = torch.from_numpy(numpy.sort(logits.numpy(), axis=-1))
     kept = min(count, logits.shape[-1])
     top = ordered[..., logits.shape[-1] - kept :].flip(-1)
     return torch.cat([top, top.new_full((*top.shape[:-1], count - kept), -torch.inf)], -1), ordered[..., :-1]
+
+
+def _is_transformed(tensor: Tensor) -> bool:
+    """Whether torch.func (grad, vmap) looks through this tensor: then it has no memory that NumPy could read."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def _at(top: Tensor, rank: Tensor) -> Tensor:
