@@ -1,10 +1,20 @@
-"""Devices by their names."""
+"""Devices by their names, and questions to them."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from lipbounds.errors import InvalidInput
+
+
+def answers(*questions: Tensor) -> list[bool]:
+    """Whether any entry of each tensor is True: all at once, because each answer alone makes the host wait.
+
+    Args:
+        questions: booleans, all on one device.
+    """
+    return torch.stack([question.any() for question in questions]).tolist() if questions else []
 
 
 def device_named(name: str) -> torch.device:

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lipbounds.devices import answers
 from lipbounds.errors import InvalidInput
 from lipbounds.rounding import EXP_ULPS
 
@@ -59,11 +60,12 @@ def rows_from_logits(logits: Float[Tensor, "*batch n"]) -> Rows:
         InvalidInput: not a floating tensor with at least one entry a row; NaN or +inf; a row that is masked fully.
     """
     _check_float("logits", logits)
-    if bool((logits.isnan() | logits.isposinf()).any()):
-        raise InvalidInput("logits must be finite or -inf, got NaN or +inf; check the queries and keys.")
     working = logits.to(torch.float64)
     largest = working.amax(-1, keepdim=True).detach()
-    if bool(largest.isneginf().any()):
+    odd, masked = answers(~(largest < torch.inf), largest.isneginf())  # NaN is larger than everything
+    if odd:
+        raise InvalidInput("logits must be finite or -inf, got NaN or +inf; check the queries and keys.")
+    if masked:
         count = int(largest.isneginf().sum())
         raise InvalidInput(f"every row needs a finite logit, got {count} fully masked rows; drop those rows.")
     shifted = working - largest
@@ -82,12 +84,14 @@ def rows_from_probabilities(probabilities: Float[Tensor, "*batch n"]) -> Rows:
             sum to 1 within (n + 32) machine epsilons of its dtype.
     """
     _check_float("probabilities", probabilities)
-    if not bool((probabilities >= 0).all()):
-        raise InvalidInput("probabilities must be >= 0 and not NaN; pass logits to the *_from_logits function instead.")
     working = probabilities.to(torch.float64)
     tolerance = (probabilities.shape[-1] + 32) * torch.finfo(probabilities.dtype).eps
-    worst = (working.sum(-1) - 1).abs().max().item()
-    if worst > tolerance:
+    off = (working.sum(-1) - 1).abs()
+    negative, unequal = answers(~(probabilities >= 0), off > tolerance)
+    if negative:
+        raise InvalidInput("probabilities must be >= 0 and not NaN; pass logits to the *_from_logits function instead.")
+    if unequal:
+        worst = off.max().item()
         raise InvalidInput(f"each row of probabilities must sum to 1, got a row off by {worst:.3g}; normalise it.")
     return Rows(working, 0)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lipbounds.devices import answers
 from lipbounds.errors import InvalidInput
 from lipbounds.targets._shapes import broadcast_shape
 from lipbounds.targets.rms_norm import NORM_OVER
@@ -34,22 +35,24 @@ TRAILING = {
     "key_norm_weight": 2,
     "logit_bias": 3,
 }
+ROTATIONS = ("query_rotation", "key_rotation")
 NORM_FIELDS = ("query_norm_weight", "key_norm_weight", "norm_eps", "norm_over")
 # |c^2 + s^2 - 1| of cosines and sines rounded to bfloat16 is at most 2^-7.9. A block in a wide dtype may hold floats of
 # a short one (models compute angles in float32), so this is no check of the last digits: bounds use the norm there is.
 ROTATION_TOLERANCE = 2.0**-6
 
 
-def check_attention(block: Attention) -> None:
-    """Raise InvalidInput for the first rule that `block` breaks."""
+def check_attention(block: Attention) -> bool:
+    """Raise InvalidInput for the first rule that `block` breaks; returns whether a bias of queries, keys or values is
+    not zero, which is found out with the rest: whatever is read from the device makes the host wait."""
     present = {name: getattr(block, name) for name in TRAILING if getattr(block, name) is not None}
     _check_types(present)
     _check_norm(block)
     _check_moves(block)
     _check_shapes(block, present)
     _check_batches(present)
-    _check_values(block, present)
     _check_rotations(block)
+    return _check_values(block, present)
 
 
 def expand_groups(block: Attention, name: str) -> Tensor | None:
@@ -181,25 +184,62 @@ def _check_batches(present: dict[str, Tensor]) -> None:
         raise InvalidInput(f"leading batch dimensions must broadcast against each other, got {shapes}.") from None
 
 
-def _check_values(block: Attention, present: dict[str, Tensor]) -> None:
-    for name, tensor in present.items():
-        if bool(tensor.sum().isfinite()):  # then every entry is; one pass, without a second tensor
-            continue
-        bad = tensor.isnan() | tensor.isposinf() if name == "logit_bias" else ~tensor.isfinite()
-        if bool(bad.any()):
-            rule = "finite or -inf" if name == "logit_bias" else "finite"
+@torch.no_grad()
+def check_finite(tensors: dict[str, Tensor]) -> None:
+    """Raise InvalidInput for the first tensor with an entry that is not finite."""
+    odd = answers(*(~tensor.isfinite() for tensor in tensors.values()))
+    for (name, tensor), strange in zip(tensors.items(), odd, strict=True):
+        if strange:
+            _check_entries(name, tensor)
+
+
+@torch.no_grad()
+def _check_values(block: Attention, present: dict[str, Tensor]) -> bool:
+    biases = [present[name] for name in ("b_q", "b_k", "b_v") if name in present]
+    rotations = [name for name in ROTATIONS if name in present]
+    # Where the sum is finite, every entry is; one pass, without a second tensor.
+    odd = [~tensor.sum().isfinite() for tensor in present.values()]
+    wrong = [~(_rotation_error(present[name]) <= ROTATION_TOLERANCE) for name in rotations]
+    found = answers(*odd, *wrong, *(bias != 0 for bias in biases), _hidden_rows(block))
+    for (name, tensor), strange in zip(present.items(), found, strict=False):
+        if strange:
+            _check_entries(name, tensor)
+    for name, off in zip(rotations, found[len(odd) :], strict=False):
+        if off:
             raise InvalidInput(
-                f"{name} must be {rule}, got {int(bad.sum())} of {tensor.numel()} entries that are not; "
-                "check the checkpoint or the layer before this one."
+                f"{name} must hold cosines and sines: c^2 + s^2 = 1 up to {ROTATION_TOLERANCE:g}, got an error of "
+                f"{_rotation_error(present[name]).item():.3g}; pass torch.stack([angles.cos(), angles.sin()], -2)."
             )
-    mask = block.mask
-    if mask is not None:
-        hidden = mask.isneginf().all(-1) & torch.ones(block.tokens, dtype=torch.bool, device=mask.device)
-        if bool(hidden.any()):
-            raise InvalidInput(
-                f"every query must see at least one key, got {int(hidden.sum())} fully masked rows in logit_bias; "
-                "drop padded queries from x, or let them see themselves."
-            )
+    if found[-1]:
+        raise InvalidInput(
+            f"every query must see at least one key, got {int(_hidden_rows(block).sum())} fully masked rows in "
+            "logit_bias; drop padded queries from x, or let them see themselves."
+        )
+    return any(found[len(odd) + len(wrong) : -1])
+
+
+def _check_entries(name: str, tensor: Tensor) -> None:
+    bad = tensor.isnan() | tensor.isposinf() if name == "logit_bias" else ~tensor.isfinite()
+    if bool(bad.any()):
+        rule = "finite or -inf" if name == "logit_bias" else "finite"
+        raise InvalidInput(
+            f"{name} must be {rule}, got {int(bad.sum())} of {tensor.numel()} entries that are not; "
+            "check the checkpoint or the layer before this one."
+        )
+
+
+def _hidden_rows(block: Attention) -> Tensor:
+    """Whether a query sees no key."""
+    if block.logit_bias is None:  # a causal mask alone leaves each query itself
+        return torch.zeros((), dtype=torch.bool, device=block.x.device)
+    mask = block.logit_bias.isneginf()
+    if block.causal:
+        mask = mask | torch.ones(block.tokens, block.tokens, dtype=torch.bool, device=mask.device).triu(1)
+    return mask.all(-1) & torch.ones(block.tokens, dtype=torch.bool, device=mask.device)
+
+
+def _rotation_error(rotation: Tensor) -> Tensor:
+    return (rotation.double().square().sum(-2) - 1).abs().max()
 
 
 def _check_rotations(block: Attention) -> None:
@@ -214,10 +254,3 @@ def _check_rotations(block: Attention) -> None:
             f"query_rotation must have 1 to {width // 2} pairs for queries of width {width}, got {pairs}; pass the "
             "cosine and the sine of each pair once, not of each feature."
         )
-    for name in ("query_rotation", "key_rotation"):
-        worst = (getattr(block, name).double().square().sum(-2) - 1).abs().max().item()
-        if not worst <= ROTATION_TOLERANCE:
-            raise InvalidInput(
-                f"{name} must hold cosines and sines: c^2 + s^2 = 1 up to {ROTATION_TOLERANCE:g}, got an error of "
-                f"{worst:.3g}; pass torch.stack([angles.cos(), angles.sin()], -2)."
-            )

@@ -26,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.claims import Feature
+from lipbounds.devices import answers
 from lipbounds.targets._attention_checks import TRAILING, check_attention, expand_groups
 from lipbounds.targets._shapes import broadcast_shape
 from lipbounds.targets.projection import affine_factors, merge_heads, project
@@ -97,7 +98,7 @@ class Attention(Target):
     moves: Moves = "self"
 
     def __post_init__(self) -> None:
-        check_attention(self)
+        self.__dict__["has_biases"] = check_attention(self)  # what `has_biases` keeps
         if self.scale is None:
             object.__setattr__(self, "scale", self.w_q.shape[-1] ** -0.5)
         for name in ("w_k", "w_v", "b_k", "b_v", "key_norm_weight"):
@@ -154,7 +155,7 @@ class Attention(Target):
         present: set[Feature] = set()
         if self.heads > 1:
             present.add("heads")
-        if any(b is not None and bool((b != 0).any()) for b in (self.b_q, self.b_k, self.b_v)):
+        if self.has_biases:
             present.add("biases")
         if self.logit_bias is not None or self.causal:
             present.add("mask")
@@ -165,6 +166,11 @@ class Attention(Target):
         if self.query_norm_weight is not None:
             present.add("qk_norm")
         return frozenset(present)
+
+    @cached_property
+    def has_biases(self) -> bool:
+        """Whether a bias of queries, keys or values is not zero."""
+        return any(answers(*(bias != 0 for bias in (self.b_q, self.b_k, self.b_v) if bias is not None)))
 
     # -- its values ---------------------------------------------------------------------------------------------
 

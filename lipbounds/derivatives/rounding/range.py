@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from lipbounds.devices import answers
 from lipbounds.errors import InvalidInput
 from lipbounds.targets.attention import Attention
 
@@ -33,13 +34,14 @@ def check_range(block: Attention, name: str) -> None:
     Raises:
         InvalidInput: the largest entry of a tensor, in a batch item, is above 2^200, or below 2^-200 without being 0.
     """
-    for field, largest in _largest(block):
-        small = (largest < SMALLEST) & (largest > 0) if field not in BIASES else largest < 0
-        bad = largest[small | (largest > LARGEST)]
-        if bad.numel():
+    sizes = dict(_largest(block))
+    outside = {field: _outside(field, largest) for field, largest in sizes.items()}
+    for (field, bad), found in zip(outside.items(), answers(*outside.values()), strict=True):
+        if found:
+            got = sizes[field][bad].reshape(-1)[0].item()
             raise InvalidInput(
                 f"{field} must be 0 or have a largest entry between {SMALLEST:.1e} and {LARGEST:.1e} in size for "
-                f"{name}, got {bad.reshape(-1)[0].item():.3g}: products of such numbers leave float64. Multiply x by "
+                f"{name}, got {got:.3g}: products of such numbers leave float64. Multiply x by "
                 "a power of two and w_q, w_k and w_v by its inverse, or w_v by one and w_o by its inverse."
             )
     for field in ("scale", "norm_eps"):
@@ -49,6 +51,11 @@ def check_range(block: Attention, name: str) -> None:
                 f"{field} must be 0 or between {SMALLEST:.1e} and {LARGEST:.1e} in size for {name}, got {number:.3g}; "
                 "scale the weights instead."
             )
+
+
+def _outside(field: str, largest: Tensor) -> Tensor:
+    """Whether the largest entry of a tensor is out of range."""
+    return largest > LARGEST if field in BIASES else (largest > LARGEST) | ((largest < SMALLEST) & (largest > 0))
 
 
 def _largest(block: Attention) -> Iterator[tuple[str, Tensor]]:
