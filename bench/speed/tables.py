@@ -45,7 +45,11 @@ def report(data: Data, command: str, environment: str) -> str:
         f"Made by `{command}`; nothing here is written by hand.",
         f"Measured on {here['hardware']} with {here['threads']} "
         f"{'thread' if here['threads'] == 1 else 'threads'}. A cost is "
-        + ("processor time, which counts nothing while other programs run" if here["device"] == "cpu" else "wall time")
+        + (
+            "processor time, which counts nothing while other programs run"
+            if here["device"] == "cpu"
+            else "time between events on the card"
+        )
         + "; a ratio is the cost of a bound by that of one forward pass of the same block in its own dtype, in turns "
         "in the same process: the median, and in brackets the quartiles. Bounds are evaluated in float64 whatever the "
         "dtype of the block. Norms of weights are kept from one input to the next (`keep_weight_norms`) unless said "

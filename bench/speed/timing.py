@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bench.speed.card import card, noted
+
 
 Make = Callable[[], Callable[[], Any]]
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -22,8 +24,9 @@ MEGABYTE = 2**20
 def side_by_side(make: Make, baseline: Make, *, repeats: int, enough: float, device: torch.device) -> dict[str, Any]:
     """Times of a call and of the baseline, in turns, so that what else the machine does slows both.
 
-    On a CPU the ratio is that of processor times, all threads together, which count nothing while other programs run;
-    elsewhere it is that of wall times.
+    The ratio is that of processor times on a CPU, all threads together, which count nothing while other programs run;
+    of times between events on CUDA, which the card takes itself; and of wall times elsewhere. On CUDA the clocks, power
+    and temperature of the card before and after come along as `card`.
 
     The first call of each warms up and is not counted, unless it alone takes longer than `enough`.
 
@@ -34,6 +37,7 @@ def side_by_side(make: Make, baseline: Make, *, repeats: int, enough: float, dev
         enough: seconds of the cost of all repeats, after which no further one is begun.
         device: where both run.
     """
+    before = card(device)
     seconds_of(baseline(), device)
     pairs = [(seconds_of(make(), device), seconds_of(baseline(), device))]
     if pairs[0][0].cost(device) < enough:
@@ -48,21 +52,25 @@ def side_by_side(make: Make, baseline: Make, *, repeats: int, enough: float, dev
         "cost": spread([own.cost(device) for own, _ in pairs]),
         "ratio": spread([own.cost(device) / base.cost(device) for own, base in pairs]),
         "repeats": len(pairs),
+        **noted(before, card(device)),
     }
 
 
 class Seconds(NamedTuple):
-    """Wall time and processor time of one call."""
+    """Wall time, processor time, and time between events on the device where it has them, of one call."""
 
     wall: float
     processor: float
+    events: float | None = None
 
     def cost(self, device: torch.device) -> float:
-        """The time that is compared: of the processor where that does the work.
+        """The time that is compared: of the processor, or the card, that does the work.
 
         Args:
             device: that the call ran on.
         """
+        if self.events is not None:
+            return self.events
         return self.processor if device.type == "cpu" else self.wall
 
 
@@ -73,11 +81,25 @@ def seconds_of(call: Callable[[], Any], device: torch.device) -> Seconds:
         call: what is timed.
         device: that it runs on.
     """
+    begin, end = _events(device)
     _synchronise(device)
     start, processor = time.perf_counter(), time.process_time()
+    if begin is not None:
+        begin.record(torch.cuda.current_stream(device))
     call()
+    if end is not None:
+        end.record(torch.cuda.current_stream(device))
     _synchronise(device)
-    return Seconds(time.perf_counter() - start, time.process_time() - processor)
+    wall, processor = time.perf_counter() - start, time.process_time() - processor
+    between = None if begin is None or end is None else begin.elapsed_time(end) / 1000
+    return Seconds(wall, processor, between)
+
+
+def _events(device: torch.device) -> tuple[Any, Any]:
+    """Two events that take the time on the card itself; None where there is none."""
+    if device.type != "cuda":
+        return None, None
+    return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
 
 def spread(values: Sequence[float]) -> list[float]:

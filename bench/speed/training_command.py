@@ -42,7 +42,9 @@ def run(options: argparse.Namespace, *, only_read: bool = False) -> int:
 def _report(data: dict[str, Any], command: str, state: str) -> str:
     here = data["place"]
     counted = (
-        "processor time, which counts nothing while other programs run" if here["device"] == "cpu" else "wall time"
+        "processor time, which counts nothing while other programs run"
+        if here["device"] == "cpu"
+        else "time between events on the card"
     )
     rows = target_rows([{**row, "method": "JaSMin"} for row in data["rows"]])
     parts = [

@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses as dc
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from bench.engine.answers import Answers
+from bench.speed import card, timing
 from bench.speed import tables as speed_tables
 from bench.speed import task as speed
-from bench.speed import timing
 from bench.speed.plan import PROFILES, Profile, Shape, Target
 from bench.speed.timing import exponent, peak_memory, side_by_side, spread
 
@@ -50,6 +51,59 @@ def test_times_are_taken_in_turns_and_the_ratio_is_of_pairs(monkeypatch: pytest.
     assert found["ratio"] == [3.0, 3.0, 3.0]  # (5 + 1) / (1 + 1) ticks
     assert found["cost"][1] == 3.0
     assert found["repeats"] == 3
+
+
+def test_on_cuda_the_card_takes_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through a stand-in for `torch.cuda`: events around each call, read after the card is done, clocks noted."""
+    order: list[str] = []
+    ticks = itertools.count()
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: str) -> None:
+            assert stream == "that of cuda:1"
+            order.append("event")
+            self.at = next(ticks)
+
+        def elapsed_time(self, other: Event) -> float:  # in milliseconds
+            assert order[-1] == "synchronise"
+            return 1000.0 * (other.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: order.append("synchronise"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"that of {device}")
+    clocks = iter(({"sm_clock": 1980.0}, {"sm_clock": 1600.0}))
+    monkeypatch.setattr(timing, "card", lambda device: next(clocks))
+    device = torch.device("cuda:1")
+
+    def slow() -> None:
+        order.append("call")
+        next(ticks)
+
+    found = timing.seconds_of(lambda: order.append("call"), device)
+    assert order == ["synchronise", "event", "call", "event", "synchronise"]
+    assert found.cost(device) == found.events == 1.0
+    found = side_by_side(lambda: slow, lambda: lambda: None, repeats=2, enough=60.0, device=device)
+    assert found["ratio"] == [2.0, 2.0, 2.0]
+    assert found["card"] == {"before": {"sm_clock": 1980.0}, "after": {"sm_clock": 1600.0}}
+
+
+def test_the_state_of_a_card_is_what_nvidia_smi_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(command: list[str], **_: Any) -> SimpleNamespace:
+        assert command[:2] == ["nvidia-smi", "--id=GPU-abc"]
+        return SimpleNamespace(stdout="1980, 1980, 2619, [N/A], 41, 81559, 5\n")
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="abc"))
+    monkeypatch.setattr(card.subprocess, "run", told)
+    state = card.card(torch.device("cuda"))
+    assert state is not None
+    assert (state["sm_clock"], state["power"], state["memory"], state["temperature"]) == (1980.0, None, 81559.0, 41.0)
+    monkeypatch.setattr(card.subprocess, "run", lambda *_, **__: (_ for _ in ()).throw(FileNotFoundError()))
+    assert card.card(torch.device("cuda")) is None
+    assert card.card(CPU) is None
+    assert card.noted(None, None) == {}
 
 
 def test_a_slow_call_is_made_once() -> None:
