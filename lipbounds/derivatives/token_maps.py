@@ -49,6 +49,8 @@ def query_maps(block: Attention) -> TokenMaps | None:
     Args:
         block: in float64.
     """
+    if block.query_norm is None and block.query_rotation is None:
+        return None  # before the factors are made
     return _maps(block.w_q, block.query_factors, block.query_norm, block.query_rotation, block.projected_queries)
 
 
@@ -58,6 +60,8 @@ def key_maps(block: Attention) -> TokenMaps | None:
     Args:
         block: in float64.
     """
+    if block.key_norm is None and block.key_rotation is None:
+        return None  # before the factors are made
     return _maps(block.w_k, block.key_factors, block.key_norm, block.key_rotation, block.projected_keys)
 
 

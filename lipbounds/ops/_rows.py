@@ -45,8 +45,12 @@ class Rows:
 
     def others(self, k: int) -> Tensor:
         """Sum of all weights but the k-th largest: s (1 - p_(k)), without a subtraction."""
-        values, indices = self.top(k)
-        rest = self.weights.scatter(-1, indices, 0.0).sum(-1)
+        return self.others_than(k, *self.top(k))
+
+    def others_than(self, k: int, values: Tensor, indices: Tensor) -> Tensor:
+        """The same, with the k largest weights or more, and where they are, given as `top` returns them."""
+        kept = min(k, self.length)
+        rest = self.weights.scatter(-1, indices[..., :kept], 0.0).sum(-1)
         return rest + values[..., : k - 1].sum(-1)
 
     def total(self) -> Tensor:

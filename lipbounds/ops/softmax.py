@@ -45,9 +45,9 @@ def g_upper(probabilities: Float[Tensor, "*batch n"], k: int = 1) -> Float[Tenso
     """
     rows = rows_from_probabilities(probabilities)
     _check_rank(k, rows.length)
-    top, _ = rows.top(k + 1)
+    top, where = rows.top(k + 1)
     # Both readings of 1 - p: they differ where the given row does not sum to exactly 1.
-    complement = torch.maximum(rows.others(k), 1 - top[..., k - 1])
+    complement = torch.maximum(rows.others_than(k, top, where), 1 - top[..., k - 1])
     value = top[..., k - 1] * (complement + top[..., k])
     return cast_up(inflate(value, rows.length + 4), probabilities.dtype)
 
@@ -68,9 +68,9 @@ def g_upper_from_logits(logits: Float[Tensor, "*batch n"], k: int = 1) -> Float[
     """
     rows = rows_from_logits(logits)
     _check_rank(k, rows.length)
-    top, _ = rows.top(k + 1)
+    top, where = rows.top(k + 1)
     total = rows.total()
-    value = (top[..., k - 1] / total) * ((rows.others(k) + top[..., k]) / total)
+    value = (top[..., k - 1] / total) * ((rows.others_than(k, top, where) + top[..., k]) / total)
     return _finish_from_logits(value, rows, logits.dtype)
 
 

@@ -29,7 +29,7 @@ from lipbounds.claims import Feature
 from lipbounds.devices import answers
 from lipbounds.targets._attention_checks import TRAILING, check_attention, expand_groups
 from lipbounds.targets._shapes import broadcast_shape
-from lipbounds.targets.projection import affine_factors, merge_heads, project
+from lipbounds.targets.projection import affine_factors, merge_heads, project, project_heads
 from lipbounds.targets.rms_norm import NormOver, RmsNorm, normalise
 from lipbounds.targets.rotary import rotate, rotate_back
 from lipbounds.targets.target import Target
@@ -204,12 +204,12 @@ class Attention(Target):
     @cached_property
     def projected_queries(self) -> Float[Tensor, "*batch heads n head_dim"]:
         """X W_Q + b_Q: the queries before they are normalised and turned."""
-        return project(self.x, self.w_q, self.b_q)
+        return project_heads(self.x, self.w_q, self.b_q)
 
     @cached_property
     def projected_keys(self) -> Float[Tensor, "*batch heads m head_dim"]:
         """X W_K + b_K: the keys before they are normalised and turned."""
-        return project(self.source_input, self.w_k, self.b_k)
+        return project_heads(self.source_input, self.w_k, self.b_k)
 
     @cached_property
     def queries(self) -> Float[Tensor, "*batch heads n head_dim"]:
@@ -221,7 +221,7 @@ class Attention(Target):
 
     @cached_property
     def values(self) -> Float[Tensor, "*batch heads m value_dim"]:
-        return project(self.source_input, self.w_v, self.b_v)
+        return project_heads(self.source_input, self.w_v, self.b_v)
 
     @cached_property
     def logits(self) -> Float[Tensor, "*batch heads n m"]:

@@ -15,7 +15,8 @@ middle value a goes to sum_h M_h, whose norm is known: || sum_h a_h M_h || <= a 
     sqrt( || sum_h c_h U_O^h U_O^hT || || sum_h c_h U_V^h U_V^hT || ),   c_h = ||A_h|| ||L_V^hT L_O^h||,
 
 with the factors of lipbounds.targets.head_factors (lipbounds.ops.mixture has the proof). The norm of the last A_h is
-replaced by its Schatten norm with p = 8, or by the root of the largest column sum of P_h, whose rows sum to 1.
+replaced by its Schatten norm with p = 8, or by the root of the largest column sum of P_h, whose rows sum to 1; a
+column sum is off by the sum of the errors of the rows.
 
 Rounding: each of the four A_h is computed from P_h by sums of at most n + m terms, with an error below 8 gamma(n + m +
 32) ||P_h||_F in Frobenius norm, f being off its unit vector by gamma(m + 8) included; P_h itself is off by the lengths
@@ -30,7 +31,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lipbounds.derivatives.first.covariance import map_error, map_upper
+from lipbounds.derivatives.first.covariance import map_error
 from lipbounds.ops.mixture import mixture_norm_upper
 from lipbounds.ops.schatten import schatten_norm_upper
 from lipbounds.ops.spectral import root, vector_norm
@@ -79,9 +80,11 @@ def split_mixing(block: Attention, norms: WeightNorms) -> SplitMixing:
     inner = maps - (means * even).unsqueeze(-2) - rest.unsqueeze(-1) * direction[..., None, None, :]
     inner = inner if rows <= cols else inner.mT
     with torch.no_grad():
+        moved = map_error(block)
         off = 8 * gamma(rows + cols + 32) * maps.flatten(-2).norm(dim=-1)
-        off = inflate(off + vector_norm(map_error(block)), rows * cols + 16)
-    columns = inflate(root(map_upper(block).sum(-2).amax(-1)), rows + 8)
+        off = inflate(off + vector_norm(moved), rows * cols + 16)
+        moved = moved.sum(-1)
+    columns = inflate(root(means.amax(-1) / even + moved), rows + 16)
     largest = torch.minimum(schatten_norm_upper(inner, DOUBLINGS) + off, columns)
     middle = (along.amax(-1) + along.amin(-1)) / 2
     sizes = torch.stack(

@@ -1,0 +1,86 @@
+r"""Products with the Jacobian of plain self-attention by few large matrix products.
+
+With W = [s W_Q  W_K  W_V] of all heads side by side and one product of inner size 2 d for both changes of the logits,
+
+    J v:    [dq dk dv] = v W,   dS = [dq  q] [k  dk]^T,   dP = P o dS - P rowsum(P o dS),   (dP V + P dv) W_O,
+    J^T u:  y = u W_O^T,        dS = J(P) (y V^T),        [dS K   dS^T Q   P^T y] W^T
+
+(q and Q with the factor s), where `Attention.jvp` has a product for each head and part. Sums are longer: up to H (2 d +
+d_v) terms at the ends. The bound on their rounding counts these.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lipbounds.estimators._operator import JacobianOperator, Target
+from lipbounds.targets.attention import Attention
+
+
+class FusedOperator(JacobianOperator):
+    """`JacobianOperator` that is faster where the target is self-attention without rotary positions and QK-norm.
+
+    Args:
+        target: the target.
+    """
+
+    def __init__(self, target: Target) -> None:
+        super().__init__(target)
+        self._fused: _Products | None = None
+        if isinstance(self.target, Attention) and _is_plain(self.target):
+            self._fused = _Products(self.target)
+            assert self._roundoff is not None
+            self._roundoff.operations += 2 * self._fused.longest_sum
+
+    def jvp(self, v: Tensor) -> Tensor:
+        if self._fused is None:
+            return super().jvp(v)
+        return self._flat(self._fused.jvp(self._item(v, self._in_shape)), self._out_shape) / self.scale[..., None]
+
+    def vjp(self, u: Tensor) -> Tensor:
+        if self._fused is None:
+            return super().vjp(u)
+        return self._flat(self._fused.vjp(self._item(u, self._out_shape)), self._in_shape) / self.scale[..., None]
+
+
+def _is_plain(block: Attention) -> bool:
+    turned = block.query_norm is not None or block.query_rotation is not None
+    return not turned and block.memory is None and block.w_q.dim() == 3
+
+
+class _Products:
+    """Both products of one block, or of a batch of inputs of one."""
+
+    def __init__(self, block: Attention) -> None:
+        self.heads, dim, self.width = block.w_q.shape
+        self.value_width = block.w_v.shape[-1]
+        flat = lambda weights: weights.transpose(0, 1).flatten(1)  # noqa: E731
+        self.weights = torch.cat([block.scale_value * flat(block.w_q), flat(block.w_k), flat(block.w_v)], 1)
+        self.output = block.w_o.flatten(0, 1)
+        self.maps, self.values, self.keys = block.probabilities, block.values, block.keys
+        self.queries = block.scale_value * block.queries
+        self.longest_sum = self.weights.shape[1] + self.output.shape[0] + dim
+        self.sizes = [self.heads * self.width, self.heads * self.width, self.heads * self.value_width]
+
+    def jvp(self, tangent: Tensor) -> Tensor:
+        """J v; extra leading dimensions are directions."""
+        parts = (tangent @ self.weights).split(self.sizes, -1)
+        queries, keys, values = (part.unflatten(-1, (self.heads, -1)).transpose(-3, -2) for part in parts)
+        own = self.queries.expand_as(queries), self.keys.expand_as(keys)
+        change = torch.cat([queries, own[0]], -1) @ torch.cat([own[1], keys], -1).mT
+        image = self._softmax_derivative(change) @ self.values + self.maps @ values
+        return image.transpose(-3, -2).flatten(-2) @ self.output
+
+    def vjp(self, cotangent: Tensor) -> Tensor:
+        """J^T u, likewise."""
+        image = (cotangent @ self.output.mT).unflatten(-1, (self.heads, -1)).transpose(-3, -2)
+        change = self._softmax_derivative(image @ self.values.mT)
+        parts = (change @ self.keys, change.mT @ self.queries, self.maps.mT @ image)
+        joined = torch.cat([part.transpose(-3, -2).flatten(-2) for part in parts], -1)
+        # `weights` carry the scale of the first part; keys did not.
+        return joined @ self.weights.mT
+
+    def _softmax_derivative(self, change: Tensor) -> Tensor:
+        weighted = self.maps * change
+        return torch.addcmul(weighted, self.maps, weighted.sum(-1, keepdim=True), value=-1)
