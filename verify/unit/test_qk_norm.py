@@ -35,10 +35,10 @@ from verify.unit.sample_bounds import spec
 MOVES = ("self", "query", "memory")
 OVER = ("head", "all_heads")
 PROVED = {
-    *{"centred.products", "centred.weights", "covariance.exact"},
+    *{"centred.products", "centred.weights", "covariance.exact", "sharp_cheap"},
     *{f"yudin2025.biased{form}" for form in ("", "_exact", "_half", "_one")},
 }
-ESTIMATORS = {"exact", "lanczos", "lanczos_certificate", "power_iteration"}
+ESTIMATORS = {"exact", "lanczos", "lanczos_certificate", "lanczos_posterior", "power_iteration"}
 ON_BALLS = {"ascent_jacobians", "ascent_pairs", "clever", "random_jacobians", "random_pairs"}
 SUPPORTING = PROVED | ESTIMATORS | ON_BALLS
 BIASES = frozenset(("b_q", "b_k", "b_v", "b_o"))
@@ -123,7 +123,7 @@ def test_a_norm_with_a_huge_eps_is_none(over: str) -> None:
     block = plain.replace(query_norm_weight=gain, key_norm_weight=gain, norm_eps=1e16, norm_over=over)
     assert "qk_norm" not in plain.features
     torch.testing.assert_close(block.forward(), plain.forward())
-    forms = PROVED - {"covariance.exact"}  # which takes max |T_j| |W_K| |q| in place of |W_K q|
+    forms = PROVED - {"covariance.exact", "sharp_cheap"}  # which take max |T_j| |W_K| |q| in place of |W_K q|
     if over == "all_heads":
         forms -= {"centred.weights"}  # the norm of W_Q of all heads in place of that of one
     for name in sorted(forms):
