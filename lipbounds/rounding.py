@@ -16,6 +16,7 @@ from torch import Tensor
 
 
 UNIT_ROUNDOFF = 2.0**-53  # of float64
+SMALLEST_NORMAL = 2.0**-1022  # of float64
 # torch.exp in float64 is within 1 ulp (SLEEF, CUDA libdevice); 4 leaves room for other back ends.
 EXP_ULPS = 4
 
@@ -34,15 +35,36 @@ def inflate(value: Tensor, operations: int) -> Tensor:
     return value * (1 + 2 * gamma(operations + 2))
 
 
-def product(first: Tensor, second: Tensor) -> Tensor:
-    """Product of non-negative numbers in which 0 times infinity is 0: infinity stands for a number beyond all floats.
+def product(first: Tensor, *others: Tensor | float) -> Tensor:
+    """Product of non-negative float64 numbers of any sizes, from left to right; no part of it leaves float64.
+
+    The factors are scaled by powers of two, which rounds nothing, and the scales are put back at the end: so a tiny
+    factor may come before a huge one. What is positive and below the smallest normal number is rounded up to it. 0
+    times infinity is 0: infinity stands for a number beyond all floats.
 
     Args:
         first: not NaN.
-        second: not NaN; the two broadcast.
+        others: not NaN; all broadcast.
     """
-    lost = (first == 0) & second.isinf() | first.isinf() & (second == 0)
-    return torch.where(lost, 0.0, first) * torch.where(lost, 0.0, second)
+    factors = [first, *(other if isinstance(other, Tensor) else first.new_tensor(other) for other in others)]
+    whole, exponents, empty = None, first.new_zeros(()), first.new_zeros((), dtype=torch.bool)
+    for factor in factors:
+        exponent = torch.frexp(torch.where(factor.isinf(), 1.0, factor).detach()).exponent.to(factor.dtype)
+        scaled = _divided(factor, exponent)
+        zero = factor == 0
+        # Ones for what is beside infinity or zero: the answer is known there, and their product would be NaN.
+        whole = scaled if whole is None else torch.where(empty, 1.0, whole) * torch.where(zero, 1.0, scaled)
+        exponents, empty = exponents + exponent, empty | zero
+    assert whole is not None
+    half = (exponents / 2).floor()
+    value = torch.where(empty, 0.0, whole) * half.exp2() * (exponents - half).exp2()
+    return torch.where(~empty & (value < SMALLEST_NORMAL), SMALLEST_NORMAL, value)
+
+
+def _divided(factor: Tensor, exponent: Tensor) -> Tensor:
+    """factor / 2**exponent, in two steps: powers of two below the smallest normal number may be flushed to zero."""
+    half = (exponent / 2).floor()
+    return factor / half.exp2() / (exponent - half).exp2()
 
 
 _SAME_SIZE_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}

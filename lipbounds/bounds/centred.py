@@ -31,7 +31,7 @@ from lipbounds.derivatives.norms import combine_heads, largest_softmax_norm, map
 from lipbounds.derivatives.token_maps import query_maps
 from lipbounds.ops.spectral import power_of_two, product_norm_upper
 from lipbounds.registry import Terms, bound
-from lipbounds.rounding import cast_up, inflate
+from lipbounds.rounding import cast_up, inflate, product
 from lipbounds.targets.attention import Attention
 
 
@@ -90,7 +90,7 @@ def change(block: Attention, radius: float) -> tuple[Tensor, Terms]:
     logits = _change_by_queries(wide)
     logits = logits + change_by_keys(wide)
     logits = logits + radius * wide.weight_norms.logits
-    mixing, softmax_part = value_weights * map_norm(wide), abs(wide.scale_value) / 2 * values * logits
+    mixing, softmax_part = product(value_weights, map_norm(wide)), product(values, abs(wide.scale_value) / 2, logits)
     value = inflate(combine_heads(wide, mixing + softmax_part), 16)
     return cast_up(value, block.dtype), {"detail.mixing": mixing, "detail.softmax_part": softmax_part}
 
@@ -98,10 +98,10 @@ def change(block: Attention, radius: float) -> tuple[Tensor, Terms]:
 def _finish(block: Attention, change: Tensor) -> tuple[Tensor, Terms]:
     wide = block.double
     values = product_norm_upper(*_centred_factors(wide.source_input, wide.w_v))
-    softmax_part = abs(wide.scale_value) * largest_softmax_norm(wide) * values * change
+    softmax_part = product(largest_softmax_norm(wide), abs(wide.scale_value), values, change)
     mixing = torch.zeros_like(change)
     if wide.memory_moves:
-        mixing = wide.weight_norms.values * map_norm(wide)
+        mixing = product(wide.weight_norms.values, map_norm(wide))
     value = inflate(combine_heads(wide, mixing + softmax_part), 8)
     return cast_up(value, block.dtype), {"detail.mixing": mixing, "detail.softmax_part": softmax_part}
 

@@ -30,7 +30,7 @@ from lipbounds.derivatives.rounding.logits import logit_error
 from lipbounds.ops.softmax import inf_to_one_norm_upper
 from lipbounds.ops.spectral import row_norms_upper, spectral_norm_upper
 from lipbounds.registry import Terms, bound
-from lipbounds.rounding import cast_up, inflate
+from lipbounds.rounding import SMALLEST_NORMAL, cast_up, inflate, product
 from lipbounds.targets.attention import Attention
 
 
@@ -58,7 +58,7 @@ def balanced_mass(block: Attention) -> tuple[Tensor, Terms]:
     if wide.memory_moves:
         change = change + row_norms_upper(*wide.query_factors, wide.w_k.mT)
     largest_value = row_norms_upper(tokens, wide.w_v).amax(-1)
-    softmax_part = abs(wide.scale_value) * (theta * change).amax(-1) * largest_value
+    softmax_part = product(product(theta, change).amax(-1), abs(wide.scale_value), largest_value)
     mixing = spectral_norm_upper(wide.w_v) if wide.memory_moves else torch.zeros_like(softmax_part)
     value = inflate(combine_heads(wide, mixing + softmax_part), 24)
     return cast_up(value, block.dtype), {"detail.softmax_part": softmax_part, "detail.theta": theta.amax((-2, -1))}
@@ -67,4 +67,5 @@ def balanced_mass(block: Attention) -> tuple[Tensor, Terms]:
 def _theta(block: Attention) -> Float[Tensor, "*batch heads n"]:
     """theta of each row, rounded up; never above 1, which always holds."""
     slack = (4 * logit_error(block) + 2.0**-50 * (block.logits.shape[-1] + 16)).clamp(max=600.0).exp()
-    return (inf_to_one_norm_upper(block.probabilities) * slack).clamp(max=1.0)
+    lost = 8 * block.logits.shape[-1] * SMALLEST_NORMAL  # what underflow of the probabilities takes off
+    return (inf_to_one_norm_upper(block.probabilities) * slack + lost).clamp(max=1.0)

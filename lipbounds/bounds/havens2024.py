@@ -34,7 +34,7 @@ from lipbounds.claims import Claim, Source
 from lipbounds.derivatives.norms import combine_heads, map_norm
 from lipbounds.ops.spectral import product_norm_upper, spectral_norm_upper
 from lipbounds.registry import Terms, bound
-from lipbounds.rounding import cast_up, inflate
+from lipbounds.rounding import cast_up, inflate, product
 from lipbounds.targets.attention import Attention
 
 
@@ -59,6 +59,6 @@ def change(block: Attention, radius: float) -> tuple[Tensor, Terms]:
     logits = product_norm_upper(*wide.key_factors, wide.w_q.mT) + product_norm_upper(*wide.query_factors, wide.w_k.mT)
     logits = logits + radius * product_norm_upper(wide.w_q, wide.w_k.mT)
     values = product_norm_upper(*wide.value_factors, wide.w_o) + radius * through
-    softmax_part = (abs(wide.scale_value) / 2 * logits * values).sum(-1)
+    softmax_part = product(logits, abs(wide.scale_value) / 2, values).sum(-1)
     value = inflate(mixing + softmax_part, wide.heads + 16)
     return cast_up(value, block.dtype), {"mixing": mixing, "softmax_part": softmax_part}

@@ -24,7 +24,7 @@ from lipbounds.claims import Claim, Source
 from lipbounds.derivatives.norms import combine_heads
 from lipbounds.ops.spectral import spectral_norm_upper, vector_norm
 from lipbounds.registry import bound
-from lipbounds.rounding import cast_up, inflate
+from lipbounds.rounding import cast_up, inflate, product
 from lipbounds.targets.attention import Attention
 
 
@@ -68,6 +68,6 @@ def ball(block: Attention, radius: float) -> Tensor:
     wide = block.double
     size = (spectral_norm_upper(wide.x) + radius).square().unsqueeze(-1)
     change = abs(wide.scale_value) * spectral_norm_upper(wide.w_q) * spectral_norm_upper(wide.w_k) * size
-    heads = spectral_norm_upper(wide.w_v) * (wide.tokens**0.5 + change)
+    heads = product(spectral_norm_upper(wide.w_v), wide.tokens**0.5 + change)
     value = combine_heads(wide, heads.expand(*wide.batch_shape, wide.heads))
     return cast_up(inflate(value, 24), block.dtype)

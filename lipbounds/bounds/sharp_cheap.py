@@ -48,7 +48,7 @@ from lipbounds.derivatives.token_maps import key_maps, query_maps
 from lipbounds.ops.mixture import mixture_norm_upper
 from lipbounds.ops.spectral import root, spectral_norm_upper, vector_norm
 from lipbounds.registry import Terms, bound
-from lipbounds.rounding import cast_up, inflate
+from lipbounds.rounding import cast_up, inflate, product
 from lipbounds.targets.attention import Attention
 from lipbounds.targets.head_factors import HeadFactors
 from lipbounds.targets.rms_norm import RmsNorm
@@ -89,7 +89,7 @@ def _query_part(
     keys = through(centred.rows, centred.error, heads)
     crude = softmax * (grams.values.norm * keys.norm).unsqueeze(-1)
     unit = abs(block.scale_value) * grams.values.unit * keys.unit
-    weights = (torch.minimum(grams.cross(keys), crude) * unit.unsqueeze(-1)).mT
+    weights = product(torch.minimum(grams.cross(keys), crude), unit.unsqueeze(-1)).mT
     outputs = norms.factors("w_o")
     found = root(mixture_norm_upper(weights, outputs.overlap, outputs.jointly))
     weights = inflate(weights * gain.square().unsqueeze(-2), 8)

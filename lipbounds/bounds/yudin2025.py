@@ -38,7 +38,7 @@ from lipbounds.derivatives.norms import (
 )
 from lipbounds.ops.spectral import spectral_norm_upper
 from lipbounds.registry import BoundSpec, Terms, bound
-from lipbounds.rounding import cast_up
+from lipbounds.rounding import cast_up, product
 from lipbounds.targets.attention import Attention
 
 
@@ -64,7 +64,8 @@ def _literal(block: Attention, softmax_norm: SoftmaxNorm) -> tuple[Tensor, Terms
     products = abs(block.scale_value) * block.weight_norms.logits
     norms = softmax_norm(block)
     values = block.weight_norms.values
-    return _combine(block, values * map_norm(block), values * 2 * inputs.square() * products * norms, norms)
+    softmax_part = product(values, 2.0, inputs.square(), products, norms)
+    return _combine(block, product(values, map_norm(block)), softmax_part, norms)
 
 
 def _with_biases(block: Attention, softmax_norm: SoftmaxNorm) -> tuple[Tensor, Terms]:
@@ -76,9 +77,9 @@ def _with_biases(block: Attention, softmax_norm: SoftmaxNorm) -> tuple[Tensor, T
         logit_change = logit_change + change_by_queries(block)
     if block.memory_moves:
         logit_change = logit_change + change_by_keys(block)
-        mixing = block.weight_norms.values * map_norm(block)
+        mixing = product(block.weight_norms.values, map_norm(block))
     values = value_norm(block)
-    return _combine(block, mixing, values * norms * abs(block.scale_value) * logit_change, norms)
+    return _combine(block, mixing, product(values, norms, abs(block.scale_value), logit_change), norms)
 
 
 def _combine(block: Attention, mixing: Tensor, softmax_part: Tensor, norms: Tensor) -> tuple[Tensor, Terms]:

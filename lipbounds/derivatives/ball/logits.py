@@ -17,7 +17,7 @@ from lipbounds.derivatives.rounding.logits import logit_error
 from lipbounds.ops._rows import SMALLEST_NORMAL
 from lipbounds.ops.interval import SoftmaxInterval, g_interval_upper, softmax_interval
 from lipbounds.ops.nonnegative import nonnegative_norm_upper
-from lipbounds.rounding import gamma, inflate
+from lipbounds.rounding import gamma, inflate, product
 from lipbounds.targets.attention import Attention
 
 
@@ -38,8 +38,8 @@ def theorem_3_on_ball(block: Attention, radius: float) -> tuple[Tensor, dict[str
     if block.memory_moves:
         value_weights = block.weight_norms.values
         values = values + radius * value_weights
-        mixing = value_weights * _map_norm(block, interval)
-    softmax_part = values * norms * abs(block.scale_value) * _logit_change(block, radius)
+        mixing = product(value_weights, _map_norm(block, interval))
+    softmax_part = product(values, norms, abs(block.scale_value), _logit_change(block, radius))
     value = inflate(combine_heads(block, mixing + softmax_part), 32)
     return value, {"mixing": mixing, "softmax_part": softmax_part, "softmax_norm": norms}
 

@@ -2,7 +2,8 @@
 
 Bounds multiply up to eight norms of tokens and weights, and square covariances: far from 1 such products leave float64.
 What overflows is infinity or NaN and shows; what underflows is zero, and a bound made of it is too small. Between the
-limits below, which hold all of float32, neither happens to the largest terms.
+limits below, which hold all of float32, neither happens to the largest terms: factors of very different size meet in
+`lipbounds.rounding.product`, which scales them first.
 """
 
 from __future__ import annotations
