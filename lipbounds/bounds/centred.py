@@ -90,7 +90,8 @@ def change(block: Attention, radius: float) -> tuple[Tensor, Terms]:
     logits = _change_by_queries(wide)
     logits = logits + change_by_keys(wide)
     logits = logits + radius * wide.weight_norms.logits
-    mixing, softmax_part = product(value_weights, map_norm(wide)), product(values, abs(wide.scale_value) / 2, logits)
+    mixing = product(value_weights, map_norm(wide))
+    softmax_part = product(values, abs(wide.scale_value) / 2, logits)
     value = inflate(combine_heads(wide, mixing + softmax_part), 16)
     return cast_up(value, block.dtype), {"detail.mixing": mixing, "detail.softmax_part": softmax_part}
 
