@@ -60,7 +60,7 @@ def main() -> None:
         fresh.command(1, "bounds", says="pip install 'lipbounds[cli]'")
         fresh.install("cli")
         fresh.command(0, "bounds", "--json", says="yudin2025.biased")
-        fresh.command(0, "compare", *2 * [str(ROOT / "results" / "tightness.json")], says="0 worse")
+        fresh.command(0, "diff", *2 * [str(ROOT / "results" / "tightness.json")], says="0 worse")
         fresh.command(2, "verify", "sharp", says="pip install 'lipbounds[verify]'")
         fresh.command(2, "train-digits", says="pip install 'lipbounds[models]'")
         fresh.command(2, "bench", says="from a copy of the repository")

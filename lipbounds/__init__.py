@@ -27,6 +27,7 @@ Bounds of your own, and what every number carries:
     BoundSpec              a registered bound: what it promises, and how it is computed
     BoundResult            a number with its promise
     Claim, Source          the promise; where the formula is from
+    Comparison             what compare returns
     LipboundsError         base of InvalidInput, Unsupported, UnsupportedAttention, UnknownBound
 
 The names are imported at their first use, because torch takes seconds to import. Submodules are found the same way:
@@ -49,6 +50,9 @@ if TYPE_CHECKING:
     from lipbounds.claims import BoundResult as BoundResult
     from lipbounds.claims import Claim as Claim
     from lipbounds.claims import Source as Source
+    from lipbounds.comparison import Comparison as Comparison
+    from lipbounds.comparison import compare as compare
+    from lipbounds.comparison import truth as truth
     from lipbounds.compose import network_bound as network_bound
     from lipbounds.errors import InvalidInput as InvalidInput
     from lipbounds.errors import LipboundsError as LipboundsError
@@ -74,6 +78,7 @@ _WHERE: dict[str, str | None] = {
     "BoundResult": "claims",
     "BoundSpec": "bound_spec",
     "Claim": "claims",
+    "Comparison": "comparison",
     "InvalidInput": "errors",
     "JaSMin": "jasmin",
     "LipboundsError": "errors",
@@ -85,6 +90,7 @@ _WHERE: dict[str, str | None] = {
     "bounds": None,
     "capture": None,
     "certify": None,
+    "compare": "comparison",
     "get": "registry",
     "keep_weight_norms": "targets.weight_norms",
     "load_model": "models.loading",
@@ -92,6 +98,7 @@ _WHERE: dict[str, str | None] = {
     "refuted": "registry",
     "report": None,
     "select": "registry",
+    "truth": "comparison",
     "whole_model_constant": "estimators.whole_model",
 }
 

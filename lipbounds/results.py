@@ -1,7 +1,8 @@
-"""The files that `lipbounds bench` leaves in results/, as figures that can be compared between two of them.
+"""Files of results as figures that can be compared between two of them.
 
-Three structures are known: the tables of tightness (tightness.json), the certified radii (certified.json), and files of
-records, one evaluation a line (tightness.jsonl, balls.jsonl).
+Four structures are known: what `lipbounds bench` leaves in results/, which are the tables of tightness
+(tightness.json), the certified radii (certified.json) and files of records, one evaluation per line (tightness.jsonl,
+balls.jsonl); and reports on a model (`lipbounds report --json`), such as those before and after training.
 """
 
 from __future__ import annotations
@@ -88,12 +89,12 @@ def read_results(path: Path) -> Results:
         raise InvalidInput(f"{path} must be a file of results, got {error.strerror}; check the path.") from error
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError, RecursionError) as error:
         raise InvalidInput(
-            f"{path} must be a whole file of results as `lipbounds bench` writes them, got one that cannot be read "
-            f"({type(error).__name__}: {_short(error)}); make it again."
+            f"{path} must be a whole file of results as `lipbounds bench` or `lipbounds report --json` write it, "
+            f"got one that cannot be read ({type(error).__name__}: {_short(error)}); make it again."
         ) from error
     raise InvalidInput(
-        f"{path} must be tightness.json, certified.json or a file of records of schema version {SCHEMA_VERSION}, got a "
-        "file of another structure; only these can be compared."
+        f"{path} must be tightness.json, certified.json, a file of records or a report of schema version "
+        f"{SCHEMA_VERSION}, got a file of another structure; only these can be compared."
     )
 
 
@@ -119,6 +120,8 @@ def _reader(content: Any) -> Callable[[Any], Results] | None:
         return _tightness if content.get("schema_version") == SCHEMA_VERSION else None
     if isinstance(content, dict) and {"models", "whole"} <= content.keys():
         return _certified
+    if isinstance(content, dict) and {"inputs", "words", "lipbounds"} <= content.keys():
+        return _report if content.get("schema_version") == SCHEMA_VERSION else None
     return None
 
 
@@ -175,6 +178,21 @@ def _certified(content: dict[str, Any]) -> Results:
         if not float(row["lower"]) <= float(row["bound"]):
             failures.add(Row(model, row["attention"], f"the bound is below {row['lower']}, which is reached"))
     return Results(structure="certified", figures=figures | _medians(seconds), failures=frozenset(failures))
+
+
+def _report(content: dict[str, Any]) -> Results:
+    """The numbers of a report, whatever the model is called: a smaller constant is the better one, of every kind."""
+    figures: dict[Row, Figure] = {}
+    for run in content["inputs"]:
+        for layer in run["layers"]:
+            where = f"layer {int(layer['layer'])} ({layer['module']}), {run['name']}"
+            for number in (*layer["proved"], layer["constant"], layer["lower"], *layer["balls"]):
+                if number is not None:
+                    radius = "" if number["radius"] is None else f", radius {number['radius']:g}"
+                    what = f"{number['kind']}, {number['scope']}, {number['norm']}{radius}: value"
+                    row = Row("the model", number["method"], what, where)
+                    figures[row] = Figure(float(number["value"]), "lower")
+    return Results(structure="report", figures=figures)
 
 
 def _records(lines: list[dict[str, Any]]) -> Results:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from lipbounds.cli import bench, bounds, compare, report, train_digits, verify
+from lipbounds.cli import bench, bounds, compare, diff, report, train_digits, verify
 from lipbounds.cli.console import OneLineErrors
 
 
@@ -14,8 +14,9 @@ app = typer.Typer(
 
 # One line a command. Its file imports torch and what an extra brings inside the function: --help waits for neither.
 app.command("bounds")(bounds.command)
+app.command("compare")(compare.command)
 app.command("report", cls=report.WithRay)(report.command)
 app.command("verify")(verify.command)
 app.command("bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench.command)
-app.command("compare")(compare.command)
+app.command("diff")(diff.command)
 app.command("train-digits")(train_digits.command)

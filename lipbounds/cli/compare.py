@@ -1,86 +1,83 @@
-"""`lipbounds compare`: what got worse between two files of results."""
+"""`lipbounds compare`: bounds of the attention of a model side by side, with the truth."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
-from lipbounds.cli.console import FOUND, OK, AsJson, output, print_json
-
-
-if TYPE_CHECKING:
-    from lipbounds.comparison import Comparison
-
-
-def share(text: str) -> float:
-    """`5%` or `0.05`, as 0.05.
-
-    Args:
-        text: a percentage, or a share.
-    """
-    number = text.strip().removesuffix("%")
-    try:
-        value = float(number) / (100 if number != text.strip() else 1)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise typer.BadParameter(f"must be a share such as 5% or 0.05, not below 0, got {text!r}")
-    return value
+from lipbounds.cli.console import AsJson, messages, progress
+from lipbounds.cli.inputs import Data, Images, Model, Text, runs_of
+from lipbounds.cli.options import Device, Dtype
+from lipbounds.files import check_writable
 
 
 def command(
-    before: Annotated[Path, typer.Argument(help="Results to compare with: tightness.json, certified.json or *.jsonl.")],
-    after: Annotated[Path, typer.Argument(help="Results of the same structure, made later.")],
-    fail_above: Annotated[
-        Any, typer.Option(parser=share, metavar="SHARE", help="By how much a figure may be worse: 5% or 0.05.")
-    ] = "5%",
-    seconds: Annotated[bool, typer.Option("--seconds", help="Compare times, too; only on the same machine.")] = False,
+    model: Model,
+    text: Text = None,
+    data: Data = None,
+    images: Images = None,
+    bounds: Annotated[
+        list[str] | None, typer.Option(help="The name of a bound; repeatable. All proved ones in l2 if left out.")
+    ] = None,
+    eps: Annotated[
+        list[float] | None, typer.Option(help="The l2 radius of a ball around the input of a block; repeatable.")
+    ] = None,
+    truth: Annotated[
+        str, typer.Option(help="exact, certificate, auto (exact for small blocks) or none.", metavar="METHOD")
+    ] = "auto",
+    latex: Annotated[Path | None, typer.Option(help="Write the tables here as LaTeX (booktabs).")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write all numbers here as CSV.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Draw the ratios here: .pdf, .png or .svg.")] = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
     as_json: AsJson = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the code that comes with a Hugging Face checkpoint.")
+    ] = False,
 ) -> None:
-    """Compare two files of results: what is worse, missing or failing in the second.
+    """Compare bounds on the attention blocks of a model, ranked within kind, scope and norm.
 
-    Exit status: 0 nothing, 1 something, 2 the files cannot be compared.
+    Without data a text model gets one short sentence, and a bundled image model one image. To compare two files of
+    results, see `lipbounds diff`.
     """
-    from lipbounds.comparison import compare
-    from lipbounds.results import read_results
+    import torch
 
-    found = compare(read_results(before), read_results(after), tolerance=fail_above, with_seconds=seconds)
-    if as_json:
-        print_json({"before": str(before), "after": str(after), "fail_above": fail_above, **found.to_dict()})
-    else:
-        _print_comparison(found, fail_above)
-    raise typer.Exit(FOUND if found.regressed else OK)
+    from lipbounds.capture import capture
+    from lipbounds.comparison.measure import compare_runs
+    from lipbounds.comparison.truth import cost
+    from lipbounds.models.loading import load_model
 
-
-def _print_comparison(found: Comparison, tolerance: float) -> None:
-    if found.worse:
-        table = Table("model", "method", "what", "before", "after", "worse by", "where", title="Worse")
-        for change in found.worse:
-            by = "infinitely" if math.isinf(change.factor) else f"{100 * (change.factor - 1):.3g}%"
-            where = change.where + (f" and {change.places - 1} more" if change.places > 1 else "")
-            numbers = (f"{change.before:.6g}", f"{change.after:.6g}", by)
-            table.add_row(*(escape(cell) for cell in (change.model, change.method, change.what, *numbers, where)))
-        output.print(table)
-    if found.missing:
-        table = Table("model", "method", "what", "places", title="Missing in the second file")
-        for missing in found.missing:
-            cells = (missing.model, missing.method, missing.what, str(missing.places))
-            table.add_row(*(escape(cell) for cell in cells))
-        output.print(table)
-    if found.failures:
-        table = Table("model", "method", "reason", title="Failing in the second file only")
-        for failure in found.failures:
-            table.add_row(escape(failure.model), escape(failure.method), escape(failure.reason))
-        output.print(table)
-    output.print(
-        f"{found.compared} figures compared: {len(found.worse)} worse by more than {100 * tolerance:g}%, "
-        f"{len(found.missing)} missing, {len(found.failures)} newly failing; {len(found.better)} better, "
-        f"{found.new} new.",
-        highlight=False,
-        soft_wrap=True,
-    )
+    for path in (latex, csv, figure):
+        if path is not None:
+            check_writable(path)
+    with progress() as bar:
+        task = bar.add_task(escape(f"{model}: loading"), total=1.0)
+        loaded = load_model(model, trust_remote_code=trust_remote_code)
+        with torch.no_grad():
+            found = {
+                run.name: capture(loaded.module, *run.args, **run.kwargs)
+                for run in runs_of(loaded, text, data, images, device, dtype)
+            }
+        if truth in ("auto", "exact", "certificate"):
+            first = next(iter(found.values()))[0]
+            blocks = sum(map(len, found.values()))
+            said = f"truth: {cost(first, method=truth)}, for each of {blocks} blocks"
+            messages.print(said, highlight=False, soft_wrap=True)
+        compared = compare_runs(
+            found,
+            bounds=bounds or None,
+            truth=truth,
+            radii=eps or None,
+            name=loaded.name,
+            progress=lambda what, share: bar.update(task, completed=share, description=escape(f"{model}: {what}")),
+        )
+    if latex is not None:
+        compared.to_latex(latex)
+    if csv is not None:
+        compared.to_csv(csv)
+    if figure is not None:
+        compared.plot(figure)
+    print(compared.to_json() if as_json else repr(compared))  # noqa: T201 - a table as it is, whatever the width

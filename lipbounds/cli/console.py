@@ -26,6 +26,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object inst
 EXTRAS = {
     "PIL": "models",
     "hypothesis": "verify",
+    "matplotlib": "bench",
     "numpy": "verify",
     "pytest": "verify",
     "safetensors": "models",

@@ -12,13 +12,12 @@ from rich.markup import escape
 from typer.core import TyperCommand
 
 from lipbounds.cli.console import output, progress
+from lipbounds.cli.inputs import Data, Images, Model, Text, runs_of
 from lipbounds.cli.options import Device, Dtype, Seed
 
 
 if TYPE_CHECKING:
     from lipbounds.cluster import Cluster
-    from lipbounds.models.loading import LoadedModel
-    from lipbounds.report import ModelInput
 
 
 class WithRay(TyperCommand):
@@ -32,15 +31,10 @@ class WithRay(TyperCommand):
 
 
 def command(
-    model: Annotated[
-        str,
-        typer.Argument(help="minilm, digits-vit, lipschitz-vit, a Hugging Face name or folder, or package:attribute."),
-    ],
-    text: Annotated[list[str] | None, typer.Option(help="A text to run a text model on; repeatable.")] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="A text file, one text a line, or a tensor: .pt, .npy or .safetensors.")
-    ] = None,
-    images: Annotated[Path | None, typer.Option(help="A folder with pictures, for an image model.")] = None,
+    model: Model,
+    text: Text = None,
+    data: Data = None,
+    images: Images = None,
     bounds: Annotated[
         list[str] | None, typer.Option(help="A proved bound instead of the default ones; repeatable.")
     ] = None,
@@ -89,7 +83,7 @@ def command(
     with progress() as bar, _cluster(ray, gpus_per_job) as cluster:
         task = bar.add_task(escape(f"{model}: loading"), total=1.0)
         loaded = load_model(model, trust_remote_code=trust_remote_code)
-        runs = _runs(loaded, text, data, images, device, dtype)
+        runs = runs_of(loaded, text, data, images, device, dtype)
         found = measure(
             loaded.module,
             runs,
@@ -122,27 +116,3 @@ def _cluster(address: str | None, gpus_per_job: float) -> Iterator[Cluster | Non
 
     with connect(address or None, gpus_per_job=gpus_per_job) as found:
         yield found
-
-
-def _runs(
-    loaded: LoadedModel, text: list[str] | None, data: Path | None, images: Path | None, device: Any, dtype: Any
-) -> list[ModelInput]:
-    """The inputs that the options name, where the model is."""
-    from lipbounds.errors import InvalidInput
-    from lipbounds.report.inputs import check_runs, default_inputs, from_file, from_images, from_texts, placed
-
-    given: list[Any] = [name for name in (text, data, images) if name]
-    if len(given) > 1:
-        raise InvalidInput("inputs must come from one of --text, --data and --images, got more than one.")
-    if text:
-        runs = from_texts(loaded, text)
-    elif data is not None:
-        runs = from_file(loaded, data)
-    elif images is not None:
-        runs = from_images(loaded, images)
-    else:
-        runs = default_inputs(loaded)
-    loaded.module.to(device, dtype)
-    runs = placed(runs, device, dtype)
-    check_runs(loaded, runs)
-    return runs

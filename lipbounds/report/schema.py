@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses as dc
-import math
-from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Decimal
 
 from lipbounds.claims import BoundResult, Kind, Norm, Scope
+from lipbounds.shown import rounded as rounded
+from lipbounds.shown import shown as shown
 
 
 SCHEMA_VERSION = 1
-DIGITS = 3
-SIDES = {"proved": ROUND_CEILING, "probable": ROUND_CEILING, "lower": ROUND_FLOOR, "estimate": ROUND_HALF_EVEN}
 
 
 @dc.dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,37 +58,6 @@ def numbers_of(result: BoundResult) -> list[Number]:
         )
         for value in result.value.detach().double().flatten().tolist()
     ]
-
-
-def rounded(value: float, kind: Kind, digits: int) -> Decimal:
-    """A finite number with that many digits: upper bounds rounded up, lower bounds down, estimates to the nearest.
-
-    Args:
-        value: finite.
-        kind: of the promise.
-        digits: that count.
-    """
-    exact = Decimal(value)
-    if not exact:
-        return Decimal(0)
-    short = exact.quantize(Decimal(1).scaleb(exact.adjusted() - digits + 1), rounding=SIDES[kind])
-    # 9.996 became 10.00, which has a digit too many.
-    return short.quantize(Decimal(1).scaleb(short.adjusted() - digits + 1))
-
-
-def shown(value: float, kind: Kind) -> str:
-    """A number with three digits, rounded to the side on which its promise still holds.
-
-    Args:
-        value: may be infinite.
-        kind: of the promise.
-    """
-    if not math.isfinite(value):
-        return str(value)
-    short = rounded(value, kind, DIGITS)
-    if short and not 1e-3 <= abs(short) < 1e6:
-        return f"{float(short):.{DIGITS - 1}e}"
-    return f"{int(short)}" if short == short.to_integral_value() and abs(short) >= 100 else f"{short:f}"
 
 
 @dc.dataclass(frozen=True, slots=True, kw_only=True)

@@ -218,11 +218,11 @@ def test_a_bound_whose_module_breaks_is_one_line(tmp_path: Path, monkeypatch: py
         ("verify sharp --seed -1", "Invalid value for '--seed'"),
         ("verify sharp --report .", "pass another path"),
         ("verify sharp --report", "requires an argument"),
-        ("compare a b", "check the path"),
-        ("compare a", "Missing argument 'after'"),
-        ("compare a b --fail-above -5%", "5% or 0.05"),
-        ("compare a b --fail-above nan", "5% or 0.05"),
-        ("compare a b --fail-above %", "5% or 0.05"),
+        ("diff a b", "check the path"),
+        ("diff a", "Missing argument 'after'"),
+        ("diff a b --fail-above -5%", "5% or 0.05"),
+        ("diff a b --fail-above nan", "5% or 0.05"),
+        ("diff a b --fail-above %", "5% or 0.05"),
         ("train-digits --epochs 0", "Invalid value for '--epochs'"),
         ("train-digits --output .", "pass another path"),
         ("train-digits --seed 99999999999999999999", "Invalid value for '--seed'"),
@@ -280,13 +280,13 @@ def test_compare_has_an_exit_status_for_ci(tmp_path: Path) -> None:
     worse["median"] *= 1.1
     after = tmp_path / "after.json"
     after.write_text(json.dumps(content))
-    assert run("compare", str(before), str(before)).exit_code == 0
-    assert run("compare", str(after), str(before)).exit_code == 0
-    done = run("compare", str(before), str(after))
+    assert run("diff", str(before), str(before)).exit_code == 0
+    assert run("diff", str(after), str(before)).exit_code == 0
+    done = run("diff", str(before), str(after))
     assert done.exit_code == 1
     assert "1 worse by more than 5%" in done.stdout
-    assert run("compare", str(before), str(after), "--fail-above", "11%").exit_code == 0
-    found = json.loads(run("compare", str(before), str(after), "--json", "--fail-above", "0.02").stdout)
+    assert run("diff", str(before), str(after), "--fail-above", "11%").exit_code == 0
+    found = json.loads(run("diff", str(before), str(after), "--json", "--fail-above", "0.02").stdout)
     assert found["regressed"]
     assert found["fail_above"] == 0.02
     assert [(row["model"], row["method"]) for row in found["worse"]] == [("minilm", worse["bound"])]

@@ -63,7 +63,7 @@ class Failure:
 
 
 @dc.dataclass(frozen=True, kw_only=True)
-class Comparison:
+class Difference:
     """Two files side by side.
 
     Args:
@@ -92,7 +92,7 @@ class Comparison:
         return {"schema_version": 1, "regressed": self.regressed, **dc.asdict(self)}
 
 
-def compare(before: Results, after: Results, *, tolerance: float, with_seconds: bool = False) -> Comparison:
+def compare(before: Results, after: Results, *, tolerance: float, with_seconds: bool = False) -> Difference:
     """Match the figures of two files, and tell what got worse.
 
     Args:
@@ -116,7 +116,7 @@ def compare(before: Results, after: Results, *, tolerance: float, with_seconds: 
         missing[dc.replace(row, where="")] += 1
     worse = {row: factor for row, factor in factors.items() if factor > limit}
     better = {row: factor for row, factor in factors.items() if factor < 1 / limit}
-    return Comparison(
+    return Difference(
         compared=len(factors),
         new=len(new.keys() - old.keys()),
         worse=sorted(_changes(worse, old, new), key=lambda change: -change.factor),

@@ -1,0 +1,12 @@
+"""Bounds of the attention of a model side by side, with the truth."""
+
+from __future__ import annotations
+
+from lipbounds.comparison.measure import compare as compare
+from lipbounds.comparison.table import Comparison as Comparison
+from lipbounds.comparison.table import Row as Row
+from lipbounds.comparison.truth import truth as truth
+from lipbounds.lazy import submodules
+
+
+__getattr__ = submodules(__name__)
