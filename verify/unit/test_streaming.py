@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-import os
-import subprocess
-import sys
 from typing import Any
 
 import mpmath
@@ -144,48 +140,3 @@ def test_rotary_positions_are_refused() -> None:
     turns = torch.stack([angles.cos(), angles.sin()], -2)
     with pytest.raises(UnsupportedAttention, match="rotary"):
         streaming_theorem_3(blocks()["self"].replace(query_rotation=turns, key_rotation=turns))
-
-
-KERNEL = """
-import torch
-from lipbounds.kernels import triton_top2
-from lipbounds.ops.log_g import log_g_1
-
-generator = torch.Generator().manual_seed(0)
-for n, m, causal, scale in ((40, 70, False, 0.4), (70, 70, True, 20.0)):
-    q, k = (torch.randn(1, size, 16, generator=generator, requires_grad=True) for size in (n, m))
-    found = triton_top2.log_g_1(q, k, scale, causal=causal)
-    factors = torch.randn(1, n, generator=generator)
-    visible = found.isfinite()
-    (found * factors)[visible].sum().backward()
-    wide_q, wide_k = (t.detach().double().requires_grad_() for t in (q, k))
-    logits = scale * wide_q @ wide_k.mT
-    if causal:
-        logits = logits.masked_fill(torch.ones(n, n).triu(1) > 0, -torch.inf)
-    truth = log_g_1(logits)
-    assert torch.equal(visible, truth.isfinite()) and bool(visible.all()) != causal
-    (truth * factors)[visible].sum().backward()
-    # Logits of float32 are off by d + 1 roundings of |q| |k|; log g_1 is made of four of them.
-    largest = scale * float(q.detach().norm(dim=-1).max() * k.detach().norm(dim=-1).max())
-    rounding = 4 * 17 * 2.0**-24 * (1 + largest)
-    assert (found - truth)[visible].abs().max() < rounding
-    for given, wanted in ((q, wide_q), (k, wide_k)):
-        error = (given.grad - wanted.grad).abs().max() / wanted.grad.abs().max()
-        assert error < rounding, error
-try:
-    triton_top2.log_g_1(torch.zeros(3, 5), torch.zeros(3, 5), 1.0)
-except ValueError as error:
-    assert "power of two" in str(error)
-else:
-    raise AssertionError("a width of 5 was taken")
-"""
-
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_the_kernel_is_the_reference() -> None:
-    """In a process of its own: Triton's interpreter is chosen when the kernel is imported."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", KERNEL], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
