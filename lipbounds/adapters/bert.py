@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from jaxtyping import Float
 from torch import Tensor
 from transformers import BertModel
 
-from lipbounds.adapters._parts import (
-    activation,
-    attention_layers,
-    checked,
-    in_double,
-    linear,
-    normalization,
-    require,
-)
+from lipbounds.adapters._modules import activation, checked, linear, normalization, prepared
 from lipbounds.targets.layers import Layer, Pool, Positions, Residual, Sequence
 
 
@@ -33,10 +23,8 @@ def bert_network(model: BertModel, embeddings: Float[Tensor, "batch n dim"]) -> 
         InvalidInput: another model.
         Unsupported: an activation without a bound, or another variant of the architecture.
     """
-    require(model, BertModel, "bert_network")
-    wide: Any = in_double(model)
     x = embeddings.double()
-    attention = attention_layers(wide, inputs_embeds=x)
+    wide, attention = prepared(model, BertModel, "bert_network", inputs_embeds=x)
     first = wide.embeddings
     added = first.position_embeddings.weight[: x.shape[-2]] + first.token_type_embeddings.weight[0]
     layers: list[tuple[str, Layer]] = [
@@ -56,7 +44,4 @@ def bert_network(model: BertModel, embeddings: Float[Tensor, "batch n dim"]) -> 
             (f"layer.{index}.feed-forward.norm", normalization(layer.output.LayerNorm)),
         ]
     layers.append(("mean", Pool("mean")))
-    names, parts = zip(*layers, strict=True)
-    return checked(
-        Sequence(parts, names), x, lambda embeddings: wide(inputs_embeds=embeddings).last_hidden_state.mean(-2)
-    )
+    return checked(layers, x, lambda embeddings: wide(inputs_embeds=embeddings).last_hidden_state.mean(-2))

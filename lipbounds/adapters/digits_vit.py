@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from jaxtyping import Float
 from torch import Tensor
 
-from lipbounds.adapters._parts import (
-    attention_layers,
-    checked,
-    in_double,
-    linear,
-    normalization,
-    pre_norm_block,
-    require,
-)
+from lipbounds.adapters._modules import checked, linear, normalization, pre_norm_block, prepared
 from lipbounds.models.digits_vit import PATCH_SIZE, DigitsViT
 from lipbounds.targets.layers import Layer, Patches, Pointwise, Pool, Positions, Sequence
 
@@ -32,10 +22,8 @@ def digits_vit_network(model: DigitsViT, images: Float[Tensor, "batch 1 8 8"]) -
     Raises:
         InvalidInput: another model.
     """
-    require(model, DigitsViT, "digits_vit_network")
-    wide: Any = in_double(model)
     x = images.double()
-    attention = attention_layers(wide, x)
+    wide, attention = prepared(model, DigitsViT, "digits_vit_network", x)
     layers: list[tuple[str, Layer]] = [
         ("patches", Patches((PATCH_SIZE, PATCH_SIZE), (PATCH_SIZE, PATCH_SIZE))),
         ("embedding", linear(wide.patch_embedding)),
@@ -53,5 +41,4 @@ def digits_vit_network(model: DigitsViT, images: Float[Tensor, "batch 1 8 8"]) -
         (f"{layers[-1][0]}.feed-forward", last.layers[1]),
     ]
     layers += [("norm", normalization(wide.norm)), ("head", linear(wide.head))]
-    names, parts = zip(*layers, strict=True)
-    return checked(Sequence(parts, names), x, wide)
+    return checked(layers, x, wide)

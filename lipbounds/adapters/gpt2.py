@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from jaxtyping import Float
 from torch import Tensor
 from transformers import GPT2Model
 
-from lipbounds.adapters._parts import (
-    activation,
-    attention_layers,
-    checked,
-    in_double,
-    linear,
-    normalization,
-    pre_norm_block,
-    require,
-)
+from lipbounds.adapters._modules import activation, checked, linear, normalization, pre_norm_block, prepared
 from lipbounds.targets.layers import Layer, Pool, Positions, Sequence
 
 
@@ -32,10 +21,8 @@ def gpt2_network(model: GPT2Model, embeddings: Float[Tensor, "batch n dim"]) -> 
         InvalidInput: another model.
         Unsupported: an activation without a bound, or another variant of the architecture.
     """
-    require(model, GPT2Model, "gpt2_network")
-    wide: Any = in_double(model)
     x = embeddings.double()
-    attention = attention_layers(wide, inputs_embeds=x)
+    wide, attention = prepared(model, GPT2Model, "gpt2_network", inputs_embeds=x)
     layers: list[tuple[str, Layer]] = [("positions", Positions(None, wide.wpe.weight[: x.shape[-2]].detach()))]
     for index, layer in enumerate(wide.h):
         mlp = (linear(layer.mlp.c_fc), activation(wide.config.activation_function), linear(layer.mlp.c_proj))
@@ -43,7 +30,4 @@ def gpt2_network(model: GPT2Model, embeddings: Float[Tensor, "batch n dim"]) -> 
         layers += [(f"h.{index}.{name}", part) for name, part in block.named()]
     layers[-1:-1] = [("last token", Pool("last"))]
     layers.append(("norm", normalization(wide.ln_f)))
-    names, parts = zip(*layers, strict=True)
-    return checked(
-        Sequence(parts, names), x, lambda embeddings: wide(inputs_embeds=embeddings).last_hidden_state[:, -1]
-    )
+    return checked(layers, x, lambda embeddings: wide(inputs_embeds=embeddings).last_hidden_state[:, -1])

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lipbounds.adapters._parts import attention_layers, checked, in_double, linear, require
+from lipbounds.adapters._modules import checked, linear, prepared
 from lipbounds.models.digits_vit import PATCH_SIZE
 from lipbounds.models.lipschitz_vit import DIM, LipschitzViT
 from lipbounds.targets.layers import Flatten, Layer, Linear, Patches, Pointwise, Positions, Residual, Sequence
@@ -24,10 +22,8 @@ def lipschitz_vit_network(model: LipschitzViT, images: Float[Tensor, "batch 1 8 
     Raises:
         InvalidInput: another model.
     """
-    require(model, LipschitzViT, "lipschitz_vit_network")
-    wide: Any = in_double(model)
     x = images.double()
-    attention = attention_layers(wide, x)
+    wide, attention = prepared(model, LipschitzViT, "lipschitz_vit_network", x)
     centre = Linear(torch.eye(DIM, dtype=x.dtype, device=x.device) - 1 / DIM)
     layers: list[tuple[str, Layer]] = [
         ("patches", Patches((PATCH_SIZE, PATCH_SIZE), (PATCH_SIZE, PATCH_SIZE))),
@@ -42,5 +38,4 @@ def lipschitz_vit_network(model: LipschitzViT, images: Float[Tensor, "batch 1 8 
         second = Residual(Sequence((into, Pointwise("gelu"), linear(block.mlp[2])), ("in", "activation", "out")))
         layers += [(f"blocks.{index}.attention", first), (f"blocks.{index}.feed-forward", second)]
     layers += [("flat", Flatten()), ("head", linear(wide.head))]
-    names, parts = zip(*layers, strict=True)
-    return checked(Sequence(parts, names), x, wide)
+    return checked(layers, x, wide)

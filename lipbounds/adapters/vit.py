@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from jaxtyping import Float
 from torch import Tensor
 from transformers import ViTModel
 
-from lipbounds.adapters._parts import (
-    activation,
-    attention_layers,
-    checked,
-    in_double,
-    linear,
-    normalization,
-    pre_norm_block,
-    require,
-)
+from lipbounds.adapters._modules import activation, checked, linear, normalization, pre_norm_block, prepared
 from lipbounds.targets.layers import Layer, Linear, Patches, Pool, Positions, Sequence
 
 
@@ -32,10 +21,8 @@ def vit_network(model: ViTModel, images: Float[Tensor, "batch channels height wi
         InvalidInput: another model.
         Unsupported: an activation without a bound, or another variant of the architecture.
     """
-    require(model, ViTModel, "vit_network")
-    wide: Any = in_double(model)
     x = images.double()
-    attention = attention_layers(wide, x)
+    wide, attention = prepared(model, ViTModel, "vit_network", x)
     embeddings, projection = wide.embeddings, wide.embeddings.patch_embeddings.projection
     weight, bias = projection.weight.detach().flatten(1), projection.bias
     layers: list[tuple[str, Layer]] = [
@@ -49,5 +36,4 @@ def vit_network(model: ViTModel, images: Float[Tensor, "batch channels height wi
         layers += [(f"layers.{index}.{name}", part) for name, part in block.named()]
     layers[-1:-1] = [("class token", Pool("first"))]
     layers.append(("norm", normalization(wide.layernorm)))
-    names, parts = zip(*layers, strict=True)
-    return checked(Sequence(parts, names), x, lambda images: wide(images).last_hidden_state[:, 0])
+    return checked(layers, x, lambda images: wide(images).last_hidden_state[:, 0])

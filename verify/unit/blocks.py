@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lipbounds import Attention
+from lipbounds import Attention, get
 from lipbounds.testing import extended, oracles
 from lipbounds.testing._jacobian import jacobian_parts
 
@@ -41,6 +41,24 @@ def true_norm(block: Attention) -> torch.Tensor:
     moving = block.moving_input
     jacobian = torch.func.jacrev(block.function())(moving)
     return torch.linalg.matrix_norm(jacobian.reshape(-1, moving.numel()), 2)
+
+
+def check_batch_is_its_items(block: Attention, rtol: dict[str, float]) -> None:
+    """Values, oracles and methods at a batch of shape (2, 2) are those at its items.
+
+    Args:
+        block: with the batch shape (2, 2).
+        rtol: relative tolerance by the name of each bound or estimator.
+    """
+    norms = oracles.jacobian_norm(block)
+    for index in ((0, 1), (1, 0)):
+        item = oracles.batch_item(block, index)
+        assert not item.batch_shape
+        torch.testing.assert_close(block.forward()[index], item.forward())
+        torch.testing.assert_close(norms[index], oracles.jacobian_norm(item))
+        for name, tolerance in rtol.items():
+            together, alone = (get(name)(b).value for b in (block, item))
+            torch.testing.assert_close(together[index], alone, rtol=tolerance, atol=0)
 
 
 def check_function(block: Attention, function: Callable[[Tensor], Tensor]) -> float:

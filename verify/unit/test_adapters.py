@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lipbounds import InvalidInput, Unsupported
-from lipbounds.adapters import _parts
+from lipbounds.adapters import _modules
 from lipbounds.adapters.bert import bert_network
 from lipbounds.adapters.digits_vit import digits_vit_network
 from lipbounds.adapters.gpt2 import gpt2_network
@@ -61,7 +61,7 @@ def test_the_network_is_the_model_and_its_bound_is_above_its_constant(family: st
         parameter.data += 0.1 * torch.randn_like(parameter)
     network = adapter(model.eval(), x)
     assert isinstance(network, Sequence)
-    wide = _parts.in_double(model)
+    wide = _modules.in_double(model)
     for point in (x, x + 0.3 * Draw(9)(*x.shape)):
         with torch.no_grad():
             expected = output(wide, point)
@@ -77,7 +77,7 @@ def test_the_network_is_the_model_and_its_bound_is_above_its_constant(family: st
 
 def test_a_network_that_is_not_the_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     adapter, model, x, _ = bert()
-    monkeypatch.setitem(_parts.ACTIVATION_NAMES, "gelu", "gelu_tanh")
+    monkeypatch.setitem(_modules.ACTIVATION_NAMES, "gelu", "gelu_tanh")
     with pytest.raises(Unsupported, match="agree with the model"):
         adapter(model, x)
 

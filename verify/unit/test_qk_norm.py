@@ -28,7 +28,7 @@ from lipbounds.testing.recipes import NORMS, Recipe, build
 from lipbounds.testing.relation_checks import rounding_room
 from lipbounds.testing.shrink import shrink
 from lipbounds.testing.snippet import snippet
-from verify.unit.blocks import check_function
+from verify.unit.blocks import check_batch_is_its_items, check_function
 from verify.unit.sample_bounds import spec
 
 
@@ -93,15 +93,9 @@ def test_a_batch_of_norms_is_its_items(moves: str, over: str) -> None:
     block = normed_block(moves, over, batch=(2, 2), batched="both")
     assert block.query_norm_weight is not None
     assert block.query_norm_weight.shape[:-2] == block.batch_shape == (2, 2)
-    norms = oracles.jacobian_norm(block)
-    for index in ((0, 1), (1, 0)):
-        item = oracles.batch_item(block, index)
-        assert not item.batch_shape
-        torch.testing.assert_close(block.forward()[index], item.forward())
-        torch.testing.assert_close(norms[index], oracles.jacobian_norm(item))
-        for name in sorted(PROVED | ESTIMATORS):
-            together, alone = (lipbounds.get(name)(b).value for b in (block, item))
-            torch.testing.assert_close(together[index], alone, rtol=1e-4 if name == "power_iteration" else 1e-6, atol=0)
+    check_batch_is_its_items(
+        block, {name: 1e-4 if name == "power_iteration" else 1e-6 for name in sorted(PROVED | ESTIMATORS)}
+    )
 
 
 def test_repeated_keys_have_the_mean_of_their_groups() -> None:

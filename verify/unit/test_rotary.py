@@ -21,7 +21,7 @@ from lipbounds.testing.falsify import judge
 from lipbounds.testing.recipes import ROTATIONS, Recipe, build
 from lipbounds.testing.shrink import shrink
 from lipbounds.testing.snippet import snippet
-from verify.unit.blocks import check_function
+from verify.unit.blocks import check_batch_is_its_items, check_function
 from verify.unit.sample_bounds import spec
 
 
@@ -81,15 +81,7 @@ def test_a_batch_of_positions_is_its_items(moves: str) -> None:
     block = turned_block(moves, batch=(2, 2), batched="both")
     assert block.query_rotation is not None
     assert block.query_rotation.shape[:-3] == block.batch_shape == (2, 2)
-    norms = oracles.jacobian_norm(block)
-    for index in ((0, 1), (1, 0)):
-        item = oracles.batch_item(block, index)
-        assert not item.batch_shape
-        torch.testing.assert_close(block.forward()[index], item.forward())
-        torch.testing.assert_close(norms[index], oracles.jacobian_norm(item))
-        for name in BOUNDS:
-            together, alone = (lipbounds.get(name)(b).value for b in (block, item))
-            torch.testing.assert_close(together[index], alone)
+    check_batch_is_its_items(block, dict.fromkeys(BOUNDS, 1e-7))
 
 
 def test_the_layout_is_that_of_llama() -> None:

@@ -1,4 +1,4 @@
-"""What the adapters share: parts of a torch model as layers, and the check of the whole against the model."""
+"""What the adapters share: modules of a torch model as layers, and the check of the whole against the model."""
 
 from __future__ import annotations
 
@@ -70,6 +70,26 @@ def activation(name: str) -> Pointwise:
     return Pointwise(ACTIVATION_NAMES[name])
 
 
+def prepared(model: Model, kind: type, adapter: str, *args: Any, **kwargs: Any) -> tuple[Any, list[AttentionLayer]]:
+    """A copy of the model in float64, and its attention layers at the inputs.
+
+    Args:
+        model: the model.
+        kind: of the family of the adapter.
+        adapter: its name.
+        *args: inputs of the model, in float64.
+        **kwargs: its keyword inputs.
+
+    Raises:
+        InvalidInput: the model is of another family.
+        Unsupported: an attention block cannot be captured.
+    """
+    if not isinstance(model, kind):
+        raise InvalidInput(f"{adapter} needs a {kind.__name__}, got {type(model).__name__}.")
+    wide = in_double(model)
+    return wide, attention_layers(wide, *args, **kwargs)
+
+
 def attention_layers(model: nn.Module, *args: Any, **kwargs: Any) -> list[AttentionLayer]:
     """The attention blocks of a model, in the order of their calls.
 
@@ -99,17 +119,19 @@ def pre_norm_block(
     return Sequence((first, second), ("attention", "feed-forward"))
 
 
-def checked(network: Sequence, x: Tensor, model: Callable[[Tensor], Tensor]) -> Sequence:
-    """The network, after its output at `x` was compared with the model's.
+def checked(layers: list[tuple[str, Layer]], x: Tensor, model: Callable[[Tensor], Tensor]) -> Sequence:
+    """The layers as a network, after its output at `x` was compared with the model's.
 
     Args:
-        network: in float64.
+        layers: in float64, with their names.
         x: the input, in float64.
         model: the model as a function of `x`, in float64.
 
     Raises:
         Unsupported: the two differ by more than rounding.
     """
+    names, parts = zip(*layers, strict=True)
+    network = Sequence(parts, names)
     with torch.no_grad():
         wanted, got = model(x), network(x).squeeze(-2)
         if wanted.shape != got.shape:
@@ -118,15 +140,3 @@ def checked(network: Sequence, x: Tensor, model: Callable[[Tensor], Tensor]) -> 
     if not residual <= TOLERANCE:
         raise Unsupported(f"the network must agree with the model to {TOLERANCE:g}, got {residual=:.3g}.")
     return network
-
-
-def require(module: object, kind: type, adapter: str) -> None:
-    """Raise InvalidInput unless the model is of the family of the adapter.
-
-    Args:
-        module: the model.
-        kind: of the family.
-        adapter: its name.
-    """
-    if not isinstance(module, kind):
-        raise InvalidInput(f"{adapter} needs a {kind.__name__}, got {type(module).__name__}.")
