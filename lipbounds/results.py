@@ -18,7 +18,8 @@ from typing import Any, Literal
 from lipbounds.errors import InvalidInput
 
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 1  # of tables, and of the records of versions up to 0.1
+RECORDS_VERSION = 2
 Better = Literal["lower", "higher"]
 BETTER: dict[str, Better] = {"proved": "lower", "probable": "lower", "estimate": "lower", "lower": "higher"}
 SECONDS = "seconds, median"
@@ -93,8 +94,9 @@ def read_results(path: Path) -> Results:
             f"got one that cannot be read ({type(error).__name__}: {_short(error)}); make it again."
         ) from error
     raise InvalidInput(
-        f"{path} must be tightness.json, certified.json, a file of records or a report of schema version "
-        f"{SCHEMA_VERSION}, got a file of another structure; only these can be compared."
+        f"{path} must be tightness.json, certified.json, a report of schema version {SCHEMA_VERSION} or a file of "
+        f"records of schema version {SCHEMA_VERSION} or {RECORDS_VERSION}, got a file of another structure; only these "
+        "can be compared."
     )
 
 
@@ -115,7 +117,10 @@ def _parsed(text: str) -> Any:
 
 def _reader(content: Any) -> Callable[[Any], Results] | None:
     if isinstance(content, list) and content and all(isinstance(line, dict) for line in content):
-        return _records if all(line.get("schema_version") == SCHEMA_VERSION for line in content) else None
+        versions = {line.get("schema_version") for line in content}
+        if versions == {RECORDS_VERSION}:
+            return _answers
+        return _records if versions == {SCHEMA_VERSION} else None
     if isinstance(content, dict) and {"methods", "models", "environments"} <= content.keys():
         return _tightness if content.get("schema_version") == SCHEMA_VERSION else None
     if isinstance(content, dict) and {"models", "whole"} <= content.keys():
@@ -193,6 +198,16 @@ def _report(content: dict[str, Any]) -> Results:
                     row = Row("the model", number["method"], what, where)
                     figures[row] = Figure(float(number["value"]), "lower")
     return Results(structure="report", figures=figures)
+
+
+def _answers(lines: list[dict[str, Any]]) -> Results:
+    """Records of today: the question and the answer in fields of their own."""
+    blocks = {line["id"]: {**line["question"], **line["answer"]} for line in lines if line["record"] == "block"}
+    found = [line for line in lines if line["record"] == "answer"]
+    return _records(
+        [{"record": "block", "id": name, **block} for name, block in blocks.items()]
+        + [{**line["question"], **line["answer"], "block": line["block"]} for line in found]
+    )
 
 
 def _records(lines: list[dict[str, Any]]) -> Results:

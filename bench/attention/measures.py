@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import LinearOperator, svds
 from torch import Tensor
 
 from bench.attention.correlation import spearman_within
 from bench.engine.evaluate import question
-from bench.engine.records import Record
+from bench.engine.records import Question, Record
 from bench.engine.reference import LARGEST_RESIDUAL, LOWER, SMALL, STEPS, TASK
+from bench.engine.store_file import Entry
 from bench.workloads.case import Case
 from lipbounds import registry
 from lipbounds.errors import Unsupported
@@ -27,37 +27,42 @@ TOO_COSTLY = ("sharp",)  # seconds a block
 TOLERANCE = 1e-7  # relative, of the norms of the parts
 
 
-def methods(block: Attention) -> list[BoundSpec]:
-    """The proved l2 bounds at a point that are cheap."""
+def methods(target: type[Attention]) -> list[BoundSpec]:
+    """The proved l2 bounds at a point that are cheap.
+
+    Args:
+        target: the class of the blocks.
+    """
     return [
         spec
         for spec in registry.select()
         if (spec.role, spec.claim.kind, spec.claim.scope, spec.claim.norm) == ("bound", "proved", "point", "l2")
-        and isinstance(block, spec.target)
+        and issubclass(target, spec.target)
         and spec.name not in TOO_COSTLY
     ]
 
 
-def true_constant(case: Case, known: Mapping[str, Record]) -> tuple[float, str]:
+def true_constant(case: Case, known: Mapping[str, Entry], device: torch.device) -> tuple[float, str]:
     """The norm of the Jacobian, and where it is from: exact in the records, or Lanczos, converged as there.
 
     Lanczos is from below, and its residual is at most 1e-6 of the value unless all steps are spent.
 
     Args:
         case: the block.
-        known: records of the task `tightness` by key.
+        known: entries of the task `tightness` by key.
+        device: where what is not there is computed.
     """
-    exact = known.get(question(TASK, case, registry.get("exact")).key)
+    exact = _known(known, question(TASK, case, registry.get("exact")))
     if exact is not None and exact.value is not None:
         return exact.value, "exact, recorded"
     lanczos = registry.get(LOWER)
     value, source = float("nan"), ""
     for steps in STEPS:
-        record = known.get(question(TASK, case, lanczos, {"steps": steps}).key)
+        record = _known(known, question(TASK, case, lanczos, {"steps": steps}))
         if record is not None and record.value is not None:
             value, residual, source = record.value, record.details.get("residual", 0.0), "Lanczos, recorded"
         else:
-            result = lanczos(case.block.replace(), steps=steps)
+            result = lanczos(case.block.to(device), steps=steps)
             value, source = result.value.item(), "Lanczos, measured"
             residual = float(result.details["residual"]) if "residual" in result.details else 0.0
         if residual <= LARGEST_RESIDUAL:
@@ -65,24 +70,30 @@ def true_constant(case: Case, known: Mapping[str, Record]) -> tuple[float, str]:
     return value, source
 
 
-def bounds(case: Case, known: Mapping[str, Record]) -> dict[str, float]:
+def bounds(case: Case, known: Mapping[str, Entry], device: torch.device) -> dict[str, float]:
     """The value of each bound that supports the block, from the records where they have it.
 
     Args:
         case: the block.
-        known: records of the task `tightness` by key.
+        known: entries of the task `tightness` by key.
+        device: where what is not there is computed.
     """
     found = {}
-    for spec in methods(case.block):
-        record = known.get(question(TASK, case, spec).key)
+    for spec in methods(type(case.block)):
+        record = _known(known, question(TASK, case, spec))
         if record is not None and record.value is not None:
             found[spec.name] = record.value
             continue
         try:
-            found[spec.name] = spec(case.block.replace()).value.item()
+            found[spec.name] = spec(case.block.to(device)).value.item()
         except Unsupported:
             continue
     return found
+
+
+def _known(known: Mapping[str, Entry], asked: Question) -> Record | None:
+    entry = known.get(asked.key)
+    return None if entry is None else entry.record
 
 
 def mixing_block(block: Attention) -> Attention:
@@ -138,6 +149,8 @@ def _row_norms(dense: Tensor, tokens: int) -> np.ndarray:
 
 
 def _norm(forward: Any, backward: Any, out_shape: tuple[int, ...], in_shape: tuple[int, ...]) -> float:
+    from scipy.sparse.linalg import LinearOperator, svds  # half a second of imports
+
     size = int(np.prod(out_shape)), int(np.prod(in_shape))
 
     def product(function: Any, shape: tuple[int, ...]) -> Any:

@@ -12,7 +12,7 @@ import dataclasses as dc
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,20 +21,23 @@ from torch import Tensor, nn
 from bench.attacks.smallest import SEED, Effort, Norm, smallest_found
 from bench.attention.maps import examples, statistics
 from bench.attention.measures import bounds, methods, part_norms, row_correlations, true_constant
-from bench.engine.answers import Answer, Answers
-from bench.engine.machine import git_state
-from bench.engine.records import Record
+from bench.engine.evaluators import CPU
+from bench.engine.store import Answer, Shown, Store
+from bench.engine.store_file import Entry
 from bench.workloads.case import Case
-from bench.workloads.models import captured, tensors_hash, zoo
-from lipbounds.capture import capture
+from bench.workloads.hashes import tensors_hash
+from bench.workloads.models import captured, digits_inputs, zoo
 from lipbounds.models.digits_data import load_digits_split
 from lipbounds.models.digits_vit import load_digits_vit
 from lipbounds.models.lipschitz_vit import load_lipschitz_vit
+from lipbounds.targets.attention import Attention
 
 
 VERSION = 1  # of what is computed here: raise it when numbers change
 CLASSIFIERS: dict[str, Callable[[], nn.Module]] = {"digits-vit": load_digits_vit, "lipschitz-vit": load_lipschitz_vit}
 LIPSCHITZ_VIT = "ViT made to be certified: 16 tokens, 32 features, 4 heads, gentle attention, on test images"
+LIPSCHITZ_LAYERS = 2
+FIRST_ORDER = ("jacobian", "margin", "slope", "L2", "Linf")
 BATCH = 50  # images attacked at a time
 SHOWN_TOKENS = 12  # of the input whose maps are drawn, at least
 
@@ -77,38 +80,63 @@ PROFILES = {
 
 
 def run(
-    answers: Answers,
+    answers: Store,
     profile: Profile,
-    known: Mapping[str, Record],
+    known: Mapping[str, Entry],
     *,
+    device: torch.device = CPU,
     force: bool = False,
     advance: Callable[[str], None] = lambda what: None,
-) -> dict[str, Any]:
-    """Everything of a profile that is not in the file yet; returns what page and figures are made of.
+) -> None:
+    """Everything of a profile that is not in the file yet.
 
     Args:
         answers: the file.
         profile: how much is done.
-        known: records of the task `tightness` by key.
+        known: entries of the task `tightness` by key.
+        device: where it is computed.
         force: make again what is in the file.
         advance: called before each piece of work with its name.
     """
+    for name, count in profile.attacked.items():
+        _attacked(answers, name, count, profile, device, force, advance)
+    for name, count in profile.inputs.items():
+        shown = False
+        for number, cases in enumerate(by_input(name, count)):
+            advance(f"{name}: {cases[0].input}")
+            place = {**_place(cases[0]), "device": device.type}
+            rows = number < profile.rows
+            question = {**place, "what": "blocks", "bounds": _versions(), "rows": rows}
+            answers.ask(question, functools.partial(_blocks, cases, known, rows, device), force=force)
+            if not shown and _shown(name, cases, number, count):
+                shown = True
+                answers.ask({**place, "what": "examples"}, functools.partial(examples, cases), force=force)
+
+
+def shown(found: Shown, profile: Profile) -> dict[str, Any]:
+    """What page and figures are made of.
+
+    Args:
+        found: the answers of a run.
+        profile: of the run.
+    """
     described = descriptions()
     data: dict[str, Any] = {"models": {}, "attacks": {}, "effort": dc.asdict(profile.effort)}
-    for name, count in profile.attacked.items():
-        data["attacks"][name] = _attacked(answers, name, count, profile, force, advance)
-    for name, count in profile.inputs.items():
-        inputs = []
-        for number, cases in enumerate(_by_input(name, count)):
-            advance(f"{name}: {cases[0].input}")
-            question = {**_place(cases[0]), "what": "blocks", "bounds": _versions(cases[0])}
-            rows = number < profile.rows
-            work = functools.partial(_blocks, cases, known, rows)
-            inputs.append(_ask(answers, question | {"rows": rows}, work, force))
-            if "examples" not in data and _shown(name, cases, number, count):
-                shown = {**_place(cases[0]), "what": "examples"}
-                data["examples"] = _ask(answers, shown, functools.partial(examples, cases), force)
-        data["models"][name] = {"description": described[name], "inputs": inputs}
+    for name in dict.fromkeys(row["model"] for row in found.select(what="slopes")):
+        (slopes,) = found.select(what="slopes", model=name)
+        distances: dict[str, list[float]] = {}
+        for row in found.select(what="attack", model=name):
+            distances.setdefault(row["norm"], []).extend(row["distances"])
+        data["attacks"][name] = {
+            **{"weights": slopes["weights"], "images": slopes["images"], "distances": distances},
+            "wrong": profile.attacked[name] - len(slopes["images"]),
+            "first": {key: slopes[key] for key in FIRST_ORDER},
+        }
+    for row in found.select(what="blocks"):
+        model = data["models"].setdefault(row["model"], {"description": described[row["model"]], "inputs": []})
+        model["inputs"].append(row)
+    if drawn := found.select(what="examples"):
+        data["examples"] = drawn[0]
     return data
 
 
@@ -118,12 +146,12 @@ def pieces(profile: Profile) -> int:
     return sum(profile.inputs.values()) + sum(batches) * len(profile.norms) + len(profile.attacked)
 
 
-def violations(data: dict[str, Any], certificates: Mapping[str, Answer]) -> list[str]:
+def violations(data: dict[str, Any], certificates: Iterable[Answer]) -> list[str]:
     """Bounds below the norm they bound, and images fooled inside their certified radius: there must be none.
 
     Args:
         data: what `run` returned.
-        certificates: answers of the task `certified` by key.
+        certificates: answers of the task `certified`.
     """
     found = []
     for name, model in data["models"].items():
@@ -137,7 +165,7 @@ def violations(data: dict[str, Any], certificates: Mapping[str, Answer]) -> list
                 ]
     proved = {
         (row["model"], row["weights"], row["image"]): row["radius"]
-        for row in certificates.values()
+        for row in certificates
         if row.get("what") == "certificate"
     }
     for name, attack in data["attacks"].items():
@@ -153,18 +181,13 @@ def descriptions() -> dict[str, str]:
     return {"lipschitz-vit": LIPSCHITZ_VIT, **{model.name: model.description for model in zoo()}}
 
 
-def _ask(answers: Answers, question: Answer, work: Callable[[], Answer], force: bool) -> Answer:
-    """As `Answers.ask`, with the commit that made the answer."""
-    return answers.ask(question, lambda: {**work(), **_commit()}, force=force)
+def by_input(name: str, count: int) -> Iterator[list[Case]]:
+    """The blocks of each input, in the order of the layers.
 
-
-@functools.cache
-def _commit() -> Answer:
-    return git_state()
-
-
-def _by_input(name: str, count: int) -> Iterator[list[Case]]:
-    """The blocks of each input, in the order of the layers."""
+    Args:
+        name: of the model.
+        count: of inputs.
+    """
     if name == "lipschitz-vit":
         cases = _lipschitz_vit(count)
     else:
@@ -175,13 +198,9 @@ def _by_input(name: str, count: int) -> Iterator[list[Case]]:
 
 
 def _lipschitz_vit(count: int) -> Iterator[Case]:
-    model, test = load_lipschitz_vit(), load_digits_split().test
-    inputs = [
-        (f"image-{int(test.indices[i])}", tensors_hash([("image", image)]), functools.partial(capture, model, image))
-        for i in range(count)
-        for image in [test.images[i : i + 1]]
-    ]
-    return captured("lipschitz-vit", model, tensors_hash(model.state_dict().items()), inputs)
+    model = load_lipschitz_vit()
+    weights = tensors_hash(model.state_dict().items())
+    return captured("lipschitz-vit", lambda: model, weights, digits_inputs(count), range(LIPSCHITZ_LAYERS))
 
 
 def _place(case: Case) -> Answer:
@@ -191,28 +210,28 @@ def _place(case: Case) -> Answer:
     }
 
 
-def _versions(case: Case) -> dict[str, int]:
-    return {spec.name: spec.version for spec in methods(case.block)}
+def _versions() -> dict[str, int]:
+    return {spec.name: spec.version for spec in methods(Attention)}
 
 
 def _shown(name: str, cases: list[Case], number: int, count: int) -> bool:
     return name == "minilm" and (cases[0].block.tokens >= SHOWN_TOKENS or number == count - 1)
 
 
-def _blocks(cases: list[Case], known: Mapping[str, Record], rows: bool) -> Answer:
+def _blocks(cases: list[Case], known: Mapping[str, Entry], rows: bool, device: torch.device) -> Answer:
     """Statistics, norms and bounds of all blocks at one input."""
     start = time.perf_counter()
     layers = []
     with torch.no_grad():
         for case in cases:
-            constant, source = true_constant(case, known)
+            constant, source = true_constant(case, known, device)
             mixing, softmax = part_norms(case.block)
             layers.append(
                 {
                     **{"layer": case.layer, "module": case.module, "tokens": case.block.tokens},
                     **statistics(case.block.logits),
                     **{"constant": constant, "source": source, "mixing": mixing, "softmax": softmax},
-                    "bounds": bounds(case, known),
+                    "bounds": bounds(case, known, device),
                     "rows": row_correlations(case.block) if rows else None,
                 }
             )
@@ -220,39 +239,35 @@ def _blocks(cases: list[Case], known: Mapping[str, Record], rows: bool) -> Answe
 
 
 def _attacked(
-    answers: Answers, name: str, count: int, profile: Profile, force: bool, advance: Callable[[str], None]
-) -> Answer:
+    answers: Store,
+    name: str,
+    count: int,
+    profile: Profile,
+    device: torch.device,
+    force: bool,
+    advance: Callable[[str], None],
+) -> None:
     """Distances to the nearest images found of another class, and first-order numbers, of the images classified right.
 
     What is in `distances` and the other lists goes with the list `images`.
     """
-    model, split = CLASSIFIERS[name](), load_digits_split().test
-    images, labels, indices = split.images[:count], split.labels[:count], split.indices[:count]
+    model, split = CLASSIFIERS[name]().to(device), load_digits_split().test
+    images, labels, indices = split.images[:count].to(device), split.labels[:count].to(device), split.indices[:count]
     with torch.no_grad():
         right = model(images).argmax(1) == labels
-    images, labels, indices = images[right], labels[right], indices[right].tolist()
-    shared = {
-        "task": "attention",
-        "version": VERSION,
-        "model": name,
-        "weights": tensors_hash(model.state_dict().items()),
-    }
-    distances: dict[str, list[float]] = {}
+    images, labels, indices = images[right], labels[right], indices[right.cpu()].tolist()
+    shared = {"task": "attention", "version": VERSION, "model": name, "device": device.type}
+    shared["weights"] = tensors_hash(model.state_dict().items())
     for norm in profile.norms:
-        distances[norm] = []
         for start in range(0, len(images), BATCH):
             batch = slice(start, start + BATCH)
             advance(f"{name}: attack in {norm}, from image {start}")
             question = {**shared, "what": "attack", "norm": norm, "images": indices[batch], "seed": SEED}
             work = functools.partial(_distances, model, images[batch], labels[batch], norm, profile.effort)
-            found = _ask(answers, question | {"effort": dc.asdict(profile.effort)}, work, force)
-            distances[norm] += found["distances"]
+            answers.ask(question | {"effort": dc.asdict(profile.effort)}, work, force=force)
     advance(f"{name}: slopes")
     work = functools.partial(first_order, model, images, labels)
-    slopes = _ask(answers, {**shared, "what": "slopes", "images": indices}, work, force)
-    numbers = {key: slopes[key] for key in ("jacobian", "margin", "slope", "L2", "Linf")}
-    wrong = int((~right).sum())
-    return {"weights": shared["weights"], "images": indices, "wrong": wrong, "distances": distances, "first": numbers}
+    answers.ask({**shared, "what": "slopes", "images": indices}, work, force=force)
 
 
 def _distances(model: nn.Module, images: Tensor, labels: Tensor, norm: Norm, effort: Effort) -> Answer:
@@ -274,12 +289,12 @@ def first_order(model: nn.Module, images: Tensor, labels: Tensor) -> Answer:
         labels: their classes.
     """
     exact = copy.deepcopy(model).double()
-    found: dict[str, list[float]] = {key: [] for key in ("jacobian", "margin", "slope", "L2", "Linf")}
+    found: dict[str, list[float]] = {key: [] for key in FIRST_ORDER}
     for image, label in zip(images.double(), labels, strict=True):
         jacobian = torch.autograd.functional.jacobian(lambda x: exact(x[None])[0], image).flatten(1)
         with torch.no_grad():
             logits = exact(image[None])[0]
-        others = torch.arange(len(logits)) != label
+        others = torch.arange(len(logits), device=logits.device) != label
         margins, gradients = (logits[label] - logits)[others], (jacobian[label] - jacobian)[others]
         found["jacobian"].append(float(torch.linalg.matrix_norm(jacobian, 2)))
         found["margin"].append(float(margins.min()))

@@ -4,45 +4,75 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from pathlib import Path
 
 from bench.balls import page as balls
 from bench.balls import task as task
-from bench.engine.options import command_of, folder_of, shown, told
-from bench.engine.store import RecordStore
-from bench.workloads.models import Model
-from lipbounds.cluster import Cluster
+from bench.engine.migration import Old, blocks, newest
+from bench.engine.store import Shown, Store
+from bench.engine.task import Showing, Task, Written
+from lipbounds.devices import device_named
 from lipbounds.files import write_atomically
 
 
-def run(options: argparse.Namespace, models: Sequence[Model], cluster: Cluster | None = None) -> int:
-    """Evaluate what is missing, write the page and the figure; 1 if something failed or is refuted.
+def measure(options: argparse.Namespace, store: Store) -> Showing:
+    """Evaluate what is missing.
 
     Args:
         options: the command line.
-        models: of which some have blocks in the figure.
-        cluster: where evaluations are made; None for this process.
+        store: the records.
     """
-    command = command_of(options, "balls")
-    with RecordStore(options.results / "balls.jsonl") as store:
-        outcome = task.run(
-            store,
-            quick=options.quick,
-            force=options.force,
-            time_limit=options.time_limit,
-            command=command,
-            cluster=cluster,
-            models=models,
-            advance=lambda case: print(f"balls: {case.model}, layer {case.layer}", file=sys.stderr),
-        )
-        store.compact()
-        records = [store.records[key] for key in outcome.keys]
-        states = {record.environment for record in records}
-        environments = [store.environments[state]["environment"] for state in sorted(states)]
-    found = balls.blocks(records)
-    path = folder_of(options) / "balls.md"
-    write_atomically(path, balls.page(found, command, shown(store.path), environments).encode())
-    paths = [path, *balls.draw(found, folder_of(options))]
-    print(f"\n{outcome.evaluated} evaluations on balls made, {outcome.reused} taken from {shown(store.path)}.")
+    outcome = task.run(
+        store,
+        quick=options.quick,
+        force=options.force,
+        time_limit=options.time_limit,
+        cluster=options.cluster,
+        device=device_named(options.device),
+        models=options.models,
+        advance=lambda case: print(f"balls: {case.model}, layer {case.layer}", file=sys.stderr),
+    )
+    store.reused += outcome.reused
+    return Showing(keys=outcome.keys)
+
+
+def pages(found: Shown, folder: Path) -> Written:
+    """Write the page and the figure; what failed or is refuted is wrong.
+
+    Args:
+        found: the records.
+        folder: where the files go.
+    """
+    records = found.records
+    blocks = balls.blocks(records)
+    path = folder / "balls.md"
+    text = balls.page(blocks, found.page.data["command"], found.store.path.name, found.states)
+    write_atomically(path, text.encode())
     failed = [record for record in records if record.status in ("failed", "timeout")]
-    return told(paths, [*balls.violations(found), *(f"{record.question.bound}: {record.error}" for record in failed)])
+    wrong = [*balls.violations(blocks), *(f"{record.question.bound}: {record.error}" for record in failed)]
+    return Written(paths=[path, *balls.draw(blocks, folder)], troubles=wrong)
+
+
+def migrated(old: Old) -> Showing:
+    """What the page of a file of schema version 1 showed.
+
+    Args:
+        old: the file.
+    """
+    small = {(case.model, case.input): (case.model_hash, case.input_hash) for case, _ in task.cases(True, models=[])}
+    found = blocks(old, small, (0.0, task.NAMED, *task.SMALL_RADII))
+    names = (*task.UPPERS, task.LOWER)
+    places = [(case.model, case.input, case.layer) for case, _ in task.cases(False)]
+    order = {(*place, name): n for n, place in enumerate(places) for name in names}
+    return Showing(keys=newest(found, order))
+
+
+TASK = Task(
+    name="balls",
+    help="bounds on a ball as curves over its radius",
+    measure=measure,
+    pages=pages,
+    takes=frozenset({"quick", "force", "results", "device", "ray", "gpus_per_job", "time_limit"}),
+    by_default=True,
+    migrate=migrated,
+)

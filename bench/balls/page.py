@@ -51,7 +51,8 @@ def blocks(records: Iterable[Record]) -> dict[str, list[Row]]:
             "" if asked.model.startswith("small") else f", layer {module_words({'layer': asked.layer, 'module': ''})}"
         )
         rows = found.setdefault(f"{asked.model}{where} ({record.tokens} tokens)", {})
-        row = rows.setdefault(asked.radius or 0.0, {"radius": asked.radius or 0.0, "relative": record.relative_radius})
+        radius = record.radius or 0.0
+        row = rows.setdefault(radius, {"radius": radius, "relative": record.relative_radius})
         row[asked.bound] = record.value
         if asked.bound == UPPERS[0]:
             row |= record.details

@@ -6,25 +6,28 @@ without biases of the make for which figures of other methods are known (REFEREN
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from bench.engine.evaluators import evaluator
+from bench.engine.evaluators import CPU, evaluator
 from bench.engine.schedule import Method, single
 from bench.engine.session import Outcome, Session
-from bench.engine.store import RecordStore
+from bench.engine.store import Store
 from bench.workloads.case import Case
-from bench.workloads.models import Model, tensors_hash, zoo
-from bench.workloads.radii import Radius
+from bench.workloads.hashes import recipe_hash
+from bench.workloads.models import Model, zoo
+from bench.workloads.radii import ONE, Multiple
 from lipbounds import registry
 from lipbounds.cluster import Cluster
 from lipbounds.targets.attention import Attention
 
 
 TASK = "balls"
+SEED = 0  # of the small blocks
 RELATIVE = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the median norm of the tokens
 NAMED = 0.1  # as it is: the radius that the target of ball bounds on MiniLM names
 SMALL_RADII = (1e-3, 1e-2, 1e-1, 1.0)  # as they are: tokens of small blocks have norms of a few units
@@ -42,7 +45,7 @@ REFERENCES = {
 }
 
 
-def small_block(gain: float, n: int, dim: int, heads: int, seed: int = 0) -> Attention:
+def small_block(gain: float, n: int, dim: int, heads: int, seed: int = SEED) -> Attention:
     """Gaussian tokens; weights of variance 1/dim, the query weights times `gain`, which makes rows one-hot."""
     generator = torch.Generator().manual_seed(seed)
     width = dim // heads
@@ -53,7 +56,11 @@ def small_block(gain: float, n: int, dim: int, heads: int, seed: int = 0) -> Att
     return Attention(x=x, **weights)
 
 
-def cases(quick: bool, models: Sequence[Model] | None = None) -> Iterator[tuple[Case, tuple[Radius, ...]]]:
+def _loaded(gain: float, n: int, dim: int, heads: int) -> tuple[str, Attention]:
+    return "", small_block(gain, n, dim, heads)
+
+
+def cases(quick: bool, models: Sequence[Model] | None = None) -> Iterator[tuple[Case, tuple[Multiple, ...]]]:
     """The blocks with the radii at which they are evaluated.
 
     Args:
@@ -61,12 +68,10 @@ def cases(quick: bool, models: Sequence[Model] | None = None) -> Iterator[tuple[
         models: by default the zoo.
     """
     for name, (n, dim, heads, gain) in SHAPES.items():
-        block = small_block(gain, n, dim, heads)
-        digest = tensors_hash([("x", block.x), *((w, getattr(block, w)) for w in ("w_q", "w_k", "w_v", "w_o"))])
-        case = Case(
-            model=f"small-{name}", model_hash=digest, input="seed-0", input_hash=digest, layer=0, module="", block=block
-        )
-        yield case, tuple(Radius(radius, radius) for radius in SMALL_RADII)
+        digest = recipe_hash(block="Gaussian", tokens=n, width=dim, heads=heads, gain=gain, seed=SEED)
+        load = functools.partial(_loaded, gain, n, dim, heads)
+        case = Case(model=f"small-{name}", model_hash=digest, input="seed-0", input_hash=digest, layer=0, load=load)
+        yield case, tuple(Multiple(radius, ONE) for radius in SMALL_RADII)
     chosen = QUICK_LAYERS if quick else LAYERS
     for model in zoo() if models is None else models:
         layers = chosen.get(model.name, ())
@@ -76,19 +81,17 @@ def cases(quick: bool, models: Sequence[Model] | None = None) -> Iterator[tuple[
         count = 1 + max(inputs)
         for index, case in enumerate(itertools.islice(model.cases(count), count * model.layers)):
             if index // model.layers in inputs and case.layer in layers:
-                unit = case.block.moving_input.norm(dim=-1).median().item()
-                radii = [Radius(float(f"{share * unit:.6g}"), share) for share in RELATIVE]
-                yield case, (*radii, Radius(NAMED, float(f"{NAMED / unit:.6g}")))
+                yield case, (*map(Multiple, RELATIVE), Multiple(NAMED, ONE))
 
 
 def run(
-    store: RecordStore,
+    store: Store,
     *,
     quick: bool = False,
     force: bool = False,
     time_limit: float = 120.0,
-    command: str = "",
     cluster: Cluster | None = None,
+    device: torch.device = CPU,
     models: Sequence[Model] | None = None,
     advance: Callable[[Case], None] = lambda case: None,
 ) -> Outcome:
@@ -99,26 +102,26 @@ def run(
         quick: fewer layers.
         force: evaluate what is in the store again, too.
         time_limit: seconds for one evaluation.
-        command: the command line, for the environment line.
         cluster: where evaluations are made; None for this process.
+        device: that evaluates in this process.
         models: by default the zoo.
         advance: called after each block.
     """
     session = Session(
         store=store, task=TASK, methods=[registry.get(name) for name in (*UPPERS, LOWER)], models={}, force=force,
-        command=command, evaluator=evaluator(cluster, time_limit),
+        evaluator=evaluator(cluster, time_limit, device),
     )  # fmt: skip
     session.run(((case, [*map(single, _methods(radii))]) for case, radii in cases(quick, models)), done=advance)
     return session.outcome
 
 
-def _methods(radii: Sequence[Radius]) -> Iterator[Method]:
+def _methods(radii: Sequence[Multiple]) -> Iterator[Method]:
     """The centre first, then every method on every ball."""
-    yield _method(UPPERS[0], Radius(0.0, 0.0))
+    yield _method(UPPERS[0], Multiple(0.0, ONE))
     for radius in radii:
         for name in (*UPPERS, LOWER):
             yield _method(name, radius)
 
 
-def _method(name: str, radius: Radius) -> Method:
+def _method(name: str, radius: Multiple) -> Method:
     return Method(registry.get(name), OPTIONS.get(name, {}), radius)

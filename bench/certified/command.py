@@ -3,33 +3,73 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-from bench.certified import tables as certified_tables
+from bench.certified import tables
 from bench.certified import task as certified
-from bench.engine.answers import Answers
-from bench.engine.machine import describe, environment
-from bench.engine.options import command_of, finish, folder_of, profile_of, progress_bar, write_page
+from bench.engine.machine import describe
+from bench.engine.migration import Old
+from bench.engine.options import profile_of, progress_bar, write_page
+from bench.engine.store import Shown, Store
+from bench.engine.task import Showing, Task, Written
+from lipbounds.devices import device_named
 
 
-def run(options: argparse.Namespace, *, only_read: bool = False) -> int:
-    """Answer what is missing, write the page, the numbers and the figures; 1 if a certified image fell.
+def measure(options: argparse.Namespace, store: Store) -> Showing:
+    """Answer what is missing.
 
     Args:
         options: the command line.
-        only_read: make nothing anew.
-
-    Raises:
-        NotAnswered: something is missing, and nothing is to be made.
+        store: the records.
     """
-    chosen = certified.PROFILES[profile_of(options)]
-    answers = Answers(options.results / "certified.jsonl", only_read=only_read)
-    pieces = sum(chosen.certified.values()) + len(chosen.whole)
-    pieces += sum(chosen.radii for count in chosen.attacked.values() if count)
-    with progress_bar(pieces) as advance:
-        data = certified.run(answers, chosen, force=options.force and not only_read, advance=advance)
-    if only_read:  # the page names the machine and commit of its numbers: it stays
-        return finish(answers, [], certified.violations(data))
-    folder = folder_of(options)
-    text = certified_tables.report(data, command_of(options, "certified"), describe(environment()))
-    written = write_page(folder, "certified", text, data)
-    return finish(answers, [*written, *certified_tables.draw(data, folder)], certified.violations(data))
+    profile = certified.PROFILES[profile_of(options)]
+    with progress_bar(certified.pieces(profile)) as advance:
+        certified.run(store, profile, device=device_named(options.device), force=options.force, advance=advance)
+    return Showing(keys=store.asked)
+
+
+def pages(found: Shown, folder: Path) -> Written:
+    """Write the page, the numbers and the figure; an image that fell inside its certified radius is wrong.
+
+    Args:
+        found: the answers.
+        folder: where the files go.
+    """
+    data = certified.shown(found)
+    machines = "\n- ".join(map(describe, found.states))
+    written = write_page(folder, "certified", tables.report(data, found.page.data["command"], machines), data)
+    return Written(paths=[*written, *tables.draw(data, folder)], troubles=certified.violations(data))
+
+
+def migrated(old: Old) -> Showing:
+    """What the page of a file of schema version 1 showed: what certified.json holds.
+
+    Args:
+        old: the file.
+    """
+    place, shared = old.named_by_page(), ("task", "version", "model", "weights", "what")
+    asked = {
+        "certificate": (*shared, "attention", "image"),
+        "attack": (*shared, "radius", "images", "seed"),
+        "whole": (*shared, "attention", *certified.LANCZOS),
+    }
+    numbers = old.numbers()
+    rows = [row for model in numbers.get("models", {}).values() for part in model.values() for row in part]
+    listed = {row["key"]: None for row in [*rows, *numbers.get("whole", {}).values()]}
+    keys = {}
+    for line in sorted(old.lines, key=lambda line: line["key"] in listed):  # of equal questions the last one counts
+        more = {"device": "cpu"}
+        if line["what"] == "whole":
+            more["weights"], more["input_hash"] = certified.raw_hashes(line["model"])
+        keys[line["key"]] = old.split(line, asked[line["what"]], place, **more).key
+    return Showing(keys=[keys[key] for key in listed])
+
+
+TASK = Task(
+    name="certified",
+    help="certified radii beside an attack, and bounds of whole models",
+    measure=measure,
+    pages=pages,
+    takes=frozenset({"quick", "full", "force", "results", "device"}),
+    migrate=migrated,
+)

@@ -8,21 +8,20 @@ ball, so what it leaves is above the truth, and what is certified below it.
 from __future__ import annotations
 
 import dataclasses as dc
+import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bench.attacks.images import autoattack, distance, right
-from bench.engine.answers import Answer, Answers
-from bench.workloads.models import tensors_hash
-from lipbounds.adapters.bert import bert_network
-from lipbounds.adapters.digits_vit import digits_vit_network
-from lipbounds.adapters.gpt2 import gpt2_network
-from lipbounds.adapters.lipschitz_vit import lipschitz_vit_network
-from lipbounds.adapters.vit import vit_network
+from bench.engine.evaluators import CPU
+from bench.engine.records import content_hash
+from bench.engine.store import Answer, Shown, Store
+from bench.workloads.architectures import ARCHITECTURES
+from bench.workloads.hashes import tensors_hash
 from lipbounds.certify import certify
 from lipbounds.compose import network_bound
 from lipbounds.compose.joint import JointNetwork
@@ -32,7 +31,6 @@ from lipbounds.estimators.whole_model import whole_model_constant
 from lipbounds.models.digits_data import load_digits_split
 from lipbounds.models.digits_vit import load_digits_vit
 from lipbounds.models.lipschitz_vit import load_lipschitz_vit
-from lipbounds.targets.attention import Attention
 from lipbounds.targets.layers import Pool, Sequence
 
 
@@ -81,59 +79,94 @@ PROFILES = {
         whole=("digits-vit", "lipschitz-vit", "minilm", "gpt-2", "vit-b-16"),
     ),
 }
-CLASSIFIERS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any, Tensor], Sequence]]] = {
-    "lipschitz-vit": (load_lipschitz_vit, lipschitz_vit_network),
-    "digits-vit": (load_digits_vit, digits_vit_network),
-}
+CLASSIFIERS: dict[str, Callable[[], nn.Module]] = {"lipschitz-vit": load_lipschitz_vit, "digits-vit": load_digits_vit}
+
+
+def as_network(name: str, model: nn.Module, images: Tensor) -> Sequence:
+    """A classifier as a network.
+
+    Args:
+        name: of a classifier.
+        model: the classifier.
+        images: a few, to check the network with.
+    """
+    # Adapters import transformers, which takes seconds.
+    from lipbounds.adapters.digits_vit import digits_vit_network
+    from lipbounds.adapters.lipschitz_vit import lipschitz_vit_network
+
+    adapters: dict[str, Callable[[Any, Tensor], Sequence]] = {
+        "lipschitz-vit": lipschitz_vit_network,
+        "digits-vit": digits_vit_network,
+    }
+    return adapters[name](model, images)
 
 
 def run(
-    answers: Answers, profile: Profile, *, force: bool = False, advance: Callable[[str], None] = lambda what: None
-) -> dict[str, Any]:
-    """Everything of a profile that is not in the file yet; returns what the tables are made of.
+    answers: Store,
+    profile: Profile,
+    *,
+    device: torch.device = CPU,
+    force: bool = False,
+    advance: Callable[[str], None] = lambda what: None,
+) -> None:
+    """Everything of a profile that is not in the file yet.
 
     Args:
         answers: the file.
         profile: how much is done.
+        device: where it is computed.
         force: make again what is in the file.
         advance: called before each piece of work with its name.
     """
     split = load_digits_split().test
-    models: dict[str, Any] = {}
     for name, count in profile.certified.items():
-        load, adapter = CLASSIFIERS[name]
-        model = load()
-        weights = tensors_hash(model.state_dict().items())
-        shared = {"task": "certified", "version": VERSION, "model": name, "weights": weights}
-        network = adapter(model, split.images[:2])
-        rows = []
+        model = CLASSIFIERS[name]().to(device)
+        shared = _shared(name, model, device)
+        network = functools.cache(lambda n=name, m=model: as_network(n, m, split.images[:2].to(device)))
         for index in range(count):
             advance(f"{name}: certify image {index}")
-            image, label = split.images[index : index + 1], split.labels[index : index + 1]
+            given = split.images[index : index + 1].to(device), split.labels[index : index + 1].to(device)
             question = {**shared, "what": "certificate", "attention": ON_BALL, "image": int(split.indices[index])}
             question["version"] = CERTIFICATE_VERSION
-            rows.append(answers.ask(question, lambda i=image, y=label, n=network: _certificate(n, i, y), force=force))
-        attacks = []
+            answers.ask(question, lambda given=given, n=network: _certificate(n(), *given), force=force)
         chosen = slice(0, profile.attacked[name])
         for radius in RADII[name][: profile.radii] if profile.attacked[name] else ():
             advance(f"{name}: attack with radius {radius:g}")
-            images, labels = split.images[chosen], split.labels[chosen]
+            given = split.images[chosen].to(device), split.labels[chosen].to(device)
             question = {**shared, "what": "attack", "radius": radius, "images": split.indices[chosen].tolist()}
-            attacks.append(
-                answers.ask(
-                    question | {"seed": ATTACK_SEED},
-                    lambda m=model, i=images, y=labels, r=radius: attack(m, i, y, r),
-                    force=force,
-                )
-            )
-        models[name] = {"certificates": rows, "attacks": attacks}
-    whole = {}
+            question["seed"] = ATTACK_SEED
+            answers.ask(question, lambda m=model, g=given, r=radius: attack(m, *g, r), force=force)
     for name in profile.whole:
         advance(f"{name}: whole model")
-        network, x = whole_model(name)
-        question = whole_question(name, network, x)
-        whole[name] = answers.ask(question, lambda n=name, f=network, x=x: _whole(n, f, x), force=force)
-    return {"models": models, "whole": whole}
+        answers.ask(whole_question(name, device), lambda n=name: _whole(n, *whole_model(n, device)), force=force)
+
+
+def shown(found: Shown) -> dict[str, Any]:
+    """What page and figures are made of.
+
+    Args:
+        found: the answers of a run.
+    """
+    rows = [*found.select(what="certificate"), *found.select(what="attack")]
+    models = {
+        name: {
+            "certificates": found.select(what="certificate", model=name),
+            "attacks": found.select(what="attack", model=name),
+        }
+        for name in dict.fromkeys(row["model"] for row in rows)
+    }
+    return {"models": models, "whole": {row["model"]: row for row in found.select(what="whole")}}
+
+
+def pieces(profile: Profile) -> int:
+    """Number of calls of `advance` in a run."""
+    attacks = sum(profile.radii for count in profile.attacked.values() if count)
+    return sum(profile.certified.values()) + len(profile.whole) + attacks
+
+
+def _shared(name: str, model: nn.Module, device: torch.device) -> Answer:
+    weights = tensors_hash(model.state_dict().items())
+    return {"task": "certified", "version": VERSION, "model": name, "weights": weights, "device": device.type}
 
 
 def violations(data: dict[str, Any]) -> list[str]:
@@ -194,30 +227,33 @@ def _certificate(network: Sequence, image: Tensor, label: Tensor) -> Answer:
     }
 
 
-def whole_question(name: str, network: Sequence, x: Tensor) -> Answer:
+def whole_question(name: str, device: torch.device = CPU) -> Answer:
     """What the numbers of a whole model depend on.
 
     Args:
         name: of the model.
-        network: the model.
-        x: the input.
+        device: where it is computed.
     """
-    weights = tensors_hash([*_tensors(network), ("input", x)])
+    weights, given = raw_hashes(name)
     question = {"task": "certified", "version": VERSION, "what": "whole", "model": name, "weights": weights}
-    return question | {"attention": AT_POINT} | LANCZOS
+    return question | {"input_hash": given, "device": device.type, "attention": AT_POINT} | LANCZOS
 
 
-def _tensors(part: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The weights of a network by their places; not the inputs that its attention blocks were captured at."""
-    for field in dc.fields(part):
-        if isinstance(part, Attention) and field.name == "x":
-            continue
-        value = getattr(part, field.name)
-        for index, entry in enumerate(value if isinstance(value, tuple) else (value,)):
-            if isinstance(entry, Tensor):
-                yield f"{path}.{field.name}.{index}", entry
-            elif dc.is_dataclass(entry):
-                yield from _tensors(entry, f"{path}.{field.name}.{index}")
+def raw_hashes(name: str) -> tuple[str, str]:
+    """Hashes of the weights and of the raw input of a whole model.
+
+    Args:
+        name: of a model in `PROFILES`.
+    """
+    if name in CLASSIFIERS:
+        weights = tensors_hash(CLASSIFIERS[name]().state_dict().items())
+        return weights, tensors_hash([("image", load_digits_split().test.images[:1])])
+    if name == "minilm":
+        from lipbounds.models.minilm import load_minilm
+
+        return tensors_hash(load_minilm()[0].state_dict().items()), content_hash(SENTENCE)
+    found = ARCHITECTURES[name]
+    return found.model_hash(), found.input_hash(0)
 
 
 def _whole(name: str, network: Sequence, x: Tensor) -> Answer:
@@ -255,28 +291,31 @@ def _whole(name: str, network: Sequence, x: Tensor) -> Answer:
     }
 
 
-def whole_model(name: str) -> tuple[Sequence, Tensor]:
+def whole_model(name: str, device: torch.device = CPU) -> tuple[Sequence, Tensor]:
     """A model as a network, and one input in float64.
 
     Args:
         name: of a model in `PROFILES`.
+        device: where they are.
     """
     if name in CLASSIFIERS:
-        load, adapter = CLASSIFIERS[name]
-        images = load_digits_split().test.images[:1].double()
-        return adapter(load(), images), images
+        images = load_digits_split().test.images[:1].double().to(device)
+        return as_network(name, CLASSIFIERS[name]().to(device), images), images
+    from lipbounds.adapters.bert import bert_network
+    from lipbounds.adapters.gpt2 import gpt2_network
+    from lipbounds.adapters.vit import vit_network
+
     if name == "minilm":
         from lipbounds.models.minilm import load_minilm
 
         model, tokenizer = load_minilm()
-        tokens = tokenizer(SENTENCE, return_tensors="pt")["input_ids"]
+        model = model.to(device)
+        tokens = tokenizer(SENTENCE, return_tensors="pt")["input_ids"].to(device)
         with torch.no_grad():
             x = model.get_input_embeddings()(tokens).double()
         return bert_network(model, x), x  # pyright: ignore[reportArgumentType]
-    from bench.workloads.architectures import ARCHITECTURES
-
     found = ARCHITECTURES[name]
-    model, given = found.model(), found.input(0)
+    model, given = found.model().to(device), found.input(0).to(device)
     if name == "vit-b-16":
         return vit_network(model, given.double()), given.double()  # pyright: ignore[reportArgumentType]
     with torch.no_grad():

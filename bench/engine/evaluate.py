@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses as dc
 import signal
 import threading
 import time
@@ -15,7 +14,8 @@ import torch
 from torch import Tensor
 
 from bench.engine.records import Question, Record, Status
-from bench.workloads.case import Case
+from bench.workloads.case import DTYPE, Case
+from bench.workloads.radii import Multiple
 from lipbounds.errors import Unsupported
 from lipbounds.registry import BoundSpec
 from lipbounds.targets.attention import Attention
@@ -26,7 +26,7 @@ class TimeLimitReached(BaseException):
 
 
 def question(
-    task: str, case: Case, spec: BoundSpec, options: dict[str, Any] | None = None, radius: float | None = None
+    task: str, case: Case, spec: BoundSpec, options: dict[str, Any] | None = None, radius: Multiple | None = None
 ) -> Question:
     """What is asked when `spec` is evaluated at `case`.
 
@@ -35,20 +35,21 @@ def question(
         case: the block.
         spec: the bound or estimator.
         options: its options that differ from the defaults; all of them end up in the key.
-        radius: in the l2 norm, for the scopes that need one.
+        radius: for the scopes that need one.
     """
     everything = {**spec.defaults, **(options or {})}
     seed = everything.pop("seed", None)
-    places = {field.name: getattr(case, field.name) for field in dc.fields(Case) if field.name != "block"}
+    names = ("model", "model_hash", "input", "input_hash", "layer")
     return Question(
-        **places,
+        **{name: getattr(case, name) for name in names},
         task=task,
         bound=spec.name,
         bound_version=spec.version,
         norm=spec.claim.norm,
-        radius=radius,
-        dtype=str(case.block.dtype).removeprefix("torch."),
-        device=case.block.device.type,
+        radius=None if radius is None else radius.count,
+        unit="" if radius is None else radius.unit,
+        dtype=DTYPE,
+        device="cpu",
         seed=seed,
         options=everything,
     )
@@ -61,7 +62,8 @@ def evaluate(
     *,
     time_limit: float,
     environment: str = "",
-    relative_radius: float | None = None,
+    radius: Multiple | None = None,
+    module: str = "",
 ) -> Record:
     """Evaluate and describe what happened; a failure is a record, too. Only an interrupt by the user gets out.
 
@@ -71,16 +73,18 @@ def evaluate(
         spec: the bound or estimator.
         time_limit: seconds; it ends the evaluation between two operations of torch, not inside one. Not on Windows.
         environment: id of the environment line, where it is known.
-        relative_radius: the radius in units of the input, for the tables.
+        radius: of the ball or set, for the scopes that need one.
+        module: name of the block, for the tables.
     """
     options = {**asked.options, **({} if asked.seed is None else {"seed": asked.seed})}
+    value = None if radius is None else radius.at(block).value
     fresh = block.replace()  # without the cached queries, keys and logits of the bound before, which would flatter it
     answer: dict[str, Any] = {}
     status: Status = "ok"
     start = time.perf_counter()
     try:
         with torch.no_grad(), limited(time_limit):
-            result = spec(fresh, asked.radius, **options)
+            result = spec(fresh, value, **options)
             if fresh.device.type == "cuda":
                 torch.cuda.synchronize(fresh.device)
         answer = {
@@ -97,7 +101,7 @@ def evaluate(
         status, answer = "failed", {"error": f"{type(error).__name__}: {error}"}
     seconds = round(time.perf_counter() - start, 6)  # the clock tells no more
     return Record(
-        **_described(asked, block, spec, relative_radius),
+        **_described(asked, block, spec, radius, module),
         **answer,
         seconds=seconds,
         status=status,
@@ -105,7 +109,9 @@ def evaluate(
     )
 
 
-def lost(asked: Question, block: Attention, spec: BoundSpec, error: str, relative_radius: float | None) -> Record:
+def lost(
+    asked: Question, block: Attention, spec: BoundSpec, error: str, radius: Multiple | None, module: str
+) -> Record:
     """The record of an evaluation of which nothing came back, not even an error: that failed, too.
 
     Args:
@@ -113,16 +119,22 @@ def lost(asked: Question, block: Attention, spec: BoundSpec, error: str, relativ
         block: the block.
         spec: the bound or estimator.
         error: what is known of the reason.
-        relative_radius: the radius in units of the input, for the tables.
+        radius: of the ball or set, for the scopes that need one.
+        module: name of the block, for the tables.
     """
-    described = _described(asked, block, spec, relative_radius)
+    described = _described(asked, block, spec, radius, module)
     return Record(**described, seconds=0.0, status="failed", error=error, environment="")
 
 
-def _described(asked: Question, block: Attention, spec: BoundSpec, relative_radius: float | None) -> dict[str, Any]:
+def _described(
+    asked: Question, block: Attention, spec: BoundSpec, radius: Multiple | None, module: str
+) -> dict[str, Any]:
     """What a record says besides the answer."""
-    claim = {"kind": spec.claim.kind, "scope": spec.claim.scope, "relative_radius": relative_radius}
-    return {"question": asked, "tokens": block.tokens, "heads": block.heads, **claim}
+    claim: dict[str, Any] = {"kind": spec.claim.kind, "scope": spec.claim.scope}
+    if radius is not None:
+        found = radius.at(block)
+        claim |= {"radius": found.value, "relative_radius": found.relative}
+    return {"question": asked, "tokens": block.tokens, "heads": block.heads, "module": module, **claim}
 
 
 def _means(parts: dict[str, Tensor]) -> dict[str, float]:

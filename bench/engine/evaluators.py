@@ -6,16 +6,20 @@ import dataclasses as dc
 import functools
 from typing import Any, Protocol
 
+import torch
+
 from bench.engine.evaluate import evaluate, lost
 from bench.engine.machine import environment
 from bench.engine.records import Question, Record
 from bench.engine.schedule import PendingQuestion, RunningChain
+from bench.workloads.radii import Multiple
 from lipbounds import registry
 from lipbounds.cluster import Cluster, ClusterError, Lost, check_device
 from lipbounds.targets.attention import Attention
 from lipbounds.targets.serialize import detached_copy
 
 
+CPU = torch.device("cpu")
 Answer = tuple[RunningChain, Record, dict[str, Any]]  # with what the environment it was made in says of itself
 
 
@@ -50,10 +54,11 @@ class Here:
 
     Args:
         time_limit: seconds for one evaluation.
+        device: that evaluates.
     """
 
-    def __init__(self, time_limit: float) -> None:
-        self._time_limit = time_limit
+    def __init__(self, time_limit: float, device: torch.device) -> None:
+        self._time_limit, self._device = time_limit, device
         self._waiting: list[tuple[RunningChain, PendingQuestion]] = []
 
     @property
@@ -65,19 +70,21 @@ class Here:
         return bool(self._waiting)
 
     def asked(self, question: Question) -> Question:
-        return question
+        return dc.replace(question, device=self._device.type)
 
     def submit(self, walk: RunningChain, asked: PendingQuestion) -> None:
         self._waiting.append((walk, asked))
 
     def finished(self) -> Answer:
         walk, asked = self._waiting.pop()
+        case = asked.block.case
         record = evaluate(
             asked.question,
-            asked.block.case.block,
+            case.block if self._device.type == "cpu" else case.block.to(self._device),
             asked.method.spec,
             time_limit=self._time_limit,
-            relative_radius=asked.relative_radius,
+            radius=asked.method.radius,
+            module=case.module,
         )
         return walk, record, self._environment
 
@@ -113,29 +120,32 @@ class Remote:
         block = asked.block
         if block.sent is None:
             block.sent = self._cluster.share(detached_copy(block.case.block))
-        self._cluster.submit((walk, asked), answer, block.sent, asked.question, self._time_limit, asked.relative_radius)
+        given = (asked.question, self._time_limit, asked.method.radius, block.case.module)
+        self._cluster.submit((walk, asked), answer, block.sent, *given)
 
     def finished(self) -> Answer:
         (walk, asked), found = self._cluster.finished()
         if isinstance(found, Lost):
-            block, spec = asked.block.case.block, asked.method.spec
+            case, method = asked.block.case, asked.method
             error = f"no worker came back with it: {found.reason}"
-            return walk, lost(asked.question, block, spec, error, asked.relative_radius), _environment()
+            record = lost(asked.question, case.block, method.spec, error, method.radius, case.module)
+            return walk, record, _environment()
         return walk, *found
 
 
-def evaluator(cluster: Cluster | None, time_limit: float) -> Evaluator:
+def evaluator(cluster: Cluster | None, time_limit: float, device: torch.device = CPU) -> Evaluator:
     """Where evaluations are made.
 
     Args:
         cluster: None for this process.
         time_limit: seconds for one evaluation.
+        device: that evaluates in this process; jobs of a cluster have their own.
     """
-    return Here(time_limit) if cluster is None else Remote(cluster, time_limit)
+    return Here(time_limit, device) if cluster is None else Remote(cluster, time_limit)
 
 
 def answer(
-    block: Attention, question: Question, time_limit: float, relative_radius: float | None
+    block: Attention, question: Question, time_limit: float, radius: Multiple | None, module: str
 ) -> tuple[Record, dict[str, Any]]:
     """What a worker does: one evaluation; returns the record and what the worker runs on.
 
@@ -143,7 +153,8 @@ def answer(
         block: the block, on the CPU.
         question: what is evaluated there.
         time_limit: seconds for the evaluation.
-        relative_radius: the radius in units of the input, for the tables.
+        radius: of the ball or set, for the scopes that need one.
+        module: name of the block, for the tables.
 
     Raises:
         ClusterError: the worker cannot use the GPU it was given, or has another version of the bound.
@@ -156,7 +167,8 @@ def answer(
         )
     check_device(question.device)
     there = block.to(question.device)
-    return evaluate(question, there, spec, time_limit=time_limit, relative_radius=relative_radius), _environment()
+    record = evaluate(question, there, spec, time_limit=time_limit, radius=radius, module=module)
+    return record, _environment()
 
 
 @functools.cache

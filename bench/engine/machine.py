@@ -52,6 +52,8 @@ def describe(state: dict[str, Any]) -> str:
     Args:
         state: what `environment` returned.
     """
+    if "description" in state:  # of files of schema version 1, which held no more
+        return state["description"]
     commit = (state.get("commit") or "unknown")[:10] + (" with uncommitted changes" if state.get("dirty") else "")
     gpus = ", ".join(state.get("gpus") or []) or "no GPU"
     packages = state.get("packages", {})

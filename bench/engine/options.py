@@ -13,22 +13,30 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from bench.engine.answers import Answers
 from bench.engine.machine import ROOT
 from bench.engine.records import without_infinities
 from lipbounds.cluster import Cluster, connect
 from lipbounds.files import write_atomically
 
 
+QUICK, STANDARD, FULL = "quick", "standard", "full"
+
+
 def profile_of(options: argparse.Namespace) -> str:
-    """`quick`, `standard` or `full`."""
-    return "quick" if options.quick else "full" if options.full else "standard"
+    """How much is measured."""
+    return QUICK if options.quick else FULL if options.full else STANDARD
 
 
 def command_of(options: argparse.Namespace, task: str) -> str:
     """The command line that a page is made by."""
     profile = profile_of(options)
-    return f"python -m bench {task}" + ("" if profile == "standard" else f" --{profile}")
+    device = "" if options.device == "cpu" else f" --device {options.device}"
+    return f"python -m bench {task}" + ("" if profile == STANDARD else f" --{profile}") + device
+
+
+def command_of_page(task: str) -> str:
+    """The command line that makes the committed page of a task."""
+    return f"python -m bench {task}"
 
 
 @contextmanager
@@ -75,16 +83,12 @@ def progress_bar(pieces: int) -> Iterator[Callable[[str], None]]:
         progress.update(task, completed=pieces + 1, description="done")
 
 
-def finish(answers: Answers, paths: Iterable[Path], troubles: Iterable[str] = ()) -> int:
+def told(made: str, paths: Iterable[Path], troubles: Iterable[str]) -> int:
     """Say what was made and written, and on stderr what is wrong; 1 if something is."""
-    print(f"{answers.made} answers made, {answers.reused} taken from {shown(answers.path)}.")
-    return told(paths, troubles)
-
-
-def told(paths: Iterable[Path], troubles: Iterable[str]) -> int:
-    """Say what was written, and on stderr what is wrong; 1 if something is."""
+    print(made)
     written = ", ".join(shown(path) for path in paths)
-    print(f"Written: {written}" if written else "Its page stays as it is.")
+    if written:
+        print(f"Written: {written}")
     troubles = list(troubles)
     for trouble in troubles:
         print(trouble, file=sys.stderr)

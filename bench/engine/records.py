@@ -1,7 +1,7 @@
 """One record = one evaluation: what was asked, what came out, and the key that tells whether it was asked before.
 
-In the file (bench/engine/store.py) records are JSON objects, one a line. Non-finite numbers are written as the strings
-"inf", "-inf" and "nan", which keeps the file valid JSON. Fields that hold nothing are left out.
+A record is what the tasks on attention blocks keep in the store (bench/engine/store.py). Non-finite numbers are written
+as the strings "inf", "-inf" and "nan", which keeps the file valid JSON. Fields that hold nothing are left out.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lipbounds.errors import LipboundsError
 from lipbounds.files import without_infinities as without_infinities
 
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 KEY_LENGTH = 16  # hexadecimal digits: 64 bits, far from collisions at any number of records here
 Status = Literal["ok", "failed", "timeout", "unsupported"]
 
@@ -27,20 +27,20 @@ class RecordError(LipboundsError):
 
 @dc.dataclass(frozen=True, kw_only=True)
 class Question:
-    """Everything that determines a result; the key is the hash of it.
+    """Everything that determines a result, as it was asked and never as a processor rounded it; the key is its hash.
 
     Args:
         task: name of the benchmark task.
         model: name of the model.
-        model_hash: content hash of its weights.
+        model_hash: content hash of its weights, or of the recipe of weights that are drawn.
         layer: number of the attention block among those of the model, from 0.
-        module: qualified name of the module, or what else tells the blocks apart; empty for the model itself.
         input: name of the input.
-        input_hash: content hash of the input.
+        input_hash: content hash of the raw input, or of the recipe of an input that is drawn.
         bound: name of the bound or estimator.
         bound_version: its version.
         norm: norm of the promise.
         radius: radius of the ball or set, None for the scopes `point` and `global`.
+        unit: of the radius: `one`, or a norm of the input's tokens, see bench.workloads.radii; empty without a radius.
         dtype: of the block that was bounded.
         device: device type.
         seed: of the method's own random numbers, None if it has none.
@@ -51,13 +51,13 @@ class Question:
     model: str
     model_hash: str
     layer: int
-    module: str = ""
     input: str
     input_hash: str
     bound: str
     bound_version: int
     norm: str
     radius: float | None = None
+    unit: str = ""
     dtype: str
     device: str
     seed: int | None = None
@@ -65,8 +65,13 @@ class Question:
 
     @cached_property
     def key(self) -> str:
-        """Content hash of all fields."""
-        return content_hash({field.name: getattr(self, field.name) for field in dc.fields(self)})
+        """Content hash of all fields that hold something."""
+        return content_hash(self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, but for those that hold nothing."""
+        fields = {field.name: getattr(self, field.name) for field in dc.fields(self)}
+        return {name: value for name, value in fields.items() if value not in (None, {}, "")}
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -77,9 +82,11 @@ class Record:
         question: what was evaluated.
         tokens: number of queries of the block.
         heads: number of its heads.
+        module: qualified name of its module, or what else tells the blocks apart.
         kind: kind of the promise: proved, probable, estimate or lower.
         scope: point, ball, change, compact or global.
-        relative_radius: the radius in units of the input, see bench.workloads.radii; None for the scopes without one.
+        radius: the radius itself, in the l2 norm; None for the scopes without one.
+        relative_radius: the same in units of the input, see bench.workloads.radii.
         delta: probability of failure of a probable bound.
         value: the number; None unless the status is ok.
         terms: the parts of the value; of a part with one entry a head or row, the mean.
@@ -93,8 +100,10 @@ class Record:
     question: Question
     tokens: int
     heads: int
+    module: str = ""
     kind: str
     scope: str
+    radius: float | None = None
     relative_radius: float | None = None
     delta: float | None = None
     value: float | None = None
@@ -111,58 +120,50 @@ class Record:
         return self.status in ("ok", "unsupported")
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields with the key and the schema version, but for those that hold nothing."""
-        answer = {field.name: getattr(self, field.name) for field in dc.fields(self) if field.name != "question"}
-        fields = {"schema_version": SCHEMA_VERSION, "key": self.question.key, **dc.asdict(self.question), **answer}
+        """The fields of the answer, but for those that hold nothing."""
+        fields = {field.name: getattr(self, field.name) for field in dc.fields(self)}
+        fields = {name: value for name, value in fields.items() if name not in ("question", "environment")}
         return {name: value for name, value in fields.items() if value not in (None, {}, "")}
 
-    def _check_types(self) -> None:
-        """Refuse what was not written by `to_dict`; the question needs no check, for the key is its hash."""
-        types = {
-            str: ("kind", "scope", "status", "error", "environment"),
-            int: ("tokens", "heads"),
-            int | float: (
-                "seconds",
-                *(name for name in ("relative_radius", "delta") if getattr(self, name) is not None),
-            ),
-        }
-        for wanted, names in types.items():
-            for name in names:
-                if not isinstance(getattr(self, name), wanted):
-                    raise TypeError(f"{name}={getattr(self, name)!r}")
-
     @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> Record:
-        """The record that `to_dict` took apart.
+    def from_dict(cls, asked: dict[str, Any], answer: dict[str, Any], environment: str) -> Record:
+        """The record that `Question.to_dict` and `to_dict` took apart.
 
         Args:
-            fields: as parsed from JSON.
+            asked: the fields of the question.
+            answer: those of the answer.
+            environment: id of the environment line.
 
         Raises:
-            RecordError: a field is missing, unknown or of another type, or the key does not fit the fields.
+            RecordError: a field is missing, unknown or of another type.
         """
-        fields = {name: value for name, value in fields.items() if name != "schema_version"}
-        key = fields.pop("key", None)
-        asked = {field.name for field in dc.fields(Question)}
         try:
-            for name in ("terms", "details"):
-                fields[name] = {term: float(value) for term, value in fields.get(name, {}).items()}
-            if "value" in fields:
-                fields["value"] = float(fields["value"])
-            question = Question(**{name: value for name, value in fields.items() if name in asked})
-            record = cls(question=question, **{name: value for name, value in fields.items() if name not in asked})
+            numbers = {name: float(answer[name]) for name in ("value", "radius", "relative_radius") if name in answer}
+            parts = {
+                name: {term: float(value) for term, value in answer.get(name, {}).items()}
+                for name in ("terms", "details")
+            }
+            record = cls(question=Question(**asked), environment=environment, **(answer | numbers | parts))
             record._check_types()
-            wanted = question.key
         except (TypeError, ValueError, AttributeError, OverflowError) as error:
             raise RecordError(
-                f"a record must have the fields of schema version {SCHEMA_VERSION}, got {error}."
+                f"a record must have the fields of schema version {SCHEMA_VERSION}, got {error}; restore the file."
             ) from error
-        if key != wanted:
-            raise RecordError(
-                f"the key must be the hash of the record's fields, {wanted}, got key={key!r}; the line was "
-                "edited: delete it and run `python -m bench` again."
-            )
         return record
+
+    def _check_types(self) -> None:
+        """Refuse what was not written by `to_dict`."""
+        for name in ("kind", "scope", "status", "error", "module"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"{name}={getattr(self, name)!r}")
+        for name in ("tokens", "heads"):
+            if not isinstance(getattr(self, name), int):
+                raise TypeError(f"{name}={getattr(self, name)!r}")
+        for name in ("seconds", "delta"):
+            if not isinstance(getattr(self, name), int | float | None):
+                raise TypeError(f"{name}={getattr(self, name)!r}")
+        if self.seconds is None:
+            raise TypeError("seconds=None")
 
 
 def content_hash(content: Any) -> str:
@@ -177,23 +178,21 @@ def to_json(content: Any, **options: Any) -> str:
     )
 
 
-def check_schema(fields: dict[str, Any], place: str) -> None:
+def check_schema(fields: dict[str, Any], place: str, wanted_version: int = SCHEMA_VERSION) -> None:
     """Refuse what another version of this program wrote.
 
     Args:
         fields: the parsed line or file.
         place: where it stands, for the message.
+        wanted_version: of its structure.
 
     Raises:
         RecordError: the schema version is missing, older or newer.
     """
     version = fields.get("schema_version")
-    if version == SCHEMA_VERSION:
+    if version == wanted_version and not isinstance(version, bool):
         return
-    wanted = f"{place} must have schema_version={SCHEMA_VERSION}, got schema_version={version!r}"
-    if isinstance(version, int) and version > SCHEMA_VERSION:
+    wanted = f"{place} must have schema_version={wanted_version}, got schema_version={version!r}"
+    if isinstance(version, int) and version > wanted_version:
         raise RecordError(f"{wanted}: it was written by a newer version; update lipbounds to read it.")
-    raise RecordError(
-        f"{wanted}: it was written by an older version, and no migration from there exists; move the file away and run "
-        "`python -m bench`, which computes everything again, or read it with the commit named in its environment lines."
-    )
+    raise RecordError(f"{wanted}: it was written by an older version; run `python -m bench migrate` to bring it here.")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from bench.engine.records import Question, Record
 from bench.workloads.case import Case
-from bench.workloads.radii import Radius
+from bench.workloads.radii import Multiple
 from lipbounds.registry import BoundSpec
 
 
@@ -17,7 +17,7 @@ class Method(NamedTuple):
 
     spec: BoundSpec
     options: dict[str, Any]
-    radius: Radius | None = None
+    radius: Multiple | None = None
 
 
 # Yields what to evaluate at one block, is sent the record, and yields again or ends.
@@ -61,11 +61,6 @@ class PendingQuestion:
     question: Question
     block: Block
     method: Method
-
-    @property
-    def relative_radius(self) -> float | None:
-        """The radius in units of the input, where there is one."""
-        return None if self.method.radius is None else self.method.radius.relative
 
 
 @dc.dataclass(eq=False)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses as dc
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import UTC, datetime
 from typing import Any
 
 from bench.engine.evaluate import question
 from bench.engine.evaluators import Evaluator
-from bench.engine.records import Record, content_hash
+from bench.engine.records import Record
 from bench.engine.schedule import Chain, PendingQuestion, RunningChain, chains_at
-from bench.engine.store import RecordStore
+from bench.engine.store import Store
 from bench.workloads.case import Case
 from lipbounds.registry import NO_PROMISE, BoundSpec
 
@@ -44,19 +43,16 @@ class Session:
         methods: what the environment line declares.
         models: descriptions of the models by name, for the same line.
         force: evaluate what is in the store again, too.
-        command: the command line, for the environment line.
         evaluator: where evaluations are made.
     """
 
-    store: RecordStore
+    store: Store
     task: str
     methods: Iterable[BoundSpec]
     models: dict[str, str]
     force: bool
-    command: str
     evaluator: Evaluator
     outcome: Outcome = dc.field(default_factory=Outcome)
-    _environments: dict[str, str] = dc.field(default_factory=dict)
 
     def run(
         self, blocks: Iterable[tuple[Case, Sequence[Chain]]], done: Callable[[Case], None] = lambda case: None
@@ -97,10 +93,10 @@ class Session:
     def _step(self, walk: RunningChain, record: Record | None, done: Callable[[Case], None]) -> bool:
         """Go on to the next question without a settled answer; False at the end of the chain."""
         while (method := walk.next(record)) is not None:
-            radius = None if method.radius is None else method.radius.value
-            asked = self.evaluator.asked(question(self.task, walk.block.case, method.spec, method.options, radius))
+            asked = question(self.task, walk.block.case, method.spec, method.options, method.radius)
+            asked = self.evaluator.asked(asked)
             walk.keys.append(asked.key)
-            known = self.store.records.get(asked.key)
+            known = self.store.record(asked.key)
             if known is None or self.force or not known.settled or _now_supported(known, method.spec, walk.block.case):
                 walk.asked = PendingQuestion(asked, walk.block, method)
                 return True
@@ -108,27 +104,17 @@ class Session:
             record = known
         if not walk.block.left:
             done(walk.block.case)
+            walk.block.case.release()
         return False
 
     def _environment(self, state: dict[str, Any]) -> str:
-        """The id of the line of an environment, written with its first record: a run that adds nothing leaves none."""
-        key = content_hash(state)
-        if key not in self._environments:
-            self._environments[key] = self.store.add_environment(
-                {
-                    "started": datetime.now(UTC).isoformat(timespec="milliseconds"),
-                    "command": self.command,
-                    "environment": state,
-                    "methods": {spec.name: declaration(spec) for spec in self.methods},
-                    "models": self.models,
-                }
-            )
-        return self._environments[key]
+        methods = {spec.name: declaration(spec) for spec in self.methods}
+        return self.store.environment_of(state, methods=methods, models=self.models)
 
 
 def _now_supported(known: Record, spec: BoundSpec, case: Case) -> bool:
     """Whether a block was refused for a feature that the bound has come to support since."""
-    return known.status == "unsupported" and NO_PROMISE in known.error and not spec.missing_features(case.block)
+    return known.status == "unsupported" and NO_PROMISE in known.error and case.features <= spec.supports
 
 
 def declaration(spec: BoundSpec) -> dict[str, Any]:

@@ -1,163 +1,107 @@
-"""The file of records: appended line by line, so that a run killed at any time loses only the evaluation in flight.
+"""The store of results: one file of JSON lines for each task, appended to, so that a killed run loses only what it did.
 
-Three kinds of lines: `"record": "environment"`, once a run; `"record": "block"`, what all evaluations at one attention
-block share; and the evaluations, which name their block and environment by id.
+Every line has a schema version, a kind and a digest of the rest, so that an edited line is noticed. Kinds:
+
+- `environment`, once a run that measured something: machine, versions, commit;
+- `block`: what all answers about one attention block share, in the question and in the answer;
+- `answer`: a question, its key (the hash of the question), the answer, and the id of the environment it was made in;
+- `page`: the keys of the answers that the page of a profile shows, in order: it can be made again from the file.
+
+Of several answers with one key, and of several pages of one profile, the last one counts.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses as dc
-import json
 import os
+import stat
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from bench.engine.records import SCHEMA_VERSION, Record, RecordError, check_schema, content_hash, to_json
-from lipbounds.files import write_atomically as write_atomically
+from bench.engine.machine import environment
+from bench.engine.records import Record, RecordError, content_hash
+from bench.engine.store_file import Contents, Entry, Page, read
+from lipbounds.files import write_atomically
 
 
 if sys.platform != "win32":
     import fcntl
 
 
-BLOCK_FIELDS = ("model", "model_hash", "layer", "module", "input", "input_hash", "tokens", "heads", "dtype", "device")
+Answer = dict[str, Any]
 
 
-@dc.dataclass
-class Contents:
-    """What a file of records holds.
-
-    Args:
-        records: the latest record of each key, in the order of the file.
-        environments: environment lines by id.
-        blocks: ids of the block lines, with what they say.
-        torn: bytes at the end of the file that are no whole line: what a killed run left.
-        superseded: number of records that a later one with the same key replaces.
-    """
-
-    records: dict[str, Record] = dc.field(default_factory=dict)
-    environments: dict[str, dict[str, Any]] = dc.field(default_factory=dict)
-    blocks: dict[str, dict[str, Any]] = dc.field(default_factory=dict)
-    torn: int = 0
-    superseded: int = 0
-
-    def add(self, fields: dict[str, Any], place: str) -> None:
-        """Take in one line.
-
-        Args:
-            fields: the parsed line.
-            place: where it stands, for messages.
-
-        Raises:
-            RecordError: another schema version; no such record; a block that no earlier line describes.
-        """
-        check_schema(fields, place)
-        kind = fields.get("record")
-        if kind in ("environment", "block") and not isinstance(fields.get("id"), str):
-            raise RecordError(f"{place} must have an id, got id={fields.get('id')!r}; restore the file.")
-        if kind == "environment":
-            self.environments[fields["id"]] = fields
-        elif kind == "block":
-            self.blocks[fields["id"]] = {name: fields[name] for name in BLOCK_FIELDS if name in fields}
-        else:
-            name = fields.pop("block", "")
-            if not isinstance(name, str) or name not in self.blocks:
-                raise RecordError(f"{place} must name a block that an earlier line describes; restore the file.")
-            try:
-                self.put(Record.from_dict(fields | self.blocks[name]))
-            except RecordError as error:
-                raise RecordError(f"{place}: {error}") from error
-
-    def put(self, record: Record) -> None:
-        """Take in one record; the latest of a key is the one that counts, and the order is that of the latest."""
-        self.superseded += self.records.pop(record.question.key, None) is not None
-        self.records[record.question.key] = record
-
-    def lines(self, record: Record) -> list[str]:
-        """The lines to write for a record: itself, and before it that of its block if it is new here."""
-        fields = record.to_dict()
-        block = {name: fields.pop(name) for name in BLOCK_FIELDS if name in fields}
-        identity = content_hash(block)
-        new = identity not in self.blocks
-        self.blocks[identity] = block
-        block_line = {"schema_version": SCHEMA_VERSION, "record": "block", "id": identity, **block}
-        return [*([to_json(block_line)] if new else []), to_json({**fields, "block": identity})]
+class NotAnswered(RecordError):
+    """A question whose answer is not in the records."""
 
 
-def read(path: Path) -> Contents:
-    """Read a file of records; a torn last line is left out and counted.
-
-    Args:
-        path: of the file; it need not exist.
-
-    Raises:
-        RecordError: another schema version, or a line before the last that is no record.
-    """
-    content = path.read_bytes() if path.exists() else b""
-    lines = content.splitlines(keepends=True)
-    torn = 0
-    contents = Contents()
-    for number, line in enumerate(lines, 1):
-        fields = parsed(line)
-        if fields is not None:
-            contents.add(fields, f"line {number} of {path}")
-        elif number == len(lines) and not line.endswith(b"\n"):
-            torn = len(line)
-        else:
-            raise RecordError(
-                f"line {number} of {path} must be a JSON object, got {line[:60]!r}; restore the file or delete it."
-            )
-    return dc.replace(contents, torn=torn)
-
-
-def parsed(line: bytes) -> dict[str, Any] | None:
-    """The object on a line; None if there is none, which no beginning of an object is.
-
-    Args:
-        line: any bytes.
-    """
-    try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return fields if isinstance(fields, dict) else None
-
-
-class RecordStore:
-    """A file of records open for appending, locked against a second run; a torn last line is cut off on opening.
+class Store:
+    """A file of results open for appending, locked against a second writer; a torn last line is cut off on opening.
 
     Args:
         path: of the file; it and its folder are made if missing.
+        started_by: the command line, for the environment line.
+        only_read: leave the file and its folder as they are.
 
     Raises:
-        RecordError: another run has the file open; the file cannot be read.
+        RecordError: another run has the file open; it is no file, cannot be read or written, or holds something else.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock_folder(path.parent)
-        try:
-            self._contents = read(path)
-            self.repaired = _repair(path, self._contents.torn)
-        except BaseException:
-            self.close()
-            raise
+    def __init__(self, path: Path, *, started_by: str = "", only_read: bool = False) -> None:
+        self.path, self.started_by, self.only_read = path, started_by, only_read
+        self.made = self.reused = 0
+        self.asked: dict[str, None] = {}  # keys of this run in order
+        self.fresh: set[str] = set()  # keys of what was made in this run
+        self.repaired = ""
+        self._ids: dict[str, str] = {}
+        self._file: int | None = None
+        with _told(path):
+            if not only_read:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = _opened(path)
+            try:
+                self._contents = read(path)
+                if self._file is not None:
+                    self.repaired = _repair(path, self._file, self._contents.torn)
+            except BaseException:
+                self.close()
+                raise
 
     @property
-    def records(self) -> dict[str, Record]:
-        """The latest record of each key."""
-        return self._contents.records
+    def entries(self) -> dict[str, Entry]:
+        """The latest entry of each key."""
+        return self._contents.entries
 
     @property
     def environments(self) -> dict[str, dict[str, Any]]:
         """Environment lines by id."""
         return self._contents.environments
 
-    def __enter__(self) -> RecordStore:
+    @property
+    def pages(self) -> dict[str, Page]:
+        """What is shown, by the names of pages."""
+        return self._contents.pages
+
+    def record(self, key: str) -> Record | None:
+        """The entry of that key as a record; None if there is none.
+
+        Args:
+            key: of a question about a block.
+        """
+        entry = self.entries.get(key)
+        return None if entry is None else entry.record
+
+    def tokens(self) -> dict[tuple[str, str], int]:
+        """The number of tokens of the inputs that the records know, by the hashes of the model and the input."""
+        known = self._contents.blocks.values()
+        return {(asked["model_hash"], asked["input_hash"]): about["tokens"] for asked, about in known if about}
+
+    def __enter__(self) -> Store:
         return self
 
     def __exit__(
@@ -167,13 +111,86 @@ class RecordStore:
 
     def close(self) -> None:
         """Let other runs open the file."""
-        if self._lock is not None:
-            os.close(self._lock)
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
 
-    def append(self, record: Record) -> None:
-        """Write the record to disk; the latest record of a key is the one that counts."""
-        self._write(self._contents.lines(record))
-        self._contents.put(record)
+    def __getstate__(self) -> dict[str, Any]:
+        """What is sent to another process: what is known, and no right to write."""
+        return {**self.__dict__, "_file": None, "only_read": True}
+
+    def ask(
+        self,
+        question: Answer,
+        work: Callable[[], Answer],
+        *,
+        rest: Callable[[], Answer] = dict,
+        force: bool = False,
+    ) -> Answer:
+        """The answer to a question: from the file, or made now and appended.
+
+        Args:
+            question: what tells the answer from the others of its page, ready for JSON.
+            work: makes the answer.
+            rest: what else the answer depends on, such as hashes and versions; the key is the hash of both.
+            force: make it again, unless this run has made it.
+
+        Raises:
+            NotAnswered: it is not in the file, which is only read.
+        """
+        question = {**rest(), **question}
+        key = content_hash(question)
+        known = self.entries.get(key)
+        if known is not None and not (force and key not in self.fresh):
+            self.reused += key not in self.asked and key not in self.fresh
+            self.asked[key] = None
+            return known.flat
+        if self.only_read:
+            raise NotAnswered(f"{self.path} has no answer to {question}.")
+        entry = Entry(question=question, answer=work(), environment=self.environment_of(environment()))
+        self.append(entry)
+        self.asked[key] = None
+        return entry.flat
+
+    def append(self, entry: Entry | Record) -> None:
+        """Write an entry to disk; the latest of a key is the one that counts."""
+        entry = Entry.of(entry) if isinstance(entry, Record) else entry
+        self._write(self._contents.lines(entry))
+        self._contents.put(entry)
+        self.fresh.add(entry.key)
+        self.made += 1
+
+    def adopt(self, entry: Entry, line: dict[str, Any]) -> None:
+        """Write an entry that another process made.
+
+        Args:
+            entry: as it came.
+            line: what its environment line says there.
+        """
+        self.append(dc.replace(entry, environment=self.environment_of(line["environment"])))
+
+    def know(self, other: Store) -> None:
+        """Take over the answers of another file, without writing them.
+
+        Args:
+            other: that file.
+        """
+        self._contents.entries.update(other.entries)
+
+    def environment_of(self, state: dict[str, Any], **declared: Any) -> str:
+        """The id of the line of an environment, written with its first entry: a run that adds nothing leaves none.
+
+        Args:
+            state: what `bench.engine.machine.environment` returned.
+            **declared: what else the line says.
+        """
+        known = content_hash(state)
+        if known not in self._ids:
+            started = datetime.now(UTC).isoformat(timespec="milliseconds")
+            self._ids[known] = self.add_environment(
+                {"started": started, "command": self.started_by, "environment": state, **declared}
+            )
+        return self._ids[known]
 
     def add_environment(self, description: dict[str, Any]) -> str:
         """Write an environment line and return its id.
@@ -181,70 +198,181 @@ class RecordStore:
         Args:
             description: anything JSON can hold.
         """
-        identity = content_hash(description)
-        fields = {"schema_version": SCHEMA_VERSION, "record": "environment", "id": identity, **description}
-        self._write([to_json(fields)])
-        self.environments[identity] = fields
+        identity, lines = self._contents.environment_lines(description)
+        self._write(lines)
         return identity
 
+    def show(self, place: str, keys: Iterable[str], **data: Any) -> Page:
+        """Keep what a page shows; the file is left alone if that is known.
+
+        Args:
+            place: name of the page.
+            keys: of the answers, in the order of the page.
+            **data: what the page says beside them.
+        """
+        page = Page(keys=list(dict.fromkeys(keys)), data=data)
+        if self.pages.get(place) != page:
+            self._write(self._contents.page_lines(place, page))
+        return page
+
     def compact(self) -> None:
-        """Rewrite the file without superseded records and environments that no record names, if there are any."""
-        used = {record.environment for record in self.records.values()}
-        if not self._contents.superseded and used == set(self.environments):
+        """Rewrite the file without what a later line replaces and environments no entry names, if there is such."""
+        if not self._contents.superfluous:
             return
-        environments = {name: fields for name, fields in self.environments.items() if name in used}
-        kept = Contents(environments=environments)
-        lines = [to_json(fields) for fields in environments.values()]
-        for record in self.records.values():
-            lines += kept.lines(record)
-            kept.put(record)
-        write_atomically(self.path, "".join(f"{line}\n" for line in lines).encode())
+        kept = Contents()
+        lines = self._contents.all_lines(kept)
+        with _told(self.path):
+            write_atomically(self.path.resolve(), "".join(f"{line}\n" for line in lines).encode())
+            self.close()
+            self._file = _opened(self.path)
         self._contents = kept
 
     def _write(self, lines: Iterable[str]) -> None:
         """Whole lines in one write, on disk before this returns."""
         content = "".join(f"{line}\n" for line in lines).encode()
-        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            size = os.fstat(file).st_size
-            written = os.write(file, content)
-            if written < len(content):  # a full disk: nothing may follow half a line
-                os.ftruncate(file, size)
-                raise OSError(
-                    f"{self.path}: only {written} of {len(content)} bytes could be written; is the disk full?"
-                )
-            os.fsync(file)
-        finally:
-            os.close(file)
+        if self._file is None:
+            raise RecordError(f"{self.path} is only read, and cannot be added to.")
+        with _told(self.path):
+            size = os.fstat(self._file).st_size
+            try:
+                written = os.write(self._file, content)
+                if written < len(content):
+                    raise OSError(f"only {written} of {len(content)} bytes could be written; is the disk full?")
+                os.fsync(self._file)
+            except OSError:  # nothing may follow half a line; where even this fails, the next run cuts it off
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self._file, size)
+                raise
 
 
-def _lock_folder(folder: Path) -> int | None:
-    """Lock against a second run, until the descriptor is closed or the process ends; not on Windows."""
-    if sys.platform == "win32":
-        return None
-    # The folder is locked, not the file: the file is replaced when it is compacted.
-    lock = os.open(folder, os.O_RDONLY)
+class Answered:
+    """Answers that are asked for as a run asks, and found without models.
+
+    Args:
+        entries: in the order of the page that shows them.
+    """
+
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        self.entries = entries
+        self.asked: dict[str, None] = {}  # keys in order
+
+    def ask(
+        self,
+        question: Answer,
+        work: Callable[[], Answer] = dict,
+        *,
+        rest: Callable[[], Answer] = dict,
+        force: bool = False,
+    ) -> Answer:
+        """The answer of the page to a question; neither `work` nor `rest` is called.
+
+        Args:
+            question: a part of the question that no other answer of the page has.
+            work: not needed.
+            rest: not needed.
+            force: not heeded.
+
+        Raises:
+            NotAnswered: the page shows no such answer.
+        """
+        found = self.select(**question)
+        if not found:
+            raise NotAnswered(f"the records of the page hold no answer to {question}; measure it first.")
+        self.asked[found[0]["key"]] = None
+        return found[0]
+
+    def select(self, **question: Any) -> list[Answer]:
+        """All answers of the page to questions with these parts, in the order of the page.
+
+        Args:
+            **question: the parts.
+        """
+        return [entry.flat for entry in self.entries if question.items() <= entry.question.items()]
+
+
+class Shown(Answered):
+    """What a page shows.
+
+    Args:
+        store: the file.
+        page: of a profile.
+
+    Raises:
+        RecordError: an answer of the page is not in the file.
+    """
+
+    def __init__(self, store: Store, page: Page) -> None:
+        missing = [key for key in page.keys if key not in store.entries]
+        if missing:
+            raise RecordError(f"{store.path} must hold all answers of its page, got none for {missing[0]}; restore it.")
+        super().__init__([store.entries[key] for key in page.keys])
+        self.store, self.page = store, page
+
+    @property
+    def records(self) -> list[Record]:
+        """The entries of the page as records."""
+        return [entry.record for entry in self.entries]
+
+    @property
+    def environments(self) -> dict[str, dict[str, Any]]:
+        """The environment lines that the entries name, in the order in which they first do."""
+        names = dict.fromkeys(entry.environment for entry in self.entries if entry.environment)
+        return {name: self.store.environments[name] for name in names}
+
+    @property
+    def states(self) -> list[dict[str, Any]]:
+        """What the environments of the page are, each once."""
+        found = (line.get("environment", {}) for line in self.environments.values())
+        return list({content_hash(state): state for state in found}.values())
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Errors of the file system as ours, with what to do."""
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
     except OSError as error:
-        os.close(lock)
         raise RecordError(
-            f"{folder} must be written by one run at a time, got a second one; wait for the other run to end, or pass "
-            "another --results folder."
+            f"{path} must be a file that can be read and written, got '{error.strerror or error}'; what was written "
+            "before is kept: make room or pass another --results folder, and run the same command again."
         ) from error
-    return lock
 
 
-def _repair(path: Path, torn: int) -> str:
+def _opened(path: Path) -> int:
+    """A descriptor to append with, locked until it is closed or the process ends; not locked on Windows."""
+    if path.is_symlink() and not path.exists():
+        raise OSError(f"it is a link to {os.readlink(path)}, which does not exist")
+    if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+        raise OSError("it is a folder" if path.is_dir() else "it is no regular file")
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
+        if sys.platform == "win32":
+            return file
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(file)
+            raise RecordError(
+                f"{path} must be written by one run at a time, got a second one; wait for the other run to end, or "
+                "pass another --results folder."
+            ) from error
+        with contextlib.suppress(FileNotFoundError):
+            if os.fstat(file).st_ino == path.stat().st_ino:
+                return file
+        os.close(file)  # another run replaced the file meanwhile
+
+
+def _repair(path: Path, file: int, torn: int) -> str:
     """Cut off a torn last line, or end a whole one that lacks its line break; returns what was done, for the user."""
-    if not path.exists() or path.stat().st_size == 0:
+    size = os.fstat(file).st_size
+    if torn:
+        os.ftruncate(file, size - torn)
+        return f"{path}: cut off {torn} bytes of a torn last line that a killed run left."
+    if not size:
         return ""
-    with path.open("r+b") as file:
-        if torn:
-            file.truncate(path.stat().st_size - torn)
-            return f"{path}: cut off {torn} bytes of a torn last line that a killed run left."
-        file.seek(-1, os.SEEK_END)
-        if file.read(1) != b"\n":
-            file.write(b"\n")
-            return f"{path}: ended the last line, whose line break a killed run did not write."
-    return ""
+    with path.open("rb") as again:
+        again.seek(-1, os.SEEK_END)
+        if again.read(1) == b"\n":
+            return ""
+    os.write(file, b"\n")
+    return f"{path}: ended the last line, whose line break a killed run did not write."

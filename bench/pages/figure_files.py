@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from io import BytesIO
 from pathlib import Path
 
@@ -23,5 +24,13 @@ def save(canvas: Figure, folder: Path, name: str) -> list[Path]:
         content = BytesIO()
         metadata = {"Date": None} if path.suffix == ".svg" else None
         canvas.savefig(content, format=path.suffix[1:], bbox_inches="tight", metadata=metadata)
-        write_atomically(path, content.getvalue())
+        svg = path.suffix == ".svg"
+        write_atomically(path, _renumbered(content.getvalue().decode()).encode() if svg else content.getvalue())
     return paths
+
+
+def _renumbered(text: str) -> str:
+    """An SVG whose ids are numbers: matplotlib hashes floats for them, whose last bits differ between processors."""
+    names = dict.fromkeys(re.findall(r'id="([a-z][0-9a-f]{10})"', text))
+    numbers = {name: f"id{number}" for number, name in enumerate(names)}
+    return re.sub(r"\b[a-z][0-9a-f]{10}\b", lambda found: numbers.get(found[0], found[0]), text)

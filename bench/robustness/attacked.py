@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from bench.attacks.images import Norm, autoattack, fgsm, pgd, right, within
-from bench.engine.answers import Answer
+from bench.engine.store import Answer
 from bench.robustness.statistics import worst_case
 
 
@@ -28,21 +28,20 @@ class Subject:
         name: for the progress bar.
         model: gives the classifier when something has to be computed with it.
         ask: gives the answer to a question about it, made by the function if it is new.
-        images: in [0, 1].
-        labels: the right classes.
+        given: gives the images, in [0, 1], and their right classes when something has to be computed with them.
         indices: what the images are called in questions.
     """
 
     name: str
     model: Callable[[], nn.Module]
     ask: Callable[[dict[str, Any], Callable[[], Answer]], Answer]
-    images: Float[Tensor, "n channels height width"]
-    labels: Int[Tensor, " n"]
+    given: Callable[[], tuple[Float[Tensor, "n channels height width"], Int[Tensor, " n"]]]
     indices: list[int]
 
     def some(self, places: list[int]) -> tuple[Tensor, Tensor]:
         """Images and labels at these places."""
-        return self.images[places], self.labels[places]
+        images, labels = self.given()
+        return images[places], labels[places]
 
 
 def attacked(
@@ -85,21 +84,19 @@ def _batch(subject: Subject, norm: Norm, eps: float, places: range, standing: li
     asked = {"norm": norm, "eps": eps, "seed": ATTACK_SEED}
     names = [subject.indices[place] for place in places]
     question = {"what": "gradient attacks", "images": names, "steps": PGD_STEPS}
-    given = subject.some(list(places))
-    first = subject.ask({**question, "attack": asked}, lambda: _gradient_attacks(subject, given, norm, eps))
+    first = subject.ask({**question, "attack": asked}, lambda: _gradient_attacks(subject, list(places), norm, eps))
     both = zip(standing, first["fgsm"], first["pgd"], strict=True)
     still = [place for place, flags in zip(places, both, strict=True) if all(flags)]
     flags = dict.fromkeys(places, False)
     if still:
         question = {"what": "autoattack", "images": [subject.indices[place] for place in still]}
-        chosen = subject.some(still)
-        last = subject.ask({**question, "attack": asked}, lambda: _autoattack(subject, chosen, norm, eps))
+        last = subject.ask({**question, "attack": asked}, lambda: _autoattack(subject, still, norm, eps))
         flags.update(zip(still, last["right"], strict=True))
     return {"fgsm": first["fgsm"], "pgd": first["pgd"], "autoattack": [flags[place] for place in places]}
 
 
-def _gradient_attacks(subject: Subject, given: tuple[Tensor, Tensor], norm: Norm, eps: float) -> Answer:
-    images, labels = given
+def _gradient_attacks(subject: Subject, places: list[int], norm: Norm, eps: float) -> Answer:
+    images, labels = subject.some(places)
     model = subject.model()
     generator = torch.Generator().manual_seed(ATTACK_SEED)
     one = fgsm(model, images, labels, norm, eps)
@@ -107,8 +104,8 @@ def _gradient_attacks(subject: Subject, given: tuple[Tensor, Tensor], norm: Norm
     return {"fgsm": right(model, one, labels).tolist(), "pgd": right(model, many, labels).tolist()}
 
 
-def _autoattack(subject: Subject, given: tuple[Tensor, Tensor], norm: Norm, eps: float) -> Answer:
-    images, labels = given
+def _autoattack(subject: Subject, places: list[int], norm: Norm, eps: float) -> Answer:
+    images, labels = subject.some(places)
     model = subject.model()
     found = autoattack(model, images, labels, norm, eps, seed=ATTACK_SEED)
     moved = within(images, found.double() - images.double(), norm, eps)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from bench.attacks.images import pgd, right
-from bench.engine.answers import Answer
+from bench.engine.store import Answer
 from bench.robustness.settings import (
     CHOICE_EPS,
     CHOICE_SEED,
@@ -77,7 +77,7 @@ def _row(
 
 
 def _validated(model: Trained) -> Answer:
-    part = model.workshop.split.validation
+    part = model.workshop.images.validation
     generator = torch.Generator().manual_seed(CHOICE_SEED)
     found = pgd(model.model(), part.images, part.labels, "l_inf", CHOICE_EPS, steps=CHOICE_STEPS, generator=generator)
     return {"robust": right(model.model(), found, part.labels).double().mean().item()}

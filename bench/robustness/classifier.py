@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from bench.robustness.folder import LabelledFolder
 from lipbounds.errors import InvalidInput, LipboundsError
-from lipbounds.models.hub import load_hub_classifier
-from lipbounds.models.image_processor import image_input
 from lipbounds.models.loading import BUNDLED, ImageInput, load_model, python_path
 
 
@@ -71,6 +69,10 @@ def load_classifier(name: str, *, trust_remote_code: bool = False) -> LoadedClas
         InvalidInput: there is no such model, it is damaged, or takes no images.
         Unsupported: it is of an unknown kind, or needs code that comes with it.
     """
+    # These import transformers, which takes seconds.
+    from lipbounds.models.hub import load_hub_classifier
+    from lipbounds.models.image_processor import image_input
+
     image: ImageInput | None
     labels: dict[str, int] = {}
     if name in BUNDLED or python_path(name):

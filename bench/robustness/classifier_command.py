@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
+from pathlib import Path
 
-from bench.engine.answers import Answers
-from bench.engine.options import finish, folder_of, progress_bar, write_page
+from bench.engine.machine import describe
+from bench.engine.options import profile_of, progress_bar, write_page
+from bench.engine.store import Shown, Store
+from bench.engine.task import Showing, Task, Written
 from bench.robustness import classifier_page
 from bench.robustness import classifier_task as task
 from bench.robustness.classifier import check_numbered, load_classifier
@@ -16,11 +19,12 @@ from lipbounds.devices import device_named
 from lipbounds.errors import InvalidInput
 
 
-def run(options: argparse.Namespace) -> int:
-    """Attack and measure what is missing, write the page, the numbers and the figure.
+def measure(options: argparse.Namespace, store: Store) -> Showing:
+    """Attack and measure what is missing.
 
     Args:
         options: the command line.
+        store: the records.
 
     Raises:
         InvalidInput: the model, the folder or the device is not there, or they do not fit together.
@@ -29,20 +33,32 @@ def run(options: argparse.Namespace) -> int:
     if options.model is None or options.images is None:
         raise InvalidInput("--model NAME and --images DIR go together: pass both.")
     device = device_named(options.device)
-    profile = task.PROFILES["quick" if options.quick else "standard"]
+    profile = task.PROFILES[profile_of(options)]
     loaded = load_classifier(options.model)
     count = profile.images if options.count is None else options.count
     classes = loaded.classes if options.classes is None else read_classes(options.classes)
     given = read_folder(options.images, count, settings=loaded.image, classes=classes)
     check_numbered(loaded, given)
-    answers = Answers(options.results / "classifier.jsonl")
     with progress_bar(task.pieces(profile, len(given.names))) as advance:
-        data = task.run(answers, loaded, given, profile, device=device, force=options.force, advance=advance)
-    folder = folder_of(options)
-    folder.mkdir(parents=True, exist_ok=True)
-    name = "classifier_" + re.sub(r"\W+", "_", options.model).strip("_").lower()
-    written = write_page(folder, name, classifier_page.report(data, _command(options), f"{name}.png"), data)
-    return finish(answers, [*written, *classifier_page.draw(data, folder, name)])
+        data = task.run(store, loaded, given, profile, device=device, force=options.force, advance=advance)
+    about = {name: value for name, value in data.items() if name not in ("clean", "robust", "measured")}
+    name = re.sub(r"\W+", "_", options.model).strip("_").lower()
+    return Showing(keys=store.asked, data={"about": about, "command": _command(options)}, name=name)
+
+
+def pages(found: Shown, folder: Path) -> Written:
+    """Write the page, the numbers and the figure.
+
+    Args:
+        found: the answers.
+        folder: where the files go.
+    """
+    data = task.shown(found, task.PROFILES[found.page.data["profile"]])
+    data["environments"] = [*map(describe, found.states)]
+    name = f"classifier_{found.page.data['name']}"
+    text = classifier_page.report(data, found.page.data["command"], f"{name}.png")
+    written = write_page(folder, name, text, data)
+    return Written(paths=[*written, *classifier_page.draw(data, folder, name)])
 
 
 def _command(options: argparse.Namespace) -> str:
@@ -51,3 +67,12 @@ def _command(options: argparse.Namespace) -> str:
     words += ["--classes", str(options.classes)] if options.classes is not None else []
     words += ["--count", str(options.count)] if options.count is not None else []
     return shlex.join(words + (["--quick"] if options.quick else []))
+
+
+TASK = Task(
+    name="classifier",
+    help="robust accuracy of a classifier of your own; the same as robustness with --model and --images",
+    measure=measure,
+    pages=pages,
+    takes=frozenset({"quick", "force", "results", "device", "model", "images", "classes", "count"}),
+)

@@ -3,40 +3,87 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses as dc
 from pathlib import Path
 
-from bench.engine.answers import Answers
-from bench.engine.options import cluster_of, command_of, finish, folder_of, profile_of, progress_bar, write_page
+from bench.engine.machine import describe
+from bench.engine.migration import Old
+from bench.engine.options import profile_of, progress_bar, write_page
+from bench.engine.store import Answered, NotAnswered, Shown, Store
+from bench.engine.task import Showing, Task, Written
 from bench.robustness import figures, tables
 from bench.robustness import task as robustness
-from bench.robustness.settings import PROFILES
+from bench.robustness.measures import LANCZOS
+from bench.robustness.settings import PROFILES, Recipe
 from bench.robustness.summary import summarised
 from bench.robustness.training import Workshop
+from lipbounds.devices import device_named
 from lipbounds.models.digits_data import load_digits_split
 
 
 WEIGHTS = Path(".work") / "robustness"  # under the folder of results; git ignores it
 
 
-def run(options: argparse.Namespace, *, only_read: bool = False) -> int:
-    """Train and attack what is missing, write the page, the numbers and the figures.
+def measure(options: argparse.Namespace, store: Store) -> Showing:
+    """Train and attack what is missing.
 
     Args:
         options: the command line.
-        only_read: make nothing anew.
-
-    Raises:
-        NotAnswered: something is missing, and nothing is to be made.
+        store: the records.
     """
-    name = profile_of(options)
-    profile = PROFILES[name]
-    answers = Answers(options.results / "robustness.jsonl", only_read=only_read)
-    workshop = Workshop(answers, options.results / WEIGHTS, load_digits_split(), options.force and not only_read)
-    command = command_of(options, "robustness")
-    with cluster_of(options) as cluster, progress_bar(robustness.pieces(profile)) as advance:
-        found = robustness.run(workshop, profile, jobs=options.jobs, cluster=cluster, advance=advance)
-    data = {"command": command, "profile": name, **found}
+    profile = PROFILES[profile_of(options)]
+    device = device_named(options.device).type
+    workshop = Workshop(store, options.results / WEIGHTS, load_digits_split(), options.force, device)
+    with progress_bar(robustness.pieces(profile)) as advance:
+        robustness.run(workshop, profile, jobs=options.jobs, cluster=options.cluster, advance=advance)
+    return Showing(keys=store.asked)
+
+
+def pages(found: Shown, folder: Path) -> Written:
+    """Write the page, the numbers and the figures.
+
+    Args:
+        found: the answers.
+        folder: where the files go.
+    """
+    command, profile = (found.page.data[name] for name in ("command", "profile"))
+    numbers = robustness.run(Workshop(found, folder / WEIGHTS), PROFILES[profile])
+    data = {"command": command, "profile": profile, **numbers, "environments": [*map(describe, found.states)]}
     summary = summarised(data)
-    folder = folder_of(options)
     written = write_page(folder, "robustness", tables.report(data, summary, command), {**summary, **data})
-    return finish(workshop.answers, [*written, *figures.draw(data, summary, folder)])
+    return Written(paths=[*written, *figures.draw(data, summary, folder)])
+
+
+def migrated(old: Old) -> Showing:
+    """What the page of a file of schema version 1 showed: what the standard profile asks.
+
+    Args:
+        old: the file.
+    """
+    shared = ("task", "version", "what", "setting", "seed", "weights")
+    asked = {
+        "train": (*shared[:3], *(field.name for field in dc.fields(Recipe))),
+        "choice": (*shared, "norm", "eps", "steps"),
+        "network": (*shared, "images"),
+        "blocks": (*shared, "images", "bins", "bounds", *LANCZOS),
+        "gradient attacks": (*shared, "images", "steps", "attack"),
+        "autoattack": (*shared, "images", "attack"),
+    }
+    for line in old.lines:
+        old.split(line, asked[line["what"]], old.describe(line["environment"]), device="cpu")
+    everything = Answered(list(old.new.entries.values()))
+    try:
+        robustness.run(Workshop(everything, old.path.parent / WEIGHTS), PROFILES["standard"])
+    except NotAnswered:
+        return Showing(keys=[])
+    return Showing(keys=everything.asked)
+
+
+TASK = Task(
+    name="robustness",
+    help="robust accuracy of models trained with and without penalties",
+    measure=measure,
+    pages=pages,
+    takes=frozenset({"quick", "full", "force", "results", "device", "ray", "jobs"}),
+    migrate=migrated,
+)

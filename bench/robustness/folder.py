@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bench.workloads.models import tensors_hash
+from bench.workloads.hashes import tensors_hash
 from lipbounds.errors import InvalidInput
 from lipbounds.models.loading import ImageInput
 from lipbounds.models.pictures import SUFFIXES, picture, pictures_in

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from bench.engine.answers import Answer
+from bench.engine.store import Answer
 from lipbounds import registry
 from lipbounds.capture import capture
 from lipbounds.estimators.lanczos import lanczos_upper

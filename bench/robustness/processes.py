@@ -1,21 +1,27 @@
 """The models of a profile in several processes: each model is trained, measured and attacked in one of them.
 
-Every answer is one write at the end of the file they share, so that a run that is killed goes on as one process would.
+This process alone writes: what another one answers comes back when its model is done.
 """
 
 from __future__ import annotations
 
+import dataclasses as dc
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from bench.engine.answers import Answers
+from bench.engine.store import Store
+from bench.engine.store_file import Entry
 from bench.robustness.settings import Recipe
 from bench.robustness.training import Trained, Workshop
 
 
 Measure = Callable[[Trained], object]
+Made = list[tuple[Entry, dict[str, Any]]]  # with what the environment line says
 
 
 def answered(workshop: Workshop, recipes: Sequence[Recipe], measure: Measure, jobs: int) -> Iterator[Recipe]:
@@ -29,16 +35,39 @@ def answered(workshop: Workshop, recipes: Sequence[Recipe], measure: Measure, jo
         jobs: number of processes; they share the threads that this one has.
     """
     threads = max(1, torch.get_num_threads() // jobs)
-    before, made = workshop.answers, 0
-    # Each gets the answers that there are: the file may end in half a line while another writes.
     initial = (workshop, measure, threads)
     with multiprocessing.get_context("spawn").Pool(jobs, _begin, initial) as pool:
-        for recipe, count in pool.imap_unordered(_measured, recipes, chunksize=1):
-            made += count
+        for recipe, found in pool.imap_unordered(_measured, recipes, chunksize=1):
+            keep(workshop, found)
             yield recipe
-    workshop.answers, workshop.force = Answers(before.path), False
-    workshop.answers.made = before.made + made
-    workshop.answers.reused = before.reused - made  # each of them is taken once more
+    workshop.force = False
+
+
+def keep(workshop: Workshop, found: Iterable[tuple[Entry, dict[str, Any]]]) -> None:
+    """Write what another process made.
+
+    Args:
+        workshop: where answers go.
+        found: entries, each with what its environment line says there.
+    """
+    for entry, line in found:
+        workshop.store.adopt(entry, line)
+
+
+def made(workshop: Workshop, recipe: Recipe, measure: Measure) -> Made:
+    """In another process: the answers about one model that the first one does not have.
+
+    Args:
+        workshop: with the answers that there are.
+        recipe: of the model.
+        measure: asks everything that is to be known of it.
+    """
+    before = workshop.store.entries
+    with tempfile.TemporaryDirectory() as folder, Store(Path(folder) / "answers.jsonl") as answers:
+        answers.know(workshop.store)
+        measure(dc.replace(workshop, answers=answers).trained(recipe))
+        new = [entry for key, entry in answers.entries.items() if entry is not before.get(key)]
+        return [(entry, answers.environments[entry.environment]) for entry in new]
 
 
 _here: tuple[Workshop, Measure] | None = None  # of a process of the pool
@@ -50,9 +79,7 @@ def _begin(workshop: Workshop, measure: Measure, threads: int) -> None:
     _here = workshop, measure
 
 
-def _measured(recipe: Recipe) -> tuple[Recipe, int]:
+def _measured(recipe: Recipe) -> tuple[Recipe, Made]:
     assert _here is not None
     workshop, measure = _here
-    before = workshop.answers.made
-    measure(workshop.trained(recipe))
-    return recipe, workshop.answers.made - before
+    return recipe, made(workshop, recipe, measure)

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from bench.attacks.images import right
-from bench.engine.answers import Answer
+from bench.engine.store import Answer
 from bench.robustness.attacked import Advance, Subject, attacked, share
 from bench.robustness.choice import choose, tried
 from bench.robustness.measures import BINS, LANCZOS, blocks, network_constants, versions
@@ -70,7 +70,7 @@ def run(
         model = workshop.trained(way)
         settings[way.setting]["models"].append({"seed": way.seed, **_measured(model, profile, advance)})
     done = {"images": profile.images, "blocks": profile.blocks, "epochs": profile.epochs, "seeds": list(profile.seeds)}
-    return {**done, "settings": settings, "environments": sorted(workshop.used)}
+    return {**done, "settings": settings}
 
 
 def _pieces_of_a_model(profile: Profile) -> int:
@@ -85,18 +85,24 @@ def _measured(model: Trained, profile: Profile, advance: Advance) -> dict[str, A
     """Constants, bounds and robust accuracies of one model."""
     place = f"{model.recipe.setting}, seed {model.recipe.seed}"
     advance(f"{place}: local constants")
-    test = model.workshop.split.test
-    images = {"images": test.indices[: profile.images].tolist()}
-    network = model.ask({"what": "network", **images}, lambda: _network(model, profile.images))
-    question = {"what": "blocks", "images": test.indices[: profile.blocks].tolist(), "bins": BINS}
-    found = model.ask({**question, "bounds": versions(), **LANCZOS}, lambda: _blocks(model, profile.blocks))
+
+    def images(count: int) -> dict[str, Any]:
+        return {"images": model.workshop.images.test.indices[:count].tolist()}
+
+    network = model.ask(
+        {"what": "network"}, lambda: _network(model, profile.images), rest=lambda: images(profile.images)
+    )
+    found = model.ask(
+        {"what": "blocks"},
+        lambda: _blocks(model, profile.blocks),
+        rest=lambda: {**images(profile.blocks), "bins": BINS, "bounds": versions(), **LANCZOS},
+    )
     subject = Subject(
         name=place,
         model=model.model,
         ask=model.ask,
-        images=test.images,
-        labels=test.labels,
-        indices=test.indices.tolist(),
+        given=lambda: (model.workshop.images.test.images, model.workshop.images.test.labels),
+        indices=network["images"],
     )
     robust = {
         norm: attacked(subject, norm, radii, profile.batch, network["right"], advance)
@@ -112,7 +118,7 @@ def _measured(model: Trained, profile: Profile, advance: Advance) -> dict[str, A
 
 
 def _network(model: Trained, count: int) -> Answer:
-    test = model.workshop.split.test
+    test = model.workshop.images.test
     constants, _ = network_constants(_wide(model), test.images[:count].double())
     # Attacks judge in float32, and so does this.
     flags = right(model.model(), test.images[:count], test.labels[:count])
@@ -120,7 +126,7 @@ def _network(model: Trained, count: int) -> Answer:
 
 
 def _blocks(model: Trained, count: int) -> Answer:
-    return blocks(_wide(model), model.workshop.split.test.images[:count].double())
+    return blocks(_wide(model), model.workshop.images.test.images[:count].double())
 
 
 def _wide(model: Trained) -> Any:

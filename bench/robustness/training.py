@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses as dc
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,12 @@ from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from bench.engine.answers import Answer, Answers
-from bench.engine.machine import describe, environment
 from bench.engine.records import RecordError, content_hash
-from bench.robustness.penalties import loss_of
+from bench.engine.store import Answer, Answered, Store
 from bench.robustness.settings import VERSION, Recipe
-from bench.workloads.models import tensors_hash
+from bench.workloads.hashes import tensors_hash
 from lipbounds.errors import InvalidInput
-from lipbounds.models.digits_data import DigitsSplit
+from lipbounds.models.digits_data import DigitsSplit, LabelledImages
 from lipbounds.models.digits_vit import DigitsViT, load_digits_vit
 from lipbounds.models.train_digits import evaluate, train
 
@@ -33,41 +32,48 @@ class Workshop:
     """Where models come from and answers go.
 
     Args:
-        answers: the file of answers.
+        answers: the file of answers, or what a page shows of it.
         folder: of the weights.
-        split: the images.
+        split: the images; None where nothing is made.
         force: make again what is in the file.
+        device: where models are measured and attacked; they are trained on the CPU.
     """
 
-    answers: Answers
+    answers: Store | Answered
     folder: Path
-    split: DigitsSplit
+    split: DigitsSplit | None = None
     force: bool = False
-    used: set[str] = dc.field(default_factory=set)  # environments of the answers given so far
-    _asked: set[str] = dc.field(default_factory=set)
-    _environment: str = ""
+    device: str = "cpu"
 
-    def ask(self, question: dict[str, Any], work: Any) -> Answer:
-        """An answer of this task, with the environment in which it was made.
+    @property
+    def store(self) -> Store:
+        """The file, to write to."""
+        assert isinstance(self.answers, Store)
+        return self.answers
+
+    @property
+    def images(self) -> DigitsSplit:
+        """The images, on the device."""
+        assert self.split is not None
+        return on_device(self.split, self.device)
+
+    def ask(self, question: dict[str, Any], work: Any, rest: Callable[[], Answer] = dict) -> Answer:
+        """An answer of this task.
 
         Args:
-            question: all that the answer depends on.
+            question: what tells the answer from the others of its page.
             work: makes the answer.
+            rest: what else the answer depends on.
         """
 
         def timed() -> Answer:
             start = time.perf_counter()
             answer = work()
-            self._environment = self._environment or describe(environment())
-            return {**answer, "seconds": time.perf_counter() - start, "environment": self._environment}
+            return {**answer, "seconds": time.perf_counter() - start}
 
-        asked = {"task": "robustness", "version": VERSION, **question}
-        # The reference of a choice is asked for more than once.
-        key = content_hash(asked)
-        answer = self.answers.ask(asked, timed, force=self.force and key not in self._asked)
-        self._asked.add(key)
-        self.used.add(answer["environment"])
-        return answer
+        asked = {"task": "robustness", **question}
+        shared = {"version": VERSION, "device": self.device}
+        return self.answers.ask(asked, timed, rest=lambda: {**shared, **rest()}, force=self.force)
 
     def trained(self, recipe: Recipe) -> Trained:
         """The model of a recipe: trained now, or known by the hash of its weights.
@@ -99,7 +105,7 @@ class Workshop:
             if again != weights:
                 raise RecordError(
                     f"the weights of {recipe.setting}, seed {recipe.seed}, must have the hash {weights} of the records "
-                    f"in {self.answers.path}, but training gives {again} here (another machine, other versions or "
+                    f"in {self.store.path}, but training gives {again} here (another machine, other versions or "
                     "threads); pass another --results, or --force to make every answer anew."
                 )
             found = _loaded(path)
@@ -107,10 +113,14 @@ class Workshop:
         return found
 
     def _train(self, recipe: Recipe) -> Answer:
+        from bench.robustness.penalties import loss_of  # its imports take seconds
+
         history: list[tuple[float, float]] = []
+        images = self.split  # on the CPU: 8 x 8 pixels leave a GPU idle
+        assert images is not None
         model = train(
-            self.split.train,
-            self.split.validation,
+            images.train,
+            images.validation,
             seed=recipe.seed,
             epochs=recipe.epochs,
             console=Console(quiet=True),
@@ -123,7 +133,7 @@ class Workshop:
         temporary = path.with_suffix(".tmp")
         save_file(model.state_dict(), temporary)
         temporary.replace(path)
-        accuracy, _ = evaluate(model, self.split.validation)
+        accuracy, _ = evaluate(model, images.validation)
         return {"weights": weights_hash(model), "history": history, "validation_accuracy": accuracy}
 
 
@@ -147,18 +157,36 @@ class Trained:
     def model(self) -> DigitsViT:
         """The model, in evaluation mode; its parameters need no gradient."""
         if self._model is None:
-            self._model = self.workshop.load(self.recipe, self.weights).requires_grad_(False)
+            self._model = self.workshop.load(self.recipe, self.weights).to(self.workshop.device).requires_grad_(False)
         return self._model
 
-    def ask(self, question: dict[str, Any], work: Any) -> Answer:
+    def ask(self, question: dict[str, Any], work: Any, rest: Callable[[], Answer] = dict) -> Answer:
         """An answer about this model.
 
         Args:
-            question: all that the answer depends on beside the weights.
+            question: what tells the answer from the others about this model.
             work: makes the answer.
+            rest: what else the answer depends on, beside the weights.
         """
         shared = {"setting": self.recipe.setting, "seed": self.recipe.seed, "weights": self.weights}
-        return self.workshop.ask({**question, **shared}, work)
+        return self.workshop.ask({**question, **shared}, work, rest)
+
+
+def on_device(split: DigitsSplit, device: str) -> DigitsSplit:
+    """The images on a device.
+
+    Args:
+        split: on the CPU.
+        device: its name.
+    """
+    if device == "cpu":
+        return split
+    parts = {
+        field.name: LabelledImages(part.images.to(device), part.labels.to(device), part.indices)
+        for field in dc.fields(split)
+        for part in [getattr(split, field.name)]
+    }
+    return DigitsSplit(**parts)
 
 
 def weights_hash(model: DigitsViT) -> str:

@@ -5,36 +5,67 @@ from __future__ import annotations
 import argparse
 import dataclasses as dc
 import sys
+from pathlib import Path
 
-import torch
-
-from bench.engine.answers import Answers
-from bench.engine.machine import describe, environment
-from bench.engine.options import command_of, finish, folder_of, profile_of, write_page
-from bench.speed import plan as speed_plan
-from bench.speed import tables as speed_tables
+from bench.engine.machine import describe
+from bench.engine.migration import Old
+from bench.engine.options import profile_of, write_page
+from bench.engine.store import Shown, Store
+from bench.engine.task import Showing, Task, Written
+from bench.speed import plan, tables
 from bench.speed import task as speed
+from bench.speed.task import HERE
+from lipbounds.devices import device_named
 
 
-def run(options: argparse.Namespace, *, only_read: bool = False) -> int:
-    """Measure what is missing, write the page, the numbers and the figures.
+def measure(options: argparse.Namespace, store: Store) -> Showing:
+    """Measure what is missing.
 
     Args:
         options: the command line.
-        only_read: measure nothing anew.
-
-    Raises:
-        NotAnswered: something is missing, and nothing is to be measured.
+        store: the records.
     """
-    answers = Answers(options.results / "speed.jsonl", only_read=only_read)
-    data = speed.run(
-        answers,
-        dc.replace(speed_plan.PROFILES[profile_of(options)], stop=options.time_limit),
-        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-        force=options.force and not only_read,
+    speed.run(
+        store,
+        dc.replace(plan.PROFILES[profile_of(options)], stop=options.time_limit),
+        device=device_named(options.device),
+        force=options.force,
         advance=lambda what: print(f"speed: {what}", file=sys.stderr),
     )
-    folder = folder_of(options)
-    text = speed_tables.report(data, command_of(options, "speed"), describe(environment()))
-    written = write_page(folder, "speed", text, data)
-    return finish(answers, [*written, *speed_tables.draw(data, folder)])
+    return Showing(keys=store.asked)
+
+
+def pages(found: Shown, folder: Path) -> Written:
+    """Write the page, the numbers and the figure.
+
+    Args:
+        found: the answers.
+        folder: where the files go.
+    """
+    data = speed.shown(found, plan.PROFILES[found.page.data["profile"]])
+    machines = "\n- ".join(map(describe, found.states))
+    written = write_page(folder, "speed", tables.report(data, found.page.data["command"], machines), data)
+    return Written(paths=[*written, *tables.draw(data, folder)])
+
+
+def migrated(old: Old) -> Showing:
+    """What the page of a file of schema version 1 showed: what speed.json holds.
+
+    Args:
+        old: the file.
+    """
+    place = old.named_by_page()
+    asked = ("task", "version", "what", "method", "options", "shape", "kept", "tokens", *HERE)
+    keys = {line["key"]: old.split(line, asked, place).key for line in old.lines}
+    rows = [row for part in ("targets", "rows", "streamed") for row in old.numbers().get(part, [])]
+    return Showing(keys=dict.fromkeys(keys[row["answer"]["key"]] for row in rows))
+
+
+TASK = Task(
+    name="speed",
+    help="time and memory of every bound beside a forward pass",
+    measure=measure,
+    pages=pages,
+    takes=frozenset({"quick", "force", "results", "device", "time_limit"}),
+    migrate=migrated,
+)

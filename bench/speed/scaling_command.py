@@ -3,46 +3,67 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
-from bench.engine.machine import describe, environment
-from bench.engine.options import command_of, folder_of, told
+from bench.engine.machine import describe
+from bench.engine.migration import Old
+from bench.engine.options import write_page
+from bench.engine.store import Shown, Store
+from bench.engine.task import Showing, Task, Written
 from bench.speed import scaling_task as scaling
-from lipbounds.files import write_atomically
+from bench.speed.task import place
+from lipbounds.devices import device_named
 
 
-def run(options: argparse.Namespace) -> int:
-    """Measure, and write the page and the numbers.
+def measure(options: argparse.Namespace, store: Store) -> Showing:
+    """Measure what is missing.
 
     Args:
         options: the command line.
+        store: the records.
     """
-    data = scaling.run(
-        cores=os.cpu_count() or 1,
-        blocks=1 if options.quick else scaling.BLOCKS,
-        time_limit=options.time_limit,
-        advance=lambda what: print(f"scaling: {what}", file=sys.stderr),
+    cores = os.cpu_count() or 1
+    blocks = 1 if options.quick else scaling.BLOCKS
+    store.ask(
+        {"task": "scaling", "version": scaling.VERSION, "blocks": blocks, "cores": cores},
+        lambda: scaling.run(
+            cores=cores,
+            blocks=blocks,
+            time_limit=options.time_limit,
+            advance=lambda what: print(f"scaling: {what}", file=sys.stderr),
+        ),
+        rest=lambda: place(device_named("cpu")),
+        force=options.force,
     )
-    state = environment()
-    folder = folder_of(options)
-    page, numbers = folder / "scaling.md", folder / "scaling.json"
-    write_atomically(page, report(data, command_of(options, "scaling"), describe(state)).encode())
-    write_atomically(numbers, (json.dumps({**data, "environment": state}, indent=1) + "\n").encode())
-    return told([page, numbers], [])
+    return Showing(keys=store.asked)
 
 
-def report(data: dict[str, Any], command: str, machine: str) -> str:
+def pages(found: Shown, folder: Path) -> Written:
+    """Write the page and the numbers.
+
+    Args:
+        found: the answers.
+        folder: where the files go.
+    """
+    (state,) = found.states
+    data = found.entries[0].answer
+    text = report(data, found.page.data["command"], describe(state), state.get("cores") or 1)
+    return Written(paths=write_page(folder, "scaling", text, {**data, "environment": state}))
+
+
+def report(data: dict[str, Any], command: str, machine: str, cores: int) -> str:
     """The page.
 
     Args:
         data: what `bench.speed.scaling_task.run` returned.
         command: the command line it was made by.
         machine: where.
+        cores: of that machine.
     """
     rounds = [*data["serial"]["rounds"], *(one for row in data["rows"] for one in row["rounds"])]
     loads = [one["load"] for one in rounds]
@@ -72,14 +93,39 @@ workers import torch; it is not in the medians.
 {table}
 
 The load average of the machine, which counts the processes that want to run, was {min(loads):.1f} to {max(loads):.1f} \
-during the rounds{_busy(min(loads))}.
+during the rounds{_busy(min(loads), cores)}.
 
 {machine}.
 """
 
 
-def _busy(load: float) -> str:
-    cores = os.cpu_count() or 1
+def _busy(load: float, cores: int) -> str:
     if load <= cores:
         return ""
     return f", on {cores} cores: others kept it busy, and how far Ray scales has to be measured on an idle machine"
+
+
+def migrated(old: Old) -> Showing:
+    """The numbers of scaling.json, which had no file of records.
+
+    Args:
+        old: no lines.
+    """
+    numbers = old.numbers()
+    if not numbers:
+        return Showing(keys=[])
+    state = numbers.pop("environment")
+    question = {"task": "scaling", "version": scaling.VERSION, "blocks": numbers["blocks"], "cores": state["cores"]}
+    question |= {"device": "cpu", "hardware": state["cpu"], "threads": state["threads"]}
+    question |= {"torch": state["packages"]["torch"], "python": state["python"], "code": state["commit"]}
+    return Showing(keys=[old.add(question, numbers, old.new.environment_lines({"environment": state})[0]).key])
+
+
+TASK = Task(
+    name="scaling",
+    help="time of the same evaluations with Ray and without",
+    measure=measure,
+    pages=pages,
+    takes=frozenset({"quick", "force", "results", "time_limit"}),
+    migrate=migrated,
+)

@@ -18,10 +18,10 @@ from typing import Any
 from bench.engine.evaluators import evaluator
 from bench.engine.schedule import Method, single
 from bench.engine.session import Session
-from bench.engine.store import RecordStore
+from bench.engine.store import Store
 from bench.workloads.case import Case
 from bench.workloads.models import zoo
-from bench.workloads.radii import radii
+from bench.workloads.radii import multiples
 from lipbounds import registry
 from lipbounds.cluster import Cluster, connect
 
@@ -29,6 +29,7 @@ from lipbounds.cluster import Cluster, connect
 MODEL, BLOCKS = "minilm", 12
 METHODS = ("sharp_fast", "covariance.exact", "yudin2025.biased", "yudin2025_ball.biased", "lanczos")
 REPEATS = 3
+VERSION = 1  # of what is measured here
 
 
 def run(
@@ -78,15 +79,15 @@ def run(
 
 def _round(cases: Sequence[Case], cluster: Cluster | None, time_limit: float) -> dict[str, float]:
     """Seconds of all evaluations into an empty file, and how many processes wanted to run meanwhile."""
-    with tempfile.TemporaryDirectory() as folder, RecordStore(Path(folder) / "records.jsonl") as store:
+    with tempfile.TemporaryDirectory() as folder, Store(Path(folder) / "records.jsonl") as store:
         session = Session(
-            store=store, task="scaling", methods=[], models={}, force=False, command="",
+            store=store, task="scaling", methods=[], models={}, force=False,
             evaluator=evaluator(cluster, time_limit),
         )  # fmt: skip
         began = time.perf_counter()
         session.run((case, [*map(single, _methods(case))]) for case in cases)
         seconds = time.perf_counter() - began
-        failed = [record.error for record in store.records.values() if record.status != "ok"]
+        failed = [record.error for entry in store.entries.values() if (record := entry.record).status != "ok"]
         if failed:
             raise RuntimeError(f"every evaluation must succeed to be timed, got {failed[0]}")
     return {"seconds": seconds, "load": os.getloadavg()[0]}
@@ -95,4 +96,4 @@ def _round(cases: Sequence[Case], cluster: Cluster | None, time_limit: float) ->
 def _methods(case: Case) -> list[Method]:
     """The same ones at each block, those on a ball at its first radius."""
     specs = [registry.get(name) for name in METHODS]
-    return [Method(spec, {}, next(iter(radii(case.block, spec.claim.scope)))) for spec in specs]
+    return [Method(spec, {}, multiples(spec.claim.scope)[0]) for spec in specs]

@@ -10,16 +10,17 @@ import dataclasses as dc
 import hashlib
 import itertools
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 
-from bench.engine.answers import Answer, Answers
 from bench.engine.evaluate import TimeLimitReached, limited
+from bench.engine.evaluators import CPU
 from bench.engine.machine import ROOT, cpu_name
-from bench.speed.plan import AXES, JASMIN_LIMIT, LONG, LONGEST, SEED, TARGETS, Profile, Target
+from bench.engine.store import Answer, Answered, Shown, Store
+from bench.speed.plan import AXES, JASMIN_LIMIT, LONG, LONGEST, SEED, TARGETS, VIT, Profile, Target
 from bench.speed.timing import Make, peak_memory, side_by_side
 from bench.speed.training_steps import measured as training_step
 from bench.workloads.radii import radii
@@ -40,14 +41,14 @@ STREAMED: dict[str, Callable[[torch.Tensor, torch.Tensor, float], Any]] = {
 
 
 def run(
-    answers: Answers,
+    answers: Store,
     profile: Profile,
     *,
     device: torch.device,
     force: bool = False,
     advance: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:
-    """All the data of the page: from the file of answers, or measured now.
+    """Measure all that is not in the file yet; returns what the page is made of.
 
     Args:
         answers: the file.
@@ -57,52 +58,103 @@ def run(
         advance: called before each method with its name.
     """
     here = place(device)
-    targets = _targets(answers, profile, here, device, force, advance) if profile.targets else []
-    methods = [spec.name for spec in registry.select() if profile.methods is None or spec.name in profile.methods]
+    names = [spec.name for spec in registry.select() if profile.methods is None or spec.name in profile.methods]
+    lengths = (*profile.streaming, *(LONGEST if device.type == "cuda" else ()))
+    asking = Asking(answers, profile, lambda: here, device, force, advance)
+    return _found(asking, names, lengths, here)
+
+
+def shown(found: Shown, profile: Profile) -> dict[str, Any]:
+    """What page and figures are made of.
+
+    Args:
+        found: the answers of a run.
+        profile: of the run.
+    """
+    calls = found.select(what="call")
+    names = list(dict.fromkeys(row["method"] for row in calls if row["shape"]["tokens"] != VIT.tokens))
+    here = {name: found.entries[0].question[name] for name in ("device", "hardware", "threads", "torch", "python")}
+    lengths = tuple(dict.fromkeys(row["tokens"] for row in found.select(what="streaming")))
+    return _found(Asking(found, profile, dict, CPU, False, lambda what: None), sorted(names), lengths, here)
+
+
+@dc.dataclass(frozen=True)
+class Asking:
+    """How the numbers of a page are asked for: of a run, which measures what is missing, or of the records.
+
+    Args:
+        answers: the file, or what a page shows.
+        profile: how much is measured.
+        place: gives what times depend on besides what is called.
+        device: where it is measured.
+        force: measure again what is in the file.
+        advance: called before each method with its name.
+    """
+
+    answers: Store | Answered
+    profile: Profile
+    place: Callable[[], Answer]
+    device: torch.device
+    force: bool
+    advance: Callable[[str], None]
+
+    def ask(self, question: Answer, work: Callable[[], Answer]) -> Answer:
+        """The answer to a question of this task."""
+        return self.answers.ask({"task": "speed", **question}, work, rest=self.rest, force=self.force)
+
+    def rest(self) -> Answer:
+        """What every answer depends on."""
+        return {"version": VERSION, **self.place()}
+
+    def call(self, target: Target, profile: Profile) -> Answer:
+        """Time and memory of a method at a block."""
+        return self.ask(question(target), lambda: measured(target, profile, self.device))
+
+
+def _found(asking: Asking, names: Iterable[str], lengths: Iterable[int], here: Answer) -> dict[str, Any]:
+    profile = asking.profile
+    targets = _targets(asking) if profile.targets else []
     rows: list[dict[str, Any]] = []
     stopped: list[dict[str, Any]] = []
-    for (axis, count), method in itertools.product(profile.axes.items(), methods):
-        advance(f"{method} against {axis}")
+    for (axis, count), method in itertools.product(profile.axes.items(), names):
+        asking.advance(f"{method} against {axis}")
         limit = profile.patience if axis == "tokens" and method in LONG else profile.limit
         base, values = AXES[axis]
         for value in values[:count]:
             target = Target(title="", method=method, shape=dc.replace(base, **{axis: value}))
-            answer = answers.ask(question(target, here), lambda t=target: measured(t, profile, device), force=force)
+            answer = asking.call(target, profile)
             rows.append({"method": method, "axis": axis, "value": value, "answer": answer})
             if "error" in answer or answer["cost"][1] > limit:
                 if value != values[:count][-1]:
                     stopped.append(rows[-1])
                 break
     streamed = []
-    for tokens in (*profile.streaming, *(LONGEST if device.type == "cuda" else ())):
-        advance(f"{tokens} tokens, no map stored")
-        for name in STREAMED:
-            asked = {"task": "speed", "version": VERSION, "what": "streaming", "method": name, "tokens": tokens, **here}
-            answer = answers.ask(asked, lambda f=name, n=tokens: _streamed(f, n, profile, device), force=force)
-            streamed.append({"method": name, "tokens": tokens, "answer": answer})
+    for tokens, name in itertools.product(lengths, STREAMED):
+        asking.advance(f"{tokens} tokens, no map stored")
+        question = {"what": "streaming", "method": name, "tokens": tokens}
+        answer = asking.ask(question, lambda f=name, n=tokens: _streamed(f, n, profile, asking.device))
+        streamed.append({"method": name, "tokens": tokens, "answer": answer})
     limits = {"limit": profile.limit, "patience": profile.patience}
     return {"place": here, "rows": rows, "stopped": stopped, "targets": targets, "streamed": streamed, **limits}
 
 
-def _targets(
-    answers: Answers, profile: Profile, here: Answer, device: torch.device, force: bool, advance: Callable[[str], None]
-) -> list[dict[str, Any]]:
+def _targets(asking: Asking) -> list[dict[str, Any]]:
     """The blocks of ViT-B/16, and a training step of it."""
     found = []
-    longer = dc.replace(profile, enough=profile.targets)
+    longer = dc.replace(asking.profile, enough=asking.profile.targets)
     for target in TARGETS:
-        advance(f"ViT-B/16: {target.method}")
-        answer = answers.ask(question(target, here), lambda t=target: measured(t, longer, device), force=force)
-        found.append({**dc.asdict(target), "answer": answer})
-    advance("ViT-B/16: training step with JaSMin")
-    asked = {"task": "speed", "version": VERSION, "what": "jasmin", **here}
-    answer = answers.ask(
-        asked,
-        lambda: training_step("vit-b-16", repeats=longer.repeats, enough=2 * longer.enough, device=device),
-        force=force,
+        asking.advance(f"ViT-B/16: {target.method}")
+        found.append({**dc.asdict(target), "answer": asking.call(target, longer)})
+    asking.advance("ViT-B/16: training step with JaSMin")
+    answer = asking.ask(
+        {"what": "jasmin"},
+        lambda: training_step("vit-b-16", repeats=longer.repeats, enough=2 * longer.enough, device=asking.device),
     )
     title = "training step with JaSMin, in units of one without"
     return [*found, {"title": title, "method": "jasmin", "limit": JASMIN_LIMIT, "answer": answer}]
+
+
+HERE = ("device", "hardware", "threads", "torch", "python", "code")  # what `place` says
 
 
 def place(device: torch.device) -> Answer:
@@ -125,15 +177,14 @@ def place(device: torch.device) -> Answer:
     }
 
 
-def question(target: Target, here: Answer) -> Answer:
-    """Everything that a time depends on.
+def question(target: Target) -> Answer:
+    """What is called; a time depends on `place` as well.
 
     Args:
         target: method, options and shape of the block.
-        here: what `place` returned.
     """
-    asked = {"task": "speed", "version": VERSION, "what": "call", "method": target.method, "options": target.options}
-    return asked | {"shape": dc.asdict(target.shape), "kept": target.kept, **here}
+    asked = {"what": "call", "method": target.method, "options": target.options}
+    return asked | {"shape": dc.asdict(target.shape), "kept": target.kept}
 
 
 @torch.no_grad()

@@ -4,39 +4,48 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
-import torch
-
-from bench.engine.answers import Answers
-from bench.engine.machine import describe, environment
-from bench.engine.options import command_of, finish, folder_of, profile_of, write_page
+from bench.engine.machine import describe
+from bench.engine.migration import Old
+from bench.engine.options import profile_of, write_page
+from bench.engine.store import Shown, Store
+from bench.engine.task import Showing, Task, Written
 from bench.pages.formatting import table
 from bench.speed import training_task as training
 from bench.speed.tables import target_rows
+from bench.speed.task import HERE
+from lipbounds.devices import device_named
 
 
-def run(options: argparse.Namespace, *, only_read: bool = False) -> int:
-    """Measure what is missing, write the page and the numbers.
+def measure(options: argparse.Namespace, store: Store) -> Showing:
+    """Measure what is missing.
 
     Args:
         options: the command line.
-        only_read: measure nothing anew.
-
-    Raises:
-        NotAnswered: something is missing, and nothing is to be measured.
+        store: the records.
     """
-    answers = Answers(options.results / "training.jsonl", only_read=only_read)
-    data = training.run(
-        answers,
+    training.run(
+        store,
         profile_of(options),
-        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-        force=options.force and not only_read,
+        device=device_named(options.device),
+        force=options.force,
         advance=lambda what: print(f"training: {what}", file=sys.stderr),
     )
-    folder = folder_of(options)
-    text = _report(data, command_of(options, "training"), describe(environment()))
-    return finish(answers, write_page(folder, "training", text, data))
+    return Showing(keys=store.asked)
+
+
+def pages(found: Shown, folder: Path) -> Written:
+    """Write the page and the numbers.
+
+    Args:
+        found: the answers.
+        folder: where the files go.
+    """
+    data = training.shown(found)
+    machines = "\n- ".join(map(describe, found.states))
+    return Written(paths=write_page(folder, "training", _report(data, found.page.data["command"], machines), data))
 
 
 def _report(data: dict[str, Any], command: str, state: str) -> str:
@@ -58,3 +67,25 @@ def _report(data: dict[str, Any], command: str, state: str) -> str:
         f"- {state}",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def migrated(old: Old) -> Showing:
+    """What the page of a file of schema version 1 showed: what training.json holds.
+
+    Args:
+        old: the file.
+    """
+    place = old.named_by_page()
+    asked = ("task", "version", "model", "repeats", "enough", *HERE)
+    keys = {line["key"]: old.split(line, asked, place).key for line in old.lines}
+    return Showing(keys=[keys[row["answer"]["key"]] for row in old.numbers().get("rows", [])])
+
+
+TASK = Task(
+    name="training",
+    help="what JaSMin adds to a training step",
+    measure=measure,
+    pages=pages,
+    takes=frozenset({"quick", "force", "results", "device"}),
+    migrate=migrated,
+)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from bench.engine.answers import Answers
+from bench.engine.store import Shown, Store
 from bench.speed.plan import JASMIN_LIMIT
 from bench.speed.task import place
 from bench.speed.training_steps import MODELS, measured
@@ -18,14 +18,14 @@ REPEATS = {"quick": (2, 2.0), "standard": (15, 120.0)}  # at most so many, until
 
 
 def run(
-    answers: Answers,
+    answers: Store,
     profile: str,
     *,
     device: torch.device,
     force: bool = False,
     advance: Callable[[str], None] = lambda what: None,
-) -> dict[str, Any]:
-    """Everything that is not in the file yet; returns what the table is made of.
+) -> None:
+    """Everything that is not in the file yet.
 
     Args:
         answers: the file.
@@ -35,15 +35,27 @@ def run(
         advance: called before each model with its name.
     """
     repeats, enough = REPEATS[profile]
-    here = place(device)
-    rows = []
     for name, trained in MODELS.items():
         if profile == "quick" and name != "digits-vit":
             continue
         advance(trained.title)
-        asked = {"task": "training", "version": VERSION, "model": name, "repeats": repeats, "enough": enough, **here}
-        answer = answers.ask(
-            asked, lambda n=name: measured(n, repeats=repeats, enough=enough, device=device), force=force
+        answers.ask(
+            {"task": "training", "version": VERSION, "model": name, "repeats": repeats, "enough": enough},
+            lambda n=name: measured(n, repeats=repeats, enough=enough, device=device),
+            rest=lambda: place(device),
+            force=force,
         )
-        rows.append({"model": name, "title": trained.title, "limit": JASMIN_LIMIT, "answer": answer})
+
+
+def shown(found: Shown) -> dict[str, Any]:
+    """What the table is made of.
+
+    Args:
+        found: the answers of a run.
+    """
+    rows = [
+        {"model": row["model"], "title": MODELS[row["model"]].title, "limit": JASMIN_LIMIT, "answer": row}
+        for row in found.select(task="training")
+    ]
+    here = {name: rows[0]["answer"][name] for name in ("device", "hardware", "threads", "torch", "python")}
     return {"place": here, "rows": rows}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses as dc
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.engine.records import Question, Record
+from bench.engine.store_file import read
 from bench.workloads.case import Case
 from bench.workloads.models import Model
 from lipbounds.claims import Claim, Source
@@ -35,9 +37,13 @@ def tiny_case(seed: int = 0, layer: int = 0, **block: Any) -> Case:
         input=f"seed-{seed}",
         input_hash=f"hash-{seed}",
         layer=layer,
-        module=f"block.{layer}",
-        block=tiny_block(2 * seed + layer, **block),
+        load=lambda: (f"block.{layer}", tiny_block(2 * seed + layer, **block)),
     )
+
+
+def records_at(path: Path) -> dict[str, Record]:
+    """The records of a file by key."""
+    return {key: entry.record for key, entry in read(path).entries.items()}
 
 
 def tiny_model(name: str = "tiny", breaks_at: int | None = None) -> Model:
@@ -79,12 +85,21 @@ def spec(
 def record(bound: str = "test.bound", value: float | None = 2.0, kind: str = "proved", **fields: Any) -> Record:
     """A record with the given fields of Question and Record, the rest made up."""
     asked: dict[str, Any] = {"task": "tightness", "model": "tiny", "model_hash": "weights", "layer": 0}
-    asked |= {"module": "block.0", "input": "seed-0", "input_hash": "hash-0", "bound_version": 1, "norm": "l2"}
+    asked |= {"input": "seed-0", "input_hash": "hash-0", "bound_version": 1, "norm": "l2"}
     asked |= {"dtype": "float64", "device": "cpu"}
-    answer: dict[str, Any] = {"tokens": 3, "heads": 2, "scope": "point", "seconds": 0.5, "environment": "here"}
+    answer: dict[str, Any] = {
+        "module": "block.0",
+        "tokens": 3,
+        "heads": 2,
+        "scope": "point",
+        "seconds": 0.5,
+        "environment": "here",
+    }
     answer["status"] = "failed" if value is None else "ok"
     for name, given in fields.items():
-        (answer if name in Record.__dataclass_fields__ else asked)[name] = given
+        for fields_of, place in ((Record, answer), (Question, asked)):
+            if name in fields_of.__dataclass_fields__:
+                place[name] = given
     return Record(question=Question(**asked, bound=bound), value=value, kind=kind, **answer)
 
 

@@ -21,9 +21,11 @@ from bench.attention import task as task
 from bench.attention.links import MEAN, arrays, factors, links
 from bench.attention.maps import examples, statistics
 from bench.attention.measures import bounds, mixing_block, part_norms, row_correlations, true_constant
-from bench.engine.answers import Answers
 from bench.engine.evaluate import question
+from bench.engine.evaluators import CPU
 from bench.engine.records import Record
+from bench.engine.store import Shown, Store
+from bench.engine.store_file import Entry
 from bench.tests.samples import tiny_block, tiny_case
 from bench.tightness.task import TASK
 from bench.workloads.case import Case
@@ -44,10 +46,16 @@ def made(path: Path) -> Iterator[dict[str, Any]]:
     """One block of tiny inputs, under the name of the model whose maps are drawn, with few bounds."""
     few = [registry.get(name) for name in ("sharp_fast", "yudin2025.biased")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(task, "_by_input", lambda name, count: (cases(seed) for seed in range(count)))
+        patch.setattr(task, "by_input", lambda name, count: (cases(seed) for seed in range(count)))
         for module in (parts, task):
             patch.setattr(module, "methods", lambda block: few)
-        yield task.run(Answers(path), PROFILE, {})
+        yield run(path)
+
+
+def run(path: Path) -> dict[str, Any]:
+    with Store(path) as store:
+        task.run(store, PROFILE, {})
+        return task.shown(Shown(store, store.show("standard", store.asked)), PROFILE)
 
 
 @pytest.fixture
@@ -88,21 +96,21 @@ def test_rows_are_those_of_output_tokens() -> None:
     assert row_correlations(tiny_block(tokens=400)) is None
 
 
-def recorded(case: Case, name: str, value: float, **options: Any) -> dict[str, Record]:
+def recorded(case: Case, name: str, value: float, **options: Any) -> dict[str, Entry]:
     asked = question(TASK, case, registry.get(name), options)
     answer: dict[str, Any] = {"tokens": 3, "heads": 2, "kind": "proved", "scope": "point", "status": "ok"}
-    return {asked.key: Record(question=asked, value=value, seconds=1.0, environment="here", **answer)}
+    return {asked.key: Entry.of(Record(question=asked, value=value, seconds=1.0, environment="here", **answer))}
 
 
 def test_records_are_used_where_they_answer_the_same_question() -> None:
     case = tiny_case()
     exact = registry.get("exact")(case.block).value.item()
-    assert true_constant(case, {}) == (pytest.approx(exact, rel=1e-6), "Lanczos, measured")
-    assert true_constant(case, recorded(case, "exact", 7.0)) == (7.0, "exact, recorded")
-    assert true_constant(case, recorded(case, "lanczos", 8.0, steps=30)) == (8.0, "Lanczos, recorded")
-    assert true_constant(tiny_case(1), recorded(case, "exact", 7.0))[0] != 7.0
-    assert bounds(case, recorded(case, "sharp_fast", 99.0))["sharp_fast"] == 99.0
-    measured = bounds(case, {})
+    assert true_constant(case, {}, CPU) == (pytest.approx(exact, rel=1e-6), "Lanczos, measured")
+    assert true_constant(case, recorded(case, "exact", 7.0), CPU) == (7.0, "exact, recorded")
+    assert true_constant(case, recorded(case, "lanczos", 8.0, steps=30), CPU) == (8.0, "Lanczos, recorded")
+    assert true_constant(tiny_case(1), recorded(case, "exact", 7.0), CPU)[0] != 7.0
+    assert bounds(case, recorded(case, "sharp_fast", 99.0), CPU)["sharp_fast"] == 99.0
+    measured = bounds(case, {}, CPU)
     assert "yudin2025.theorem3" not in measured  # the block has biases
     assert min(measured.values()) >= exact * (1 - 1e-9)
 
@@ -128,17 +136,23 @@ def test_examples_are_chosen_by_their_rule() -> None:
     block = tiny_block(tokens=tokens)
     zero = {name: torch.zeros(4, *getattr(block, name).shape[1:], dtype=torch.float64) for name in ("w_q", "w_k")}
     rest = {name: torch.cat([getattr(block, name)] * 2) for name in ("w_v", "w_o")}
-    case = dc.replace(tiny_case(), block=block.replace(**zero, **rest, b_q=None, logit_bias=logits))
+    drawn = block.replace(**zero, **rest, b_q=None, logit_bias=logits)
+    case = dc.replace(tiny_case(), load=lambda: ("", drawn))
     heads = {entry["kind"]: entry["head"] for entry in examples([case])["maps"]}
     assert heads == {"nearly uniform": 0, "nearly one-hot": 1, "sink": 2, "half and half": 3}
 
 
 def test_a_run_goes_on_where_it_stopped(path: Path, data: dict[str, Any]) -> None:
-    again = Answers(path)
-    assert task.run(again, PROFILE, {}) == data
-    assert (again.made, again.reused) == (0, INPUTS + 1)
+    before = path.read_bytes()
+    assert run(path) == data
+    assert path.read_bytes() == before
+    again = Store(path, only_read=True)
+    assert len(again.entries) == INPUTS + 1
     assert [answer["rows"] for answer in data["models"]["minilm"]["inputs"]] == [True] + [False] * (INPUTS - 1)
-    assert all({"commit", "dirty"} <= answer.keys() for answer in again.found.values())
+    assert all(
+        {"commit", "dirty"} <= again.environments[entry.environment]["environment"].keys()
+        for entry in again.entries.values()
+    )
 
 
 def planted(data: dict[str, Any], power: float) -> dict[str, Any]:
@@ -194,15 +208,15 @@ def test_page_and_figures(tmp_path: Path, data: dict[str, Any]) -> None:
 
 
 def test_violations(data: dict[str, Any]) -> None:
-    assert task.violations(data, {}) == []
+    assert task.violations(data, []) == []
     given = planted(data, 1.0)
     given["models"]["digits-vit"]["inputs"][0]["layers"][0]["bounds"]["test.bound"] /= 4
-    (found,) = task.violations(given, {})
+    (found,) = task.violations(given, [])
     assert "test.bound claims" in found
     given = planted(data, 1.0)
     radius = 2 * given["attacks"]["digits-vit"]["distances"]["L2"][3]
     row = {"what": "certificate", "model": "digits-vit", "weights": "w", "image": 3, "radius": radius}
-    (found,) = task.violations(given, {"key": row})
+    (found,) = task.violations(given, [row])
     assert "image 3 is certified" in found
 
 

@@ -10,14 +10,14 @@ import pytest
 from bench.balls import page as balls
 from bench.balls import task as task
 from bench.engine.records import Record
-from bench.engine.store import RecordStore
+from bench.engine.store import Store
 from bench.tests.samples import tiny_case
 from bench.workloads.case import Case
 from bench.workloads.models import Model
-from bench.workloads.radii import Radius
+from bench.workloads.radii import ONE, Multiple
 
 
-RADII = (Radius(0.01, 0.001), Radius(0.1, 0.01))
+RADII = (Multiple(0.01, ONE), Multiple(0.1, ONE))
 
 
 @pytest.fixture
@@ -28,16 +28,16 @@ def few_blocks(monkeypatch: pytest.MonkeyPatch) -> Case:
 
 
 def run(path: Path) -> tuple[task.Outcome, list[Record]]:
-    with RecordStore(path) as store:
+    with Store(path) as store:
         outcome = task.run(store)
-        return outcome, [store.records[key] for key in outcome.keys]
+        return outcome, [store.entries[key].record for key in outcome.keys]
 
 
 def test_every_block_gets_its_centre_and_every_method_at_every_radius(tmp_path: Path, few_blocks: Case) -> None:
     outcome, records = run(tmp_path / "balls.jsonl")
-    asked = {(record.question.bound, record.question.radius) for record in records}
+    asked = {(record.question.bound, record.radius) for record in records}
     methods = (*task.UPPERS, task.LOWER)
-    assert asked == {("sharp_ball", 0.0)} | {(name, radius.value) for name in methods for radius in RADII}
+    assert asked == {("sharp_ball", 0.0)} | {(name, radius.count) for name in methods for radius in RADII}
     assert outcome.evaluated == len(asked)
     again, _ = run(tmp_path / "balls.jsonl")
     assert (again.evaluated, again.reused) == (0, len(asked))
@@ -86,4 +86,4 @@ def test_models_give_the_chosen_layers_of_the_chosen_inputs() -> None:
 def test_small_blocks_come_first_and_models_only_with_their_layers() -> None:
     found = list(task.cases(True, models=[]))
     assert [case.model for case, _ in found] == ["small-random", "small-one-hot"]
-    assert all(radius.value in task.SMALL_RADII for _, radii in found for radius in radii)
+    assert all(radius.count in task.SMALL_RADII for _, radii in found for radius in radii)

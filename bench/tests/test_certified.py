@@ -12,8 +12,8 @@ from torch import nn
 
 from bench.certified import tables as certified_tables
 from bench.certified import task as certified
-from bench.engine.answers import Answers
 from bench.engine.records import RecordError
+from bench.engine.store import Store
 from lipbounds.errors import InvalidInput
 
 
@@ -48,29 +48,33 @@ def test_answers_are_found_again(tmp_path: Path) -> None:
         made.append(1)
         return {"radius": 0.5}
 
-    assert Answers(path).ask(question, work)["radius"] == 0.5
-    again = Answers(path)
-    assert again.ask(question, work)["radius"] == 0.5
-    assert (len(made), again.reused, again.made) == (1, 1, 0)
-    again.ask({"image": 4}, work)
-    again.ask(question, work, force=True)
+    with Store(path) as first:
+        assert first.ask(question, work)["radius"] == 0.5
+    with Store(path) as again:
+        assert again.ask(question, work)["radius"] == 0.5
+        assert (len(made), again.reused, again.made) == (1, 1, 0)
+        again.ask({"image": 4}, work)
+        again.ask(question, work, force=True)
+        again.ask(question, work, force=True)  # made in this run
     assert len(made) == 3
-    assert len(Answers(path).found) == 2
+    assert len(Store(path, only_read=True).entries) == 2
 
 
 def test_a_torn_last_line_is_dropped_and_others_are_errors(tmp_path: Path) -> None:
     path = tmp_path / "certified.jsonl"
-    Answers(path).ask({"image": 3}, lambda: {"radius": 0.5})
+    with Store(path) as store:
+        store.ask({"image": 3}, lambda: {"radius": 0.5})
     whole = path.read_text()
     path.write_text(whole + '{"key": "half')
-    assert len(Answers(path).found) == 1
+    with Store(path) as store:
+        assert len(store.entries) == 1
     assert path.read_text() == whole
     path.write_text('{"key": "half\n' + whole)
-    with pytest.raises(RecordError, match="no JSON"):
-        Answers(path)
+    with pytest.raises(RecordError, match="must be a JSON object"):
+        Store(path)
     path.write_text('{"schema_version": -1, "key": "a"}\n')
     with pytest.raises(RecordError, match="schema_version=-1"):
-        Answers(path)
+        Store(path)
 
 
 def test_an_attack_inside_a_certified_radius_is_a_violation() -> None:

@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 
-from bench.workloads.models import SENTENCES, Model, interleaved, tensors_hash, zoo
+from bench.workloads.hashes import tensors_hash
+from bench.workloads.models import SENTENCES, Model, interleaved, zoo
 
 
 MODELS = {model.name: model for model in zoo()}
@@ -22,6 +23,9 @@ def test_one_input_gives_one_block_a_layer(model: Model) -> None:
         assert case.block.dtype == torch.float64
         assert case.block.x.dim() == 2
         assert case.block.batch_shape == ()
+        # What is said of blocks that are not captured is what captured ones are.
+        assert (case.width, case.features) == (case.block.x.shape[-1], case.block.features)
+        assert case.size == max(case.block.x.numel(), case.block.tokens * case.block.w_o.shape[-1])
 
 
 @pytest.mark.parametrize("name", ["torch-encoder", "random-1-head", "random-4-heads"])

@@ -21,16 +21,15 @@ from torch import nn
 
 from bench.__main__ import MISUSE, main
 from bench.engine import evaluators
-from bench.engine.answers import Answers
 from bench.engine.evaluate import question
 from bench.engine.machine import ROOT
-from bench.engine.store import RecordStore, read
+from bench.engine.store import Store
 from bench.robustness import task as robustness
 from bench.robustness.on_cluster import answered_on
 from bench.robustness.settings import PROFILES, SETTINGS, recipe
 from bench.robustness.training import Workshop
 from bench.tests import on_workers
-from bench.tests.samples import tiny_block, tiny_case, tiny_model
+from bench.tests.samples import records_at, tiny_block, tiny_case, tiny_model
 from bench.tightness import task as tightness
 from lipbounds import registry
 from lipbounds.cluster import Cluster, ClusterError, Lost, connect
@@ -115,7 +114,7 @@ def _few_methods(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(path: Path, **options: Any) -> tightness.Outcome:
-    with RecordStore(path) as store:
+    with Store(path) as store:
         return tightness.run(store, [tiny_model()], **options)
 
 
@@ -123,7 +122,7 @@ def answers(path: Path) -> dict[str, tuple[Any, ...]]:
     """All but the time taken and the environment, which differ between runs."""
     return {
         key: (each.question, each.tokens, each.kind, each.value, each.status, each.error, each.terms, each.details)
-        for key, each in read(path).records.items()
+        for key, each in records_at(path).items()
     }
 
 
@@ -184,11 +183,11 @@ def test_a_killed_driver_goes_on_where_it_was(tmp_path: Path, nodes: Any, cluste
     path = tmp_path / "cluster" / "tightness.jsonl"
     driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(path), nodes.address], cwd=ROOT)
     try:
-        assert wait_until(lambda: (path.exists() and len(read(path).records) >= 3) or driver.poll() is not None)
+        assert wait_until(lambda: (path.exists() and len(records_at(path)) >= 3) or driver.poll() is not None)
     finally:
         driver.kill()
     assert driver.wait() == -signal.SIGKILL
-    before = len(read(path).records)
+    before = len(records_at(path))
     assert 3 <= before < EVALUATIONS
     outcome = run(path, cluster=cluster)
     assert (outcome.evaluated, outcome.reused) == (EVALUATIONS - before, before)
@@ -238,25 +237,27 @@ def test_models_trained_on_a_cluster_give_the_answers_of_one_process(tmp_path: P
     )
 
     def workshop(name: str) -> Workshop:
-        return Workshop(Answers(tmp_path / name / "robustness.jsonl"), tmp_path / name / ".work", load_digits_split())
+        return Workshop(Store(tmp_path / name / "robustness.jsonl"), tmp_path / name / ".work", load_digits_split())
 
     def without_times(run: Workshop) -> dict[str, Any]:
         moving = ("seconds", "environment")
-        return {k: {n: v for n, v in fields.items() if n not in moving} for k, fields in run.answers.found.items()}
+        found = run.store.entries.items()
+        return {k: {n: v for n, v in entry.flat.items() if n not in moving} for k, entry in found}
 
     alone, there = workshop("alone"), workshop("there")
     whole = robustness.run(alone, profile)
     # What is in the records is not made again.
-    kept = [fields for fields in alone.answers.found.values() if fields["seed"] == 0]
-    for fields in kept:
-        there.answers.keep(fields)
+    kept = [entry for entry in alone.store.entries.values() if entry.question["seed"] == 0]
+    for entry in kept:
+        there.store.adopt(entry, alone.store.environments[entry.environment])
+    kept = list(there.store.entries.values())
     places: list[str] = []
     assert robustness.run(there, profile, cluster=cluster, advance=places.append)["settings"] == whole["settings"]
     assert len(places) == robustness.pieces(profile)
-    assert all(there.answers.found[fields["key"]] is fields for fields in kept)
+    assert all(there.store.entries[entry.key] is entry for entry in kept)
     assert without_times(there) == without_times(alone)
-    assert written(there.answers.path) == Counter(dict.fromkeys(alone.answers.found, 1))
-    assert there.answers.made == alone.answers.made
+    assert written(there.store.path) == Counter(dict.fromkeys(alone.store.entries, 1))
+    assert there.store.made == alone.store.made
 
 
 def test_a_lost_evaluation_is_a_failed_record_that_is_tried_again(
@@ -267,7 +268,7 @@ def test_a_lost_evaluation_is_a_failed_record_that_is_tried_again(
     monkeypatch.setattr("lipbounds.cluster.RETRIES", 0)
     monkeypatch.setattr(evaluators, "answer", on_workers.answer_but_exact_dies)
     run(path, cluster=with_gpus(0.0), quick=True)
-    (failed,) = [each for each in read(path).records.values() if each.status == "failed"]
+    (failed,) = [each for each in records_at(path).values() if each.status == "failed"]
     assert (failed.question.bound, failed.question.layer) == ("exact", 0)
     assert "no worker came back with it: WorkerCrashedError" in failed.error
     outcome = run(path)
@@ -304,11 +305,11 @@ class OneLost:
 
 def test_a_lost_model_is_named_and_the_others_are_kept(tmp_path: Path) -> None:
     ways = [recipe(SETTINGS["none"], None, epochs=1, seed=seed) for seed in (0, 1)]
-    place = Workshop(Answers(tmp_path / "robustness.jsonl"), tmp_path / ".work", load_digits_split())
+    place = Workshop(Store(tmp_path / "robustness.jsonl"), tmp_path / ".work", load_digits_split())
     done = []
     with pytest.raises(ClusterError, match=r"got none of none, seed 0 \(WorkerCrashedError: it died\); run the same"):
         done.extend(answered_on(cast("Cluster", OneLost()), place, ways, lambda model: None))
-    assert [fields["seed"] for fields in place.answers.found.values()] == [1]
+    assert [entry.question["seed"] for entry in place.store.entries.values()] == [1]
 
 
 def test_without_ray_one_line_says_how_to_get_it(
@@ -326,9 +327,12 @@ REFUSED = {
     "half a GPU more": (["tightness", "--ray", "--gpus-per-job", "1.5"], "a share below 1 or a whole number, got 1.5"),
     "a negative GPU": (["tightness", "--ray", "--gpus-per-job", "-1"], "a share below 1 or a whole number, got -1"),
     "GPUs without Ray": (["tightness", "--gpus-per-job", "1"], "--gpus-per-job goes with --ray"),
-    "a task that runs here only": (["speed", "--ray"], "the tasks all, tightness, balls, robustness, got speed"),
-    "models in processes and on a cluster": (["robustness", "--jobs", "2", "--ray"], "--ray goes with the models"),
-    "GPUs for models": (["robustness", "--gpus-per-job", "1", "--ray"], "--gpus-per-job goes with blocks"),
+    "a task that runs here only": (["speed", "--ray"], "the tasks tightness, balls, robustness, all, got speed"),
+    "models in processes and on a cluster": (
+        ["robustness", "--jobs", "2", "--ray"],
+        "--ray and --jobs do not go together",
+    ),
+    "GPUs for models": (["robustness", "--gpus-per-job", "1", "--ray"], "--gpus-per-job goes with the tasks tightness"),
 }
 
 
@@ -349,14 +353,14 @@ def test_a_gpu_that_torch_cannot_use_is_named() -> None:
     case = tiny_case()
     asked = dc.replace(question("tightness", case, registry.get("exact")), device="cuda")
     with pytest.raises(ClusterError, match="a job with a GPU needs a torch with CUDA"):
-        evaluators.answer(case.block, asked, 1.0, None)
+        evaluators.answer(case.block, asked, 1.0, None, "")
 
 
 def test_a_worker_with_another_version_of_a_bound_is_named() -> None:
     case = tiny_case()
     asked = dc.replace(question("tightness", case, registry.get("exact")), bound_version=99)
     with pytest.raises(ClusterError, match=r"got version \d of exact on a worker and 99 at the driver"):
-        evaluators.answer(case.block, asked, 1.0, None)
+        evaluators.answer(case.block, asked, 1.0, None, "")
 
 
 def test_a_block_is_sent_without_what_it_was_cut_from() -> None:

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.engine.answers import Answers
 from bench.engine.records import RecordError
-from bench.engine.store import RecordStore, read
-from bench.tests.samples import record
+from bench.engine.store import Store
+from bench.engine.store_file import read
+from bench.tests.samples import record, records_at
 
 
 JSON = st.recursive(
@@ -29,7 +29,7 @@ HARD = [b"[" * 100_000, b'{"a":' * 100_000, b"1" * 5000, b"\xff\n", b"3\n", b"nu
 def good(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The lines of a file with everything a record can have."""
     path = tmp_path_factory.mktemp("good") / "records.jsonl"
-    with RecordStore(path) as store:
+    with Store(path) as store:
         environment = store.add_environment({"methods": {}})
         store.append(record(radius=0.5, terms={"tail": 1.0}, details={"residual": 0.0}, environment=environment))
         store.append(record(value=None, error="it broke", seed=1))
@@ -41,15 +41,14 @@ def open_all(path: Path, content: bytes) -> None:
     path.write_bytes(content)
     with contextlib.suppress(RecordError):
         read(path)
-    with contextlib.suppress(RecordError), RecordStore(path) as store:
+    with contextlib.suppress(RecordError), Store(path) as store:
         store.append(record(value=1.0))
         store.compact()
         assert read(path).torn == 0
     path.write_bytes(content)
-    with contextlib.suppress(RecordError):
-        answers = Answers(path)
+    with contextlib.suppress(RecordError), Store(path) as answers:
         answers.ask({"a": 1}, lambda: {"value": 2.0})
-        assert Answers(path).found == answers.found
+        assert read(path).entries == answers.entries
 
 
 @settings(max_examples=30, deadline=None)
@@ -89,5 +88,5 @@ def test_a_file_cut_anywhere_gives_what_was_whole(
     path = tmp_path_factory.getbasetemp() / "cut.jsonl"
     content = "".join(f"{json.dumps(line)}\n" for line in good).encode()
     path.write_bytes(content[: len(content) - cut])
-    whole = sum("record" not in json.loads(line) for line in path.read_bytes().splitlines(keepends=True)[:-1])
-    assert len(read(path).records) - whole in (0, 1)
+    whole = sum(json.loads(line)["record"] == "answer" for line in path.read_bytes().splitlines(keepends=True)[:-1])
+    assert len(records_at(path)) - whole in (0, 1)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from bench.engine.records import Record
-from bench.engine.store import RecordStore, read
-from bench.tests.samples import environment_line, record, spec, tiny_block, tiny_case, tiny_model
+from bench.engine.store import Store
+from bench.tests.samples import environment_line, record, records_at, spec, tiny_block, tiny_case, tiny_model
 from bench.tightness import task as tightness
 from bench.tightness.aggregate import aggregate
 from bench.tightness.scopes import WITHIN
@@ -90,15 +90,15 @@ def test_bounds_of_every_scope_are_evaluated_with_their_radii(tmp_path: Path, mo
     wrong = spec(on_set, name="test.wrong", scope="ball", status="refuted")
     monkeypatch.setattr(registry, "select", lambda **_: chosen)
     monkeypatch.setattr(registry, "refuted", lambda: [wrong])
-    with RecordStore(tmp_path / "records.jsonl") as store:
+    with Store(tmp_path / "records.jsonl") as store:
         tightness.run(store, [tiny_model()], quick=True)
-    found = [each for each in read(tmp_path / "records.jsonl").records.values() if each.question.layer == 0]
+    found = [each for each in records_at(tmp_path / "records.jsonl").values() if each.question.layer == 0]
     at = {(each.question.bound, each.relative_radius): each for each in found}
     balls = [(f"test.{name}", relative) for name in ("ball", "change", "wrong") for relative in RELATIVE]
     assert {key for key in at if key[0] != "lanczos"} == {*balls, ("test.compact", 1.0), ("test.global", None)}
     for (name, relative), each in at.items():
         if relative is not None:
-            assert each.value == each.question.radius, name
+            assert each.value == each.radius, name
     assert len({each.question.key for each in found}) == len(found)
 
 
@@ -113,9 +113,9 @@ def test_bounds_on_sets_are_evaluated_on_the_first_inputs_only(tmp_path: Path, m
     monkeypatch.setattr(registry, "refuted", list)
     monkeypatch.setattr(tightness, "INPUTS", 2)
     monkeypatch.setattr(tightness, "COSTLY", {"test.costly": 2})
-    with RecordStore(tmp_path / "records.jsonl") as store:
+    with Store(tmp_path / "records.jsonl") as store:
         tightness.run(store, [tiny_model(), tiny_model("other")])
-    found = read(tmp_path / "records.jsonl").records.values()
+    found = records_at(tmp_path / "records.jsonl").values()
     at = {
         name: {(each.question.model, each.question.input) for each in found if each.question.bound == name}
         for name in ("test.search", "test.bound", "test.point", "test.costly")

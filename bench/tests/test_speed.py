@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.engine.answers import Answers
+from bench.engine.store import Shown, Store
 from bench.speed import card, timing
 from bench.speed import tables as speed_tables
 from bench.speed import task as speed
@@ -153,9 +153,9 @@ def test_questions_differ_where_times_may() -> None:
         dc.replace(target, options={"steps": 3}),
         *(dc.replace(target, shape=dc.replace(Shape(), **{name: value})) for name, value in OTHER.items()),
     ]
-    questions = [repr(speed.question(one, here)) for one in changed]
-    questions.append(repr(speed.question(target, {**here, "code": "other"})))
+    questions = [repr(speed.question(one)) for one in changed]
     assert len(set(questions)) == len(questions)
+    assert {"code", "hardware", "device"} <= here.keys()
 
 
 def test_blocks_have_the_shape_they_are_asked_for() -> None:
@@ -184,15 +184,19 @@ def data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Path, dict[st
 
     monkeypatch.setattr(speed, "_both", times)
     path = tmp_path / "speed.jsonl"
-    return path, speed.run(Answers(path), TINY, device=CPU)
+    with Store(path) as store:
+        return path, speed.run(store, TINY, device=CPU)
 
 
 def test_answers_are_kept_and_the_page_has_them(data: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     path, found = data
-    again = Answers(path)
-    repeated = speed.run(again, TINY, device=CPU)
+    with Store(path) as again:
+        repeated = speed.run(again, TINY, device=CPU)
+        page = Shown(again, again.show("quick", again.asked))
     assert again.made == 0
     assert repeated["rows"] == found["rows"]
+    shown = speed.shown(page, TINY)
+    assert all(shown[name] == found[name] for name in ("rows", "stopped", "streamed", "targets"))
     assert {row["method"] for row in found["rows"]} == set(TINY.methods or ())
     page = speed_tables.report(found, "python -m bench speed", "a machine")
     answer = next(row for row in found["rows"] if row["method"] == "yudin2025.biased")["answer"]
@@ -209,7 +213,8 @@ def test_answers_are_kept_and_the_page_has_them(data: tuple[Path, dict[str, Any]
 @pytest.mark.usefixtures("data")
 def test_a_dear_method_stops_and_is_listed(tmp_path: Path) -> None:
     profile: Profile = dc.replace(TINY, methods=("havens2024.change",), limit=0.0, streaming=())
-    found = speed.run(Answers(tmp_path / "other.jsonl"), profile, device=CPU)
+    with Store(tmp_path / "other.jsonl") as store:
+        found = speed.run(store, profile, device=CPU)
     assert {row["axis"]: row["value"] for row in found["stopped"]} == {"tokens": 64, "batch": 1, "dtype": "float32"}
     assert "| `havens2024.change` | n = 64 (" in speed_tables.report(found, "command", "a machine")
 

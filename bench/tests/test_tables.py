@@ -13,9 +13,8 @@ import pytest
 from bench import __main__ as command_line
 from bench.engine.records import RecordError
 from bench.engine.schedule import Chain
-from bench.engine.store import read
 from bench.pages.formatting import figure, summary_words
-from bench.tests.samples import environment_line, record, tiny_model
+from bench.tests.samples import environment_line, record, records_at, tiny_model
 from bench.tightness import features, readme
 from bench.tightness.aggregate import aggregate, ratio
 from bench.tightness.figures import draw, spread
@@ -288,7 +287,8 @@ def few_methods(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "select", lambda **_: chosen)
     monkeypatch.setattr(registry, "refuted", list)
     monkeypatch.setattr(features, "page", lambda _: "# Bounds\n")
-    monkeypatch.setattr(command_line, "LONG", {})  # tested in files of their own
+    # Others are tested in files of their own.
+    monkeypatch.setattr(command_line, "TASKS", (command_line.TIGHTNESS, command_line.BALLS))
 
 
 def bench(*arguments: str, **options: Any) -> int:
@@ -302,7 +302,7 @@ def test_a_run_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert sorted(path.name for path in tmp_path.iterdir()) == ["quick", "tightness.jsonl"]
     assert bench("tightness", *results) == 0
     output = capsys.readouterr().out
-    assert "16 evaluations made, 8 taken from" in output
+    assert "16 answers made, 8 taken from" in output
     names = ["bounds.md", "tightness.json", "tightness.md", "tightness.png", "tightness.svg"]
     assert {path.name for path in tmp_path.iterdir()} == {"quick", "tightness.jsonl", *names}
     assert all(str(tmp_path / name) in output for name in names)
@@ -331,12 +331,12 @@ def test_an_interrupt_says_how_to_go_on_and_leaves_the_records(
         yield
 
     with monkeypatch.context() as patch:
-        patch.setattr("bench.tightness.task._lanczos", interrupted)
+        patch.setattr("bench.tightness.task.converged_lanczos", interrupted)
         assert bench("--results", str(tmp_path)) == 130
     assert "run the same command again" in capsys.readouterr().err
-    assert len(read(tmp_path / "tightness.jsonl").records) == 3
+    assert len(records_at(tmp_path / "tightness.jsonl")) == 3
     assert bench("--quick", "--results", str(tmp_path)) == 0
-    assert "5 evaluations made, 3 taken from" in capsys.readouterr().out
+    assert "5 answers made, 3 taken from" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("few_methods")
@@ -356,8 +356,33 @@ def test_readme_before_any_results_says_what_to_run(tmp_path: Path, capsys: pyte
     assert "run `python -m bench` first" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["--check"], ["--time-limit", "0"], ["speed", "--full"]], ids=str)
-def test_a_command_line_that_means_nothing_is_refused(arguments: list[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        bench(*arguments)
-    assert caught.value.code == 2
+REFUSED = {
+    "--check": "--check goes with the tasks readme, got all",
+    "--time-limit 0": "--time-limit must be above 0",
+    "speed --full": "--full goes with the tasks certified, robustness, got speed",
+    "render --force": "--force goes with the tasks",
+    "certified --time-limit 5": "--time-limit goes with the tasks",
+    "tightness --device nowhere": "device must be a device that is here",
+    "speed --device cuda:77": "device must be a device that is here",
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED.items())
+def test_a_command_line_that_means_nothing_is_refused_in_one_line(
+    arguments: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        status = bench(*arguments.split(), "--results", str(tmp_path))
+    except SystemExit as left:  # the parser's own
+        status = left.code
+    error = capsys.readouterr().err
+    assert status == command_line.MISUSE
+    assert message in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("task", command_line.TASKS, ids=lambda task: task.name)
+def test_every_task_declares_options_that_there_are(task: Any) -> None:
+    options = command_line._parser().parse_args([task.name])
+    assert task.takes <= vars(options).keys()
+    assert {"quick", "force", "results"} <= task.takes

@@ -15,10 +15,10 @@ import torch
 from bench.engine import evaluators, reference
 from bench.engine.evaluate import evaluate, question
 from bench.engine.records import Record
-from bench.engine.store import RecordStore, read
-from bench.tests.samples import spec, tiny_block, tiny_case, tiny_model
+from bench.engine.store import Store
+from bench.engine.store_file import read
+from bench.tests.samples import records_at, spec, tiny_block, tiny_case, tiny_model
 from bench.tightness import task as tightness
-from bench.workloads.case import Case
 from lipbounds import registry
 from lipbounds.registry import BoundSpec
 from lipbounds.targets.attention import Attention
@@ -44,19 +44,19 @@ def few_methods(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(path: Path, **options: Any) -> tightness.Outcome:
-    with RecordStore(path) as store:
+    with Store(path, started_by=options.pop("started_by", "")) as store:
         return tightness.run(store, options.pop("models", [tiny_model()]), **options)
 
 
 def answer(tested: BoundSpec, block: Attention | None = None, **options: Any) -> Record:
-    case = tiny_case() if block is None else Case(**{**vars(tiny_case()), "block": block})
-    asked = question("tightness", case, tested, options)
-    return evaluate(asked, case.block, tested, time_limit=5.0, environment="here")
+    asked = question("tightness", tiny_case(), tested, options)
+    block = tiny_case().block if block is None else block
+    return evaluate(asked, block, tested, time_limit=5.0, environment="here")
 
 
 def answers(path: Path) -> dict[str, tuple[Any, ...]]:
     """All but the time taken and the run, which differ between runs."""
-    return {key: (each.value, each.status, each.terms) for key, each in read(path).records.items()}
+    return {key: (each.value, each.status, each.terms) for key, each in records_at(path).items()}
 
 
 # -- one evaluation --------------------------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def test_every_registered_method_is_evaluated_at_every_block(path: Path) -> None
     about_attention = [*registry.select(), *(each for each in registry.refuted() if each.target is Attention)]
     counts = {each.name: radii[each.claim.scope] for each in about_attention}
     assert set(counts) >= set(NAMES)
-    found = list(read(path).records.values())
+    found = list(records_at(path).values())
     assert outcome.evaluated == len(found)
     asked = Counter((each.question.bound, each.question.layer) for each in found if each.question.bound != "lanczos")
     del counts["lanczos"]  # as often as it takes
@@ -152,7 +152,7 @@ def test_every_registered_method_is_evaluated_at_every_block(path: Path) -> None
 @pytest.mark.usefixtures("few_methods")
 def test_the_literal_theorem_is_unsupported_with_biases(path: Path) -> None:
     run(path)
-    found = [each for each in read(path).records.values() if each.question.bound == "yudin2025.theorem3"]
+    found = [each for each in records_at(path).values() if each.question.bound == "yudin2025.theorem3"]
     assert [each.status for each in found] == ["unsupported"] * BLOCKS
 
 
@@ -199,7 +199,7 @@ def test_a_run_killed_anywhere_loses_only_the_evaluation_in_flight(
         patch.setattr(evaluators, "evaluate", killed)
         with pytest.raises(KeyboardInterrupt):
             run(path)
-    assert len(read(path).records) == calls
+    assert len(records_at(path)) == calls
     outcome = run(path)
     assert (outcome.evaluated, outcome.reused) == (BLOCKS * METHODS - calls, calls)
     assert answers(path) == answers(tmp_path / "whole" / "tightness.jsonl")
@@ -217,16 +217,16 @@ def test_failures_are_tried_again_and_what_is_settled_is_not(path: Path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(evaluators, "evaluate", failing)
         run(path)
-    assert sum(each.status == "failed" for each in read(path).records.values()) == BLOCKS
+    assert sum(each.status == "failed" for each in records_at(path).values()) == BLOCKS
     assert run(path).evaluated == BLOCKS
-    assert not any(each.status == "failed" for each in read(path).records.values())
+    assert not any(each.status == "failed" for each in records_at(path).values())
 
 
 @pytest.mark.usefixtures("few_methods")
 def test_lanczos_takes_more_steps_where_the_residual_is_too_large(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "STEPS", (2, 3, 30))
     run(path, quick=True)
-    found = [each for each in read(path).records.values() if each.question.bound == "lanczos"]
+    found = [each for each in records_at(path).values() if each.question.bound == "lanczos"]
     for _, group in itertools.groupby(found, key=lambda each: each.question.layer):
         *before, last = group
         assert all(each.details["residual"] > reference.LARGEST_RESIDUAL for each in before)
@@ -252,19 +252,19 @@ def test_a_broken_model_does_not_cost_the_others_their_numbers(path: Path) -> No
 
 @pytest.mark.usefixtures("few_methods")
 def test_a_full_disk_ends_the_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(store: RecordStore, record: Record) -> None:
+    def full(store: Store, record: Record) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(RecordStore, "append", full)
+    monkeypatch.setattr(Store, "append", full)
     with pytest.raises(OSError, match="disk full"):
         run(path)
 
 
 @pytest.mark.usefixtures("few_methods")
 def test_a_run_leaves_one_environment_line_with_what_its_methods_promise(path: Path) -> None:
-    run(path, command="python -m bench")
-    (line,) = read(path).environments.values()
-    assert {each.environment for each in read(path).records.values()} == {line["id"]}
+    run(path, started_by="python -m bench")
+    ((name, line),) = read(path).environments.items()
+    assert {each.environment for each in records_at(path).values()} == {name}
     assert line["command"] == "python -m bench"
     assert line["environment"]["packages"]["torch"] == torch.__version__
     assert line["methods"]["lanczos"]["kind"] == "lower"

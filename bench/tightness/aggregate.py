@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable
 from statistics import fmean, median
 from typing import Any
 
-from bench.engine.records import SCHEMA_VERSION, Record
+from bench.engine.records import Record
 from bench.tightness.scopes import (
     EXACT,
     UPPER_KINDS,
@@ -23,6 +23,7 @@ from bench.tightness.scopes import (
 )
 
 
+AGGREGATES_VERSION = 1  # of the structure of tightness.json
 # The bound with the paper's g_1 and its variants with other values for the softmax norm, for the paper's gain alone.
 GAIN_FAMILIES = ("yudin2025.biased", "yudin2025.theorem3")
 
@@ -68,7 +69,7 @@ def aggregate(
         descriptions |= line.get("models", {})
     names = {record.question.bound for group in by_model.values() for record in group}
     return {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": AGGREGATES_VERSION,
         "command": command,
         "records": records_path,
         "environments": [line.get("environment", {}) for line in lines],
@@ -138,7 +139,7 @@ def _per_layer(
     records: list[Record], found: dict[BlockId, Reference], ratios: dict[str, dict[BlockId, float]]
 ) -> list[dict[str, Any]]:
     """Per layer the median of the reference and of each method's ratio to it."""
-    modules = {record.question.layer: record.question.module for record in records}
+    modules = {record.question.layer: record.module for record in records}
     rows = []
     for layer in sorted(modules):
         values = [reference.value for block, reference in found.items() if block[0] == layer]
@@ -210,7 +211,7 @@ def _gain(answered: list[Record], family: str) -> list[dict[str, Any]]:
         blocks = [b for b in with_g if b[0] == layer and b in half and b in exact and b in one]
         if not blocks:
             continue
-        row: dict[str, Any] = {"bound": family, "layer": layer, "module": with_g[blocks[0]].question.module}
+        row: dict[str, Any] = {"bound": family, "layer": layer, "module": with_g[blocks[0]].module}
         for name, (upper, lower) in {
             "one_over_half": (one, half),
             "half_over_g_1": (half, with_g),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,58 +12,88 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from bench.engine.options import command_of, folder_of, shown, told
+from bench.engine.migration import Old, blocks, newest
 from bench.engine.records import RecordError, without_infinities
-from bench.engine.store import RecordStore
+from bench.engine.reference import LOWER
+from bench.engine.store import Shown, Store
+from bench.engine.task import Showing, Task, Written
 from bench.tightness import features, figures, tables
 from bench.tightness import task as tightness
 from bench.tightness.aggregate import aggregate
 from bench.workloads.case import Case
-from bench.workloads.models import Model
+from bench.workloads.models import Model, drawn_hashes, zoo
 from lipbounds import registry
-from lipbounds.cluster import Cluster
+from lipbounds.devices import device_named
 from lipbounds.files import write_atomically
 
 
-def run(options: argparse.Namespace, models: Sequence[Model], cluster: Cluster | None = None) -> int:
-    """Evaluate what is missing, write tables and figures; 1 if something failed or is refuted.
+def measure(options: argparse.Namespace, store: Store) -> Showing:
+    """Evaluate what is missing.
 
     Args:
         options: the command line.
-        models: whose blocks are bounded.
-        cluster: where evaluations are made; None for this process.
+        store: the records.
+
+    Raises:
+        RecordError: no block could be bounded.
     """
-    command = command_of(options, "tightness")
-    with RecordStore(options.results / "tightness.jsonl") as store:
-        if store.repaired:
-            print(store.repaired, file=sys.stderr)
-        with _progress(models, options.quick) as advance:
-            outcome = tightness.run(
-                store,
-                models,
-                quick=options.quick,
-                force=options.force,
-                time_limit=options.time_limit,
-                command=command,
-                cluster=cluster,
-                advance=advance,
-            )
-        store.compact()
-        records = [store.records[key] for key in outcome.keys]
-        if not records:
-            raise RecordError(f"no block could be bounded: {outcome.problems}.")
-        aggregates = aggregate(
-            records,
-            store.environments,
-            command=command,
-            records_path=shown(store.path),
-            problems=outcome.problems,
-            refuted=tightness.refuted(),
+    with _progress(options.models, options.quick) as advance:
+        outcome = tightness.run(
+            store,
+            options.models,
+            quick=options.quick,
+            force=options.force,
+            time_limit=options.time_limit,
+            cluster=options.cluster,
+            device=device_named(options.device),
+            advance=advance,
         )
-    paths = write(aggregates, folder_of(options))
+    store.reused += outcome.reused
+    if not outcome.keys:
+        raise RecordError(f"no block could be bounded: {outcome.problems}.")
+    return Showing(keys=outcome.keys, data={"problems": outcome.problems})
+
+
+def pages(found: Shown, folder: Path) -> Written:
+    """Write tables and figures; what failed or is refuted is wrong.
+
+    Args:
+        found: the records.
+        folder: where the files go.
+    """
+    aggregates = aggregate(
+        found.records,
+        found.store.environments,
+        command=found.page.data["command"],
+        records_path=found.store.path.name,
+        problems=found.page.data["problems"],
+        refuted=tightness.refuted(),
+    )
+    paths = write(aggregates, folder)
     print(tables.short(aggregates))
-    print(f"\n{outcome.evaluated} evaluations made, {outcome.reused} taken from {shown(store.path)}.")
-    return told(paths, _troubles(aggregates))
+    return Written(paths=paths, troubles=[*_troubles(aggregates)])
+
+
+def migrated(old: Old) -> Showing:
+    """What the page of a file of schema version 1 showed: the newest version of each bound at the blocks of the zoo.
+
+    Args:
+        old: the file.
+    """
+    found = blocks(old, drawn_hashes())
+    order = {}
+    tokens = {(line["model"], line["input"]): line["tokens"] for line in old.lines}
+    for model in zoo():
+        inputs: dict[str, None] = {}
+        for case in model.cases(model.inputs):
+            inputs[case.input] = None
+            case.known_tokens = tokens.get((case.model, case.input), 0)
+            names = [spec.name for spec in [*registry.select(), *registry.refuted()]]
+            if case.known_tokens:
+                names = [name for name in names if tightness.affordable(case, registry.get(name), len(inputs))]
+            for name in [*names, LOWER]:
+                order[case.model, case.input, case.layer, name] = len(order)
+    return Showing(keys=newest(found, order), data={"problems": {}})
 
 
 def write(aggregates: dict[str, Any], folder: Path) -> list[Path]:
@@ -114,3 +143,14 @@ def _progress(models: Sequence[Model], quick: bool) -> Iterator[Any]:
             progress.update(task, advance=seconds, description=f"{case.model}, {case.input}, layer {case.layer}")
 
         yield advance
+
+
+TASK = Task(
+    name="tightness",
+    help="how far above the truth every bound is: tables and figures",
+    measure=measure,
+    pages=pages,
+    takes=frozenset({"quick", "force", "results", "device", "ray", "gpus_per_job", "time_limit"}),
+    by_default=True,
+    migrate=migrated,
+)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from bench.engine.records import RecordError, check_schema
+from bench.tightness.aggregate import AGGREGATES_VERSION
 from bench.tightness.tables import HEADLINE_MODELS, findings, headline
 from lipbounds.files import write_atomically
 
@@ -26,7 +27,7 @@ def block(aggregates_path: Path) -> str:
     if not aggregates_path.exists():
         raise RecordError(f"{aggregates_path} must exist, and does not; run `python -m bench` first.")
     aggregates = json.loads(aggregates_path.read_text(encoding="utf-8"))
-    check_schema(aggregates, str(aggregates_path))
+    check_schema(aggregates, str(aggregates_path), AGGREGATES_VERSION)
     models = {name: model for name, model in aggregates["models"].items() if name in HEADLINE_MODELS}
     described = [f"- {name}: {model['description']}; {model['inputs']} inputs." for name, model in models.items()]
     found = findings(aggregates, HEADLINE_MODELS[0], "yudin2025.biased")

@@ -65,10 +65,10 @@ def reached(promise: Record, measured: Iterable[Record]) -> Record | None:
 def _is_inside(measured: Record, promise: Record) -> bool:
     if measured.question.norm != promise.question.norm or measured.scope not in WITHIN[promise.scope]:
         return False
-    radius = math.inf if promise.scope == "global" else promise.question.radius or 0.0
+    radius = math.inf if promise.scope == "global" else promise.radius or 0.0
     if promise.scope == "change" and radius == 0:  # no point but the centre: nothing is promised
         return False
-    return (measured.question.radius or 0.0) <= radius
+    return (measured.radius or 0.0) <= radius
 
 
 def sets(answered: Iterable[Record]) -> list[dict[str, Any]]:

@@ -10,17 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from bench.engine.evaluators import evaluator
+import torch
+
+from bench.engine.evaluators import CPU, evaluator
 from bench.engine.reference import CERTIFICATE, CERTIFICATE_OPTIONS, LOWER, SMALL, TASK, converged_lanczos
 from bench.engine.schedule import Chain, Method, single
 from bench.engine.session import Outcome, Session, declaration
-from bench.engine.store import RecordStore
+from bench.engine.store import Store
 from bench.workloads.case import Case
 from bench.workloads.models import Model
-from bench.workloads.radii import INPUTS, SEARCHED_INPUTS, radii
+from bench.workloads.radii import INPUTS, SEARCHED_INPUTS, multiples
 from lipbounds import registry
 from lipbounds.cluster import Cluster
 from lipbounds.registry import BoundSpec
+from lipbounds.targets.attention import Attention
 
 
 # Bounds that cost seconds a block, with the number of inputs of each model they are evaluated at.
@@ -30,14 +33,14 @@ PARTS, LARGE = ("sharp_ball.direct", "sharp_ball.deviation", "sharp_ball.taylor"
 
 
 def run(
-    store: RecordStore,
+    store: Store,
     models: Iterable[Model],
     *,
     quick: bool = False,
     force: bool = False,
     time_limit: float = 120.0,
-    command: str = "",
     cluster: Cluster | None = None,
+    device: torch.device = CPU,
     advance: Callable[[Case, float], None] = lambda case, seconds: None,
 ) -> Outcome:
     """Evaluate everything that is not in the store yet.
@@ -48,26 +51,31 @@ def run(
         quick: few inputs.
         force: evaluate what is in the store again, too.
         time_limit: seconds for one evaluation.
-        command: the command line, for the environment line.
         cluster: where evaluations are made; None for this process.
+        device: that evaluates in this process.
         advance: called after each block with the seconds it was expected to take.
     """
     models = list(models)
     session = Session(
         store=store, task=TASK, methods=registry.select(), models={model.name: model.description for model in models},
-        force=force, command=command, evaluator=evaluator(cluster, time_limit),
+        force=force, evaluator=evaluator(cluster, time_limit, device),
     )  # fmt: skip
     seconds = {model.name: model.seconds for model in models}
-    session.run(_blocks(models, quick, session.outcome.problems), done=lambda case: advance(case, seconds[case.model]))
+    blocks = _blocks(models, quick, store, session.outcome.problems)
+    session.run(blocks, done=lambda case: advance(case, seconds[case.model]))
     return session.outcome
 
 
-def _blocks(models: Iterable[Model], quick: bool, problems: dict[str, str]) -> Iterator[tuple[Case, list[Chain]]]:
+def _blocks(
+    models: Iterable[Model], quick: bool, store: Store, problems: dict[str, str]
+) -> Iterator[tuple[Case, list[Chain]]]:
     """Every method at one block after the other."""
+    known = store.tokens()
     for model in models:
         inputs: set[str] = set()
         for case in _cases(model, model.count(quick), problems):
             inputs.add(case.input)
+            case.known_tokens = known.get((case.model_hash, case.input_hash), 0)
             yield case, [*map(single, methods(case, len(inputs))), converged_lanczos()]
 
 
@@ -90,10 +98,10 @@ def methods(case: Case, number: int = 1) -> Iterator[Method]:
         number: of its input among those of the model, from 1: what has a radius is evaluated at the first ones only.
     """
     for spec in [*registry.select(), *registry.refuted()]:
-        if spec.name == LOWER or not isinstance(case.block, spec.target) or not affordable(case, spec, number):
+        if spec.name == LOWER or not issubclass(Attention, spec.target) or not affordable(case, spec, number):
             continue
         options = CERTIFICATE_OPTIONS if spec.name == CERTIFICATE else {}
-        for radius in radii(case.block, spec.claim.scope):
+        for radius in multiples(spec.claim.scope):
             yield Method(spec, options, radius)
 
 
@@ -110,10 +118,9 @@ def affordable(case: Case, spec: BoundSpec, number: int) -> bool:
         return False
     if number > COSTLY.get(spec.name, number):
         return False
-    block = case.block
-    if spec.name in PARTS and block.moving_input.numel() >= LARGE:
+    if spec.name in PARTS and case.numbers >= LARGE:
         return False
-    return not searches or max(block.moving_input.numel(), block.tokens * block.w_o.shape[-1]) <= SMALL
+    return not searches or case.size <= SMALL
 
 
 def refuted() -> dict[str, dict[str, Any]]:

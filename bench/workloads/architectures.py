@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.workloads.hashes import recipe_hash
+from lipbounds.claims import Feature
+
 
 START_SEED = 0
 TOKENS = 64
@@ -28,6 +31,8 @@ class Architecture:
         configuration: names of configuration and model in transformers, and the arguments of the first.
         layers: number of attention blocks.
         chosen: the layers that are bounded.
+        width: number of entries of a token.
+        features: of all blocks.
         input: makes an input from a seed.
         seconds: expected for all evaluations at one block.
     """
@@ -36,6 +41,8 @@ class Architecture:
     configuration: tuple[str, str, dict[str, Any]]
     layers: int
     chosen: tuple[int, ...]
+    width: int
+    features: frozenset[Feature]
     input: Callable[[int], Tensor]
     seconds: float
 
@@ -48,6 +55,18 @@ class Architecture:
             torch.manual_seed(START_SEED)
             built = getattr(transformers, model)(getattr(transformers, config)(**arguments, attn_implementation="sdpa"))
         return built.eval()
+
+    def model_hash(self) -> str:
+        """Content hash of how its weights are drawn."""
+        return recipe_hash(configuration=self.configuration, seed=START_SEED)
+
+    def input_hash(self, seed: int) -> str:
+        """Content hash of how an input is drawn.
+
+        Args:
+            seed: of the input.
+        """
+        return recipe_hash(input=self.input.__name__, tokens=TOKENS, vocabulary=VOCABULARY, seed=seed)
 
 
 def image(seed: int) -> Tensor:
@@ -66,6 +85,8 @@ ARCHITECTURES = {
         configuration=("ViTConfig", "ViTModel", {}),
         layers=12,
         chosen=(0, 11),
+        width=768,
+        features=frozenset({"heads"}),
         input=image,
         seconds=30.0,
     ),
@@ -78,6 +99,8 @@ ARCHITECTURES = {
         ),
         layers=12,
         chosen=(0, 6, 11),
+        width=384,
+        features=frozenset({"heads"}),
         input=image,
         seconds=15.0,
     ),
@@ -86,6 +109,8 @@ ARCHITECTURES = {
         configuration=("GPT2Config", "GPT2Model", {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0}),
         layers=12,
         chosen=(0, 6, 11),
+        width=768,
+        features=frozenset({"heads", "mask"}),
         input=words,
         seconds=10.0,
     ),
@@ -106,6 +131,8 @@ ARCHITECTURES = {
         ),
         layers=12,
         chosen=(0, 6, 11),
+        width=768,
+        features=frozenset({"heads", "mask", "rotary"}),
         input=words,
         seconds=10.0,
     ),

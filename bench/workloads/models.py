@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses as dc
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,15 @@ from torch import Tensor, nn
 
 from bench.workloads.architectures import ARCHITECTURES, Architecture
 from bench.workloads.case import Case
+from bench.workloads.hashes import recipe_hash, tensors_hash
 from lipbounds.capture import capture
+from lipbounds.claims import Feature
 from lipbounds.targets.attention import Attention
 
 
 SENTENCES = Path(__file__).parent / "data" / "sentences.txt"
 MODEL_SEED = 0
+RANDOM_TOKENS, RANDOM_WIDTH = 16, 32
 SPREADS = (0.25, 1.0, 4.0, 16.0)  # from nearly uniform rows to nearly one-hot ones
 
 
@@ -36,6 +39,7 @@ class Model:
         cases: yields the blocks of that many inputs, lazily.
         seconds: expected for all evaluations at one block, for the estimate of the remaining time only.
         chosen: the layers that are bounded, where all would take too long; all if empty.
+        trained: whether its weights are; those of the others are drawn.
     """
 
     name: str
@@ -46,6 +50,7 @@ class Model:
     cases: Callable[[int], Iterator[Case]]
     seconds: float
     chosen: tuple[int, ...] = ()
+    trained: bool = False
 
     @property
     def bounded(self) -> tuple[int, ...]:
@@ -67,6 +72,7 @@ def zoo() -> list[Model]:
             inputs=32,
             quick_inputs=3,
             seconds=1.6,
+            trained=True,
             cases=functools.partial(_minilm, "minilm", False),
         ),
         Model(
@@ -77,6 +83,7 @@ def zoo() -> list[Model]:
             inputs=8,
             quick_inputs=1,
             seconds=1.8,
+            trained=True,
             cases=functools.partial(_minilm, "minilm-without-biases", True),
         ),
         Model(
@@ -86,6 +93,7 @@ def zoo() -> list[Model]:
             inputs=12,
             quick_inputs=2,
             seconds=1.2,
+            trained=True,
             cases=_digits,
         ),
         Model(
@@ -131,50 +139,59 @@ def architectures() -> list[Model]:
     ]
 
 
-def tensors_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Content hash of named tensors: names, shapes, dtypes and bytes.
+def drawn_hashes(count: int = 16) -> dict[tuple[str, str], tuple[str, str]]:
+    """Hashes of weights and input by the names of model and input, of the models whose weights are drawn.
 
     Args:
-        tensors: such as `model.state_dict().items()`.
+        count: of inputs of each.
     """
-    digest = hashlib.sha256()
-    for name, tensor in tensors:
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:12]
+    drawn = [model for model in zoo() if not model.trained]
+    return {
+        (case.model, case.input): (case.model_hash, case.input_hash) for model in drawn for case in model.cases(count)
+    }
 
 
 def captured(
     name: str,
-    model: nn.Module,
+    model: Callable[[], nn.Module],
     model_hash: str,
-    inputs: Iterable[tuple[str, str, Callable[[], Any]]],
-    chosen: tuple[int, ...] = (),
+    inputs: Iterable[tuple[str, str, Callable[[nn.Module], Any]]],
+    layers: Sequence[int],
+    **known: Any,
 ) -> Iterator[Case]:
     """The blocks of a model at inputs of batch size 1, in float64.
 
     Args:
         name: of the model.
-        model: in evaluation mode.
+        model: gives it, in evaluation mode.
         model_hash: of its weights.
-        inputs: name and content hash of each input, and a function that runs the capture on it.
-        chosen: numbers of the blocks that are wanted; all if empty.
+        inputs: name and content hash of each input, and a function that runs the capture of a model on it.
+        layers: numbers of the blocks that are wanted.
+        **known: what is known of all blocks: `width` and `block_features`.
     """
     for identity, input_hash, run in inputs:
-        with torch.no_grad():
-            blocks = run()
-        for found in blocks:
-            if chosen and found.index not in chosen:
-                continue
+        # The blocks of one input are captured together, when the first of them is needed.
+        blocks = functools.lru_cache(maxsize=1)(functools.partial(_blocks, model, run))
+        for layer in layers:
             yield Case(
                 model=name,
                 model_hash=model_hash,
                 input=identity,
                 input_hash=input_hash,
-                layer=found.index,
-                module=found.module,
-                block=single(found.attention).double,
+                layer=layer,
+                load=functools.partial(_block, blocks, layer),
+                **known,
             )
+
+
+@torch.no_grad()
+def _blocks(model: Callable[[], nn.Module], run: Callable[[nn.Module], Any]) -> dict[int, Any]:
+    return {found.index: found for found in run(model())}
+
+
+def _block(blocks: Callable[[], dict[int, Any]], layer: int) -> tuple[str, Attention]:
+    found = blocks()[layer]
+    return found.module, single(found.attention).double
 
 
 def single(block: Attention) -> Attention:
@@ -191,89 +208,139 @@ def interleaved(count: int) -> list[int]:
 
 
 @functools.cache
-def _load_minilm() -> tuple[nn.Module, Any, str]:
+def _load_minilm() -> tuple[nn.Module, Any]:
     from transformers.utils import logging
 
     from lipbounds.models.minilm import load_minilm
 
     logging.disable_progress_bar()
-    model, tokenizer = load_minilm()
-    return model, tokenizer, tensors_hash(model.state_dict().items())
+    return load_minilm()
+
+
+@functools.cache
+def _minilm_hash() -> str:
+    return tensors_hash(_load_minilm()[0].state_dict().items())
 
 
 def _minilm(name: str, without_biases: bool, count: int) -> Iterator[Case]:
-    model, tokenizer, model_hash = _load_minilm()
     texts = SENTENCES.read_text(encoding="utf-8").splitlines()
 
-    def inputs() -> Iterator[tuple[str, str, Callable[[], Any]]]:
-        for index in interleaved(len(texts))[:count]:
-            tokens = tokenizer(texts[index], return_tensors="pt")
-            run = functools.partial(capture, model, **tokens)
-            yield f"sentence-{index + 1:02d}", hashlib.sha256(texts[index].encode()).hexdigest()[:12], run
+    def run(text: str, model: nn.Module) -> Any:
+        found = capture(model, **_load_minilm()[1](text, return_tensors="pt"))
+        if not without_biases:
+            return found
+        bare = {"b_q": None, "b_k": None, "b_v": None}
+        return [dc.replace(each, attention=each.attention.replace(**bare)) for each in found]
 
-    for case in captured(name, model, model_hash, inputs()):
-        block = case.block.replace(b_q=None, b_k=None, b_v=None) if without_biases else case.block
-        yield dc.replace(case, block=block)
-
-
-def _digits(count: int) -> Iterator[Case]:
-    from lipbounds.models.digits_data import load_digits_split
-    from lipbounds.models.digits_vit import load_digits_vit
-
-    model, test = load_digits_vit(), load_digits_split().test
     inputs = [
+        (
+            f"sentence-{index + 1:02d}",
+            hashlib.sha256(texts[index].encode()).hexdigest()[:12],
+            functools.partial(run, texts[index]),
+        )
+        for index in interleaved(len(texts))[:count]
+    ]
+    features = frozenset[Feature]({"heads"} if without_biases else {"biases", "heads"})
+    model = lambda: _load_minilm()[0]  # noqa: E731
+    return captured(name, model, _minilm_hash(), inputs, range(6), width=384, block_features=features)
+
+
+def digits_inputs(count: int) -> list[tuple[str, str, Callable[[nn.Module], Any]]]:
+    """The first test images of the digits, as `captured` takes inputs.
+
+    Args:
+        count: of images.
+    """
+    from lipbounds.models.digits_data import load_digits_split
+
+    test = load_digits_split().test
+    return [
         (
             f"image-{int(test.indices[index])}",
             tensors_hash([("image", image)]),
-            functools.partial(capture, model, image),
+            functools.partial(_captured_at, image),
         )
         for index in range(count)
         for image in [test.images[index : index + 1]]
     ]
-    return captured("digits-vit", model, tensors_hash(model.state_dict().items()), inputs)
+
+
+def _captured_at(given: Tensor, model: nn.Module) -> Any:
+    return capture(model, given)
+
+
+def _digits(count: int) -> Iterator[Case]:
+    from lipbounds.models.digits_vit import load_digits_vit
+
+    model = load_digits_vit()
+    known: dict[str, Any] = {"width": 64, "block_features": frozenset({"biases", "heads"})}
+    weights = tensors_hash(model.state_dict().items())
+    return captured("digits-vit", lambda: model, weights, digits_inputs(count), range(4), **known)
 
 
 def _architecture(name: str, found: Architecture, count: int) -> Iterator[Case]:
-    model = found.model()
     inputs = [
-        (f"seed-{seed}", tensors_hash([("input", given)]), functools.partial(capture, model, given))
+        (f"seed-{seed}", found.input_hash(seed), lambda model, seed=seed: capture(model, found.input(seed)))
         for seed in range(count)
-        for given in [found.input(seed)]
     ]
-    return captured(name, model, tensors_hash(model.state_dict().items()), inputs, found.chosen)
+    known: dict[str, Any] = {"width": found.width, "block_features": found.features}
+    return captured(name, functools.cache(found.model), found.model_hash(), inputs, found.chosen, **known)
 
 
-def _torch_encoder(count: int) -> Iterator[Case]:
+def _torch_encoder_model() -> nn.Module:
     # nn.TransformerEncoder would copy one random layer; these are independent.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(MODEL_SEED)
         layers = [nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True) for _ in range(3)]
-    model = nn.Sequential(*layers).eval()
+    return nn.Sequential(*layers).eval()
+
+
+def _torch_encoder(count: int) -> Iterator[Case]:
+    def run(seed: int, model: nn.Module) -> Any:
+        return capture(model, torch.randn(1, 16, 64, generator=torch.Generator().manual_seed(seed)))
+
     inputs = [
-        (f"seed-{seed}", tensors_hash([("tokens", tokens)]), functools.partial(capture, model, tokens))
+        (f"seed-{seed}", recipe_hash(tokens="Gaussian", shape=[1, 16, 64], seed=seed), functools.partial(run, seed))
         for seed in range(count)
-        for tokens in [torch.randn(1, 16, 64, generator=torch.Generator().manual_seed(seed))]
     ]
-    return captured("torch-encoder", model, tensors_hash(model.state_dict().items()), inputs)
+    weights = recipe_hash(layers=["TransformerEncoderLayer", 64, 4, 128, 3], seed=MODEL_SEED)
+    known: dict[str, Any] = {"width": 64, "block_features": frozenset({"heads"})}
+    return captured("torch-encoder", functools.cache(_torch_encoder_model), weights, inputs, range(3), **known)
 
 
-def _random(heads: int, count: int) -> Iterator[Case]:
+@functools.cache
+def _random_weights(heads: int) -> dict[str, Tensor]:
     """Gaussian weights of variance 1/width, so that queries, keys and unscaled logits have standard deviation 1."""
-    tokens, width = 16, 32
+    width = RANDOM_WIDTH
     generator = torch.Generator().manual_seed(MODEL_SEED)
     shapes = {
         **dict.fromkeys(("w_q", "w_k", "w_v"), (heads, width, width // heads)),
         "w_o": (heads, width // heads, width),
     }
-    weights = {
+    return {
         name: torch.randn(*shape, generator=generator, dtype=torch.float64) / width**0.5
         for name, shape in shapes.items()
     }
-    name = f"random-{heads}-head{'s' if heads > 1 else ''}"
+
+
+def _random_block(heads: int, seed: int, spread: float) -> tuple[str, Attention]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(RANDOM_TOKENS, RANDOM_WIDTH, generator=generator, dtype=torch.float64)
+    weights = _random_weights(heads)
+    return f"logit spread {spread:g}", Attention(x=x, **(weights | {"w_q": weights["w_q"] * spread}))
+
+
+def _random(heads: int, count: int) -> Iterator[Case]:
+    weights = recipe_hash(weights="Gaussian", heads=heads, width=RANDOM_WIDTH, spreads=SPREADS, seed=MODEL_SEED)
     for seed in range(count):
-        x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         for layer, spread in enumerate(SPREADS):
-            block = Attention(x=x, **(weights | {"w_q": weights["w_q"] * spread}))
-            hashes = {"model_hash": tensors_hash(weights.items()), "input_hash": tensors_hash([("tokens", x)])}
-            place = {"input": f"seed-{seed}", "layer": layer, "module": f"logit spread {spread:g}"}
-            yield Case(model=name, **hashes, **place, block=block)
+            yield Case(
+                model=f"random-{heads}-head{'s' if heads > 1 else ''}",
+                model_hash=weights,
+                input=f"seed-{seed}",
+                input_hash=recipe_hash(tokens="Gaussian", shape=[RANDOM_TOKENS, RANDOM_WIDTH], seed=seed),
+                layer=layer,
+                load=functools.partial(_random_block, heads, seed, spread),
+                width=RANDOM_WIDTH,
+                block_features=frozenset({"heads"} if heads > 1 else ()),
+            )

@@ -7,8 +7,6 @@ import dataclasses as dc
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 
@@ -45,6 +43,8 @@ def load_digits_split() -> DigitsSplit:
     Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998
     (the test part of it, as scikit-learn ships it).
     """
+    from sklearn.datasets import load_digits  # a second of imports, which who only shows results does not need
+
     pixels, labels = load_digits(return_X_y=True)
     rest, test = _stratified(np.arange(len(labels)), labels, TEST_IMAGES)
     train, validation = _stratified(rest, labels, VALIDATION_IMAGES)
@@ -55,6 +55,8 @@ def load_digits_split() -> DigitsSplit:
 
 
 def _stratified(indices: np.ndarray, labels: np.ndarray, second_size: int) -> tuple[np.ndarray, np.ndarray]:
+    from sklearn.model_selection import train_test_split
+
     first, second = train_test_split(
         indices, test_size=second_size, random_state=SPLIT_SEED, stratify=labels[indices], shuffle=True
     )
