@@ -1,0 +1,9 @@
+"""Certificates from Taylor models: the network itself is propagated, not norms of its layers.
+
+One file an idea: `coefficient` (floats with their rounding), `model` (c + C h + remainders), the operations (`bilinear`,
+`softmax`, `pointwise`, `normalization`), `network` (the walk through the layers), `quadratic` and `margin`.
+"""
+
+from __future__ import annotations
+
+from lipbounds.compose.taylor.margin import TaylorMargin as TaylorMargin

@@ -1,0 +1,124 @@
+r"""Lower bounds on the margins of a classifier over balls, from its Taylor model.
+
+With the margin m_j = f_y - f_j as one more linear map, m_j(x0 + h) = m_j + g . h + sum_s v_s . q_s(h), v_s the row of T_s.
+Splitting q_s = B_s + sum_p X_sp[q_p, .] + rest_s (lipbounds.compose.taylor.operation), over |h| <= r
+
+    m_j(x0 + h) >= m_j - e_j + min ( g . h + h^T M h ) - sum_p sup |q_p^T K_p h| - sum_s sup |v_s . rest_s|,
+
+M = sum_s v_s . B_s and K_p = sum_s v_s . X_sp. M is half the Hessian of the margin and K_p its mixed derivative by the
+remainder of p and the input, both formed exactly, so that what operations do to each other cancels. The minimum is that
+of lipbounds.compose.taylor.quadratic. The margin is also at least m_j - e_j - r |g| - sum_s sup |v_s . q_s|.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lipbounds.compose.rewrite import flat
+from lipbounds.compose.taylor.model import CENTRE, INPUT, Ranges, Value, starting_value
+from lipbounds.compose.taylor.network import Walk
+from lipbounds.compose.taylor.operation import Operation
+from lipbounds.compose.taylor.crossed import Crossed, Summed
+from lipbounds.compose.taylor.quadratic import Quadratic
+from lipbounds.errors import InvalidInput
+from lipbounds.rounding import inflate
+from lipbounds.targets.layers import Layer
+
+
+class TaylorMargin:
+    """A classifier at one input, prepared for balls of any radius around it.
+
+    Args:
+        network: in float64; one token of logits comes out.
+        x: one input, without batch dimensions, in float64.
+        label: the class whose margins are bounded.
+
+    Raises:
+        InvalidInput: the output is not one token.
+        Unsupported: a layer without a rule, or too large.
+    """
+
+    @torch.no_grad()
+    def __init__(self, network: Layer, x: Float[Tensor, "..."], label: int) -> None:
+        walk = Walk()
+        output = walk.through(flat([("", network)]), starting_value(x), None)
+        if output.centre.dim() != 2 or output.centre.shape[0] != 1:
+            raise InvalidInput(f"the output must be one token of logits, got shape {tuple(output.centre.shape)}.")
+        self.operations: list[Operation] = walk.operations
+        self.output = output
+        others = [index for index in range(output.centre.shape[1]) if index != label]
+
+        def differences(logits: Tensor) -> Tensor:
+            return logits[..., 0, [label]] - logits[..., 0, others]
+
+        def sums(logits: Tensor) -> Tensor:
+            return logits[..., 0, [label]] + logits[..., 0, others]
+
+        self.margins: Value = output.summed(differences, sums, 2)
+        self._quadratic: Quadratic | None = None
+        self._crossed: list[Crossed] = []
+
+    @property
+    def at_point(self) -> Float[Tensor, " others"]:
+        """Lower bounds on the margins at the input."""
+        centre = self.margins.parts[CENTRE]
+        return centre.matrix[0] - inflate(centre.error, 2)
+
+    @property
+    def slopes(self) -> Float[Tensor, " others"]:
+        """Norms of the gradients of the margins at the input, rounded up."""
+        return self.margins.norms(INPUT, 0)
+
+    def ranges(self, radii: Float[Tensor, " radii"]) -> Ranges:
+        """What is known of every operation over the balls.
+
+        Args:
+            radii: of the balls.
+        """
+        ranges = Ranges(radii)
+        for operation in self.operations:
+            ranges.known[operation.name] = operation.measure(ranges)
+        return ranges
+
+    @torch.no_grad()
+    def lower(self, radii: Float[Tensor, " radii"]) -> Float[Tensor, "radii others"]:
+        """Proved lower bounds on the margins over the balls.
+
+        Args:
+            radii: of the balls, > 0.
+        """
+        ranges = self.ranges(radii)
+        first, rest = ranges.reach(self.margins, 0)
+        simple = -inflate(first + rest, 4)
+        if self._quadratic is None:
+            self._second_order()
+        assert self._quadratic is not None
+        curved = self._quadratic.lower(radii)
+        beyond = torch.zeros_like(curved)
+        for operation in self.operations:
+            beyond = beyond + operation.beyond(*self._rows(operation), ranges)
+        for crossed in self._crossed:
+            beyond = beyond + crossed.upper(ranges)
+        loss = torch.maximum(simple, curved - inflate(beyond, 2 * len(self.operations) + 4))
+        return self.at_point + loss - 4 * torch.finfo(loss.dtype).eps * (self.at_point.abs() + loss.abs())
+
+    def _rows(self, operation: Operation) -> tuple[Tensor, Tensor]:
+        """The functionals v_s of the margins, and the error of each."""
+        part = self.margins.parts[operation.name]
+        return part.matrix.mT, part.error
+
+    def _second_order(self) -> None:
+        """Adds up the forms of all operations."""
+        gradient = self.margins.parts[INPUT]
+        rows, inputs = gradient.matrix.shape[1], len(gradient.matrix)
+        total = Summed(gradient.matrix.new_zeros(rows, inputs, inputs))
+        crossed: dict[str, Summed] = {}
+        for operation in self.operations:
+            functionals = self._rows(operation)
+            total.add(*operation.quadratic(*functionals))
+            for name, (matrix, error) in operation.crossed(*functionals).items():
+                crossed.setdefault(name, Summed(torch.zeros_like(matrix))).add(matrix, error)
+        self._quadratic = Quadratic(gradient.matrix.mT, total.matrix, gradient.error, total.error)
+        self._crossed = [Crossed(name, each.matrix, each.error) for name, each in crossed.items()]

@@ -1,0 +1,282 @@
+r"""A Taylor model: a value of the network as a function of the displacement h of the input, |h| <= r.
+
+    X(x0 + h) = c + C h + sum_s T_s q_s(h),
+
+c the value at the centre, C the exact Jacobian there, and for every nonlinear operation s before X what the operation
+adds to its own linearisation, q_s(h), carried here by the exact Jacobian T_s of everything between. Nothing is dropped:
+q_s is a function of h, and what is known of it over the ball is a `Range`. Linear maps act on c, C and T_s alike.
+
+Reach of a view of X (an entry, a token, all of a head): |X - c - C h| <= sum_s min over what is known of q_s, of
+
+    ||T_s|| |q_s|_2 ,   | |T_s| box_s |_2 ,   sum over groups g of ||T_s,g||_F |q_s,g|_2 ,
+
+and |C h| <= r ||C||.
+"""
+
+from __future__ import annotations
+
+import dataclasses as dc
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lipbounds.compose.taylor.coefficient import Coefficient, Map, exact, norm_upper
+from lipbounds.ops.spectral import power_of_two, spectral_norm_upper
+from lipbounds.rounding import gamma, inflate, product
+
+
+CENTRE, INPUT = "centre", "input"
+LARGEST_EIGENPROBLEM = 320  # beyond this side, the Schatten 8-norm stands in for the spectral norm
+
+
+class Value:
+    """One value of the network as a Taylor model.
+
+    Args:
+        parts: its coefficients, by the name of what they multiply: 1, h, or the remainder of an operation.
+    """
+
+    def __init__(self, parts: dict[str, Coefficient]) -> None:
+        self.parts = parts
+        self._norms: dict[tuple[str, int], Tensor] = {}
+        self._groups: dict[tuple[str, int], Tensor] = {}
+
+    @property
+    def centre(self) -> Float[Tensor, "*shape"]:
+        """c, as computed."""
+        return self.parts[CENTRE].matrix[0]
+
+    @property
+    def centre_error(self) -> Float[Tensor, "*shape"]:
+        """Bound on how far c is from the exact value, entry by entry."""
+        return self.parts[CENTRE].error
+
+    @property
+    def linear(self) -> Coefficient:
+        """C."""
+        return self.parts[INPUT]
+
+    @property
+    def terms(self) -> dict[str, Coefficient]:
+        """T_s, by the names of the operations."""
+        return {name: part for name, part in self.parts.items() if name not in (CENTRE, INPUT)}
+
+    def each(self, change: Callable[[Coefficient], Coefficient]) -> Value:
+        """The same linear change of every coefficient.
+
+        Args:
+            change: of one coefficient.
+        """
+        return Value({name: change(part) for name, part in self.parts.items()})
+
+    def arranged(self, rearrange: Map) -> Value:
+        """Entries moved, dropped or repeated; see `Coefficient.arranged`."""
+        return self.each(lambda part: part.arranged(rearrange))
+
+    def summed(self, weigh: Map, absolute: Map, terms: int) -> Value:
+        """Sums of entries; see `Coefficient.summed`."""
+        return self.each(lambda part: part.summed(weigh, absolute, terms))
+
+    def shifted(self, constants: Tensor | None) -> Value:
+        """Given floats added to the value.
+
+        Args:
+            constants: None: nothing.
+        """
+        if constants is None:
+            return self
+        return Value(self.parts | {CENTRE: self.parts[CENTRE].shifted(constants)})
+
+    def plus(self, other: Value) -> Value:
+        """The sum of two values.
+
+        Args:
+            other: of the same shape.
+        """
+        return Value(together(self.parts, other.parts))
+
+    def with_term(self, name: str, term: Coefficient) -> Value:
+        """The value with the remainder of one more operation in it.
+
+        Args:
+            name: of the operation.
+            term: its coefficient.
+        """
+        return Value(self.parts | {name: term})
+
+    def norms(self, name: str, dims: int) -> Float[Tensor, "*lead"]:
+        """Spectral norm, rounded up, of the coefficient restricted to each view: the last `dims` axes together.
+
+        Args:
+            name: of the coefficient.
+            dims: 0: entries.
+        """
+        if (name, dims) not in self._norms:
+            self._norms[name, dims] = view_norms(self.parts[name], dims)
+        return self._norms[name, dims]
+
+    def group_norms(self, name: str, groups: int) -> Float[Tensor, "groups *shape"]:
+        """l2 norms of the parts of each row that belong to the groups of an operation's outputs.
+
+        Args:
+            name: of the coefficient.
+            groups: how many groups, each of as many neighbouring columns.
+        """
+        if (name, groups) not in self._groups:
+            part = self.parts[name]
+            split = part.matrix.unflatten(0, (groups, -1)).movedim(1, -1)
+            self._groups[name, groups] = inflate(norm_upper(split) + part.error, 2)
+        return self._groups[name, groups]
+
+
+def starting_value(x: Float[Tensor, "*shape"]) -> Value:
+    """The input itself.
+
+    Args:
+        x: float64.
+    """
+    identity = torch.eye(x.numel(), dtype=x.dtype, device=x.device).reshape(-1, *x.shape)
+    return Value({CENTRE: exact(x.unsqueeze(0)), INPUT: exact(identity)})
+
+
+def together(one: dict[str, Coefficient], other: dict[str, Coefficient]) -> dict[str, Coefficient]:
+    """Sums of coefficients of the same name.
+
+    Args:
+        one: coefficients by name.
+        other: of the same shape.
+    """
+    names = dict.fromkeys([*one, *other])
+    return {
+        name: one[name].plus(other[name]) if name in one and name in other else one.get(name, other.get(name))
+        for name in names
+    }  # pyright: ignore[reportReturnType]
+
+
+def view_norms(part: Coefficient, dims: int) -> Float[Tensor, "*lead"]:
+    """Spectral norm, rounded up, of the exact coefficient restricted to each view.
+
+    Args:
+        part: the coefficient.
+        dims: how many trailing axes a view has.
+    """
+    if dims == 0:
+        return part.sizes
+    shape = part.error.shape
+    lead = shape[: len(shape) - dims]
+    matrix = part.matrix.reshape(part.matrix.shape[0], *lead, -1).movedim(0, -1)
+    error = norm_upper(part.error.reshape(*lead, -1))
+    return inflate(spectral_upper(matrix) + error, 4)
+
+
+def spectral_upper(matrix: Float[Tensor, "*batch rows cols"]) -> Float[Tensor, "*batch"]:
+    """Spectral norm rounded up; of large matrices the Schatten 8-norm, which is at least that.
+
+    With G = M M^T, ||M||^4 = ||G^2|| <= ||G^2||_F. The computed G is off by e = gamma(l) ||M||_F^2 in Frobenius norm,
+    so G^2 by 2 e ||M||_F^2 + e^2, and the product of the computed matrices by gamma(n) ||G||_F^2.
+
+    Args:
+        matrix: finite.
+    """
+    rows, cols = matrix.shape[-2:]
+    side, length = min(rows, cols), max(rows, cols)
+    if side <= LARGEST_EIGENPROBLEM:
+        return spectral_norm_upper(matrix) if side > 1 else norm_upper(matrix.flatten(-2))
+    scale = power_of_two(matrix)
+    scaled = matrix / scale
+    gram = scaled @ scaled.mT if rows <= cols else scaled.mT @ scaled
+    size, gram_size = norm_upper(scaled.flatten(-2)), norm_upper(gram.flatten(-2))
+    slack = gamma(side + 8) * gram_size.square() + 3 * gamma(length + 8) * size.square().square()
+    fourth = norm_upper((gram @ gram).flatten(-2)) + slack
+    return inflate(fourth.sqrt().sqrt() * scale[..., 0, 0], 16)
+
+
+@dc.dataclass(frozen=True, eq=False)
+class Range:
+    """What is known of the remainder of an operation over the balls of K radii.
+
+    Args:
+        ball: on its l2 norm.
+        box: on the absolute value of every output.
+        groups: on the l2 norms of groups of as many neighbouring outputs.
+    """
+
+    ball: Float[Tensor, " radii"]
+    box: Float[Tensor, "radii outputs"] | None = None
+    groups: Float[Tensor, "radii groups"] | None = None
+
+
+class Ranges:
+    """Balls of K radii, and the ranges of the operations met so far.
+
+    Args:
+        radii: of the balls of the input, rounded up.
+    """
+
+    def __init__(self, radii: Float[Tensor, " radii"]) -> None:
+        self.radii = radii
+        self.known: dict[str, Range] = {}
+        self.notes: dict[str, Any] = {}  # what operations keep for `beyond`
+        self._entries: dict[tuple[Value, str], Tensor] = {}
+
+    def reach(self, value: Value, dims: int) -> tuple[Float[Tensor, "radii *lead"], Float[Tensor, "radii *lead"]]:
+        """Bounds on |C h| and on |X - c - C h| of each view.
+
+        Args:
+            value: the value.
+            dims: how many trailing axes a view has; 0: entries.
+        """
+        first = self.per_radius(self.radii, value.norms(INPUT, dims))
+        rest = torch.zeros_like(first)
+        for name in value.terms:
+            rest = rest + self._one(value, name, dims)
+        return inflate(first, 4), inflate(rest, len(value.terms) + 8)
+
+    def total(self, value: Value, dims: int) -> Float[Tensor, "radii *lead"]:
+        """Bound on |X - c| of each view.
+
+        Args:
+            value: the value.
+            dims: how many trailing axes a view has; 0: entries.
+        """
+        first, rest = self.reach(value, dims)
+        return inflate(first + rest, 2)
+
+    def _one(self, value: Value, name: str, dims: int) -> Tensor:
+        entries = self.entry(value, name)
+        whole = entries if dims == 0 else norm_upper(entries.flatten(entries.dim() - dims))
+        ball = self.per_radius(self.known[name].ball, value.norms(name, dims))
+        return torch.minimum(whole, ball)
+
+    def entry(self, value: Value, name: str) -> Float[Tensor, "radii *shape"]:
+        """What an operation can do to every entry of a value.
+
+        Args:
+            value: the value.
+            name: of the operation.
+        """
+        if (value, name) not in self._entries:
+            part, known = value.parts[name], self.known[name]
+            best = self.per_radius(known.ball, part.sizes)
+            if known.box is not None:
+                flat = part.matrix.flatten(1).abs()
+                boxed = inflate((known.box @ flat).unflatten(1, part.error.shape), flat.shape[0] + 4)
+                best = torch.minimum(best, boxed + self.per_radius(norm_upper(known.box), part.error))
+            if known.groups is not None:
+                groups = value.group_norms(name, known.groups.shape[1])
+                best = torch.minimum(best, torch.tensordot(known.groups, groups, 1) * (1 + gamma(4 * len(groups))))
+            self._entries[value, name] = best.nan_to_num(nan=torch.inf)
+        return self._entries[value, name]
+
+    @staticmethod
+    def per_radius(values: Float[Tensor, " radii"], norms: Float[Tensor, "*lead"]) -> Float[Tensor, "radii *lead"]:
+        """Every number of a radius times every norm, 0 times infinity being 0.
+
+        Args:
+            values: one for each radius.
+            norms: one for each view.
+        """
+        return product(values.reshape(-1, *[1] * norms.dim()), norms)

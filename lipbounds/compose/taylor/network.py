@@ -1,0 +1,192 @@
+"""A network at one input as a Taylor model: the layers in order, each changing one value.
+
+Only what is read is followed: behind the last layer that mixes tokens, a `Pool` of the first or last token leaves one
+row of everything before it, so that attention there has one query.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lipbounds.compose.rewrite import flat
+from lipbounds.compose.taylor.bilinear import Bilinear
+from lipbounds.compose.taylor.coefficient import Coefficient
+from lipbounds.compose.taylor.model import CENTRE, Value
+from lipbounds.compose.taylor.normalization import Normalize
+from lipbounds.compose.taylor.operation import Operation
+from lipbounds.compose.taylor.pointwise import pointwise
+from lipbounds.compose.taylor.softmax import Softmax
+from lipbounds.errors import Unsupported
+from lipbounds.targets.attention import Attention
+from lipbounds.targets.layers import (
+    AttentionLayer,
+    Flatten,
+    Layer,
+    Linear,
+    Normalization,
+    Patches,
+    Pointwise,
+    Pool,
+    Positions,
+    Residual,
+    Sequence,
+)
+
+
+LARGEST_VALUE = 5e8  # floats in one coefficient
+Named = list[tuple[str, Layer]]
+
+
+class Walk:
+    """The layers applied one by one; collects the operations on the way."""
+
+    def __init__(self) -> None:
+        self.operations: list[Operation] = []
+
+    def through(self, layers: Named, value: Value, read: int | None) -> Value:
+        """The value behind the layers.
+
+        Args:
+            layers: flat, with their paths.
+            value: in front of them.
+            read: the only token of the output that is read, 0 or -1; None: all are.
+        """
+        for (path, layer), wanted in zip(layers, _read_after(layers, read), strict=True):
+            if wanted is not None and _by_token(layer):
+                value = _only(value, wanted)
+            value = self._apply(path, layer, value, wanted)
+        return value if read is None else _only(value, read)
+
+    def _apply(self, path: str, layer: Layer, value: Value, read: int | None) -> Value:
+        if isinstance(layer, Sequence | Residual):
+            body = layer.body if isinstance(layer, Residual) else layer
+            inner = self.through(flat([(path, body)]), value, read)
+            if not isinstance(layer, Residual):
+                return inner
+            skip = value if read is None else _only(value, read)
+            return (skip if layer.skip is None else _linear(layer.skip, skip)).plus(inner)
+        if isinstance(layer, Linear):
+            return _linear(layer, value)
+        if isinstance(layer, AttentionLayer):
+            return self._attend(path, layer.block, value, read)
+        if isinstance(layer, Pointwise):
+            return value if layer.activation == "identity" else self._add(pointwise(path, layer.activation, value))
+        if isinstance(layer, Normalization):
+            return self._normalize(path, layer, value)
+        return _rearranged(layer, value)
+
+    def _add(self, operation: Operation) -> Value:
+        taken = {other.name for other in self.operations}
+        assert operation.name not in taken
+        self.operations.append(operation)
+        return operation.output
+
+    def _name(self, path: str, what: str = "") -> str:
+        name, taken = f"{path}.{what}" if what else path, {other.name for other in self.operations}
+        return name if name not in taken else f"{name}.{len(taken)}"
+
+    def _normalize(self, path: str, layer: Normalization, value: Value) -> Value:
+        value = self._add(Normalize(self._name(path), value, layer.epsilon, centred=layer.centred))
+        if layer.weight is not None:
+            weight = layer.weight
+            value = value.summed(lambda t: t * weight, lambda t: t * weight.abs(), 2)
+        return value.shifted(layer.bias)
+
+    def _attend(self, path: str, block: Attention, value: Value, read: int | None) -> Value:
+        if block.features & {"qk_norm", "rotary"} or block.w_q.dim() != 3:
+            raise Unsupported(
+                f"method='taylor' has no rule for attention with QK-norm, rotary positions or batched weights, at "
+                f"{path}; use method='joint' or 'product'."
+            )
+        count = value.centre.shape[-2]
+        queries = value if read is None else _only(value, read)
+        q = _projected(queries, block.w_q, block.b_q).summed(*_scaled(block.scale_value), 1)
+        k, v = _projected(value, block.w_k, block.b_k), _projected(value, block.w_v, block.b_v)
+        _check_size(k, path)
+        logits = self._add(Bilinear(self._name(path, "logits"), q, k.arranged(lambda t: t.mT)))
+        visible = None
+        if block.mask is not None:
+            mask = block.mask.expand(*block.mask.shape[:-2], count, count) if block.mask.shape[-2] == 1 else block.mask
+            mask = mask if read is None else mask[..., [read], :]
+            mask = mask.reshape(-1, *mask.shape[-2:])
+            visible = ~mask.isneginf()
+            logits = logits.shifted(mask.masked_fill(~visible, 0.0))
+        maps = self._add(Softmax(self._name(path, "softmax"), logits, visible))
+        heads = self._add(Bilinear(self._name(path, "values"), maps, v))
+        merged = heads.arranged(lambda t: t.transpose(-3, -2).flatten(-2))
+        weight = block.w_o.flatten(0, 1)
+        out = merged.summed(lambda t: t @ weight, lambda t: t @ weight.abs(), len(weight) + 2)
+        return out.shifted(block.b_o)
+
+
+def _read_after(layers: Named, read: int | None) -> list[int | None]:
+    """For each layer, the only token of its output that is read later."""
+    wanted: list[int | None] = []
+    for _, layer in reversed(layers):
+        wanted.append(read)
+        if isinstance(layer, Pool) and layer.how != "mean":
+            read = 0 if layer.how == "first" else -1
+        elif not _by_token(layer):
+            read = None
+    return wanted[::-1]
+
+
+def _by_token(layer: Layer) -> bool:
+    """Whether the layer acts on every token alone."""
+    if isinstance(layer, Residual):
+        return all(_by_token(part) for _, part in flat([("", layer.body)]))
+    return isinstance(layer, Linear | Pointwise | Normalization)
+
+
+def _only(value: Value, row: int) -> Value:
+    return value.arranged(lambda t: t[..., [row], :]) if value.centre.shape[-2] > 1 else value
+
+
+def _linear(layer: Linear, value: Value) -> Value:
+    weight = layer.weight.mT
+    summed = value.summed(lambda t: t @ weight, lambda t: t @ weight.abs(), len(weight) + 2)
+    return summed.shifted(layer.bias)
+
+
+def _projected(value: Value, weights: Tensor, bias: Tensor | None) -> Value:
+    heads, dim, width = weights.shape
+    joined = weights.transpose(0, 1).reshape(dim, heads * width)
+
+    def split(t: Tensor) -> Tensor:
+        return t.unflatten(-1, (heads, width)).transpose(-3, -2)
+
+    summed = value.summed(lambda t: split(t @ joined), lambda t: split(t @ joined.abs()), dim + 2)
+    return summed.shifted(None if bias is None else bias.unsqueeze(-2))
+
+
+def _scaled(factor: float):
+    return (lambda t: t * factor), (lambda t: t * abs(factor))
+
+
+def _rearranged(layer: Layer, value: Value) -> Value:
+    """Layers that copy entries, add constants, or take a mean."""
+    if isinstance(layer, Pool) and layer.how == "mean":
+        return value.summed(layer.function(), layer.function(), value.centre.shape[-2] + 2)
+    if isinstance(layer, Positions) and layer.first is not None:
+        first = layer.first
+        zeros = torch.zeros_like(first)
+        moved = value.arranged(lambda t: torch.cat([zeros.expand(*t.shape[:-2], *zeros.shape), t], -2))
+        centre = value.parts[CENTRE]
+        constant = torch.cat([first, centre.matrix[0]], -2).unsqueeze(0)
+        moved = Value(moved.parts | {CENTRE: Coefficient(constant, moved.centre_error)})
+        return moved.shifted(layer.added)
+    if isinstance(layer, Positions):
+        return value.shifted(layer.added)
+    if isinstance(layer, Pool | Flatten | Patches):
+        return value.arranged(layer.function())
+    raise Unsupported(f"method='taylor' has no rule for {type(layer).__name__}; use method='joint' or 'product'.")
+
+
+def _check_size(value: Value, path: str) -> None:
+    size = max(part.matrix.numel() for part in value.parts.values())
+    if size > LARGEST_VALUE:
+        raise Unsupported(
+            f"method='taylor' needs coefficients of {size:.2g} numbers at {path}, more than {LARGEST_VALUE:g}; use "
+            "method='product', which needs no matrices."
+        )

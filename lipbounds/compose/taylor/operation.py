@@ -1,0 +1,77 @@
+r"""What every nonlinear operation of a Taylor model answers.
+
+An operation y = f(u) splits its output at u = c + C h + e, e the remainders before it, as
+
+    f(u) = f(c) + f'(c) (u - c) + q(h),        q = B[h, h] + t(h),
+
+B the quadratic part that C h alone makes, exact, and t the rest. With f'' the second derivative at c and e = sum_s T_s q_s,
+
+    t(h) = f''[e, C h] + (f''[e, e] / 2 + derivatives of third order) = sum_s X_s[q_s, h] + (the rest).
+
+Four things are asked of an operation: a `Range` of q for what comes later; and for a functional v of its outputs the
+matrices of v . B and of every v . X_s, which the margin adds up over all operations, and a bound on what v makes of the
+rest (`beyond`).
+"""
+
+from __future__ import annotations
+
+import abc
+
+from jaxtyping import Float
+from torch import Tensor
+
+from lipbounds.compose.taylor.model import Range, Ranges, Value
+
+
+class Operation(abc.ABC):
+    """A nonlinear operation of the network; its remainder is the term of that name in later values.
+
+    Args:
+        name: unique in the network.
+    """
+
+    name: str
+    output: Value
+
+    @abc.abstractmethod
+    def measure(self, ranges: Ranges) -> Range:
+        """Bounds on the remainder over the balls.
+
+        Args:
+            ranges: with those of all operations before.
+        """
+
+    @abc.abstractmethod
+    def quadratic(
+        self, rows: Float[Tensor, "rows outputs"], error: Float[Tensor, " rows"]
+    ) -> tuple[Float[Tensor, "rows inputs inputs"], Float[Tensor, " rows"]]:
+        """Matrices M with v . B[h, h] = h^T M h, and a bound on the Frobenius norm of their error.
+
+        Args:
+            rows: functionals v, as computed.
+            error: of each, in l2.
+        """
+
+    @abc.abstractmethod
+    def crossed(
+        self, rows: Float[Tensor, "rows outputs"], error: Float[Tensor, " rows"]
+    ) -> dict[str, tuple[Float[Tensor, "rows terms inputs"], Float[Tensor, " rows"]]]:
+        """Matrices K_s with v . X_s[q, h] = q^T K_s h, by the name of s, and a bound on the error of each in the
+        Frobenius norm.
+
+        Args:
+            rows: functionals v, as computed.
+            error: of each, in l2.
+        """
+
+    @abc.abstractmethod
+    def beyond(
+        self, rows: Float[Tensor, "rows outputs"], error: Float[Tensor, " rows"], ranges: Ranges
+    ) -> Float[Tensor, "radii rows"]:
+        """Bound on what v makes of the rest over the balls.
+
+        Args:
+            rows: functionals v, as computed.
+            error: of each, in l2.
+            ranges: with those of this operation.
+        """

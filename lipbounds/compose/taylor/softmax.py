@@ -1,0 +1,271 @@
+r"""The softmax of moving logits.
+
+Logits S + d, d = C h + e; only differences of d within a row count. Over the ball |d_l - d_j| <= rho_jl, log-odds radii,
+with the first-order part r |C_l - C_j| exact. Along S + t d, 0 <= t <= 1, the map P_t has P_t,j <= up_j = 1 / (1 + sum_l!=j
+exp(S_l - S_j - rho_jl)) and >= lo_j with the signs turned. With mu_t the mean of d and w_t its variance under P_t,
+
+    q = int (1 - t) P_t * ((d - mu_t)^2 - w_t) dt,        int (1 - t) dt = 1/2.
+
+- |d_j - mu_t| <= D_j = max of sum_l p_l rho_jl over 0 <= p <= up, sum p = 1: the largest first.
+- w_t <= w: the least of (largest rho / 2)^2; max of sum_j p_j a_j^2 over the same p, a_j >= |d_j - mu_0|; and
+  (r ||diag(up)^(1/2) C|| + (max of sum p_j W_j^2)^(1/2))^2, W >= |e|, C and e without their means under P.
+- entry: |q_j| <= up_j max(D_j^2, w) / 2, and <= up_j + P_j a_j. Row: the l2 norm is at most the l1 norm, at most w (E |x^2 - w| <= 2 w).
+- all rows: |q|_2^2 <= sum of w_row^2 <= max w_row * sum of w_row, and the sum of variances is bounded as a whole:
+  (r ||diag(up)^(1/2) C|| + ...)^2 with the rows of all queries in one matrix.
+
+sum_j q_j = 0 in every row, so the columns of T start as those of I - P 1^T, which makes later ones differences to a mean.
+
+Second order: v . B[h, h] = 1/2 sum_j P_j (v_j - v . P) (C_j h)^2 with C centred; v . X_s[q, h] = sum_j P_j (v_j - v . P)
+(T_j q)(C_j h). Beyond: with x = d - mu_t,
+
+    d^3/dt^3 v . P_t = E_t[(v - E_t v) x^3] - 3 E_t[(v - E_t v) x] w_t,       int (1 - t)^2 / 2 dt = 1/6,
+
+|v_j - E_t v| <= V_j by the same maximum as D_j; and 1/2 sum_j P_j (v_j - v . P) e_j^2, term by term or with the largest
+factor and |e|^2.
+"""
+
+from __future__ import annotations
+
+import dataclasses as dc
+
+import torch
+from torch import Tensor
+
+from lipbounds.compose.taylor.coefficient import Coefficient, norm_upper, weighted_product
+from lipbounds.compose.taylor.model import CENTRE, Range, Ranges, Value
+from lipbounds.compose.taylor.operation import Operation
+from lipbounds.ops._rows import SMALLEST_NORMAL
+from lipbounds.rounding import EXP_ULPS, UNIT_ROUNDOFF, gamma, inflate
+
+
+@dc.dataclass(frozen=True, eq=False)
+class _Movement:
+    """What is known of the rows over the balls; shapes [radii, heads, n, m], without m for w.
+
+    Args:
+        first: U, of the centred logits.
+        rest: W.
+        upper: up.
+        deviation: D.
+        variance: w.
+    """
+
+    first: Tensor
+    rest: Tensor
+    upper: Tensor
+    deviation: Tensor
+    variance: Tensor
+
+
+class Softmax(Operation):
+    """P = softmax(S) of every row.
+
+    Args:
+        name: of the operation.
+        logits: S, `[heads, n, m]`, finite.
+        visible: which keys a query sees; None: all.
+    """
+
+    def __init__(self, name: str, logits: Value, visible: Tensor | None) -> None:
+        self.name = name
+        centre = logits.centre
+        self._visible = torch.ones_like(centre, dtype=torch.bool) if visible is None else visible.expand_as(centre)
+        self._logits = centre.masked_fill(~self._visible, -torch.inf)
+        self._logit_error = logits.centre_error
+        probabilities = self._logits.softmax(-1)
+        # e^(2 eta) - 1 <= 4 eta for the errors of the logits, which are far below 1/2 or infinite.
+        moved = 4 * self._logit_error.amax(-1, keepdim=True) + (centre.shape[-1] + 4 * EXP_ULPS + 8) * UNIT_ROUNDOFF
+        moved = torch.where(moved < 1, moved, torch.inf)
+        spread = (probabilities * moved).nan_to_num(nan=torch.inf) + SMALLEST_NORMAL
+        self.map = Coefficient(probabilities.unsqueeze(0), inflate(spread, 8).clamp(max=1) * self._visible)
+        moving = Value({k: p.arranged(lambda t: t * self._visible) for k, p in logits.parts.items() if k != CENTRE})
+        self.centred = moving.each(self._centred)
+        parts = {k: p.times(self.map, torch.mul, 2) for k, p in self.centred.parts.items()}
+        self.output = Value({CENTRE: self.map} | parts).with_term(name, self._columns())
+        self._grams: tuple[Tensor, Tensor] | None = None
+
+    def _centred(self, part: Coefficient) -> Coefficient:
+        """Rows without their mean under the map."""
+        length = part.error.shape[-1]
+        weighted = part.times(self.map, torch.mul, 2)
+        mean = weighted.summed(_sums, _sums, length)
+        return part.plus(Coefficient(-mean.matrix, mean.error))
+
+    def _columns(self) -> Coefficient:
+        """I - P 1^T of every row; exact but for the rounding of 1 - P_j."""
+        shape = self._logits.shape
+        count, length = shape[:-1].numel(), shape[-1]
+        rows = self.map.matrix[0].reshape(count, length)
+        columns = rows.new_zeros(count, length, count, length)
+        index = torch.arange(count, device=rows.device)
+        own = torch.eye(length, dtype=rows.dtype, device=rows.device) - rows.unsqueeze(-2)
+        columns[index, :, index, :] = own
+        error = torch.full_like(self._logits, 2 * UNIT_ROUNDOFF)
+        return Coefficient(columns.reshape(-1, *shape), error)
+
+    # -- over the balls ---------------------------------------------------------------------------------------------
+
+    def measure(self, ranges: Ranges) -> Range:
+        """See the top of this file."""
+        moved = self._movement(ranges)
+        ranges.notes[self.name] = moved
+        box = moved.upper * torch.maximum(moved.deviation.square(), moved.variance.unsqueeze(-1)) / 2
+        # P_t,j - P_j is between -P_j and up_j - P_j.
+        most = moved.upper + self.map.sizes * (moved.first + moved.rest)
+        box = torch.minimum(inflate(box, 8).nan_to_num(nan=torch.inf), inflate(most, 4))
+        rows = torch.minimum(norm_upper(box), moved.variance).flatten(1)
+        energy = self._energy(ranges, moved)
+        ball = torch.minimum(norm_upper(rows), inflate((moved.variance.flatten(1).amax(1) * energy).sqrt(), 4))
+        return Range(ball=ball.nan_to_num(nan=torch.inf), box=box.flatten(1), groups=rows)
+
+    def _gram(self) -> tuple[Tensor, Tensor]:
+        """Gram matrices of the rows of C, centred, and their error, [heads, n, m, m]."""
+        if self._grams is None:
+            part = self.centred.linear
+            gram = torch.einsum("ahij,ahil->hijl", part.matrix, part.matrix)
+            sizes, off = part.sizes, part.error + gamma(len(part.matrix) + 4) * part.sizes
+            error = sizes.unsqueeze(-1) * off.unsqueeze(-2)
+            self._grams = gram, inflate(error + error.mT, 4)
+        return self._grams
+
+    def _movement(self, ranges: Ranges) -> _Movement:
+        first, rest = ranges.reach(self.centred, 0)
+        odds = self._odds(ranges, first, rest)
+        upper = self._upper(odds)
+        reach = inflate(first + rest, 2)
+        deviation = torch.minimum(_largest_mean(odds, upper.unsqueeze(-2)), odds.amax(-1))
+        variance = torch.minimum((odds.amax((-2, -1)) / 2).square(), _largest_mean(reach.square(), upper))
+        gram, error = self._gram()
+        root = upper.sqrt()
+        weighted = root.unsqueeze(-1) * gram * root.unsqueeze(-2)
+        weighted_error = norm_upper((root.unsqueeze(-1) * error * root.unsqueeze(-2)).flatten(-2))
+        own = _largest_eigenvalue(weighted) + inflate(weighted_error, 8)
+        spread = ranges.radii[:, None, None] * own.sqrt() + _largest_mean(rest.square(), upper).sqrt()
+        variance = inflate(torch.minimum(variance, spread.square()), 16)
+        return _Movement(first, rest, upper, inflate(deviation, 4), variance.nan_to_num(nan=torch.inf))
+
+    def _odds(self, ranges: Ranges, first: Tensor, rest: Tensor) -> Tensor:
+        """rho, [radii, heads, n, m, m]."""
+        gram, error = self._gram()
+        own = gram.diagonal(dim1=-2, dim2=-1)
+        square = own.unsqueeze(-1) + own.unsqueeze(-2) - 2 * gram
+        off = error.diagonal(dim1=-2, dim2=-1)
+        lost = off.unsqueeze(-1) + off.unsqueeze(-2) + 2 * error + gamma(8) * (own.unsqueeze(-1) + own.unsqueeze(-2))
+        apart = inflate((square.clamp(min=0) + 2 * lost).sqrt(), 8)
+        linear = ranges.per_radius(ranges.radii, apart)
+        linear = torch.minimum(linear, first.unsqueeze(-1) + first.unsqueeze(-2))
+        both = self._visible.unsqueeze(-1) & self._visible.unsqueeze(-2)
+        both = both & ~torch.eye(both.shape[-1], dtype=torch.bool, device=both.device)
+        odds = inflate(linear + rest.unsqueeze(-1) + rest.unsqueeze(-2), 4)
+        return torch.where(both, odds.nan_to_num(nan=torch.inf), 0.0)
+
+    def _upper(self, odds: Tensor) -> Tensor:
+        """up, from the logits as computed and their error."""
+        finite = self._logits.masked_fill(~self._visible, 0.0)
+        apart = finite.unsqueeze(-2) - finite.unsqueeze(-1)  # S_l - S_j at [j, l]
+        off = self._logit_error.unsqueeze(-1) + self._logit_error.unsqueeze(-2)
+        off = 2 * off + 8 * UNIT_ROUNDOFF * (finite.abs().unsqueeze(-1) + finite.abs().unsqueeze(-2) + odds)
+        others = (apart - odds - off).exp()
+        length = others.shape[-1]
+        keep = self._visible.unsqueeze(-2) & ~torch.eye(length, dtype=torch.bool, device=odds.device)
+        total = 1 + torch.where(keep, others, 0.0).sum(-1)
+        upper = inflate(1 / total, length + 4 * EXP_ULPS + 8) + SMALLEST_NORMAL
+        return torch.where(self._visible, upper.nan_to_num(nan=1.0).clamp(max=1), 0.0)
+
+    def _energy(self, ranges: Ranges, moved: _Movement) -> Tensor:
+        """Bound on the sum of the variances of all rows."""
+        part = self.centred.linear
+        flat, count = part.matrix.flatten(1), part.matrix.shape[0]
+        weights = moved.upper.flatten(1)
+        if count <= flat.shape[1]:
+            gram = torch.einsum("ax,kx,bx->kab", flat, weights, flat)
+        else:
+            scaled = flat * weights.sqrt().unsqueeze(1)
+            gram = scaled.mT @ scaled
+        off = part.error + gamma(flat.shape[1] + count + 16) * part.sizes
+        lost = 2 * (weights @ (part.sizes * off).flatten())
+        linear = ranges.radii * (_largest_eigenvalue(gram) + inflate(lost, flat.shape[1] + 8)).sqrt()
+        rest = _largest_mean(moved.rest.square(), moved.upper).flatten(1).sum(1).sqrt()
+        return inflate((linear + rest).square(), flat.shape[1] + 16)
+
+    # -- of functionals ---------------------------------------------------------------------------------------------
+
+    def _functionals(self, rows: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+        """v without its mean under the map, with the error of every entry of it, [rows, heads, n, m] and [rows]."""
+        v = rows.unflatten(1, self._logits.shape)
+        mean = (v * self.map.matrix[0]).sum(-1, keepdim=True)
+        largest = v.abs().amax((-3, -2, -1))
+        off = self.map.error.sum(-1).amax() + gamma(v.shape[-1] + 8)
+        return v - mean, inflate(2 * error + 2 * off * largest, 8)
+
+    def quadratic(self, rows: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+        """See the top of this file."""
+        v, off = self._functionals(rows, error)
+        part, map_ = self.centred.linear, self.map
+        weights = (v * map_.matrix[0] / 2).flatten(1)
+        weight_error = (v.abs() * map_.error + off[:, None, None, None] * map_.sizes).flatten(1) / 2
+        return weighted_product(part, part, weights, weight_error)
+
+    def crossed(self, rows: Tensor, error: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """See the top of this file."""
+        v, off = self._functionals(rows, error)
+        part, map_ = self.centred.linear, self.map
+        weights = (v * map_.matrix[0]).flatten(1)
+        weight_error = (v.abs() * map_.error + off[:, None, None, None] * map_.sizes).flatten(1)
+        return {
+            name: weighted_product(other, part, weights, weight_error) for name, other in self.centred.terms.items()
+        }
+
+    def beyond(self, rows: Tensor, error: Tensor, ranges: Ranges) -> Tensor:
+        """See the top of this file."""
+        moved: _Movement = ranges.notes[self.name]
+        v, off = self._functionals(rows, error)
+        size = v.abs() + off[:, None, None, None]
+        squares = torch.einsum("khij,chij->kc", self.map.sizes * moved.rest.square() / 2, size)
+        whole = ranges.reach(self.centred, 3)[1].square()[:, None] * (size * self.map.sizes / 2).flatten(1).amax(1)
+        apart = (v.unsqueeze(-1) - v.unsqueeze(-2)).abs() + 2 * off[:, None, None, None, None]
+        third = torch.stack([self._third(moved, k, size, apart) for k in range(len(ranges.radii))])
+        total = torch.minimum(squares, whole) + third
+        return inflate(total, 4 * v[0].numel() + 32).nan_to_num(nan=torch.inf)
+
+    def _third(self, moved: _Movement, k: int, size: Tensor, apart: Tensor) -> Tensor:
+        """1/6 of the bound on the third derivative, summed over rows: one number for each functional."""
+        upper, deviation, variance = moved.upper[k], moved.deviation[k], moved.variance[k]
+        spread = torch.minimum(_largest_mean(apart, upper.unsqueeze(-2)), apart.amax(-1))  # V
+        cube = torch.minimum(
+            (upper * deviation**3 * spread).sum(-1), spread.amax(-1) * deviation.amax(-1) * variance
+        )
+        deviations = (_largest_mean(size.square(), upper) * variance).sqrt()
+        slope = torch.minimum((upper * deviation * spread).sum(-1), deviations)
+        return inflate((cube + 3 * variance * slope) / 6, 2 * upper.shape[-1] + 32).sum((-2, -1))
+
+
+def _sums(rows: Tensor) -> Tensor:
+    """The sum of each row in every place of it."""
+    return rows.sum(-1, keepdim=True).expand_as(rows)
+
+
+def _largest_mean(values: Tensor, caps: Tensor) -> Tensor:
+    """max of sum_l p_l x_l over 0 <= p <= caps, sum p = 1: the largest values first. Rounded up.
+
+    Args:
+        values: x >= 0.
+        caps: upper bounds of probabilities that sum to 1; broadcast against the values.
+    """
+    ordered, index = values.sort(-1, descending=True)
+    shape = torch.broadcast_shapes(caps.shape, values.shape)
+    ordered, caps = ordered.expand(shape), caps.expand(shape).gather(-1, index.expand(shape))
+    before = torch.cat([torch.zeros_like(caps[..., :1]), caps.cumsum(-1)[..., :-1]], -1)
+    length = values.shape[-1]
+    taken = torch.minimum(caps, (1 - before + 2 * gamma(length + 2)).clamp(min=0))
+    return inflate(torch.where(taken > 0, ordered * taken, 0.0).sum(-1), length + 8)
+
+
+def _largest_eigenvalue(gram: Tensor) -> Tensor:
+    """Of positive semidefinite matrices, rounded up for the solver (LAPACK Users' Guide, section 4.7)."""
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=0)
+    side = gram.shape[-1]
+    finite = gram.isfinite().all(-1).all(-1)
+    safe = torch.where(finite[..., None, None], gram, 0.0)
+    top = torch.linalg.eigvalsh(safe)[..., -1].clamp(min=0) + 16 * side * UNIT_ROUNDOFF * trace
+    return torch.where(finite, inflate(top, 8), torch.inf)
