@@ -27,6 +27,7 @@ from torch import Tensor
 
 from lipbounds.compose.joint import JointNetwork
 from lipbounds.compose.network import network_bound
+from lipbounds.compose.taylor import taylor_radius
 from lipbounds.errors import InvalidInput
 from lipbounds.lazy import make_callable
 from lipbounds.ops.spectral import vector_norm
@@ -36,7 +37,7 @@ from lipbounds.targets.layers import Layer, Linear, Sequence
 
 MARGIN_SLACK = 1e-9  # of the size of the logits
 PRECISION = 1e-3  # the search ends when the radius cannot be larger by more than this share
-Method = Literal["joint", "product"]
+Method = Literal["taylor", "joint", "product"]
 
 
 @dc.dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +49,8 @@ class Certificate:
         correct: whether the prediction is the label.
         prediction: class of the largest logit.
         margin: smallest margin to another class; negative where the prediction is wrong.
-        lipschitz: for each input and class, the bound on |grad (f_y - f_j)| over the ball of the certified radius.
+        lipschitz: for each input and class, a bound on how far the margin f_y - f_j falls within the certified ball,
+            divided by its radius: for `joint` and `product` the bound on |grad (f_y - f_j)| over that ball.
     """
 
     radius: Float[Tensor, " batch"]
@@ -86,7 +88,8 @@ def certify(
         network: a classifier whose output is one token with a logit a feature, such as an adapter returns.
         x: inputs, one batch dimension.
         labels: the right classes.
-        method: `joint`, with the dense Jacobian of lipbounds.compose.joint, for small networks; `product`, with the
+        method: `taylor`, with the Taylor models of lipbounds.compose.taylor, for networks and inputs of a few thousand
+            numbers: the largest radii; `joint`, with the dense Jacobian of lipbounds.compose.joint, for small networks; `product`, with the
             product of norms of lipbounds.compose.network_bound, for any.
         largest: no larger radius is looked for.
         steps: balls tried for each input, at most.
@@ -145,6 +148,9 @@ def _one(
     others = identity[label] == 0
     if not bool((margins[others] > 0).all()):
         return 0.0, unknown
+    if method == "taylor":
+        radius, falls = taylor_radius(network, x, label, largest=largest, steps=steps, precision=PRECISION)
+        return radius, unknown if falls is None else falls
     rows = identity[label] - identity
     slopes_at = _joint(network, x, rows, attention) if method == "joint" else _product(network, x, rows, attention)
 
@@ -195,8 +201,8 @@ def _product(
 
 
 def _check(x: Tensor, labels: Tensor, method: str, largest: float, steps: int) -> None:
-    if method not in ("joint", "product"):
-        raise InvalidInput(f"method must be 'joint' or 'product', got method={method!r}.")
+    if method not in ("taylor", "joint", "product"):
+        raise InvalidInput(f"method must be 'taylor', 'joint' or 'product', got method={method!r}.")
     if not 0 < largest < math.inf:
         raise InvalidInput(f"largest must be positive and finite, got largest={largest}.")
     if steps < 1:

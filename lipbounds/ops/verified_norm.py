@@ -37,11 +37,11 @@ def verified_norm(matrix: Float[Tensor, "*batch rows cols"]) -> Float[Tensor, "*
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
     # |fl(G) - G| <= gamma(length) |M|^T |M|, and the norm of that is at most the squared Frobenius norm of M.
     product_error = 2 * gamma(max(rows, cols) + min(rows, cols)) * trace
-    square = inflate(verified_eigenvalue(gram) + product_error, 4)
+    square = inflate(_verified_eigenvalue(gram) + product_error, 4)
     return torch.where(trace > 0, inflate(square.sqrt(), 4), 0.0) * scale[..., 0, 0]
 
 
-def verified_eigenvalue(gram: Float[Tensor, "*batch size size"]) -> Float[Tensor, "*batch"]:
+def _verified_eigenvalue(gram: Float[Tensor, "*batch size size"]) -> Float[Tensor, "*batch"]:
     """Upper bound on the largest eigenvalue of a symmetric matrix, whose lower triangle is read."""
     size = gram.shape[-1]
     theta = torch.linalg.eigvalsh(gram)[..., -1].clamp(min=torch.finfo(torch.float64).tiny)

@@ -7,3 +7,4 @@ One file an idea: `coefficient` (floats with their rounding), `model` (c + C h +
 from __future__ import annotations
 
 from lipbounds.compose.taylor.margin import TaylorMargin as TaylorMargin
+from lipbounds.compose.taylor.radius import taylor_radius as taylor_radius

@@ -19,10 +19,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lipbounds.compose.taylor.coefficient import Coefficient, exact, norm_upper
+from lipbounds.compose.taylor.coefficient import TINY, Coefficient, exact, largest_eigenvalue, norm_upper
 from lipbounds.compose.taylor.model import CENTRE, INPUT, Range, Ranges, Value, spectral_upper, together
 from lipbounds.compose.taylor.operation import Operation
 from lipbounds.rounding import gamma, inflate, product
+
+
+NARROW, MANY = 200, 512  # functionals are formed for few products of rows, and that many at once
+SUMS = 1 << 20  # more inputs than any network here has
 
 
 class Bilinear(Operation):
@@ -46,7 +50,7 @@ class Bilinear(Operation):
         parts = {CENTRE: x.times(y, torch.matmul, terms)} | together(by_left, by_right)
         shape = parts[CENTRE].error.shape
         identity = torch.eye(shape.numel(), dtype=x.matrix.dtype, device=x.matrix.device).reshape(-1, *shape)
-        self.output = Value(parts).with_term(name, exact(identity))
+        self.output = Value(parts).with_term(name, exact(identity)) if self.moves else Value(parts)
         self._crossed: Tensor | None = None
 
     def measure(self, ranges: Ranges) -> Range:
@@ -78,38 +82,54 @@ class Bilinear(Operation):
             self._crossed = inflate(torch.minimum(norms, (norms + cross) / 2), 16)
         return inflate(ranges.per_radius(ranges.radii.square(), self._crossed), 4)
 
-    def _folded(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The functionals by head, sum_o v_io C_Y,do and sum_i v_io C_X,id."""
-        v = rows.unflatten(1, (self.heads, self.rows, self.cols))
-        by_row = torch.einsum("chio,bhdo->cbhid", v, self.right.linear.matrix)
-        by_col = torch.einsum("chio,ahid->cahdo", v, self.left.linear.matrix)
-        return v, by_row, by_col
+    @property
+    def moves(self) -> bool:
+        """Whether both factors move; otherwise the product is linear, and there is no remainder."""
+        return all(any(bool(p.matrix.any()) for k, p in v.parts.items() if k != CENTRE) for v in (self.left, self.right))
+
+    def _folded_right(self, v: Tensor) -> Tensor:
+        """The functionals sum_o v_io C_Y,do, [rows, h i d, inputs]."""
+        columns = self.right.linear.matrix.permute(1, 3, 2, 0).flatten(2)  # [h, o, d b]
+        return self._per_head(v, columns)
+
+    def _folded_left(self, v: Tensor) -> Tensor:
+        """The functionals sum_i v_io C_X,id, [rows, h o d, inputs]."""
+        columns = self.left.linear.matrix.permute(1, 2, 3, 0).flatten(2)  # [h, i, d a]
+        return self._per_head(v.mT, columns)
+
+    def _per_head(self, v: Tensor, columns: Tensor) -> Tensor:
+        """v @ columns with one product for each head, the functionals side by side."""
+        rows, _, kept, _ = v.shape
+        product_ = v.transpose(0, 1).flatten(1, 2) @ columns
+        return product_.unflatten(1, (rows, kept)).transpose(0, 1).unflatten(-1, (self.inner, -1)).flatten(1, 3)
 
     def quadratic(self, rows: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
         """See the top of this file."""
         x, y = self.left.linear, self.right.linear
-        v, by_row, _ = self._folded(rows)
-        matrices = torch.einsum("ahid,cbhid->cab", x.matrix, by_row)
+        v = rows.unflatten(1, (self.heads, self.rows, self.cols))
         terms = self.cols + self.heads * self.rows * self.inner + 8
-        return matrices, _lost(v, error, x, y, terms)
+        return x.matrix.flatten(1) @ self._folded_right(v), _lost(v, error, x, y, terms)
 
     def crossed(self, rows: Tensor, error: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """See the top of this file."""
-        v, by_row, by_col = self._folded(rows)
+        v = rows.unflatten(1, (self.heads, self.rows, self.cols))
         x, y = self.left.linear, self.right.linear
+        terms = self.rows + self.cols + self.heads * self.inner * (self.rows + self.cols) + 8
         found: dict[str, tuple[Tensor, Tensor]] = {}
-        terms = self.cols + self.rows + self.heads * self.rows * self.inner + self.heads * self.inner * self.cols + 8
-        for name in dict.fromkeys([*self.left.terms, *self.right.terms]):
-            matrix, lost = rows.new_zeros(()), torch.zeros_like(error)
-            for part, other, folded, equation in (
-                (self.left.parts.get(name), y, by_row, "shid,cbhid->csb"),
-                (self.right.parts.get(name), x, by_col, "shdo,cbhdo->csb"),
-            ):
-                if part is not None:
-                    matrix = matrix + torch.einsum(equation, part.matrix, folded)
-                    pair = (part, other) if part is self.left.parts.get(name) else (other, part)
-                    lost = lost + _lost(v, error, *pair, terms)
-            found[name] = matrix, inflate(lost, 8)
+        if self.left.terms:
+            folded = self._folded_right(v)
+            for name, part in self.left.terms.items():
+                found[name] = part.matrix.flatten(1) @ folded, _lost(v, error, part, y, terms)
+        if self.right.terms:
+            folded = self._folded_left(v)
+            for name, part in self.right.terms.items():
+                matrix = part.matrix.mT.flatten(1) @ folded
+                lost = _lost(v, error, x, part, terms)
+                if name in found:
+                    before, more = found[name]
+                    matrix, lost = matrix + before, lost + more
+                    lost = lost + gamma(2) * norm_upper(matrix.flatten(1))
+                found[name] = matrix, inflate(lost, 4)
         return found
 
     def beyond(self, rows: Tensor, error: Tensor, ranges: Ranges) -> Tensor:
@@ -120,6 +140,49 @@ class Bilinear(Operation):
         heads = product(ranges.reach(self.left, 2)[1], ranges.reach(self.right, 2)[1])
         two = heads @ spectral_upper(v).mT + norm_upper(heads).unsqueeze(-1) * error
         return inflate(torch.minimum(one, two), 2 * rows.shape[1] + self.inner + 16).nan_to_num(nan=torch.inf)
+
+    def functional(self, rows: Tensor, error: Tensor, ranges: Ranges) -> Tensor | None:
+        """sup |sum_k (X_k h)(Y_k h)| <= r^2 (||X'|| ||Y'|| + ||X' Y'^T||) / 2, Y_k = sum_o v_io C_Y,do, X' and Y' with
+        rows scaled against each other by powers of two; and the terms with e entry by entry."""
+        count = self.heads * self.rows * self.inner
+        if count > NARROW or len(rows) > MANY:
+            return None
+        v = rows.unflatten(1, (self.heads, self.rows, self.cols))
+        x, y = self.left.linear, self.right.linear
+        folded = self._folded_right(v)
+        lost = torch.einsum("chio,hdo->chid", v.abs(), y.error + gamma(self.cols + 4) * y.sizes)
+        lost = inflate(lost + error[:, None, None, None] * norm_upper(y.sizes).unsqueeze(-2), self.cols + 8).flatten(1)
+        size, other = x.sizes.flatten(), inflate(norm_upper(folded) + lost, 2)
+        scale = torch.exp2(((other + TINY).log2() - (size + TINY).log2()).div(2).round()).clamp(2.0**-200, 2.0**200)
+        matrix = x.matrix.flatten(1).mT
+        off = x.error.flatten()
+        own = self._grams_norm(matrix @ matrix.mT, scale, size, off, size, off).sqrt()
+        theirs = self._grams_norm(folded @ folded.mT, 1 / scale, other, lost, other, lost).sqrt()
+        crossed = matrix @ folded.mT * scale.unsqueeze(-1) / scale.unsqueeze(-2)
+        slack = _frobenius(size * scale, off * scale, other / scale, lost / scale, matrix.shape[1])
+        both = inflate((own * theirs + spectral_upper(crossed) + slack) / 2, 16)
+        first = ranges.per_radius(ranges.radii.square(), both)
+        x_first, x_rest = (part.flatten(1) for part in ranges.reach(self.left, 0))
+        y_rest = ranges.reach(self.right, 0)[1]
+        mixed = ranges.radii.unsqueeze(1) * (x_rest @ other.mT)
+        weights = torch.einsum("khid,khdo->khio", x_first.unflatten(1, x.error.shape), y_rest).flatten(1)
+        mixed = mixed + weights @ rows.abs().mT + norm_upper(weights).unsqueeze(1) * error
+        mixed = inflate(mixed, 2 * count + 2 * self.inner + self.cols + 16)
+        return inflate(first + mixed + self.beyond(rows, error, ranges), 4).nan_to_num(nan=torch.inf)
+
+    @staticmethod
+    def _grams_norm(gram: Tensor, scale: Tensor, size: Tensor, off: Tensor, other: Tensor, lost: Tensor) -> Tensor:
+        """Largest eigenvalue of a Gram matrix with scaled rows, rounded up."""
+        scaled = gram * scale.unsqueeze(-1) * scale.unsqueeze(-2)
+        slack = _frobenius(size * scale, off * scale, other * scale, lost * scale, SUMS)
+        return inflate(largest_eigenvalue(scaled) + slack, 4)
+
+
+def _frobenius(size: Tensor, off: Tensor, other: Tensor, lost: Tensor, sums: int) -> Tensor:
+    """Bound on the Frobenius norm of the error of A B^T, from the sizes and errors of the rows."""
+    one, two = norm_upper(size), norm_upper(other)
+    spread = one * norm_upper(lost) + norm_upper(off) * two + gamma(sums + 4) * one * two
+    return inflate(spread, 16)
 
 
 def _lost(v: Tensor, error: Tensor, x: Coefficient, y: Coefficient, terms: int) -> Tensor:

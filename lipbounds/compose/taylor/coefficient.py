@@ -132,7 +132,20 @@ def weighted_product(
     """
     left, right = one.matrix.flatten(1), other.matrix.flatten(1)
     size, other_size = one.sizes.flatten(), other.sizes.flatten()
-    matrices = (left * weights.unsqueeze(1)) @ right.mT
+    if len(right) <= len(left):  # the weights go to the side with fewer columns
+        matrices = left @ (right * weights.unsqueeze(1)).mT
+    else:
+        matrices = (left * weights.unsqueeze(1)) @ right.mT
     both = size * other_size
     spread = one.error.flatten() * other_size + size * other.error.flatten() + gamma(len(size) + 8) * both
     return matrices, inflate(weights.abs() @ spread + weight_error @ (both + spread), len(size) + 16)
+
+
+def largest_eigenvalue(gram: Tensor) -> Tensor:
+    """Of positive semidefinite matrices, rounded up for the solver (LAPACK Users' Guide, section 4.7)."""
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=0)
+    side = gram.shape[-1]
+    finite = gram.isfinite().all(-1).all(-1)
+    safe = torch.where(finite[..., None, None], gram, 0.0)
+    top = torch.linalg.eigvalsh(safe)[..., -1].clamp(min=0) + 16 * side * UNIT_ROUNDOFF * trace
+    return torch.where(finite, inflate(top, 8), torch.inf)

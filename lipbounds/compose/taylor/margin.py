@@ -12,6 +12,9 @@ of lipbounds.compose.taylor.quadratic. The margin is also at least m_j - e_j - r
 
 from __future__ import annotations
 
+import dataclasses as dc
+from functools import partial
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -22,9 +25,12 @@ from lipbounds.compose.taylor.network import Walk
 from lipbounds.compose.taylor.operation import Operation
 from lipbounds.compose.taylor.crossed import Crossed, Summed
 from lipbounds.compose.taylor.quadratic import Quadratic
-from lipbounds.errors import InvalidInput
+from lipbounds.errors import InvalidInput, Unsupported
 from lipbounds.rounding import inflate
 from lipbounds.targets.layers import Layer
+
+
+LARGEST_INPUT = 4096  # the Jacobian has a column for each
 
 
 class TaylorMargin:
@@ -42,6 +48,8 @@ class TaylorMargin:
 
     @torch.no_grad()
     def __init__(self, network: Layer, x: Float[Tensor, "..."], label: int) -> None:
+        if x.numel() > LARGEST_INPUT:
+            raise Unsupported(f"method='taylor' takes inputs of at most {LARGEST_INPUT} numbers, got {x.numel()}.")
         walk = Walk()
         output = walk.through(flat([("", network)]), starting_value(x), None)
         if output.centre.dim() != 2 or output.centre.shape[0] != 1:
@@ -79,12 +87,24 @@ class TaylorMargin:
         """
         ranges = Ranges(radii)
         for operation in self.operations:
-            ranges.known[operation.name] = operation.measure(ranges)
+            known = operation.measure(ranges)
+            ranges.known[operation.name] = dc.replace(known, functional=partial(_functional, operation, ranges))
         return ranges
 
-    @torch.no_grad()
     def lower(self, radii: Float[Tensor, " radii"]) -> Float[Tensor, "radii others"]:
         """Proved lower bounds on the margins over the balls.
+
+        Args:
+            radii: of the balls, > 0.
+        """
+        return self.evaluate(radii)[0]
+
+    @torch.no_grad()
+    def evaluate(self, radii: Float[Tensor, " radii"]) -> tuple[Tensor, Float[Tensor, " radii"]]:
+        """Proved lower bounds on the margins over the balls, and the radius that each ball proves.
+
+        Inside a ball of radius R in which a margin may fall to 0, m - r |g| - (what the remainders do on R) is positive
+        up to the radius r that is returned.
 
         Args:
             radii: of the balls, > 0.
@@ -92,6 +112,8 @@ class TaylorMargin:
         ranges = self.ranges(radii)
         first, rest = ranges.reach(self.margins, 0)
         simple = -inflate(first + rest, 4)
+        inside = ((self.at_point - inflate(rest, 4)) / inflate(self.slopes, 4)).clamp(min=0)
+        inside = inside.nan_to_num(nan=0.0) * (1 - 8 * torch.finfo(inside.dtype).eps)
         if self._quadratic is None:
             self._second_order()
         assert self._quadratic is not None
@@ -102,7 +124,9 @@ class TaylorMargin:
         for crossed in self._crossed:
             beyond = beyond + crossed.upper(ranges)
         loss = torch.maximum(simple, curved - inflate(beyond, 2 * len(self.operations) + 4))
-        return self.at_point + loss - 4 * torch.finfo(loss.dtype).eps * (self.at_point.abs() + loss.abs())
+        lower = self.at_point + loss - 4 * torch.finfo(loss.dtype).eps * (self.at_point.abs() + loss.abs())
+        inside = torch.where(lower >= 0, radii.unsqueeze(1), torch.minimum(inside, radii.unsqueeze(1)))
+        return lower, inside.amin(1)
 
     def _rows(self, operation: Operation) -> tuple[Tensor, Tensor]:
         """The functionals v_s of the margins, and the error of each."""
@@ -122,3 +146,7 @@ class TaylorMargin:
                 crossed.setdefault(name, Summed(torch.zeros_like(matrix))).add(matrix, error)
         self._quadratic = Quadratic(gradient.matrix.mT, total.matrix, gradient.error, total.error)
         self._crossed = [Crossed(name, each.matrix, each.error) for name, each in crossed.items()]
+
+
+def _functional(operation: Operation, ranges: Ranges, rows: Tensor, error: Tensor) -> Tensor | None:
+    return operation.functional(rows, error, ranges)

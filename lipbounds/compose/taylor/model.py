@@ -196,17 +196,19 @@ def spectral_upper(matrix: Float[Tensor, "*batch rows cols"]) -> Float[Tensor, "
 
 @dc.dataclass(frozen=True, eq=False)
 class Range:
-    """What is known of the remainder of an operation over the balls of K radii.
+    """What is known of the remainder q of an operation over the balls of K radii.
 
     Args:
         ball: on its l2 norm.
         box: on the absolute value of every output.
         groups: on the l2 norms of groups of as many neighbouring outputs.
+        functional: bounds |v . q| for rows v known up to an error, `[radii, rows]`, or gives None.
     """
 
     ball: Float[Tensor, " radii"]
     box: Float[Tensor, "radii outputs"] | None = None
     groups: Float[Tensor, "radii groups"] | None = None
+    functional: Callable[[Tensor, Tensor], Tensor | None] = lambda rows, error: None
 
 
 class Ranges:
@@ -268,6 +270,9 @@ class Ranges:
             if known.groups is not None:
                 groups = value.group_norms(name, known.groups.shape[1])
                 best = torch.minimum(best, torch.tensordot(known.groups, groups, 1) * (1 + gamma(4 * len(groups))))
+            formed = known.functional(part.matrix.flatten(1).mT, part.error.flatten())
+            if formed is not None:
+                best = torch.minimum(best, formed.unflatten(1, part.error.shape))
             self._entries[value, name] = best.nan_to_num(nan=torch.inf)
         return self._entries[value, name]
 

@@ -77,9 +77,8 @@ class Walk:
         return _rearranged(layer, value)
 
     def _add(self, operation: Operation) -> Value:
-        taken = {other.name for other in self.operations}
-        assert operation.name not in taken
-        self.operations.append(operation)
+        if operation.moves:
+            self.operations.append(operation)
         return operation.output
 
     def _name(self, path: str, what: str = "") -> str:

@@ -33,6 +33,11 @@ class Operation(abc.ABC):
     name: str
     output: Value
 
+    @property
+    def moves(self) -> bool:
+        """Whether there is a remainder at all."""
+        return True
+
     @abc.abstractmethod
     def measure(self, ranges: Ranges) -> Range:
         """Bounds on the remainder over the balls.
@@ -75,3 +80,15 @@ class Operation(abc.ABC):
             error: of each, in l2.
             ranges: with those of this operation.
         """
+
+    def functional(
+        self, rows: Float[Tensor, "rows outputs"], error: Float[Tensor, " rows"], ranges: Ranges
+    ) -> Float[Tensor, "radii rows"] | None:
+        """Bound on |v . q| for many functionals at once, from the quadratic forms; None: too costly, or not better.
+
+        Args:
+            rows: functionals v, as computed.
+            error: of each, in l2.
+            ranges: with those of this operation.
+        """
+        return None

@@ -6,9 +6,8 @@ With H = 2 M, any mu >= 0 with A = H + mu I positive semidefinite, and any y, fo
                         = (h - y)^T A (h - y) / 2 + (g + A y) . h - y^T A y / 2 - mu r^2 / 2
                         >= - |g + A y| r - y^T A y / 2 - mu r^2 / 2.
 
-y solves A y = -g nearly, and mu is where |y| = r (the dual of the trust-region problem, which has no gap): their errors
-only weaken the bound. That A is positive semidefinite is verified: the smallest eigenvalue of H is bounded from below
-by a Cholesky factorisation (lipbounds.ops.verified_norm).
+y solves A y = -g nearly, in a Krylov space, and mu is where |y| = r (the dual of the trust-region problem, which has no
+gap): their errors only weaken the bound. That A is positive semidefinite is verified by a Cholesky factorisation.
 """
 
 from __future__ import annotations
@@ -18,11 +17,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.compose.taylor.coefficient import TINY, norm_upper
-from lipbounds.ops.verified_norm import verified_eigenvalue
 from lipbounds.rounding import gamma, inflate
 
 
-BISECTIONS = 60
+BISECTIONS, TRIES, STEPS = 60, 60, 64
 
 
 class Quadratic:
@@ -47,16 +45,29 @@ class Quadratic:
         # Twice the error of M, and the rounding of the sum.
         self._matrix_error = inflate(2 * matrix_error + gamma(2) * self._size, 8)
         self._slope_error = slope_error
-        side = slopes.shape[1]
-        eigenvalues, vectors = torch.linalg.eigh(self._matrices)
-        self._eigenvalues, self._vectors = eigenvalues, vectors
-        self._rotated = torch.einsum("cab,ca->cb", vectors, slopes)
-        # The largest eigenvalue of size I - H, which is positive semidefinite, gives the smallest one of H.
-        identity = torch.eye(side, dtype=slopes.dtype, device=slopes.device)
-        shift = self._size * (1 + gamma(4)) + TINY
-        flipped = shift[:, None, None] * identity - self._matrices
-        largest = verified_eigenvalue(flipped) + gamma(4) * shift
-        self._lowest = shift - inflate(largest, 4) - gamma(8) * shift
+        basis = _krylov(self._matrices, slopes, min(slopes.shape[1], STEPS))
+        small = basis.mT @ self._matrices @ basis
+        self._eigenvalues, vectors = torch.linalg.eigh((small + small.mT) / 2)
+        self._vectors = basis @ vectors
+        self._rotated = torch.einsum("cab,ca->cb", self._vectors, slopes)
+        self._lowest = self._smallest_eigenvalue()
+
+    def _smallest_eigenvalue(self) -> Tensor:
+        """Verified lower bound on the smallest eigenvalue of each H, at most 0: if the Cholesky factorisation of H + s I
+        runs to its end, H + s I + D is positive semidefinite with ||D|| <= gamma(n+1) / (1 - gamma(n+1)) trace(H + s I)
+        (Higham 2002, Theorem 10.3)."""
+        side = self._matrices.shape[-1]
+        identity = torch.eye(side, dtype=self._matrices.dtype, device=self._matrices.device)
+        spread = self._eigenvalues.abs().amax(1)
+        shift = (-self._eigenvalues[:, 0]).clamp(min=0) + 0.01 * spread + 1e-12 * self._size + TINY
+        for _ in range(TRIES):
+            shifted = self._matrices + shift[:, None, None] * identity
+            failed = torch.linalg.cholesky_ex(shifted).info != 0
+            if not bool(failed.any()):
+                trace = shifted.diagonal(dim1=-2, dim2=-1).sum(-1).abs()
+                return -inflate(shift + 2 * gamma(side + 4) * trace + gamma(4) * (shift + self._size), 8)
+            shift = torch.where(failed, 2 * shift, shift)
+        return -torch.inf * torch.ones_like(shift)
 
     def lower(self, radii: Float[Tensor, " radii"]) -> Float[Tensor, "radii rows"]:
         """Lower bounds over the balls.
@@ -96,3 +107,25 @@ class Quadratic:
             too_long = long(middle)
             low, high = torch.where(too_long, middle, low), torch.where(too_long, high, middle)
         return torch.where(inside, lowest + 1e-12 * self._size, high)
+
+
+def _krylov(
+    matrices: Float[Tensor, "rows side side"], starts: Float[Tensor, "rows side"], steps: int
+) -> Float[Tensor, "rows side steps"]:
+    """Orthonormal bases of the Krylov spaces, in which the trust-region problem is solved (Gould et al. 1999).
+
+    Args:
+        matrices: symmetric.
+        starts: first vectors.
+        steps: how many vectors.
+    """
+    vector = starts / (starts.norm(dim=1, keepdim=True) + TINY)
+    found = [vector]
+    for _ in range(steps - 1):
+        vector = torch.einsum("cab,cb->ca", matrices, vector)
+        basis = torch.stack(found, 2)
+        for _ in range(2):  # twice is enough for orthogonality
+            vector = vector - (basis @ (basis.mT @ vector.unsqueeze(-1))).squeeze(-1)
+        vector = vector / (vector.norm(dim=1, keepdim=True) + TINY)
+        found.append(vector)
+    return torch.stack(found, 2)

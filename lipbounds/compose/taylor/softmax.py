@@ -31,11 +31,14 @@ import dataclasses as dc
 import torch
 from torch import Tensor
 
-from lipbounds.compose.taylor.coefficient import Coefficient, norm_upper, weighted_product
+from lipbounds.compose.taylor.coefficient import Coefficient, largest_eigenvalue, norm_upper, weighted_product
 from lipbounds.compose.taylor.model import CENTRE, Range, Ranges, Value
 from lipbounds.compose.taylor.operation import Operation
 from lipbounds.ops._rows import SMALLEST_NORMAL
 from lipbounds.rounding import EXP_ULPS, UNIT_ROUNDOFF, gamma, inflate
+
+
+NARROW, MANY = 200, 512  # functionals are formed of few entries, and that many at once
 
 
 @dc.dataclass(frozen=True, eq=False)
@@ -139,7 +142,7 @@ class Softmax(Operation):
         root = upper.sqrt()
         weighted = root.unsqueeze(-1) * gram * root.unsqueeze(-2)
         weighted_error = norm_upper((root.unsqueeze(-1) * error * root.unsqueeze(-2)).flatten(-2))
-        own = _largest_eigenvalue(weighted) + inflate(weighted_error, 8)
+        own = largest_eigenvalue(weighted) + inflate(weighted_error, 8)
         spread = ranges.radii[:, None, None] * own.sqrt() + _largest_mean(rest.square(), upper).sqrt()
         variance = inflate(torch.minimum(variance, spread.square()), 16)
         return _Movement(first, rest, upper, inflate(deviation, 4), variance.nan_to_num(nan=torch.inf))
@@ -184,7 +187,7 @@ class Softmax(Operation):
             gram = scaled.mT @ scaled
         off = part.error + gamma(flat.shape[1] + count + 16) * part.sizes
         lost = 2 * (weights @ (part.sizes * off).flatten())
-        linear = ranges.radii * (_largest_eigenvalue(gram) + inflate(lost, flat.shape[1] + 8)).sqrt()
+        linear = ranges.radii * (largest_eigenvalue(gram) + inflate(lost, flat.shape[1] + 8)).sqrt()
         rest = _largest_mean(moved.rest.square(), moved.upper).flatten(1).sum(1).sqrt()
         return inflate((linear + rest).square(), flat.shape[1] + 16)
 
@@ -228,6 +231,29 @@ class Softmax(Operation):
         total = torch.minimum(squares, whole) + third
         return inflate(total, 4 * v[0].numel() + 32).nan_to_num(nan=torch.inf)
 
+    def functional(self, rows: Tensor, error: Tensor, ranges: Ranges) -> Tensor | None:
+        """1/2 sum_j w_j (C_j h)^2 lies between -r^2 ||w_-^(1/2) C||^2 / 2 and r^2 ||w_+^(1/2) C||^2 / 2, w = P (v - v . P);
+        and the terms with e entry by entry."""
+        if rows.shape[1] > NARROW or len(rows) > MANY:
+            return None
+        moved: _Movement = ranges.notes[self.name]
+        v, off = self._functionals(rows, error)
+        part, map_ = self.centred.linear, self.map
+        weights = (v * map_.matrix[0]).flatten(1)
+        weight_error = (v.abs() * map_.error + off[:, None, None, None] * map_.sizes).flatten(1)
+        flat, sizes = part.matrix.flatten(1).mT, part.sizes.flatten()
+        gram = flat @ flat.mT
+        slack = (weights.abs() * (2 * part.error.flatten() * sizes + gamma(flat.shape[1] + 8) * sizes.square())).sum(1)
+        slack = inflate(slack + weight_error @ sizes.square(), flat.shape[0] + 16)
+        norms = torch.zeros_like(error)
+        for sign in (1, -1):
+            root = (sign * weights).clamp(min=0).sqrt()
+            norms = torch.maximum(norms, largest_eigenvalue(gram * root.unsqueeze(-1) * root.unsqueeze(-2)))
+        first = ranges.per_radius(ranges.radii.square(), inflate((norms + slack) / 2, 4))
+        size = (v.abs() + off[:, None, None, None]).flatten(1)
+        mixed = (map_.sizes * moved.first * moved.rest).flatten(1) @ size.mT
+        return inflate(first + mixed + self.beyond(rows, error, ranges), 2 * rows.shape[1] + 8).nan_to_num(nan=torch.inf)
+
     def _third(self, moved: _Movement, k: int, size: Tensor, apart: Tensor) -> Tensor:
         """1/6 of the bound on the third derivative, summed over rows: one number for each functional."""
         upper, deviation, variance = moved.upper[k], moved.deviation[k], moved.variance[k]
@@ -259,13 +285,3 @@ def _largest_mean(values: Tensor, caps: Tensor) -> Tensor:
     length = values.shape[-1]
     taken = torch.minimum(caps, (1 - before + 2 * gamma(length + 2)).clamp(min=0))
     return inflate(torch.where(taken > 0, ordered * taken, 0.0).sum(-1), length + 8)
-
-
-def _largest_eigenvalue(gram: Tensor) -> Tensor:
-    """Of positive semidefinite matrices, rounded up for the solver (LAPACK Users' Guide, section 4.7)."""
-    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=0)
-    side = gram.shape[-1]
-    finite = gram.isfinite().all(-1).all(-1)
-    safe = torch.where(finite[..., None, None], gram, 0.0)
-    top = torch.linalg.eigvalsh(safe)[..., -1].clamp(min=0) + 16 * side * UNIT_ROUNDOFF * trace
-    return torch.where(finite, inflate(top, 8), torch.inf)
