@@ -88,9 +88,9 @@ def certify(
         network: a classifier whose output is one token with a logit a feature, such as an adapter returns.
         x: inputs, one batch dimension.
         labels: the right classes.
-        method: `taylor`, with the Taylor models of lipbounds.compose.taylor, for networks and inputs of a few thousand
-            numbers: the largest radii; `joint`, with the dense Jacobian of lipbounds.compose.joint, for small networks; `product`, with the
-            product of norms of lipbounds.compose.network_bound, for any.
+        method: `taylor`, with the Taylor models of lipbounds.compose.taylor: the largest radii, for networks and inputs
+            of a few thousand numbers; `joint`, with the dense Jacobian of lipbounds.compose.joint, for small networks;
+            `product`, with the product of norms of lipbounds.compose.network_bound, for any.
         largest: no larger radius is looked for.
         steps: balls tried for each input, at most.
         attention: names of the attention bounds on balls; see `network_bound`.

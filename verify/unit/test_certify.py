@@ -49,7 +49,7 @@ def classifier(draw: Draw, *, n: int = 3, dim: int = 4, classes: int = 4, flat: 
 @given(
     seed=st.integers(0, 10_000),
     classes=st.integers(2, 5),
-    method=st.sampled_from(["joint", "product"]),
+    method=st.sampled_from(["taylor", "joint", "product"]),
 )
 def test_a_linear_classifier_has_the_exact_radius(seed: int, classes: int, method: Any) -> None:
     draw = Draw(seed)
@@ -72,7 +72,7 @@ def test_a_linear_classifier_has_the_exact_radius(seed: int, classes: int, metho
 
 @pytest.mark.usefixtures("as_a_user_runs_it")  # a search: the other tests keep the shape checks
 @settings(max_examples=3)
-@given(seed=st.integers(0, 10_000), flat=st.booleans(), method=st.sampled_from(["joint", "product"]))
+@given(seed=st.integers(0, 10_000), flat=st.booleans(), method=st.sampled_from(["taylor", "joint", "product"]))
 def test_no_attack_succeeds_inside_the_radius(seed: int, flat: bool, method: Any) -> None:
     draw = Draw(seed)
     network, x = classifier(draw, flat=flat), draw(2, 3, 4)

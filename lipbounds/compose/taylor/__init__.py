@@ -1,7 +1,8 @@
 """Certificates from Taylor models: the network itself is propagated, not norms of its layers.
 
-One file an idea: `coefficient` (floats with their rounding), `model` (c + C h + remainders), the operations (`bilinear`,
-`softmax`, `pointwise`, `normalization`), `network` (the walk through the layers), `quadratic` and `margin`.
+One file an idea: `coefficient` (floats with their rounding), `model` (c + C h + remainders), the operations
+(`bilinear`, `softmax`, `pointwise`, `normalization`), `network` (the walk through the layers), `quadratic`, `crossed`
+and `margin`, and `radius` (the search).
 """
 
 from __future__ import annotations

@@ -85,7 +85,9 @@ class Bilinear(Operation):
     @property
     def moves(self) -> bool:
         """Whether both factors move; otherwise the product is linear, and there is no remainder."""
-        return all(any(bool(p.matrix.any()) for k, p in v.parts.items() if k != CENTRE) for v in (self.left, self.right))
+        return all(
+            any(bool(p.matrix.any()) for k, p in v.parts.items() if k != CENTRE) for v in (self.left, self.right)
+        )
 
     def _folded_right(self, v: Tensor) -> Tensor:
         """The functionals sum_o v_io C_Y,do, [rows, h i d, inputs]."""

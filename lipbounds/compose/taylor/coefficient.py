@@ -51,7 +51,7 @@ class Coefficient:
         error: l2 distance of each row to the exact one, at most.
     """
 
-    matrix: Float[Tensor, "columns *shape"]
+    matrix: Float[Tensor, " columns *shape"]
     error: Float[Tensor, "*shape"]
 
     @cached_property
@@ -110,7 +110,7 @@ class Coefficient:
         return Coefficient(matrix, inflate(self.error + 2 * UNIT_ROUNDOFF * matrix.abs().amax(0), 4))
 
 
-def exact(matrix: Float[Tensor, "columns *shape"]) -> Coefficient:
+def exact(matrix: Float[Tensor, " columns *shape"]) -> Coefficient:
     """Given floats.
 
     Args:

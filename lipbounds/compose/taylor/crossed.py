@@ -44,9 +44,7 @@ class Crossed:
         error: of it, in the Frobenius norm.
     """
 
-    def __init__(
-        self, name: str, matrix: Float[Tensor, "rows left right"], error: Float[Tensor, " rows"]
-    ) -> None:
+    def __init__(self, name: str, matrix: Float[Tensor, "rows left right"], error: Float[Tensor, " rows"]) -> None:
         self.name, self._error = name, error
         self._norm = inflate(spectral_upper(matrix) + error, 4)
         self._rows = norm_upper(matrix)

@@ -20,10 +20,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.compose.rewrite import flat
+from lipbounds.compose.taylor.crossed import Crossed, Summed
 from lipbounds.compose.taylor.model import CENTRE, INPUT, Ranges, Value, starting_value
 from lipbounds.compose.taylor.network import Walk
 from lipbounds.compose.taylor.operation import Operation
-from lipbounds.compose.taylor.crossed import Crossed, Summed
 from lipbounds.compose.taylor.quadratic import Quadratic
 from lipbounds.errors import InvalidInput, Unsupported
 from lipbounds.rounding import inflate

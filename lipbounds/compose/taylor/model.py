@@ -118,7 +118,7 @@ class Value:
             self._norms[name, dims] = view_norms(self.parts[name], dims)
         return self._norms[name, dims]
 
-    def group_norms(self, name: str, groups: int) -> Float[Tensor, "groups *shape"]:
+    def group_norms(self, name: str, groups: int) -> Float[Tensor, " groups *shape"]:
         """l2 norms of the parts of each row that belong to the groups of an operation's outputs.
 
         Args:
@@ -224,7 +224,7 @@ class Ranges:
         self.notes: dict[str, Any] = {}  # what operations keep for `beyond`
         self._entries: dict[tuple[Value, str], Tensor] = {}
 
-    def reach(self, value: Value, dims: int) -> tuple[Float[Tensor, "radii *lead"], Float[Tensor, "radii *lead"]]:
+    def reach(self, value: Value, dims: int) -> tuple[Float[Tensor, " radii *lead"], Float[Tensor, " radii *lead"]]:
         """Bounds on |C h| and on |X - c - C h| of each view.
 
         Args:
@@ -237,7 +237,7 @@ class Ranges:
             rest = rest + self._one(value, name, dims)
         return inflate(first, 4), inflate(rest, len(value.terms) + 8)
 
-    def total(self, value: Value, dims: int) -> Float[Tensor, "radii *lead"]:
+    def total(self, value: Value, dims: int) -> Float[Tensor, " radii *lead"]:
         """Bound on |X - c| of each view.
 
         Args:
@@ -253,7 +253,7 @@ class Ranges:
         ball = self.per_radius(self.known[name].ball, value.norms(name, dims))
         return torch.minimum(whole, ball)
 
-    def entry(self, value: Value, name: str) -> Float[Tensor, "radii *shape"]:
+    def entry(self, value: Value, name: str) -> Float[Tensor, " radii *shape"]:
         """What an operation can do to every entry of a value.
 
         Args:
@@ -277,7 +277,7 @@ class Ranges:
         return self._entries[value, name]
 
     @staticmethod
-    def per_radius(values: Float[Tensor, " radii"], norms: Float[Tensor, "*lead"]) -> Float[Tensor, "radii *lead"]:
+    def per_radius(values: Float[Tensor, " radii"], norms: Float[Tensor, "*lead"]) -> Float[Tensor, " radii *lead"]:
         """Every number of a radius times every norm, 0 times infinity being 0.
 
         Args:

@@ -71,7 +71,7 @@ class Walk:
         if isinstance(layer, AttentionLayer):
             return self._attend(path, layer.block, value, read)
         if isinstance(layer, Pointwise):
-            return value if layer.activation == "identity" else self._add(pointwise(path, layer.activation, value))
+            return value if layer.activation == "identity" else self._activate(path, layer.activation, value)
         if isinstance(layer, Normalization):
             return self._normalize(path, layer, value)
         return _rearranged(layer, value)
@@ -82,8 +82,12 @@ class Walk:
         return operation.output
 
     def _name(self, path: str, what: str = "") -> str:
+        """The path, with a number where an operation has that name already."""
         name, taken = f"{path}.{what}" if what else path, {other.name for other in self.operations}
         return name if name not in taken else f"{name}.{len(taken)}"
+
+    def _activate(self, path: str, activation: str, value: Value) -> Value:
+        return self._add(pointwise(self._name(path), activation, value))
 
     def _normalize(self, path: str, layer: Normalization, value: Value) -> Value:
         value = self._add(Normalize(self._name(path), value, layer.epsilon, centred=layer.centred))

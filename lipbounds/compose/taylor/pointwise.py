@@ -188,7 +188,9 @@ class Relu(Operation):
         """See the top of this file."""
         box, off = self.excess(ranges).flatten(1), self.value.centre_error.flatten()
         wrong_side = (rows.abs() @ off).unsqueeze(0)
-        return inflate(wrong_side + box @ (-rows).clamp(min=0).mT + norm_upper(box).unsqueeze(1) * error, box.shape[1] + 8)
+        return inflate(
+            wrong_side + box @ (-rows).clamp(min=0).mT + norm_upper(box).unsqueeze(1) * error, box.shape[1] + 8
+        )
 
 
 def pointwise(name: str, activation: str, value: Value) -> Operation:
@@ -205,5 +207,7 @@ def pointwise(name: str, activation: str, value: Value) -> Operation:
     if activation == "relu":
         return Relu(name, value)
     if activation not in _SMOOTH:
-        raise Unsupported(f"method='taylor' knows relu, identity and {sorted(_SMOOTH)}, got {activation!r}; use 'joint'.")
+        raise Unsupported(
+            f"method='taylor' knows relu, identity and {sorted(_SMOOTH)}, got {activation!r}; use 'joint'."
+        )
     return SmoothPointwise(name, activation, value)

@@ -59,7 +59,8 @@ class Quadratic:
         side = self._matrices.shape[-1]
         identity = torch.eye(side, dtype=self._matrices.dtype, device=self._matrices.device)
         spread = self._eigenvalues.abs().amax(1)
-        shift = (-self._eigenvalues[:, 0]).clamp(min=0) + 0.01 * spread + 1e-12 * self._size + TINY
+        room = 1e-10 if self._vectors.shape[-1] == side else 0.01  # a smaller Krylov space sees the ends nearly
+        shift = (-self._eigenvalues[:, 0]).clamp(min=0) + room * spread + 1e-12 * self._size + TINY
         for _ in range(TRIES):
             shifted = self._matrices + shift[:, None, None] * identity
             failed = torch.linalg.cholesky_ex(shifted).info != 0

@@ -252,15 +252,15 @@ class Softmax(Operation):
         first = ranges.per_radius(ranges.radii.square(), inflate((norms + slack) / 2, 4))
         size = (v.abs() + off[:, None, None, None]).flatten(1)
         mixed = (map_.sizes * moved.first * moved.rest).flatten(1) @ size.mT
-        return inflate(first + mixed + self.beyond(rows, error, ranges), 2 * rows.shape[1] + 8).nan_to_num(nan=torch.inf)
+        return inflate(first + mixed + self.beyond(rows, error, ranges), 2 * rows.shape[1] + 8).nan_to_num(
+            nan=torch.inf
+        )
 
     def _third(self, moved: _Movement, k: int, size: Tensor, apart: Tensor) -> Tensor:
         """1/6 of the bound on the third derivative, summed over rows: one number for each functional."""
         upper, deviation, variance = moved.upper[k], moved.deviation[k], moved.variance[k]
         spread = torch.minimum(_largest_mean(apart, upper.unsqueeze(-2)), apart.amax(-1))  # V
-        cube = torch.minimum(
-            (upper * deviation**3 * spread).sum(-1), spread.amax(-1) * deviation.amax(-1) * variance
-        )
+        cube = torch.minimum((upper * deviation**3 * spread).sum(-1), spread.amax(-1) * deviation.amax(-1) * variance)
         deviations = (_largest_mean(size.square(), upper) * variance).sqrt()
         slope = torch.minimum((upper * deviation * spread).sum(-1), deviations)
         return inflate((cube + 3 * variance * slope) / 6, 2 * upper.shape[-1] + 32).sum((-2, -1))
