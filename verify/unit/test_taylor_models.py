@@ -1,4 +1,4 @@
-"""Taylor models: every value stays in its enclosure, every promise of every operation holds, and rounding is covered."""
+"""Taylor models: values stay in their enclosures, the promises of all operations hold, and rounding is covered."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@ r"""Products of two moving matrices, Z = X Y for every head: logits from queries
 
 The remainder is q = dX dY, exactly. With a_X = |C_X h| + |e_X| etc. for rows x_i of X and columns y_o of Y:
 
-- entry: |dx_i . dy_o| <= |dx_i| |dy_o|, and <= sum_d |dX_id| |dY_do|. The part of first order in both is h^T A^T B h with
-  A, B the coefficients of x_i and y_o, at most r^2 (||A|| ||B|| + ||A B^T||_F) / 2: for <A h, B h> =
+- entry: |dx_i . dy_o| <= |dx_i| |dy_o|, and <= sum_d |dX_id| |dY_do|. The part of first order in both is
+  h^T A^T B h with A, B the coefficients of x_i and y_o, at most r^2 (||A|| ||B|| + ||A B^T||_F) / 2: for <A h, B h> =
   (|(A' + B') h|^2 - |(A' - B') h|^2) / 4 with A' = A / t, B' = t B, and ||A' + B'||^2 <= ||A'||^2 + ||B'||^2 +
   2 ||A' B'^T||, with t^2 = ||A|| / ||B||. Tokens that are moved by different pixels gain a factor of two.
 - row: |dx_i dY| <= |dx_i| ||dY||_F, and <= sum_d |dX_id| |dY_d|.

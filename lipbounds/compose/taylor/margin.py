@@ -1,7 +1,7 @@
 r"""Lower bounds on the margins of a classifier over balls, from its Taylor model.
 
-With the margin m_j = f_y - f_j as one more linear map, m_j(x0 + h) = m_j + g . h + sum_s v_s . q_s(h), v_s the row of T_s.
-Splitting q_s = B_s + sum_p X_sp[q_p, .] + rest_s (lipbounds.compose.taylor.operation), over |h| <= r
+With the margin m_j = f_y - f_j as one more linear map, m_j(x0 + h) = m_j + g . h + sum_s v_s . q_s(h), v_s the row of
+T_s. Splitting q_s = B_s + sum_p X_sp[q_p, .] + rest_s (lipbounds.compose.taylor.operation), over |h| <= r
 
     m_j(x0 + h) >= m_j - e_j + min ( g . h + h^T M h ) - sum_p sup |q_p^T K_p h| - sum_s sup |v_s . rest_s|,
 

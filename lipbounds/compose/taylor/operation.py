@@ -4,7 +4,8 @@ An operation y = f(u) splits its output at u = c + C h + e, e the remainders bef
 
     f(u) = f(c) + f'(c) (u - c) + q(h),        q = B[h, h] + t(h),
 
-B the quadratic part that C h alone makes, exact, and t the rest. With f'' the second derivative at c and e = sum_s T_s q_s,
+B the quadratic part that C h alone makes, exact, and t the rest. With f'' the second derivative at c and e = sum_s T_s
+q_s,
 
     t(h) = f''[e, C h] + (f''[e, e] / 2 + derivatives of third order) = sum_s X_s[q_s, h] + (the rest).
 

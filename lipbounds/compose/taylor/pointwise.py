@@ -1,16 +1,16 @@
 r"""Activations at every entry: y = f(u), u = c + C h + e, |C h| <= U, |e| <= W, a = U + W.
 
 Smooth f: the remainder is at most sup |f''| a^2 / 2 over [c - a, c + a]. Second order: v . B[h, h] =
-1/2 sum_i v_i f''(c_i) (C_i h)^2, v . X_s[q, h] = sum_i v_i f''(c_i) (T_i q)(C_i h). Beyond: |v_i| ( |f''(c_i)| W^2 / 2 +
-sup |f'''| a^3 / 6 ), summed, or the largest factor of a^2 (of W^2) times a bound on the sum of all squares.
+1/2 sum_i v_i f''(c_i) (C_i h)^2, v . X_s[q, h] = sum_i v_i f''(c_i) (T_i q)(C_i h). Beyond: |v_i| ( |f''(c_i)| W^2 / 2
++ sup |f'''| a^3 / 6 ), summed, or the largest factor of a^2 (of W^2) times a bound on the sum of all squares.
 
 - gelu: f'' = phi(x) (2 - x^2), f''' = phi(x) (x^3 - 4 x), f'''' = -phi(x) (x^4 - 7 x^2 + 4). So |f''| is largest on an
   interval at an end, at 0 or at +-2, and |f'''| at an end or at +-sqrt((7 +- sqrt 33) / 2). At the float next to such
   a point the function differs from its maximum by the square of 1e-15 only, far less than the rounding that is added.
 - tanh: |f''| = 2 |t| (1 - t^2) <= 4 / (3 sqrt 3) < 0.7699, |f'''| = 2 (1 - t^2) |1 - 3 t^2| <= 2.
 
-relu: with s the slope at c, q = relu(u) - relu(c) - s (u - c) = max(0, -u) for s = 1, max(0, u) for s = 0: between 0 and
-max(0, a - |c|), up to the error of c. There is no second order; B = 0 and t = q.
+relu: with s the slope at c, q = relu(u) - relu(c) - s (u - c) = max(0, -u) for s = 1, max(0, u) for s = 0: between 0
+and max(0, a - |c|), up to the error of c. There is no second order; B = 0 and t = q.
 
 Rounding: the slopes and second derivatives are sums of at most two terms of size at most 1.2 (f', f'', f''') with fewer
 than 24 roundings each: 64 u is added, as in lipbounds.ops.activations, and what the error of c moves: |f''| <= 0.8,

@@ -53,9 +53,11 @@ class Quadratic:
         self._lowest = self._smallest_eigenvalue()
 
     def _smallest_eigenvalue(self) -> Tensor:
-        """Verified lower bound on the smallest eigenvalue of each H, at most 0: if the Cholesky factorisation of H + s I
-        runs to its end, H + s I + D is positive semidefinite with ||D|| <= gamma(n+1) / (1 - gamma(n+1)) trace(H + s I)
-        (Higham 2002, Theorem 10.3)."""
+        """Verified lower bound on the smallest eigenvalue of each H, at most 0.
+
+        If the Cholesky factorisation of H + s I runs to its end, H + s I + D is positive semidefinite with
+        ||D|| <= gamma(n+1) / (1 - gamma(n+1)) trace(H + s I) (Higham 2002, Theorem 10.3).
+        """
         side = self._matrices.shape[-1]
         identity = torch.eye(side, dtype=self._matrices.dtype, device=self._matrices.device)
         spread = self._eigenvalues.abs().amax(1)

@@ -1,21 +1,25 @@
 r"""The softmax of moving logits.
 
-Logits S + d, d = C h + e; only differences of d within a row count. Over the ball |d_l - d_j| <= rho_jl, log-odds radii,
-with the first-order part r |C_l - C_j| exact. Along S + t d, 0 <= t <= 1, the map P_t has P_t,j <= up_j = 1 / (1 + sum_l!=j
-exp(S_l - S_j - rho_jl)) and >= lo_j with the signs turned. With mu_t the mean of d and w_t its variance under P_t,
+Logits S + d, d = C h + e; only differences of d within a row count. Over the ball |d_l - d_j| <= rho_jl, log-odds
+radii, with the first-order part r |C_l - C_j| exact. Along S + t d, 0 <= t <= 1, the map P_t has
+
+    P_t,j <= up_j = 1 / (1 + sum_l!=j exp(S_l - S_j - rho_jl)).
+
+With mu_t the mean of d and w_t its variance under P_t,
 
     q = int (1 - t) P_t * ((d - mu_t)^2 - w_t) dt,        int (1 - t) dt = 1/2.
 
 - |d_j - mu_t| <= D_j = max of sum_l p_l rho_jl over 0 <= p <= up, sum p = 1: the largest first.
-- w_t <= w: the least of (largest rho / 2)^2; max of sum_j p_j a_j^2 over the same p, a_j >= |d_j - mu_0|; and
+- w_t <= w: the least of (largest rho / 2)^2; the max of sum_j p_j a_j^2 over the same p, a_j >= |d_j - mu_0|; and
   (r ||diag(up)^(1/2) C|| + (max of sum p_j W_j^2)^(1/2))^2, W >= |e|, C and e without their means under P.
-- entry: |q_j| <= up_j max(D_j^2, w) / 2, and <= up_j + P_j a_j. Row: the l2 norm is at most the l1 norm, at most w (E |x^2 - w| <= 2 w).
+- entry: |q_j| <= up_j max(D_j^2, w) / 2, and <= up_j + P_j a_j. Row: the l2 norm is at most the l1 norm, at most w
+  (E |x^2 - w| <= 2 w).
 - all rows: |q|_2^2 <= sum of w_row^2 <= max w_row * sum of w_row, and the sum of variances is bounded as a whole:
   (r ||diag(up)^(1/2) C|| + ...)^2 with the rows of all queries in one matrix.
 
-sum_j q_j = 0 in every row, so the columns of T start as those of I - P 1^T, which makes later ones differences to a mean.
+sum_j q_j = 0 in every row, so the columns of T start as those of I - P 1^T: later ones are differences to a mean.
 
-Second order: v . B[h, h] = 1/2 sum_j P_j (v_j - v . P) (C_j h)^2 with C centred; v . X_s[q, h] = sum_j P_j (v_j - v . P)
+Second order, C centred: v . B[h, h] = 1/2 sum_j P_j (v_j - v . P) (C_j h)^2, and v . X_s[q, h] = sum_j P_j (v_j - v . P)
 (T_j q)(C_j h). Beyond: with x = d - mu_t,
 
     d^3/dt^3 v . P_t = E_t[(v - E_t v) x^3] - 3 E_t[(v - E_t v) x] w_t,       int (1 - t)^2 / 2 dt = 1/6,
@@ -232,7 +236,7 @@ class Softmax(Operation):
         return inflate(total, 4 * v[0].numel() + 32).nan_to_num(nan=torch.inf)
 
     def functional(self, rows: Tensor, error: Tensor, ranges: Ranges) -> Tensor | None:
-        """1/2 sum_j w_j (C_j h)^2 lies between -r^2 ||w_-^(1/2) C||^2 / 2 and r^2 ||w_+^(1/2) C||^2 / 2, w = P (v - v . P);
+        """1/2 sum_j w_j (C_j h)^2, w = P (v - v . P), lies between -r^2 ||w_-^(1/2) C||^2 / 2 and r^2 ||w_+^(1/2) C||^2 / 2;
         and the terms with e entry by entry."""
         if rows.shape[1] > NARROW or len(rows) > MANY:
             return None
