@@ -84,10 +84,12 @@ class Bilinear(Operation):
 
     @property
     def moves(self) -> bool:
-        """Whether both factors move; otherwise the product is linear, and there is no remainder."""
-        return all(
-            any(bool(p.matrix.any()) for k, p in v.parts.items() if k != CENTRE) for v in (self.left, self.right)
-        )
+        """Whether both factors move; otherwise the product is linear, and there is no remainder.
+
+        Coefficients that are exactly 0 keep an error of TINY times what was added since, and nothing else is that small.
+        """
+        parts = ([part for key, part in v.parts.items() if key != CENTRE] for v in (self.left, self.right))
+        return all(any(bool(part.matrix.any() | (part.error > 1e-120).any()) for part in side) for side in parts)
 
     def _folded_right(self, v: Tensor) -> Tensor:
         """The functionals sum_o v_io C_Y,do, [rows, h i d, inputs]."""

@@ -27,6 +27,7 @@ from torch import Tensor
 from lipbounds.compose.taylor.coefficient import TINY, Coefficient, exact, norm_upper
 from lipbounds.compose.taylor.model import CENTRE, Range, Ranges, Value
 from lipbounds.compose.taylor.operation import Operation
+from lipbounds.errors import Unsupported
 from lipbounds.rounding import gamma, inflate
 
 
@@ -50,6 +51,8 @@ class Normalize(Operation):
         self._off = off.squeeze(-1)
         lowest = self._smallest_sigma(torch.zeros(1, *self._length.shape).to(v))[0].unsqueeze(-1)
         z = v / sigma
+        if not bool(z.isfinite().all()):
+            raise Unsupported(f"method='taylor' needs tokens with a deviation before a normalisation, at {name}.")
         z_error = inflate(off / lowest + gamma(dim + 12) * z.abs(), 8)
         inverse_error = inflate(off / (math.sqrt(dim) * lowest * sigma) + gamma(dim + 12) / sigma, 8)
         self.z = Coefficient(z.unsqueeze(0), z_error.expand_as(z).nan_to_num(nan=torch.inf))

@@ -19,8 +19,8 @@ With mu_t the mean of d and w_t its variance under P_t,
 
 sum_j q_j = 0 in every row, so the columns of T start as those of I - P 1^T: later ones are differences to a mean.
 
-Second order, C centred: v . B[h, h] = 1/2 sum_j P_j (v_j - v . P) (C_j h)^2, and v . X_s[q, h] = sum_j P_j (v_j - v . P)
-(T_j q)(C_j h). Beyond: with x = d - mu_t,
+Second order, C centred: v . B[h, h] = 1/2 sum_j P_j (v_j - v . P) (C_j h)^2, and v . X_s[q, h] =
+sum_j P_j (v_j - v . P) (T_j q)(C_j h). Beyond: with x = d - mu_t,
 
     d^3/dt^3 v . P_t = E_t[(v - E_t v) x^3] - 3 E_t[(v - E_t v) x] w_t,       int (1 - t)^2 / 2 dt = 1/6,
 
@@ -80,8 +80,9 @@ class Softmax(Operation):
         self._logits = centre.masked_fill(~self._visible, -torch.inf)
         self._logit_error = logits.centre_error
         probabilities = self._logits.softmax(-1)
-        # e^(2 eta) - 1 <= 4 eta for the errors of the logits, which are far below 1/2 or infinite.
-        moved = 4 * self._logit_error.amax(-1, keepdim=True) + (centre.shape[-1] + 4 * EXP_ULPS + 8) * UNIT_ROUNDOFF
+        # e^(2 eta) - 1 <= 4 eta for 2 eta <= 1. The exponent S_j - max S is rounded, by at most 745 u where exp is not 0.
+        roundings = centre.shape[-1] + 4 * EXP_ULPS + 1024
+        moved = 4 * self._logit_error.amax(-1, keepdim=True) + roundings * UNIT_ROUNDOFF
         moved = torch.where(moved < 1, moved, torch.inf)
         spread = (probabilities * moved).nan_to_num(nan=torch.inf) + SMALLEST_NORMAL
         self.map = Coefficient(probabilities.unsqueeze(0), inflate(spread, 8).clamp(max=1) * self._visible)
@@ -236,8 +237,10 @@ class Softmax(Operation):
         return inflate(total, 4 * v[0].numel() + 32).nan_to_num(nan=torch.inf)
 
     def functional(self, rows: Tensor, error: Tensor, ranges: Ranges) -> Tensor | None:
-        """1/2 sum_j w_j (C_j h)^2, w = P (v - v . P), lies between -r^2 ||w_-^(1/2) C||^2 / 2 and r^2 ||w_+^(1/2) C||^2 / 2;
-        and the terms with e entry by entry."""
+        """From the quadratic form, and the terms with e entry by entry.
+
+        1/2 sum_j w_j (C_j h)^2, w = P (v - v . P), lies between -r^2 ||w_-^(1/2) C||^2 / 2 and r^2 ||w_+^(1/2) C||^2 / 2.
+        """
         if rows.shape[1] > NARROW or len(rows) > MANY:
             return None
         moved: _Movement = ranges.notes[self.name]
