@@ -86,7 +86,7 @@ class Bilinear(Operation):
     def moves(self) -> bool:
         """Whether both factors move; otherwise the product is linear, and there is no remainder.
 
-        Coefficients that are exactly 0 keep an error of TINY times what was added since, and nothing else is that small.
+        Coefficients that are exactly 0 keep an error of TINY and what was multiplied to it; nothing else is that small.
         """
         parts = ([part for key, part in v.parts.items() if key != CENTRE] for v in (self.left, self.right))
         return all(any(bool(part.matrix.any() | (part.error > 1e-120).any()) for part in side) for side in parts)

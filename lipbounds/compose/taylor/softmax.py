@@ -80,7 +80,7 @@ class Softmax(Operation):
         self._logits = centre.masked_fill(~self._visible, -torch.inf)
         self._logit_error = logits.centre_error
         probabilities = self._logits.softmax(-1)
-        # e^(2 eta) - 1 <= 4 eta for 2 eta <= 1. The exponent S_j - max S is rounded, by at most 745 u where exp is not 0.
+        # e^(2 eta) - 1 <= 4 eta for 2 eta <= 1. The exponent S_j - max S is rounded, by 745 u at most: else exp is 0.
         roundings = centre.shape[-1] + 4 * EXP_ULPS + 1024
         moved = 4 * self._logit_error.amax(-1, keepdim=True) + roundings * UNIT_ROUNDOFF
         moved = torch.where(moved < 1, moved, torch.inf)
@@ -239,7 +239,8 @@ class Softmax(Operation):
     def functional(self, rows: Tensor, error: Tensor, ranges: Ranges) -> Tensor | None:
         """From the quadratic form, and the terms with e entry by entry.
 
-        1/2 sum_j w_j (C_j h)^2, w = P (v - v . P), lies between -r^2 ||w_-^(1/2) C||^2 / 2 and r^2 ||w_+^(1/2) C||^2 / 2.
+        1/2 sum_j w_j (C_j h)^2, with w = P (v - v . P), lies between -r^2 ||w_-^(1/2) C||^2 / 2 and
+        r^2 ||w_+^(1/2) C||^2 / 2.
         """
         if rows.shape[1] > NARROW or len(rows) > MANY:
             return None
