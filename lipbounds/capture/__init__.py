@@ -6,7 +6,9 @@ again on the numbers of tokens and features to learn which weight belongs to whi
 
 from __future__ import annotations
 
+from lipbounds.capture.blocks import Captured as Captured
 from lipbounds.capture.blocks import CapturedAttention as CapturedAttention
+from lipbounds.capture.blocks import Skipped as Skipped
 from lipbounds.capture.collector import capture as capture
 from lipbounds.lazy import make_callable, submodules
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses as dc
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lipbounds.capture.masks import future
-from lipbounds.capture.operands import Layout, Part, check_constant
-from lipbounds.capture.projections import Projection
-from lipbounds.capture.recorded_calls import MOVES_AND_SCALES, factor, reindex
+from lipbounds.capture.operands import Part
+from lipbounds.capture.padding import Items, without_padding
+from lipbounds.capture.recorded_calls import MOVES
 from lipbounds.capture.recorder import Recorder
-from lipbounds.capture.refusals import check_dropout, place, unsupported
+from lipbounds.capture.refusals import place, unsupported
 from lipbounds.errors import LipboundsError
 from lipbounds.targets.attention import Attention
 
@@ -29,16 +30,58 @@ class CapturedAttention:
 
     Args:
         module: the qualified name of the innermost module that was running; empty for the model itself.
-        index: the number of the call among the attention calls of the run, from 0.
+        index: the number of the call among the attention calls of the run, from 0; calls of one head each that are put
+            side by side count as one.
         attention: the block.
         residual: the distance between the output of the block and the model's own, relative to the latter, in the l2
             norm; the largest over the batch.
+        projected: whether the block ends with an output projection; where the module has none, the output weights
+            put the heads side by side.
+        items: the items of the flattened batch that the block holds; None for all. Items in which other tokens are
+            padding have a block of their own.
+        tokens: the tokens that the block holds; None for all. Padding is left out: tokens that nobody sees and whose
+            own rows do not count.
     """
 
     module: str
     index: int
     attention: Attention = dc.field(repr=False)
     residual: float
+    projected: bool = True
+    items: tuple[int, ...] | None = None
+    tokens: tuple[int, ...] | None = None
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Skipped:
+    """An attention call that was not captured.
+
+    Args:
+        module: the qualified name of the innermost module that was running; empty for the model itself.
+        index: the number of the call among the attention calls of the run, as in `CapturedAttention`.
+        reason: what it has that `Attention` has not.
+    """
+
+    module: str
+    index: int
+    reason: str
+
+
+class Captured(list[CapturedAttention]):
+    """The attention blocks of a model, in the order of their calls, and what was left out.
+
+    Args:
+        found: the blocks.
+        skipped: attention calls that could not be captured.
+        warnings: what may concern a block, though capture cannot tell.
+    """
+
+    def __init__(
+        self, found: Iterable[CapturedAttention], skipped: Iterable[Skipped] = (), warnings: Iterable[str] = ()
+    ) -> None:
+        super().__init__(found)
+        self.skipped = tuple(skipped)
+        self.warnings = tuple(warnings)
 
 
 @dc.dataclass(frozen=True, eq=False, kw_only=True)
@@ -52,6 +95,8 @@ class Call:
         logit_bias: as `Attention` has it.
         causal: queries see no later keys.
         start: the time at which the module started that holds the projections and the call.
+        time: of the call.
+        numbers: that were read from arguments which are no tensors.
         dtypes: all in which the model computed; some take the softmax in float32 whatever the rest is in.
     """
 
@@ -61,6 +106,8 @@ class Call:
     logit_bias: Tensor | None
     causal: bool
     start: int
+    time: int
+    numbers: tuple[float, ...] = ()
     dtypes: tuple[torch.dtype, ...] = ()
 
     @property
@@ -69,16 +116,33 @@ class Call:
         return tuple(part.source for part in self.parts)
 
 
-def block_of(recorder: Recorder, call: Call, w_o: Tensor, b_o: Tensor | None, cross_moves: CrossMoves) -> Attention:
-    """The complete block.
+@dc.dataclass(frozen=True, eq=False, kw_only=True)
+class Output:
+    """The output projection of a block.
+
+    Args:
+        w_o: output weights, shape `heads value_dim out_dim`.
+        b_o: output bias.
+        result: what the model computed with them, shape `*batch n out_dim`.
+    """
+
+    w_o: Tensor
+    b_o: Tensor | None
+    result: Tensor
+
+
+def blocks_of(
+    recorder: Recorder, call: Call, output: Output, cross_moves: CrossMoves
+) -> list[tuple[Attention, Tensor, Items, Items]]:
+    """The complete block, or one for each sort of padding: with what the model computed, its items and tokens.
 
     Args:
         recorder: of the run.
         call: all but the output projection.
-        w_o: output weights, shape `heads value_dim out_dim`.
-        b_o: output bias, shape `out_dim`.
+        output: the output projection.
         cross_moves: the input that moves in cross-attention.
     """
+    w_o, b_o = output.w_o, output.b_o
     query, key, value = call.parts
     fields: dict[str, Any] = {
         **{"x": query.tokens, "w_q": query.weight, "w_k": key.weight, "w_v": value.weight, "w_o": w_o},
@@ -87,13 +151,14 @@ def block_of(recorder: Recorder, call: Call, w_o: Tensor, b_o: Tensor | None, cr
         **_norms(call),
         **{"scale": call.scale, "logit_bias": call.logit_bias, "causal": call.causal},
     }
-    if not (torch.equal(query.tokens, key.tokens) and torch.equal(query.tokens, value.tokens)):
+    if not (_same(recorder, query, key) and _same(recorder, query, value)):
         fields |= _memory(recorder, call, cross_moves)
     if fields.get("memory") is not None and call.causal:
         mask = future(query.tokens.shape[-2], key.tokens.shape[-2], query.tokens)
         fields |= {"causal": False, "logit_bias": mask if call.logit_bias is None else call.logit_bias + mask}
     try:
-        return Attention(**fields)
+        pieces = without_padding(fields, output.result)
+        return [(Attention(**piece), result, items, tokens) for piece, result, items, tokens in pieces]
     except LipboundsError as error:
         error.add_note(f"while {place(call.module)} was captured")
         raise
@@ -116,19 +181,40 @@ def _norms(call: Call) -> dict[str, Any]:
     return fields | {"norm_over": "head" if "head" in over else "all_heads"}
 
 
+_RELATED = (
+    "queries, keys and values must be projections of the same tokens, or of tokens that have nothing to do with each "
+    "other inside the module, got "
+)
+
+
+def _same(recorder: Recorder, one: Part, other: Part) -> bool:
+    """Whether two parts are made of the same tokens: not of equal ones, but of the same function of the same input."""
+    same = recorder.number(one.source) == recorder.number(other.source)
+    return same and one.rows.shape == other.rows.shape and torch.equal(one.rows, other.rows)
+
+
+def _how_related(recorder: Recorder, query: Part, other: Part) -> str:
+    whole = [recorder.number(recorder.walk(part.source, MOVES)[0]) for part in (query, other)]
+    if whole[0] != whole[1]:
+        return "different functions of the same tokens"
+    if query.rows.shape[-1] < other.rows.shape[-1]:
+        return (
+            f"queries of {query.rows.shape[-1]} of the {other.rows.shape[-1]} tokens that give keys and values: such a "
+            "block, in which these tokens move both, is not part of Attention"
+        )
+    return "the same tokens in another order or number"
+
+
 def _memory(recorder: Recorder, call: Call, cross_moves: CrossMoves) -> dict[str, Any]:
     """The fields of a block whose keys and values come from other tokens than its queries."""
     query, key, value = call.parts
     for other in (key, value):
         if recorder.related(query.source, other.source, call.start):
-            raise unsupported(
-                call.module,
-                "queries, keys and values must be projections of the same tokens, or of tokens that have nothing to do "
-                "with each other inside the module, got different functions of the same tokens",
-            )
-    if torch.equal(key.tokens, value.tokens):
+            raise unsupported(call.module, _RELATED + _how_related(recorder, query, other))
+    unrelated_copy = torch.equal(key.tokens, value.tokens) and not recorder.related(key.source, value.source)
+    if _same(recorder, key, value) or unrelated_copy:
         return {"memory": key.tokens, "moves": cross_moves}
-    if cross_moves == "memory" or torch.equal(query.tokens, key.tokens) or torch.equal(query.tokens, value.tokens):
+    if cross_moves == "memory" or _same(recorder, query, key) or _same(recorder, query, value):
         raise unsupported(
             call.module,
             "keys and values must be projections of the same tokens, got different ones; no one input moves",
@@ -141,64 +227,6 @@ def _memory(recorder: Recorder, call: Call, cross_moves: CrossMoves) -> dict[str
         [value.weight.new_zeros(len(value.weight), key.tokens.shape[-1], value.weight.shape[-1]), value.weight], 1
     )
     return {"memory": torch.cat([key.tokens, value.tokens], -1), "w_k": w_k, "w_v": w_v, "moves": cross_moves}
-
-
-@dc.dataclass(frozen=True, eq=False, kw_only=True)
-class Output:
-    """The output projection of a block.
-
-    Args:
-        w_o: output weights, shape `heads value_dim out_dim`.
-        b_o: output bias.
-        result: what the model computed with them, shape `*batch n out_dim`.
-    """
-
-    w_o: Tensor
-    b_o: Tensor | None
-    result: Tensor
-
-
-def output_of(
-    recorder: Recorder, layout: Layout, mixed: Tensor, found: Projection, result: Tensor, module: str
-) -> Output:
-    """Sort the weights and the result of the projection that reads an attention output.
-
-    Args:
-        recorder: of the run.
-        layout: of the attention call.
-        mixed: the output of the attention call, shape `*lead n value_dim`.
-        found: the projection that reads it, through re-indexing and scaling.
-        result: what the projection gave.
-        module: that made the attention call.
-    """
-    _, chain = recorder.walk(found.tokens, MOVES_AND_SCALES)
-    check_dropout(module, chain)
-    queries, width = mixed.shape[-2:]
-    batch, head = (t.view(*mixed.shape[:-2], 1, 1) for t in layout.locate())
-    places = torch.arange(queries, device=mixed.device)[:, None]
-    columns = torch.arange(width, device=mixed.device)
-    tokens, features = (
-        found.rows(reindex(chain, index.expand(mixed.shape).contiguous()))
-        for index in (batch * queries + places, head * width + columns)
-    )
-    row_of, column_of = tokens[:, 0].argsort(), features[0].argsort()
-    one_token_a_row = torch.equal(tokens, tokens[:, :1].expand_as(tokens)) and _is_order(
-        tokens[row_of, 0], layout.cell.shape[0] * queries
-    )
-    one_feature_a_column = torch.equal(features, features[:1].expand_as(features)) and _is_order(
-        features[0, column_of], layout.heads * width
-    )
-    if not (one_token_a_row and one_feature_a_column):
-        raise unsupported(module, "the output projection must read all heads of one token at a time, got them mixed")
-    scales = [other for step in chain if step.kind == "scale" for other in step.others]
-    check_constant(recorder, found.tokens, "output weights", [*found.constants, *scales])
-    w_o = (found.weight[column_of] * factor(chain)).view(layout.heads, width, -1)
-    ordered = found.rows(result)[row_of].view(*layout.batch_shape, queries, -1)
-    return Output(w_o=w_o, b_o=None if found.bias is None else found.bias.clone(), result=ordered)
-
-
-def _is_order(numbers: Tensor, count: int) -> bool:
-    return torch.equal(numbers, torch.arange(count, device=numbers.device))
 
 
 def residual_of(block: Attention, result: Tensor, call: Call) -> float:

@@ -10,33 +10,58 @@ from torch import Tensor
 
 from lipbounds.capture import operations as ops
 from lipbounds.capture.blocks import Call
+from lipbounds.capture.decompositions import softmax_dim
+from lipbounds.capture.entries import Tracer
 from lipbounds.capture.fused import traced_call
 from lipbounds.capture.masks import additive
 from lipbounds.capture.operands import Layout
 from lipbounds.capture.projections import product_operands
-from lipbounds.capture.recorded_calls import AFFINE, MOVES_AND_CASTS, Step, factor, reindex, replay
+from lipbounds.capture.recorded_calls import AFFINE, MOVES, MOVES_AND_CASTS, Step, reindex
 from lipbounds.capture.recorder import Recorder
-from lipbounds.capture.refusals import check_dropout, origin_in_words, unfollowed_in_words, unsupported
+from lipbounds.capture.refusals import check_dropout, unfollowed_in_words, unsupported
 from lipbounds.capture.tracing import trace
 
 
 # What a model fills in for a hidden logit; nothing below it survives the softmax unless the whole row is hidden.
 FILL_IS_HIDDEN_BELOW = -1e4
-# How many functions back from a product a changed attention map is still recognised.
-CHANGED_MAP_DEPTH = 6
 
 
-def written_out_inputs(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...] | None:
-    """Queries, transposed keys, values of a product whose left side is an attention map; None for other products."""
-    left, right = product_operands(args, kwargs)
-    map_root, _ = recorder.walk(left, MOVES_AND_CASTS)
-    softmax = recorder.fresh_step(map_root)
-    if recorder.is_parameter(right):  # classes mixed by their probabilities, not tokens
-        return None
-    if softmax is None or softmax.function not in ops.SOFTMAX:
-        refuse_changed_map(recorder, left)
-        return None
-    scores_root, _ = recorder.walk(softmax.source, AFFINE)
+@dc.dataclass(frozen=True, eq=False, kw_only=True)
+class Map:
+    """An attention map on its way from the scores into a product with the values.
+
+    Args:
+        scores: the step that multiplied queries and keys.
+        root: the scores.
+        before: from the scores to the softmax.
+        softmax: the step.
+        after: from the softmax to the product.
+    """
+
+    scores: Step
+    root: Tensor
+    before: list[Step]
+    softmax: Step
+    after: list[Step]
+
+
+def softmax_before(recorder: Recorder, tensor: Tensor) -> Tensor | None:
+    """The result of the softmax that `tensor` is, apart from moves of its entries; None if it is none."""
+    root, _ = recorder.walk(tensor, MOVES_AND_CASTS)
+    step = recorder.fresh_step(root)
+    return root if step is not None and step.function in ops.SOFTMAX else None
+
+
+def map_of(recorder: Recorder, tensor: Tensor) -> Map:
+    """How the attention map `tensor` was made.
+
+    Raises:
+        Unsupported: it is not the softmax of a product of two matrices, scaled and masked.
+    """
+    root, after = recorder.walk(tensor, MOVES_AND_CASTS)
+    softmax = recorder.fresh_step(root)
+    assert softmax is not None  # softmax_before found it
+    scores_root, before = recorder.walk(softmax.source, AFFINE)
     scores = recorder.fresh_step(scores_root)
     if scores is None or scores.function not in ops.PRODUCT:
         raise unsupported(
@@ -44,82 +69,155 @@ def written_out_inputs(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[s
             "the logits must be a product of queries and keys, scaled and masked only, "
             f"got {unfollowed_in_words(recorder, scores_root)}",
         )
-    return (*product_operands(scores.args, scores.kwargs), right)
+    return Map(scores=scores, root=scores_root, before=before, softmax=softmax, after=after)
 
 
-def written_out_call(
-    recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: tuple[Tensor, ...]
-) -> tuple[Call, Layout]:
-    """The call whose last product this is, traced back to tokens and weights.
+def written_out_call(recorder: Recorder, left: Tensor, value: Tensor) -> tuple[Call, Layout]:
+    """The call whose last product is `left @ value`, traced back to tokens and weights.
 
     Args:
         recorder: of the run.
-        args: of the product of attention map and values.
-        kwargs: of the same.
-        inputs: queries, transposed keys and values.
+        left: the attention map.
+        value: the values.
     """
-    query, key, value = inputs
-    map_root, after = recorder.walk(product_operands(args, kwargs)[0], MOVES_AND_CASTS)
-    softmax = recorder.fresh_step(map_root)
-    assert softmax is not None  # written_out_inputs found it
-    scores, before = recorder.walk(softmax.source, AFFINE)
-    check_dropout(recorder.module, [*before, *after])
-    lead_of = _lead_in_scores(recorder, scores, before, after, softmax)
-    operands = [trace(recorder, query, "queries"), trace(recorder, key, "keys", transposed=True)]
-    operands = [operand.expand(scores.shape[:-2]).take(lead_of.flatten()) for operand in operands]
-    gain = factor(before)
-    if isinstance(gain, Tensor):
-        read_from = [other for step in before if step.kind == "scale" for other in step.others]
-        operands[0], gain = operands[0].times(gain, read_from), 1.0
-    values = trace(recorder, value, "values")
-    if torch.broadcast_shapes(values.lead, lead_of.shape) != lead_of.shape:
+    found = map_of(recorder, left)
+    check_dropout(recorder.module, [*found.before, *found.after])
+    lead_of, swapped = _places(recorder, found, left)
+    one, other = product_operands(found.scores.args, found.scores.kwargs)
+    tracer = Tracer(recorder)
+    query, key = (other, one) if swapped else (one, other)
+    operands = [
+        trace(tracer, query, "queries", transposed=swapped),
+        trace(tracer, key, "keys", transposed=not swapped),
+    ]
+    lead = found.root.shape[:-2]
+    operands = [[each.expand(lead).take(lead_of.flatten()) for each in options] for options in operands]
+    slope, bias = (t.reshape(-1, *left.shape[-2:]) for t in _affine(recorder, found))
+    gain, read_from = _gain(recorder, slope, bias), _read(found, ("scale", "weigh"))
+    factor: float = 1.0
+    if bool((gain == gain[0]).all()) and not any(isinstance(_number(step), Tensor) for step in found.before):
+        factor = float(gain[0])
+    else:
+        operands[0] = [each.times(gain.to(value.dtype), read_from) for each in operands[0]]
+    values = trace(tracer, value, "values")
+    if torch.broadcast_shapes(values[0].lead, lead_of.shape) != lead_of.shape:
         raise unsupported(
-            recorder.module, f"each attention map must have its values, got {values.lead} for {lead_of.shape}"
+            recorder.module, f"each attention map must have its values, got {values[0].lead} for {lead_of.shape}"
         )
-    masks = [other for step in before if step.kind in ("shift", "fill") for other in step.others]
-    bias = reindex(after, _logit_bias(recorder, scores, before)).reshape(-1, *softmax.shape[-2:]).to(value.dtype)
-    call, layout = traced_call(recorder, [*operands, values.expand(lead_of.shape)], gain, bias, masks)
-    dtypes = (*call.dtypes, softmax.dtype, *(step.dtype for step in (*before, *after)))
-    return dc.replace(call, dtypes=dtypes), layout
+    values = [each.expand(lead_of.shape) for each in values]
+    masks = [*_read(found, ("shift", "fill", "weigh"))]
+    call, layout = traced_call(tracer, [*operands, values], factor, bias.to(value.dtype), masks)
+    floats = [step.dtype for step in (found.softmax, *found.before, *found.after) if step.dtype.is_floating_point]
+    numbers = (*call.numbers, *(float(gain_) for gain_ in gain.detach().unique()))
+    return dc.replace(call, dtypes=(*call.dtypes, *floats), numbers=numbers), layout
 
 
-def _lead_in_scores(recorder: Recorder, scores: Tensor, before: list[Step], after: list[Step], softmax: Step) -> Tensor:
-    """For each leading index of the attention map, the flat leading index of the scores it was made of."""
-    area = scores.shape[-2:].numel()
-    inside = torch.arange(area, device=scores.device).view(scores.shape[-2:])
-    index = reindex(before, torch.arange(scores.numel(), device=scores.device).view(scores.shape))
-    for table in (index, reindex(after, index)):
-        if table.shape[-2:] != inside.shape or not torch.equal(table % area, inside.expand(table.shape)):
-            raise unsupported(recorder.module, "an attention map must keep queries as rows and keys as columns")
-    dim = softmax.kwargs.get("dim", softmax.args[1] if len(softmax.args) > 1 else None)
-    if dim not in (-1, index.dim() - 1):
-        raise unsupported(recorder.module, f"the softmax must be over the keys, the last dimension, got {dim=}")
-    return reindex(after, index)[..., 0, 0] // area
+def _number(step: Step) -> Any:
+    """What a step multiplies by."""
+    return step.factor if step.kind == "scale" else step.others[0] if step.kind == "weigh" else None
 
 
-def _logit_bias(recorder: Recorder, scores: Tensor, before: list[Step]) -> Tensor:
-    """What is added to the scaled scores: the steps from scores to softmax, run on zeros.
+def _read(found: Map, kinds: tuple[str, ...]) -> list[Tensor]:
+    return [other for step in found.before if step.kind in kinds for other in step.others]
 
-    An entry that is the same when they are run on ones was overwritten by a mask.
+
+def _places(recorder: Recorder, found: Map, left: Tensor) -> tuple[Tensor, bool]:
+    """For each leading index of the map, the flat one of the scores it was made of; whether rows and columns changed.
+
+    Queries must be the rows of the map, keys its columns, all of them in their order, and the softmax over the keys.
     """
-    zero, one = (replay(before, scores.new_full(scores.shape, value, dtype=torch.float64)) for value in (0.0, 1.0))
-    filled = zero == one
-    if bool((filled & (zero > FILL_IS_HIDDEN_BELOW)).any()):
+    queries, keys = found.root.shape[-2:]
+    index = torch.arange(found.root.numel(), device=left.device).view(found.root.shape)
+    at_softmax = reindex(found.before, index)
+    at_product = reindex(found.after, at_softmax)
+    dim = softmax_dim(found.softmax.args, found.softmax.kwargs)
+    if not isinstance(dim, int):
+        raise unsupported(recorder.module, f"the softmax must be over one dimension that is named, got {dim=}")
+    together = at_softmax.movedim(dim, -1)
+    rows, columns = at_product // keys % queries, at_product % keys
+    swapped = left.shape[-2:] == (keys, queries) and bool((rows == rows[..., :1, :]).all())
+    if swapped:
+        rows, columns = columns, rows
+    kept = torch.arange(left.shape[-2], device=left.device)[:, None], torch.arange(left.shape[-1], device=left.device)
+    lead = at_product // (queries * keys)
+    whole = left.shape[-2:] == ((keys, queries) if swapped else (queries, keys))
+    in_order = bool((rows == kept[0]).all()) and bool((columns == kept[1]).all())
+    if not whole or not in_order or not bool((lead == lead[..., :1, :1]).all()):
+        part = "a part of them" if bool((lead == lead[..., :1, :1]).all()) and not whole else "others"
+        raise unsupported(
+            recorder.module, f"an attention map must keep queries as rows and keys as columns, all of them, got {part}"
+        )
+    along = (together // keys % queries) if swapped else together % keys
+    others = together - along * (keys if swapped else 1)
+    count = queries if swapped else keys
+    over_keys = together.shape[-1] == count and bool((along == torch.arange(count, device=left.device)).all())
+    if not over_keys or not bool((others == others[..., :1]).all()):
+        raise unsupported(recorder.module, f"the softmax must be over the keys, got {dim=}, which is not theirs")
+    _check_levels(recorder, found, dim)
+    return lead[..., 0, 0], swapped
+
+
+def _check_levels(recorder: Recorder, found: Map, dim: int) -> None:
+    """What was subtracted to keep exponentials small must be one number for each softmax."""
+    if not any(step.kind == "level" for step in found.before):
+        return
+    value = torch.zeros(found.root.shape, dtype=torch.float64, device=found.root.device)
+    for step in found.before:
+        if step.kind in ("reindex", "scale"):
+            value = step.again(value)
+        elif step.kind == "weigh":
+            value = _weighed(step, value)
+        elif step.kind == "level":
+            value = value - step.others[0].double()
+    value = value.movedim(dim, -1)
+    if not bool((value == value[..., :1]).all()):
+        raise unsupported(recorder.module, "what is subtracted from the logits must be one number for each softmax")
+
+
+def _weighed(step: Step, value: Tensor) -> Tensor:
+    other = step.others[0].to(value.dtype)
+    return value / other if step.function in ops.DIVIDE else value * other
+
+
+def _affine(recorder: Recorder, found: Map) -> tuple[Tensor, Tensor]:
+    """What each score is multiplied by, and what is added: -inf where it is hidden; in the layout of the map."""
+    slope = torch.ones(found.root.shape, dtype=torch.float64, device=found.root.device)
+    bias = torch.zeros_like(slope)
+    filled = torch.zeros(slope.shape, dtype=torch.bool, device=slope.device)
+    for step in found.before:
+        if step.kind in MOVES or step.kind == "scale":
+            slope, bias, filled = step.again(slope), step.again(bias), _moved(step, filled)
+        elif step.kind == "weigh":
+            slope, bias = _weighed(step, slope), _weighed(step, bias)
+        elif step.kind == "fill":
+            zero, one = (step.again(torch.full_like(bias, number)) for number in (0.0, 1.0))
+            filled = filled | (zero == one)
+            bias = step.again(bias)
+        elif step.kind == "shift":
+            bias = step.again(bias)
+    filled = filled | ((slope == 0) & (slope != _largest(slope)))
+    if bool((filled & (bias > FILL_IS_HIDDEN_BELOW)).any()):
         rule = f"a masked logit must be filled with at most {FILL_IS_HIDDEN_BELOW:g}"
-        raise unsupported(recorder.module, f"{rule}, got {float(zero[filled].max()):g}")
-    return additive(zero.masked_fill(filled, -torch.inf), torch.float64)
+        raise unsupported(recorder.module, f"{rule}, got {float(bias[filled].max()):g}")
+    bias = additive(bias.masked_fill(filled, -torch.inf), torch.float64)
+    return reindex(found.after, slope), reindex(found.after, bias)
 
 
-def refuse_changed_map(recorder: Recorder, tensor: Tensor) -> None:
-    """Refuse a factor of a product that was a softmax some functions ago: an attention map that cannot be followed."""
-    origin = recorder.origin(tensor)
-    waiting = [] if origin is None else [(origin, 0)]
-    while waiting:
-        origin, depth = waiting.pop()
-        if origin.function in ops.SOFTMAX and origin.size == tensor.numel():
-            raise unsupported(
-                recorder.module,
-                "an attention map must go from the softmax into a matrix product with the values, got "
-                f"{origin_in_words(recorder, tensor)} in between, or a product of another form",
-            )
-        waiting.extend((parent, depth + 1) for parent in origin.parents if depth < CHANGED_MAP_DEPTH)
+def _largest(slope: Tensor) -> Tensor:
+    return slope.abs().amax()
+
+
+def _moved(step: Step, table: Tensor) -> Tensor:
+    return step.again(table) if step.kind == "reindex" else table
+
+
+def _gain(recorder: Recorder, slope: Tensor, bias: Tensor) -> Tensor:
+    """One factor for each leading index of the map."""
+    seen = ~bias.isneginf()
+    first = seen.flatten(1).int().argmax(-1)
+    gain = slope.flatten(1).gather(1, first[:, None])[:, 0]
+    if bool((seen & (slope != gain[:, None, None])).any()):
+        raise unsupported(
+            recorder.module, "all logits of a head must be multiplied by the same number, got different ones"
+        )
+    return gain

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lipbounds.capture.blocks import Call
+from lipbounds.capture.entries import Tracer
 from lipbounds.capture.masks import additive, for_layout
 from lipbounds.capture.operands import Layout, Operand, check_constant, parts_and_layout
 from lipbounds.capture.recorder import Recorder
@@ -30,19 +31,20 @@ def fused_call(recorder: Recorder, given: dict[str, Any]) -> tuple[Call, Layout]
         raise dropout_error(recorder.module)
     query, key, value = (given[name] for name in ("query", "key", "value"))
     repeats = query.shape[-3] // key.shape[-3] if given["enable_gqa"] else 1
+    tracer = Tracer(recorder)
     operands = [
-        trace(recorder, query, "queries"),
-        trace(recorder, key, "keys", repeats=repeats),
-        trace(recorder, value, "values", repeats=repeats),
+        trace(tracer, query, "queries"),
+        trace(tracer, key, "keys", repeats=repeats),
+        trace(tracer, value, "values", repeats=repeats),
     ]
     scale = query.shape[-1] ** -0.5 if given["scale"] is None else float(given["scale"])
     mask = None if given["attn_mask"] is None else additive(given["attn_mask"], query.dtype)
-    return traced_call(recorder, operands, scale, mask, (given["attn_mask"],), causal=given["is_causal"])
+    return traced_call(tracer, operands, scale, mask, (given["attn_mask"],), causal=given["is_causal"])
 
 
 def traced_call(
-    recorder: Recorder,
-    operands: list[Operand],
+    tracer: Tracer,
+    operands: list[list[Operand]],
     scale: float,
     mask: Tensor | None,
     mask_sources: Iterable[Any],
@@ -51,14 +53,16 @@ def traced_call(
     """The call with these queries, keys and values.
 
     Args:
-        recorder: of the run.
-        operands: queries, keys and values.
+        tracer: of the run.
+        operands: queries, keys and values, each as functions of one or several stages of their tokens.
         scale: factor of the logits.
         mask: additive, broadcasts to the logits.
         mask_sources: the model's own tensors that the mask was read from.
         causal: queries see no later keys.
     """
-    query, key, _ = operands
+    recorder = tracer.recorder
+    chosen = _of_same_tokens(tracer, operands)
+    query, key, _ = chosen
     alike = (query.rotation is None) == (key.rotation is None) and _order(query).equal(_order(key))
     if not alike:
         raise unsupported(
@@ -66,8 +70,8 @@ def traced_call(
         )
     if (query.norm is None) != (key.norm is None):
         raise unsupported(recorder.module, "queries and keys must both be normalised, got one of them alone")
-    lead = torch.broadcast_shapes(*(operand.lead for operand in operands))
-    parts, layout = parts_and_layout(recorder, [operand.expand(lead) for operand in operands])
+    lead = torch.broadcast_shapes(*(operand.lead for operand in chosen))
+    parts, layout = parts_and_layout(recorder, [operand.expand(lead) for operand in chosen])
     area = parts[0].tokens.shape[-2], parts[1].tokens.shape[-2]
     for part in parts:
         check_constant(recorder, part.source, "mask", mask_sources)
@@ -77,10 +81,29 @@ def traced_call(
         scale=scale,
         logit_bias=None if mask is None else for_layout(mask.to(parts[0].tokens.dtype), lead, area, layout),
         causal=causal,
-        start=recorder.common_start([operand.invocations for operand in operands]),
-        dtypes=tuple(dtype for operand in operands for dtype in operand.dtypes),
+        start=recorder.common_start([operand.invocations for operand in chosen]),
+        time=recorder.now(),
+        dtypes=tuple(dtype for operand in chosen for dtype in operand.dtypes),
+        numbers=(scale,),
     )
     return call, layout
+
+
+def _of_same_tokens(tracer: Tracer, operands: list[list[Operand]]) -> list[Operand]:
+    """Queries, keys and values as functions of the same tokens, the latest there are; else of their own."""
+    queries, keys, values = operands
+    for query in queries:
+        alike = [
+            [one for one in options if tracer.same_tokens(one.projection, query.projection)]
+            for options in (keys, values)
+        ]
+        if all(alike):
+            return [query, alike[0][0], alike[1][0]]
+    for key in keys:
+        alike = [one for one in values if tracer.same_tokens(one.projection, key.projection)]
+        if alike:
+            return [queries[0], key, alike[0]]
+    return [queries[0], keys[0], values[0]]
 
 
 def _order(operand: Operand) -> Tensor:

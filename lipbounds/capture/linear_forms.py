@@ -7,12 +7,14 @@ to a feature is read off exactly; nothing is fitted.
 from __future__ import annotations
 
 import dataclasses as dc
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lipbounds.capture import operations as ops
+from lipbounds.capture.decompositions import set_entries
 from lipbounds.capture.recorded_calls import LINEAR, Step
 from lipbounds.capture.recorder import Recorder
 
@@ -43,45 +45,67 @@ class Form:
     constants: list[Tensor]
 
 
-def form_of(recorder: Recorder, tensor: Tensor, root: Tensor) -> Form | Tensor:
-    """`tensor` as linear forms in the entries of `root`; where it is none, the tensor at which the trace ends.
+def leaves_of(
+    recorder: Recorder, tensor: Tensor, is_leaf: Callable[[Tensor], bool]
+) -> tuple[list[Tensor], list[Tensor]] | Tensor:
+    """The leaves that `tensor` is made of by linear steps, and the tensors in between, in the order of the run.
+
+    Where it is no such, the tensor at which the trace ends.
 
     Args:
         recorder: of the run.
-        tensor: made of `root` by linear steps, as far as its first factors and summands show.
-        root: the result of a projection.
+        tensor: a tensor.
+        is_leaf: tells where to stop.
     """
-    known: dict[int, Terms] = {id(root): [_entries(root)]}
-    steps: list[Step] = []
+    leaves: dict[int, Tensor] = {}
+    between: dict[int, Tensor] = {}
     waiting = [tensor]
     while waiting:
         current = waiting[-1]
-        step = recorder.fresh_step(current)
-        if id(current) not in known:
+        if id(current) in leaves or id(current) in between:
+            waiting.pop()
+        elif is_leaf(current):
+            leaves[id(waiting.pop())] = current
+        else:
+            step = recorder.fresh_step(current)
             if step is None or step.kind not in LINEAR or step.dtype not in FINE_DTYPES:
                 return current
-            needed = [part for part in _moving(recorder, step) if id(part) not in known]
-            if needed:
-                waiting.extend(needed)
-                continue
-            known[id(current)] = _run(step, known)
-            steps.append(step)
-        waiting.pop()
-    with_values = [step for step in steps if step.kind in ("scale", "combine")]
+            needed = [t for t in _moving(recorder, step) if id(t) not in leaves and id(t) not in between]
+            waiting += needed
+            if not needed:
+                between[id(waiting.pop())] = current
+    return [*leaves.values()], [*between.values()]
+
+
+def form_of(recorder: Recorder, tensor: Tensor, leaves: dict[int, Tensor], between: list[Tensor]) -> Form:
+    """`tensor` as linear forms.
+
+    Args:
+        recorder: of the run.
+        tensor: what is asked about.
+        leaves: by the id of each leaf, the numbers of its entries.
+        between: the tensors between the leaves and `tensor`, in the order of the run.
+    """
+    known: dict[int, Terms] = {
+        name: [(index, torch.ones(index.shape, dtype=torch.float64, device=index.device))]
+        for name, index in leaves.items()
+    }
+    steps: list[Step] = []
+    for current in between:
+        step = recorder.fresh_step(current)
+        assert step is not None  # leaves_of found it
+        known[id(current)] = _run(step, known)
+        steps.append(step)
+    with_values = [step for step in steps if step.kind in ("scale", "combine") and step.function is not set_entries]
     constants = [other for step in with_values for other in step.others if id(other) not in known]
     return Form(known[id(tensor)], steps, constants)
-
-
-def _entries(root: Tensor) -> Term:
-    index = torch.arange(root.numel(), device=root.device).view(root.shape)
-    return index, torch.ones(root.shape, dtype=torch.float64, device=root.device)
 
 
 def _moving(recorder: Recorder, step: Step) -> list[Tensor]:
     """What went into the step that was made of the projection."""
     if step.kind != "combine":
         return [step.source]
-    return [tensor for tensor, _ in step.versions if recorder.projected(tensor) is not None]
+    return [tensor for tensor, _ in step.versions if tensor.numel() and recorder.projected(tensor) is not None]
 
 
 def _run(step: Step, known: dict[int, Terms]) -> Terms:
@@ -97,6 +121,8 @@ def _run(step: Step, known: dict[int, Terms]) -> Terms:
         return _joined(step, known)
     if step.function in ops.ADD | ops.SUBTRACT:
         return _added(step, known)
+    if step.function is set_entries:
+        return _assigned(step, known)
     if step.function in ops.NEGATE:
         return [(index, -coefficient) for index, coefficient in terms]
     if step.function in ops.AS_COMPLEX:
@@ -118,6 +144,28 @@ def _added(step: Step, known: dict[int, Terms]) -> Terms:
     sign = -1 if step.function in ops.SUBTRACT else 1
     signed = [*known[id(first)], *((index, sign * coefficient) for index, coefficient in known[id(second)])]
     return [(index.expand(step.shape), coefficient.expand(step.shape)) for index, coefficient in signed]
+
+
+def _assigned(step: Step, known: dict[int, Terms]) -> Terms:
+    """Some entries replaced; what was there before, where it did not move, counts as zero."""
+    target, place, value = step.args
+    written = known[id(value)] if isinstance(value, Tensor) else []
+    before = known.get(id(target), [])
+    any_index = (before or written)[0][0].flatten()[:1]
+
+    def padded(terms: Terms, number: int, shape: torch.Size) -> Term:
+        if number < len(terms):
+            return terms[number]
+        return any_index.expand(shape), torch.zeros(shape, dtype=torch.float64, device=any_index.device)
+
+    result = []
+    for number in range(max(len(before), len(written))):
+        (old_index, old), (index, coefficient) = (
+            padded(before, number, step.shape),
+            padded(written, number, any_index.shape),
+        )
+        result.append((set_entries(old_index, place, index), set_entries(old, place, coefficient)))
+    return result
 
 
 def _joined(step: Step, known: dict[int, Terms]) -> Terms:

@@ -51,6 +51,7 @@ def multi_head_call(recorder: Recorder, given: dict[str, Any], result: Tensor) -
         logit_bias=bias,
         causal=causal,
         start=recorder.common_start([]),
+        time=recorder.now(),
     )
     b_o = given["out_proj_bias"]
     output = Output(
@@ -91,11 +92,13 @@ def _role(given: dict[str, Any], role: int) -> tuple[Tensor, Tensor | None]:
 def _part(given: dict[str, Any], role: int, source: Tensor) -> Part:
     """Queries (role 0), keys (1) or values (2)."""
     weight, bias = _role(given, role)
+    tokens = _batch_first(source)
     return Part(
-        tokens=_batch_first(source).clone(),
+        tokens=tokens.clone(),
         weight=_heads(given, weight).mT.clone(),
         bias=None if bias is None else bias.reshape(given["num_heads"], -1).clone(),
         source=source,
+        rows=torch.arange(tokens.shape[:-1].numel(), device=tokens.device).view(-1, tokens.shape[-2]),
     )
 
 

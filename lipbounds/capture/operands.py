@@ -28,12 +28,14 @@ class Part:
         norm: weights of the RMSNorm after the projection, shape `heads width`; its eps; what it may be over, as
             `Attention` has it (with one head, either).
         source: the model's own tensor that holds the tokens.
+        rows: the number of each token among those of the source; shape `batch n`.
     """
 
     tokens: Tensor
     weight: Tensor
     bias: Tensor | None
     source: Tensor
+    rows: Tensor
     rotation: Tensor | None = None
     norm: tuple[Tensor, float, frozenset[NormOver]] | None = None
 
@@ -46,7 +48,8 @@ class Operand:
         projection: the call that made them.
         rows: the number of the token that each row belongs to; shape `*lead n`.
         features: the number of the output feature that each column is; shape `*lead width`.
-        factor: what they were multiplied by after projection and norm: one number, or one a column.
+        factor: what they were multiplied by after projection and norm: one number, or one for each column; shape
+            `*lead width`.
         norm: what they were normalised by, and multiplied feature by feature, right after the projection.
         rotation: rotary positions; shape `*lead n 2 pairs`.
         order: the column of the call that each column here is, where they were sorted; shape `width`.
@@ -68,20 +71,31 @@ class Operand:
 
     def expand(self, lead: torch.Size) -> Operand:
         """Broadcast the leading dimensions to `lead` and flatten them."""
-        rows, features = (t.expand(*lead, t.shape[-1]).reshape(-1, t.shape[-1]) for t in (self.rows, self.features))
-        rotation = self.rotation
-        if rotation is not None:
-            rotation = rotation.expand(*lead, *rotation.shape[-3:]).reshape(-1, *rotation.shape[-3:])
-        return dc.replace(self, rows=rows, features=features, rotation=rotation)
+
+        def flat(table: Tensor, own: int) -> Tensor:
+            return table.expand(*lead, *table.shape[-own:]).reshape(-1, *table.shape[-own:])
+
+        factor = self.factor
+        return dc.replace(
+            self,
+            rows=flat(self.rows, 1),
+            features=flat(self.features, 1),
+            rotation=None if self.rotation is None else flat(self.rotation, 3),
+            factor=flat(factor, 1) if isinstance(factor, Tensor) and factor.dim() > 0 else factor,
+        )
 
     def take(self, lead: Tensor) -> Operand:
         """The entries of a flat leading dimension that the index tensor `lead` names."""
         rotation = None if self.rotation is None else self.rotation[lead]
-        return dc.replace(self, rows=self.rows[lead], features=self.features[lead], rotation=rotation)
+        factor = self.factor
+        factor = factor[lead] if isinstance(factor, Tensor) and factor.dim() > 0 else factor
+        return dc.replace(self, rows=self.rows[lead], features=self.features[lead], rotation=rotation, factor=factor)
 
     def times(self, gain: Tensor, read_from: Iterable[Tensor]) -> Operand:
-        """Multiplied by one more number, which was computed from the tensors `read_from`."""
-        return dc.replace(self, factor=self.factor * gain, constants=(*self.constants, *read_from))
+        """Multiplied by one more number for each leading index, which was read from the tensors `read_from`."""
+        factor = self.factor * (gain[:, None] if gain.dim() else gain)
+        factor = factor.expand(self.features.shape) if factor.dim() else factor
+        return dc.replace(self, factor=factor, constants=(*self.constants, *read_from))
 
     @property
     def lead(self) -> torch.Size:
@@ -142,16 +156,24 @@ def _part(recorder: Recorder, operand: Operand, layout: Layout) -> Part:
     rows, features = operand.rows[layout.cell[:, 0]], operand.features[layout.cell[0]]
     if bool((rows.sort(dim=-1).values.diff(dim=-1) == 0).any()):
         raise unsupported(recorder.module, "each token must be used once in a block, got one that is repeated")
-    found = operand.projection
+    found, factor = operand.projection, operand.factor
+    if isinstance(factor, Tensor) and factor.dim() > 0:
+        factor = factor[layout.cell]
+        if not bool((factor == factor[:1]).all()):
+            raise unsupported(
+                recorder.module, "a factor must be the same for all items of the batch, got different ones"
+            )
+        factor = factor[0]
     check_constant(recorder, found.tokens, "projection weights and rotary positions", operand.constants)
     # Indexing copies, so later in-place changes of the model's tensors do not reach the block.
     tokens = found.rows(found.tokens)[rows].view(*layout.batch_shape, rows.shape[-1], -1)
-    norm = None if operand.norm is None else _norm(recorder, operand.norm, features, operand.factor, tokens.dtype)
-    factor = operand.factor if norm is None else 1.0
-    weight = found.weight[:, features].movedim(0, 1) * factor
+    norm = None if operand.norm is None else _norm(recorder, operand.norm, features, factor, tokens.dtype)
+    factor = factor if norm is None else 1.0
+    weight = found.weight[:, features].movedim(0, 1)
+    weight = weight * (factor[:, None] if isinstance(factor, Tensor) and factor.dim() > 0 else factor)
     bias = None if found.bias is None else found.bias[features] * factor
     rotation = None if operand.rotation is None else _rotation(recorder, operand.rotation, layout)
-    return Part(tokens=tokens, weight=weight, bias=bias, source=found.tokens, rotation=rotation, norm=norm)
+    return Part(tokens=tokens, weight=weight, bias=bias, source=found.tokens, rows=rows, rotation=rotation, norm=norm)
 
 
 def _norm(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -41,6 +42,13 @@ RMS_NORM: Functions = frozenset({F.rms_norm})
 SQUARE: Functions = _named("pow", "square", "__pow__")
 MEAN: Functions = _named("mean")
 INVERSE_ROOT: Functions = _named("rsqrt")
+ROOT: Functions = _named("sqrt")
+RECIPROCAL: Functions = _named("reciprocal", "__rdiv__", "__rtruediv__")
+
+# What changes a row of logits by one number leaves its softmax alone.
+ROW_MAXIMUM: Functions = _named("amax", "max")
+SUM: Functions = _named("sum")
+EXP: Functions = _named("exp")
 
 MULTIPLY: Functions = _named("mul", "multiply", "__mul__", "__rmul__")
 DIVIDE: Functions = _named("div", "divide", "true_divide", "__truediv__")
@@ -54,13 +62,23 @@ COMBINE: Functions = MULTIPLY | DIVIDE | ADD | SUBTRACT | NEGATE | JOIN | STACK 
 FOLLOWED: Functions = REINDEX | COPY | CAST | DROPOUT | COMBINE
 FILL: Functions = _named("masked_fill", "where")
 SOFTMAX: Functions = _named("softmax") | {F.softmax, torch.special.softmax}
+LOG_SOFTMAX: Functions = _named("log_softmax") | {F.log_softmax, torch.special.log_softmax}
 
 LINEAR: Functions = frozenset({F.linear})
 ADDMM: Functions = _named("addmm")
 CONVOLUTION: Functions = frozenset({F.conv1d, F.conv2d, F.conv3d})
 PRODUCT: Functions = _named("matmul", "mm", "bmm", "__matmul__")
-# Products that are not followed: meeting an attention map in one means that an attention would be missed.
-OTHER_PRODUCT: Functions = _named("einsum", "tensordot", "inner", "baddbmm", "addbmm", "mv", "dot")
+EINSUM: Functions = _named("einsum")
+# Products of two tensors; a softmax over one of two activations is an attention map, whoever wrote it.
+ANY_PRODUCT: Functions = (
+    PRODUCT
+    | EINSUM
+    | LINEAR
+    | ADDMM
+    | CONVOLUTION
+    | _named("tensordot", "inner", "baddbmm", "addbmm", "mv", "dot", "cdist", "chain_matmul", "bilinear", "outer")
+    | {F.bilinear, F.cosine_similarity, F.pairwise_distance, torch.linalg.multi_dot}
+)
 PROJECTION: Functions = LINEAR | ADDMM | CONVOLUTION | PRODUCT
 
 FUSED_ATTENTION: Functions = frozenset({F.scaled_dot_product_attention})
@@ -70,6 +88,21 @@ MULTI_HEAD_ATTENTION: Functions = frozenset({F.multi_head_attention_forward})
 QUESTION: Functions = _named("size", "dim", "numel", "is_floating_point", "is_complex") | frozenset(
     getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_nested", "requires_grad")
 )
+# Two calls with the same arguments give different results.
+RANDOM = frozenset(
+    {"rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "bernoulli"}
+    | {"multinomial", "poisson", "dropout", "alpha_dropout", "feature_dropout", "rrelu", "gumbel_softmax", "empty"}
+    | {"empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided"}
+)
+
+# The value of a tensor goes where no mode can see it.
+LEAVE: Functions = _named("item", "tolist", "numpy", "equal", "allclose", "is_nonzero") | _named(
+    "__float__", "__int__", "__index__", "__complex__", "__array__", "__dlpack__"
+)
+DECIDE: Functions = _named("__bool__", "equal", "allclose", "is_nonzero")
+# They make a tensor of numbers that torch did not compute.
+FROM_NUMBERS: Functions = _named("tensor", "as_tensor", "asarray", "full", "scalar_tensor", "frombuffer")
+
 # They take the shape, dtype or device of the second tensor, not its values.
 FIRST_ONLY: Functions = CAST | _named("view_as", "reshape_as", "expand_as")
 # They take the shape and dtype of a tensor, not its values.
@@ -77,3 +110,23 @@ LIKE: Functions = _named(
     *("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"),
     *("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"),
 )
+
+
+@cache
+def canonical(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as it is named in the sets above, where it was called as an operator of `torch.ops.aten`."""
+    if not isinstance(function, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        return function
+    packet = function.overloadpacket if isinstance(function, torch._ops.OpOverload) else function
+    space, _, name = packet._qualified_op_name.partition("::")
+    places = (F, torch, torch.Tensor) if space == "aten" else ()
+    found = (getattr(place, name, None) for place in places)
+    return next(filter(callable, found), function)
+
+
+# What an in-place method computes, before it is written over its first argument.
+IN_PLACE: dict[Callable[..., Any], Callable[..., Any]] = {
+    getattr(torch.Tensor, name): getattr(torch.Tensor, name[:-1])
+    for name in dir(torch.Tensor)
+    if name.endswith("_") and not name.startswith("_") and callable(getattr(torch.Tensor, name[:-1], None))
+}

@@ -37,32 +37,12 @@ class Projection:
         """A tensor of the shape of tokens or result as a matrix with one row a token."""
         return tensor.movedim(self.feature_dim, -1).reshape(-1, tensor.shape[self.feature_dim])
 
-    def row_index(self) -> Tensor:
-        """For each entry of the result, the number of its token."""
-        return self._table(rows=True)
-
-    def feature_index(self) -> Tensor:
-        """For each entry of the result, the number of its feature."""
-        return self._table(rows=False)
-
-    def _table(self, rows: bool) -> Tensor:
-        features = self.shape[self.feature_dim]
-        index = torch.arange(self.shape.numel(), device=self.tokens.device)
+    def entry_index(self) -> Tensor:
+        """For each entry of the result, the number of its token times that of all features, plus its feature."""
         lead = list(self.shape)
         del lead[self.feature_dim]
-        index = index // features if rows else index % features
-        return index.view(*lead, features).movedim(-1, self.feature_dim).contiguous()
-
-
-def projection_of(recorder: Recorder, tensor: Tensor) -> Projection | None:
-    """The projection that made `tensor`; None if another function did."""
-    step = recorder.fresh_step(tensor)
-    if step is None:
-        return None
-    if step.kind == "shift" and step.function in ops.ADD:
-        return _with_bias(projection_of(recorder, step.source), step.others)
-    found = projection(step.function, step.args, step.kwargs, step.shape) if step.kind == "call" else None
-    return None if found is None else _unflattened(recorder, found)
+        index = torch.arange(self.shape.numel(), device=self.tokens.device)
+        return index.view(*lead, self.shape[self.feature_dim]).movedim(-1, self.feature_dim)
 
 
 def projection(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], shape: torch.Size) -> Projection | None:
@@ -81,7 +61,8 @@ def projection(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], sha
     elif function in ops.CONVOLUTION:
         feature_dim = 1
         tokens, weight, bias = _bind(("input", "weight", "bias"), args, kwargs)
-        matrix = _pointwise(tokens, weight, shape)
+        groups = _bind(("", "", "", "", "", "", "groups"), args, kwargs)[-1]
+        matrix = _pointwise(tokens, weight, shape, 1 if groups is None else groups)
     else:
         return None
     if matrix is None:
@@ -98,27 +79,23 @@ def product_operands(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Ten
     return left, right
 
 
-def _pointwise(tokens: Tensor, weight: Tensor, shape: torch.Size) -> Tensor | None:
-    """The matrix of a convolution whose window is one position; None for a wider window or one of grouped channels."""
+def _pointwise(tokens: Tensor, weight: Tensor, shape: torch.Size, groups: int) -> Tensor | None:
+    """The matrix of a convolution whose window is one position; None for a wider window."""
     same_places = tokens.dim() == weight.dim() and tokens.shape[2:] == shape[2:]
-    one_position = weight.shape[1:] == (tokens.shape[1], *[1] * (weight.dim() - 2))
-    return weight.flatten(1).mT if same_places and one_position else None
-
-
-def _with_bias(base: Projection | None, others: list[Tensor]) -> Projection | None:
-    if base is None or base.bias is not None or len(others) != 1 or others[0].shape != base.weight.shape[1:]:
+    one_position = weight.shape[1:] == (tokens.shape[1] // groups, *[1] * (weight.dim() - 2))
+    if not (same_places and one_position):
         return None
-    return dc.replace(base, bias=others[0], constants=(*base.constants, others[0]))
+    return torch.block_diag(*weight.flatten(1).chunk(groups)).mT if groups > 1 else weight.flatten(1).mT
 
 
-def _unflattened(recorder: Recorder, found: Projection) -> Projection:
+def unflattened(recorder: Recorder, found: Projection) -> Projection:
     """The projection with the batch dimensions that the model folded into one before it, as `addmm` needs."""
     whole, chain = recorder.walk(found.tokens, ("reindex",))
     if not chain or found.tokens.dim() != 2 or whole.shape[-1:] != found.tokens.shape[-1:]:
         return found
     numbers = torch.arange(whole.numel(), device=whole.device)
     folded = reindex(chain, numbers.view(whole.shape))
-    if not torch.equal(folded.flatten(), numbers):
+    if not torch.equal(folded.flatten(), numbers) or not recorder.has_values(whole):
         return found
     return dc.replace(found, tokens=whole)
 

@@ -2,9 +2,9 @@
 
     x.pow(2) -> .mean(-1, keepdim=True) -> + eps -> rsqrt -> times x [-> times a weight of one dimension]
 
-or `F.rms_norm`. The first four are steps of the kind `statistic`, the products of the kind `normalise`. From what was
-normalised on, the steps are followed as though it had been projected; from the projection to the norm, entries may only
-be moved.
+(the square also as x * x, the inverse root also as a root that x is divided by) or `F.rms_norm`. The first four are
+steps of the kind `statistic`, the products of the kind `normalise`. From what was normalised on, the steps are followed
+as though it had been projected; from the projection to the norm, entries may only be moved.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 FreshStep = Callable[[Tensor], "Step | None"]
 Refuse = Callable[[str], NoReturn]
-STATISTICS = (ops.SQUARE, ops.MEAN, ops.ADD, ops.INVERSE_ROOT)  # in this order
 
 
 @dc.dataclass(frozen=True, eq=False, slots=True, kw_only=True)
@@ -69,43 +68,70 @@ def norm_kind(
         projected: the result of a projection that a tensor was made of by linear steps, or None.
     """
     first = tensors[0]
-    if function in ops.SQUARE and _is_square(args, kwargs) and projected(first) is not None:
+    if _is_square(function, args, kwargs, tensors) and projected(first) is not None:
         return "statistic", first
-    if function in ops.MEAN | ops.ADD | ops.INVERSE_ROOT and len(tensors) == 1:
+    if function in ops.MEAN | ops.ADD | ops.INVERSE_ROOT | ops.ROOT | ops.SQUARE | ops.RECIPROCAL and len(tensors) == 1:
         made = fresh_step(first)
         return ("statistic", first) if made is not None and made.kind == "statistic" else (None, None)
     if function in ops.RMS_NORM and projected(first) is not None:
         return "normalise", first
-    if function in ops.MULTIPLY and len(tensors) == 2:
-        for source, other in (tensors, tensors[::-1]):
-            if _normalises(source, other, fresh_step) or _weighs(source, other, fresh_step):
+    if function in ops.MULTIPLY | ops.DIVIDE and len(tensors) == 2:
+        divides = function in ops.DIVIDE
+        for source, other in (tensors,) if divides else (tensors, tensors[::-1]):
+            weighs = not divides and _weighs(source, other, fresh_step)
+            if weighs or _normalises(source, other, divides, fresh_step):
                 return "normalise", source
     return None, None
 
 
-def _is_square(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """`square(x)` or `pow(x, 2)`."""
+def _is_square(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]
+) -> bool:
+    """`square(x)`, `pow(x, 2)` or `x * x`."""
+    if function in ops.MULTIPLY:
+        return len(tensors) == 2 and tensors[0] is tensors[1]
+    return function in ops.SQUARE and len(tensors) == 1 and _exponent(args, kwargs) == 2
+
+
+def _exponent(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
     exponent = args[1] if len(args) > 1 else kwargs.get("exponent", 2)
-    return isinstance(exponent, Real) and exponent == 2
+    return float(exponent) if isinstance(exponent, Real) else None
 
 
-def _normalises(source: Tensor, other: Tensor, fresh_step: FreshStep) -> bool:
-    """Whether `other` is 1 / sqrt(mean of the squares of `source` + eps), each row its own."""
-    statistics = _statistics(other, fresh_step)
+def _normalises(source: Tensor, other: Tensor, divides: bool, fresh_step: FreshStep) -> bool:
+    """Whether `other` is 1 / sqrt(mean of the squares of `source` + eps), or the root itself if it divides."""
+    statistics = _statistics(other, divides, fresh_step)
     return bool(statistics) and statistics[0].source is source
 
 
-def _statistics(tensor: Tensor, fresh_step: FreshStep) -> list[Step]:
-    """The four steps that made an inverse root mean square; none if `tensor` is no such."""
+def _statistics(tensor: Tensor, divides: bool, fresh_step: FreshStep) -> list[Step]:
+    """The steps that made a root mean square, the inverse unless it divides; none if `tensor` is no such."""
     chain: list[Step] = []
     step = fresh_step(tensor)
     while step is not None and step.kind == "statistic":
         chain.insert(0, step)
         step = fresh_step(step.source)
-    in_order = len(chain) == len(STATISTICS) and all(
-        step.function in functions for step, functions in zip(chain, STATISTICS, strict=True)
-    )
+    if len(chain) < 4 or chain[1].function not in ops.MEAN or chain[2].function not in ops.ADD:
+        return []
+    powers = [_power(step) for step in chain[3:]]
+    total = 1.0
+    for power in powers:
+        total *= power or 0.0
+    square = _is_square(chain[0].function, chain[0].args, chain[0].kwargs, [t for t, _ in chain[0].versions])
+    in_order = square and total == (0.5 if divides else -0.5)
     return chain if in_order and _over_last(chain[1]) and _added(chain[2]) is not None else []
+
+
+def _power(step: Step) -> float | None:
+    """The exponent that a step raises to; None for another step."""
+    if step.function in ops.INVERSE_ROOT:
+        return -0.5
+    if step.function in ops.ROOT:
+        return 0.5
+    if step.function in ops.SQUARE:
+        return _exponent(step.args, step.kwargs)
+    numbers = [value for value in step.args if isinstance(value, Real)]
+    return -1.0 if step.function in ops.RECIPROCAL and all(number == 1 for number in numbers) else None
 
 
 def _over_last(mean: Step) -> bool:
@@ -214,7 +240,7 @@ def _weights_and_eps(step: Step, fresh_step: FreshStep, refuse: Refuse) -> tuple
         eps = torch.finfo(step.source.dtype).eps if eps is None else float(eps)
         return [] if given.get("weight") is None else [given["weight"]], eps
     (other,) = step.others
-    statistics = _statistics(other, fresh_step)
+    statistics = _statistics(other, step.function in ops.DIVIDE, fresh_step)
     if not statistics and other.dim() != 1:
         refuse("their mean square must not be changed in place")
     return ([], _added(statistics[2])) if statistics else ([other], None)

@@ -5,27 +5,44 @@ from __future__ import annotations
 import dataclasses as dc
 from collections.abc import Callable, Iterable
 from numbers import Real
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from lipbounds.capture import operations as ops
+from lipbounds.capture.decompositions import set_entries
 from lipbounds.capture.qk_norm import norm_kind
 from lipbounds.errors import InvalidInput
 
 
+if TYPE_CHECKING:
+    from lipbounds.capture.recorder import Recorder
+
 # reindex: moves entries around; same: copies; cast: changes the dtype; scale: times one number; shift: plus a tensor;
-# fill: overwrites some entries; combine: linear in what was made of one projection; dropout: with a positive
-# probability; statistic, normalise: steps of QK-norm (lipbounds.capture.qk_norm); call: not followed, only looked at.
+# weigh: times a constant tensor; level: minus the maximum of each row; fill: overwrites some entries; combine: affine
+# in what was made of projections of the same tokens; dropout: with a positive probability; statistic, normalise: steps
+# of QK-norm (lipbounds.capture.qk_norm); call: not followed, only looked at.
 Kind = Literal[
-    "reindex", "same", "cast", "scale", "shift", "fill", "combine", "dropout", "statistic", "normalise", "call"
+    "reindex",
+    "same",
+    "cast",
+    "scale",
+    "weigh",
+    "shift",
+    "level",
+    "fill",
+    "combine",
+    "dropout",
+    "statistic",
+    "normalise",
+    "call",
 ]
 Kinds = tuple[Kind, ...]
 MOVES: Kinds = ("reindex", "same", "dropout")
 MOVES_AND_SCALES: Kinds = (*MOVES, "scale")
 MOVES_AND_CASTS: Kinds = (*MOVES, "cast")
-AFFINE: Kinds = (*MOVES_AND_SCALES, "cast", "shift", "fill")
+AFFINE: Kinds = (*MOVES_AND_SCALES, "cast", "weigh", "shift", "level", "fill")
 LINEAR: Kinds = (*MOVES_AND_SCALES, "cast", "combine")
 
 
@@ -56,6 +73,38 @@ class Step:
         other = other.reshape(()) if isinstance(other, Tensor) else float(other)
         return 1 / other if self.function in ops.DIVIDE else other
 
+    @property
+    def tokens(self) -> Tensor:
+        """What a projection projects."""
+        if self.function in ops.ADDMM:
+            return self.args[1] if len(self.args) > 1 else self.kwargs["mat1"]
+        return self.source
+
+    def with_past(self, past: dict[int, Tensor], old: int, moves: Callable[[Tensor], bool]) -> Step:
+        """The same step with stand-ins for tensors that changed since.
+
+        Args:
+            past: the stand-ins by the ids of the tensors.
+            old: the version of all of them that the stand-ins stand for.
+            moves: tells which tensors of a step of kind `combine` are followed; the values of the others are needed.
+        """
+        followed = [t for t, _ in self.versions if t is self.source or (self.kind == "combine" and moves(t))]
+        ids = {id(tensor) for tensor in followed if id(tensor) in past}
+        stand_in = {id(tensor) for tensor, seen in self.versions if id(tensor) in ids and seen == old}
+        if not stand_in:
+            return self
+
+        def put(item: Any) -> Any:
+            if isinstance(item, Tensor):
+                return past[id(item)] if id(item) in stand_in else item
+            if isinstance(item, tuple | list) and not isinstance(item, torch.Size):
+                return type(item)(map(put, item))
+            return {key: put(part) for key, part in item.items()} if isinstance(item, dict) else item
+
+        versions = tuple((past[id(t)], 0) if id(t) in stand_in else (t, seen) for t, seen in self.versions)
+        source = put(self.source)
+        return dc.replace(self, args=put(self.args), kwargs=put(self.kwargs), source=source, versions=versions)
+
     def again(self, value: Tensor) -> Tensor:
         """The result of the same call with `value` in place of the source."""
         if self.kind in ("same", "dropout"):
@@ -81,9 +130,7 @@ def classify(
     kwargs: dict[str, Any],
     output: Tensor,
     pick: int | None,
-    is_score: Callable[[Tensor], bool],
-    projected: Callable[[Tensor], Tensor | None],
-    fresh_step: Callable[[Tensor], Step | None],
+    recorder: Recorder,
 ) -> Step | None:
     """The call as a step; None if it does nothing that capture can follow.
 
@@ -93,18 +140,16 @@ def classify(
         kwargs: its keyword arguments.
         output: the result, or one of several.
         pick: which of several results `output` is.
-        is_score: tells whether a tensor is made of attention scores; sums with constants are followed for those only.
-        projected: the result of a projection that a tensor was made of by linear steps, or None.
-        fresh_step: the step that made a tensor.
+        recorder: of the run; tells what tensors were made of.
     """
     tensors = tensors_in(args, kwargs)
     if not tensors:
         return None
-    kind, source = norm_kind(function, args, kwargs, tensors, fresh_step, projected)
+    kind, source = norm_kind(function, args, kwargs, tensors, recorder.fresh_step, recorder.projected)
     if kind is None:
-        kind, source = _kind(function, args, kwargs, tensors, output, is_score)
-    if kind is None and function in ops.COMBINE:
-        kind, source = _combined(function, kwargs, tensors, projected)
+        kind, source = _kind(function, args, kwargs, tensors, output, recorder)
+    if kind is None and function in ops.COMBINE | {set_entries}:
+        kind, source = _combined(function, kwargs, tensors, recorder)
     if kind is None or source is None:
         return None
     versions = tuple((tensor, version(tensor)) for tensor in tensors)
@@ -117,7 +162,7 @@ def _kind(
     kwargs: dict[str, Any],
     tensors: list[Tensor],
     output: Tensor,
-    is_score: Callable[[Tensor], bool],
+    recorder: Recorder,
 ) -> tuple[Kind | None, Tensor | None]:
     first = tensors[0]
     if function in ops.REINDEX:
@@ -132,14 +177,46 @@ def _kind(
         return "dropout" if _drops(args, kwargs) else "same", first
     if function in ops.MULTIPLY | ops.DIVIDE:
         source = _scaled(function, args, kwargs, output)
-        return ("scale", source) if source is not None else (None, None)
-    if function in ops.ADD | ops.SUBTRACT | ops.FILL:
-        # In a difference only the first tensor keeps its sign; `alpha` would scale the second.
-        sides = tensors[:1] if function in ops.SUBTRACT else tensors
-        scores = [t for t in sides if t.shape == output.shape and is_score(t)] if "alpha" not in kwargs else []
-        kind: Kind = "fill" if function in ops.FILL else "shift"
-        return (kind, scores[0]) if len(scores) == 1 else (None, None)
-    return ("call", first) if function in ops.PROJECTION | ops.SOFTMAX else (None, None)
+        return ("scale", source) if source is not None else _weighed(function, args, kwargs, output, recorder)
+    if function in ops.ADD | ops.SUBTRACT | ops.FILL | {set_entries}:
+        return _shifted(function, kwargs, tensors, output, recorder)
+    if function in ops.ROW_MAXIMUM | ops.EXP and output.dtype.is_floating_point and recorder.is_score(first):
+        return "call", first
+    if function in ops.SUM:
+        step = recorder.fresh_step(first)
+        return ("call", first) if step is not None and step.function in ops.EXP else (None, None)
+    return ("call", first) if function in ops.PROJECTION | ops.SOFTMAX | ops.LOG_SOFTMAX else (None, None)
+
+
+def _shifted(
+    function: Callable[..., Any], kwargs: dict[str, Any], tensors: list[Tensor], output: Tensor, recorder: Recorder
+) -> tuple[Kind | None, Tensor | None]:
+    """Attention scores plus a tensor, minus their own maxima, or overwritten in part."""
+    # In a difference only the first tensor keeps its sign; `alpha` would scale the second.
+    sides = tensors[:1] if function in ops.SUBTRACT | {set_entries} else tensors
+    scores = [t for t in sides if t.shape == output.shape and recorder.is_score(t)] if "alpha" not in kwargs else []
+    if len(scores) != 1:
+        return None, None
+    if function in ops.SUBTRACT and len(tensors) == 2:
+        maximum = recorder.fresh_step(recorder.walk(tensors[1], MOVES)[0])
+        own = None if maximum is None or maximum.function not in ops.ROW_MAXIMUM else maximum.source
+        if own is not None and recorder.walk(own, MOVES)[0] is recorder.walk(scores[0], MOVES)[0]:
+            return "level", scores[0]
+    return "fill" if function in ops.FILL | {set_entries} else "shift", scores[0]
+
+
+def _weighed(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor, recorder: Recorder
+) -> tuple[Kind | None, Tensor | None]:
+    """Attention scores times a constant tensor."""
+    operands = [*args, *kwargs.values()]
+    if len(operands) != 2 or not all(isinstance(operand, Tensor) for operand in operands):
+        return None, None
+    for source, other in (operands, operands[::-1]):
+        follows = source.shape == output.shape and recorder.is_score(source) and not recorder.is_score(other)
+        if follows and not (function in ops.DIVIDE and source is operands[1]):
+            return "weigh", source
+    return None, None
 
 
 def _drops(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -165,27 +242,45 @@ def _scaled(
 
 
 def _combined(
-    function: Callable[..., Any],
-    kwargs: dict[str, Any],
-    tensors: list[Tensor],
-    projected: Callable[[Tensor], Tensor | None],
+    function: Callable[..., Any], kwargs: dict[str, Any], tensors: list[Tensor], recorder: Recorder
 ) -> tuple[Kind | None, Tensor | None]:
-    """A call that is linear in tensors made of one projection.
+    """A call that is linear in tensors made of projections of the same tokens, or of attention outputs.
 
-    A sum is followed only if all of it was made of the same one: to follow residual connections would keep the whole
-    run in memory.
+    A sum is followed only if all of it was made of the same tokens, or the rest is constant: to follow residual
+    connections would keep the whole run in memory.
     """
     filled = [tensor for tensor in tensors if tensor.numel() > 0]
-    roots = [projected(tensor) for tensor in filled]
-    moving = [tensor for tensor, root in zip(filled, roots, strict=True) if root is not None]
+    if function is set_entries:
+        filled = [tensor for tensor in (tensors[0], tensors[-1]) if tensor.dtype.is_floating_point]
+    roots = [recorder.projected(tensor) for tensor in filled]
+    moving = [(tensor, root) for tensor, root in zip(filled, roots, strict=True) if root is not None]
     if not moving or "alpha" in kwargs or "rounding_mode" in kwargs:
         return None, None
+    first = moving[0][0]
+    constant = all(recorder.is_constant(t) for t, root in zip(filled, roots, strict=True) if root is None)
     if function in ops.MULTIPLY | ops.DIVIDE:
-        fits = len(filled) == 2 and len(moving) == 1 and (function in ops.MULTIPLY or moving[0] is filled[0])
+        fits = len(filled) == 2 and len(moving) == 1 and (function in ops.MULTIPLY or first is filled[0])
+        fits = fits and (constant or recorder.attended(first) is None)  # a gate is more than a projection
+    elif function in ops.ADD | ops.SUBTRACT:
+        fits = len(filled) == 2 and constant and _same_origin([root for _, root in moving], recorder)
     else:
-        two = len(filled) == 2 or function not in ops.ADD | ops.SUBTRACT
-        fits = two and all(root is roots[0] for root in roots)
-    return ("combine", moving[0]) if fits else (None, None)
+        whole = len(moving) == len(filled) or (function is set_entries and is_blank(tensors[0], recorder))
+        fits = whole and _same_origin([root for _, root in moving], recorder)
+    return ("combine", first) if fits else (None, None)
+
+
+def is_blank(tensor: Tensor, recorder: Recorder) -> bool:
+    """Whether `tensor` was made to be written over: empty, or of zeros."""
+    record = recorder.record(tensor)
+    name = "" if record is None else getattr(record.function, "__name__", "")
+    return "empty" in name or "zeros" in name
+
+
+def _same_origin(roots: list[Tensor], recorder: Recorder) -> bool:
+    if all(root is roots[0] for root in roots):
+        return True
+    common = set.intersection(*map(recorder.projected_from, roots))
+    return bool(common)
 
 
 def replay(chain: Iterable[Step], value: Tensor) -> Tensor:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterable
-from typing import Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.overrides import resolve_name
 
 from lipbounds.capture import operations as ops
-from lipbounds.capture.recorded_calls import Step
-from lipbounds.capture.recorder import Recorder
 from lipbounds.errors import InvalidInput, Unsupported
 
+
+if TYPE_CHECKING:
+    from lipbounds.capture.recorded_calls import Step
+    from lipbounds.capture.recorder import Recorder
 
 QK_NORM = "the one normalisation of queries and keys (QK-norm) that is part of Attention is RMSNorm"
 
@@ -38,7 +42,7 @@ def unfollowed_in_words(recorder: Recorder, tensor: Tensor) -> str:
         if origin is None or origin.function is None or origin.function in ops.PROJECTION:
             continue
         if origin.function not in ops.FOLLOWED:
-            met[origin.function] = None
+            met[origin.written or origin.function] = None
             continue
         fresh = [parent for parent in origin.parents if parent not in seen]
         seen.update(fresh)
@@ -54,12 +58,32 @@ def origin_in_words(recorder: Recorder, tensor: Tensor) -> str:
         return "a tensor that no recorded function made"
     name = function_name(record.function)
     modified = record.step is not None and recorder.fresh_step(tensor) is None
-    return f"the result of {name}, modified in place," if modified else name
+    if not modified:
+        return name
+    by = recorder.changed_by(tensor)
+    return f"the result of {name}, modified in place{'' if by is None else f' by {function_name(by)}'},"
 
 
 def function_name(function: object) -> str:
     """The dotted name of a torch function."""
     return resolve_name(function) or getattr(function, "__name__", repr(function))
+
+
+def transform_error(module: str, trace: TracebackType | None = None) -> Unsupported:
+    """The error for attention inside `torch.func.vmap` or `flex_attention`, where tensors are not the model's own.
+
+    Args:
+        module: that was running.
+        trace: of the exception that came out of it, if one did.
+    """
+    frames = [frame for frame, _ in traceback.walk_stack(None)] + [frame for frame, _ in traceback.walk_tb(trace)]
+    names = [str(frame.f_globals.get("__name__", "")) for frame in frames]
+    if any(name.startswith("torch.nn.attention.flex_attention") for name in names):
+        return unsupported(
+            module, "flex_attention is not followed; use scaled_dot_product_attention with the mask or bias as a tensor"
+        )
+    what = "torch.compile is" if trace is not None else "torch.func.vmap, and other transforms of torch.func, are"
+    return unsupported(module, f"{what} not followed; run plain torch, with the batch dimension written out")
 
 
 def check_dropout(module: str, chain: Iterable[Step]) -> None:

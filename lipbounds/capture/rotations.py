@@ -32,7 +32,7 @@ class Turned:
 
     Args:
         features: the number of the output feature that each sorted column is, before it is turned; `*lead width`.
-        gain: what each sorted column is multiplied by; `width`.
+        gain: what each sorted column is multiplied by; `*lead width`.
         rotation: cosines and sines; `*lead n 2 pairs`, None if nothing is turned.
         order: the column of the call that each sorted column is; `width`.
     """
@@ -65,17 +65,17 @@ def turned(features: Tensor, coefficients: Tensor, eps: float, refuse: Callable[
     a = torch.where(a_is_low, low[..., first], high[..., first])
     b = torch.where(a_is_low, high[..., first], low[..., first])
     size = (cos.square() + sin.square()).sqrt()
-    gain = size.flatten(0, -2)[0]
+    gain = size[..., :1, :]
     gain = torch.where((gain.square() - 1).abs() <= UNIT_GAIN, torch.ones_like(gain), gain)
     cos, sin = cos / gain, sin / gain
     if not bool(((cos.square() + sin.square() - 1).abs() <= 2 * UNIT_GAIN).all()):
         refuse("each pair of features must be multiplied by the same number for all tokens")
     straight = at_low[..., rest]
-    if not bool((straight == straight.flatten(0, -2)[0]).all()):
+    if not bool((straight == straight[..., :1, :]).all()):
         refuse("each feature must be multiplied by the same number for all tokens")
     return Turned(
         features=torch.cat([a, b, low[..., rest]], -1),
-        gain=torch.cat([gain, gain, straight.flatten(0, -2)[0]]),
+        gain=torch.cat([gain, gain, straight[..., :1, :]], -1).squeeze(-2),
         rotation=torch.stack([cos, sin], -2) if len(first) else None,
         order=torch.cat([first, second, rest]),
     )

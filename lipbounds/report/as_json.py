@@ -16,6 +16,7 @@ from lipbounds.report.schema import (
     LayerReport,
     ModelReport,
     Number,
+    SkippedReport,
     least,
     ratio,
     shown,
@@ -67,7 +68,7 @@ def from_json(text: str) -> ModelReport:
 def _input(run: InputReport) -> dict[str, Any]:
     heads = [{"layer": position, "head": head} for position, head in fragile_heads(run)]
     return {
-        **_fields(run, layers=[*map(_layer, run.layers)]),
+        **_fields(run, layers=[*map(_layer, run.layers)], skipped=[*map(_fields, run.skipped)]),
         "summary": summary(run),
         "fragile_heads": heads,
     }
@@ -125,7 +126,7 @@ def _finite(value: Any) -> Any:
 
 def _read(kind: Callable[..., Any], content: dict[str, Any]) -> Any:
     """A dataclass from its fields, whatever else is there."""
-    parts = {"inputs": InputReport, "layers": LayerReport, "heads": HeadReport}
+    parts = {"inputs": InputReport, "layers": LayerReport, "heads": HeadReport, "skipped": SkippedReport}
     parts |= {name: Number for name in ("proved", "constant", "lower", "balls", "tokens")}
     values: dict[str, Any] = {}
     for field in dc.fields(kind):  # pyright: ignore[reportArgumentType]  # every part is a dataclass

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from lipbounds import __version__
-from lipbounds.capture import CapturedAttention, capture
+from lipbounds.capture import Captured, CapturedAttention, capture
 from lipbounds.cluster import Cluster
-from lipbounds.errors import InvalidInput
+from lipbounds.errors import InvalidInput, Unsupported
 from lipbounds.report.evaluation import plan, stages
 from lipbounds.report.jobs import Progress, run_jobs
 from lipbounds.report.layer import LayerWork
 from lipbounds.report.maps import without_most_maps
-from lipbounds.report.schema import InputReport, ModelReport
+from lipbounds.report.schema import InputReport, ModelReport, SkippedReport
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ def measure(
 
     Raises:
         InvalidInput: an argument breaks a rule above.
-        Unsupported: no attention is found, or one that `capture` cannot express.
+        Unsupported: no attention is found that `capture` can express; what it cannot is left out, and listed.
         ClusterError: the cluster cannot run the jobs.
     """
     wanted = plan(bounds=bounds, radii=radii, delta=delta, seed=seed)
@@ -81,18 +81,27 @@ def measure(
         raise InvalidInput(f"max_seconds must be above 0, got {max_seconds=}; leave it out for no limit.")
     runs = _runs(inputs)
     tell = progress or (lambda what, share: None)
-    work = []
+    work: list[list[LayerWork]] = []
+    left_out: list[Captured] = []
     for number, run in enumerate(runs):
         tell("running the model", 0.02 * number / len(runs))
         with torch.no_grad():
-            found = capture(model, *run.args, **run.kwargs)
+            found = capture(model, *run.args, on_unsupported="skip", **run.kwargs)
         work.append([LayerWork(one, run.labels) for one in _chosen(found, layers)])
+        left_out.append(found)
     order = stages(wanted)
     jobs = [(one, stage) for stage in order for blocks in work for one in blocks]
     run_jobs(jobs, wanted, cluster, max_seconds, lambda what, share: tell(what, 0.02 + 0.98 * share))
     measured = tuple(
-        InputReport(name=run.name, layers=tuple(part for one in blocks for part in one.reports(order)))
-        for run, blocks in zip(runs, work, strict=True)
+        InputReport(
+            name=run.name,
+            layers=tuple(part for one in blocks for part in one.reports(order)),
+            skipped=tuple(
+                SkippedReport(layer=one.index, module=one.module, reason=one.reason) for one in found.skipped
+            ),
+            warnings=found.warnings,
+        )
+        for run, blocks, found in zip(runs, work, left_out, strict=True)
     )
     parameter = next(iter(model.parameters()), torch.zeros((), dtype=torch.get_default_dtype(), device="cpu"))
     return ModelReport(
@@ -119,8 +128,15 @@ def _runs(inputs: Sequence[ModelInput] | Tensor) -> list[ModelInput]:
     return list(inputs)
 
 
-def _chosen(found: list[CapturedAttention], layers: Sequence[int]) -> list[CapturedAttention]:
-    missing = sorted(set(layers) - {one.index for one in found})
+def _chosen(found: Captured, layers: Sequence[int]) -> list[CapturedAttention]:
+    if not found:
+        more = f" ({len(found.skipped) - 1} others: see lipbounds.capture)" if len(found.skipped) > 1 else ""
+        raise Unsupported(f"{found.skipped[0].reason}{more}")
+    indices = {one.index for one in found} | {one.index for one in found.skipped}
+    missing = sorted(set(layers) - indices)
     if missing:
-        raise InvalidInput(f"layers must be among 0 to {len(found) - 1}, the attention calls found, got {missing}.")
+        raise InvalidInput(f"layers must be among 0 to {len(indices) - 1}, the attention calls found, got {missing}.")
+    for one in found.skipped:
+        if one.index in layers:
+            raise Unsupported(one.reason)
     return [one for one in found if not layers or one.index in layers]

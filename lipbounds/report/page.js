@@ -62,6 +62,8 @@ function showTop() {
   byId("version").textContent = data.lipbounds;
   const notes = byId("notes");
   notes.replaceChildren();
+  for (const one of input().skipped) put(notes, "li", `Left out, layer ${one.layer}: ${one.reason}`);
+  for (const warning of input().warnings) put(notes, "li", `Warning: ${warning}.`);
   for (const one of input().layers) for (const note of one.notes) put(notes, "li", `Layer ${one.layer}: ${note}.`);
 }
 

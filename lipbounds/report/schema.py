@@ -9,7 +9,7 @@ from lipbounds.shown import rounded as rounded
 from lipbounds.shown import shown as shown
 
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dc.dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,16 +125,35 @@ class LayerReport:
 
 
 @dc.dataclass(frozen=True, slots=True, kw_only=True)
+class SkippedReport:
+    """One attention call without numbers, because no `Attention` can express it.
+
+    Args:
+        layer: the number of its attention call in the run, from 0.
+        module: the qualified name of the module that made the call.
+        reason: what it has that `Attention` has not.
+    """
+
+    layer: int
+    module: str
+    reason: str
+
+
+@dc.dataclass(frozen=True, slots=True, kw_only=True)
 class InputReport:
     """All layers of one run of the model.
 
     Args:
         name: of the input, for people.
         layers: in the order of their calls.
+        skipped: attention calls that could not be captured; what is said of all layers is said without them.
+        warnings: what may concern a layer, though capture cannot tell.
     """
 
     name: str
     layers: tuple[LayerReport, ...]
+    skipped: tuple[SkippedReport, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 @dc.dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,6 +14,20 @@ def summary(run: InputReport) -> str:
     Args:
         run: at one input.
     """
+    return _left_out(run) + _most_fragile(run)
+
+
+def _left_out(run: InputReport) -> str:
+    """What the sentence after it is not about."""
+    if not run.skipped:
+        return ""
+    names = [f"layer {one.layer} in {one.module or 'the model itself'}" for one in run.skipped]
+    shown = ", ".join(names[:MOST]) + (f" and {len(names) - MOST} more" if len(names) > MOST else "")
+    calls = len({layer.layer for layer in run.layers}) + len(run.skipped)
+    return f"{len(names)} of {calls} attention layers could not be captured and are left out: {shown}. "
+
+
+def _most_fragile(run: InputReport) -> str:
     known = [layer for layer in run.layers if _size(layer) is not None]
     if not known:
         return "No number was computed before the time was up."

@@ -13,7 +13,11 @@ def project(
     bias: Float[Tensor, "*weights heads head_dim"] | None = None,
 ) -> Float[Tensor, "*out heads n head_dim"]:
     """Tokens times the weights of each head, plus its bias."""
-    product = tokens.unsqueeze(-3) @ weights
+    if weights.dim() == 3 and tokens.dim() > 2:  # one product: to broadcast the weights would copy them for each item
+        heads, _, width = weights.shape
+        product = (tokens @ weights.movedim(0, 1).flatten(1)).unflatten(-1, (heads, width)).transpose(-3, -2)
+    else:
+        product = tokens.unsqueeze(-3) @ weights
     return product if bias is None else product + bias.unsqueeze(-2)
 
 
@@ -36,6 +40,8 @@ def merge_heads(
     per_head: Float[Tensor, "*batch heads n value_dim"], w_o: Float[Tensor, "*weights heads value_dim out_dim"]
 ) -> Float[Tensor, "*out n out_dim"]:
     """Sum over heads of the head outputs times their output weights."""
+    if w_o.dim() == 3 and per_head.dim() > 3:
+        return per_head.transpose(-3, -2).flatten(-2) @ w_o.flatten(0, 1)
     return (per_head @ w_o).sum(-3)
 
 

@@ -50,6 +50,7 @@ PAIR = {
     **{"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4},
     **{"decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48},
 }
+XLM = {"n_words": 50, "emb_dim": 32, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 24}
 WINDOWS = {"image_size": 16, "patch_size": 2, "embed_dim": 16, "depths": [2, 1], "num_heads": [2, 4], "window_size": 4}
 
 HUB = {
@@ -66,7 +67,9 @@ HUB = {
     "Swin": Hub(config=WINDOWS, blocks=3, given="image", about="windows are batch items; relative position bias"),
     "CLIPVision": Hub(config=IMAGE, given="image", about="biases"),
     "SiglipVision": Hub(config=IMAGE, blocks=3, crossed=(2,), given="image", about="a pooling head too"),
-    "Swinv2": Hub(config=WINDOWS, given="image", about="cosine attention", refused="torch.Tensor.add", sdpa=False),
+    "Swinv2": Hub(
+        config=WINDOWS, given="image", about="cosine attention", refused="torch.nn.functional.normalize", sdpa=False
+    ),
     # text, both ways
     "Bert": Hub(config=TEXT, about="biases"),
     "Roberta": Hub(config=TEXT, about="biases"),
@@ -105,7 +108,7 @@ HUB = {
     "Cohere": Hub(config=GROUPED, about="rotary with neighbours paired, grouped queries"),
     "StableLm": Hub(config=GROUPED, about="rotary on a quarter, grouped queries"),
     "Glm": Hub(config=GROUPED | {"head_dim": 8}, about="rotary on half, neighbours paired"),
-    "Falcon": Hub(config=TEXT, about="fused, one key-value head, rotary", eager=False),
+    "Falcon": Hub(config=TEXT, about="fused, one key-value head, rotary"),
     "Qwen3": Hub(config=GROUPED | {"head_dim": 8}, about="QK-norm of each head, rotary, grouped queries"),
     "Olmo2": Hub(config=GROUPED, about="QK-norm of all heads together, rotary, grouped queries"),
     "Gemma3Text": Hub(
@@ -117,9 +120,11 @@ HUB = {
     "Bloom": Hub(
         config=IDS | {"hidden_size": 32, "n_layer": 2, "n_head": 4},
         about="positions added inside baddbmm",
-        refused="got torch.Tensor.baddbmm",
         sdpa=False,
     ),
+    "XLM": Hub(config=XLM, about="logits masked in place", sdpa=False),
+    "MPNet": Hub(config=TEXT, about="relative position bias, added in place", sdpa=False),
+    "OpenAIGPT": Hub(config=GPT, about="logits times the mask", sdpa=False),
     # encoder and decoder: two blocks an encoder layer and, in a decoder layer, one on itself and one on the encoder
     "T5": Hub(
         config=IDS | {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4},
@@ -171,11 +176,12 @@ def hub_model(name: str, implementation: str = "sdpa") -> nn.Module:
     return model
 
 
-def hub_inputs(name: str, padded: bool = False) -> dict[str, Tensor]:
-    """A batch of two; the second text is padded at its end if asked."""
+def hub_inputs(name: str, padded: bool = False, left: bool = False) -> dict[str, Tensor]:
+    """A batch of two; the second text is padded at its end if asked, or at its start."""
     ids = torch.randint(3, 50, (2, 7))
     image, sound, speech = torch.randn(2, 3, 16, 16), torch.randn(2, 160), torch.randn(2, 8, 12)
     mask = {"attention_mask": (torch.arange(7) < torch.tensor([[7], [5]])).long()} if padded else {}
+    mask = {"attention_mask": mask["attention_mask"].flip(-1)} if left else mask
     return {
         "text": {"input_ids": ids, **mask},
         "image": {"pixel_values": image},

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
 from lipbounds.capture import CapturedAttention, capture
 from lipbounds.errors import Unsupported
 from lipbounds.models.minilm import minilm_folder
-from verify.unit.capture_hub_models import HUB, hub_inputs, hub_model
+from verify.unit.capture_hub_models import HUB, IDS, PAIR, hub_inputs, hub_model
 from verify.unit.capture_models import close, run
 from verify.unit.capture_models import float64_and_seed as float64_and_seed
 
@@ -24,7 +25,21 @@ CASES = [*dict.fromkeys(CASES)]
 TURNED_IN_FLOAT32 = {"Cohere", "Esm", "ModernBert"}
 NORMALISED_IN_FLOAT32 = {"Gemma3Text", "Olmo2", "Qwen3"}
 MAPS_IN_FLOAT32 = {
-    *{"Beit", "CLIPText", "CLIPVision", "DeiT", "GPTJ", "GPTNeo", "GPTNeoX", "Gemma", "Glm", "Llama", "Mistral", "OPT"},
+    *{
+        "Beit",
+        "Bloom",
+        "CLIPText",
+        "CLIPVision",
+        "DeiT",
+        "GPTJ",
+        "GPTNeo",
+        "GPTNeoX",
+        "Gemma",
+        "Glm",
+        "Llama",
+        "Mistral",
+        "OPT",
+    },
     *{"Phi", "Phi3", "Qwen2", "SiglipVision", "StableLm", "Swin", "ViT"},
 }
 MODULES = {
@@ -102,9 +117,45 @@ def test_what_no_attention_can_express_is_refused_with_module_and_reason(name: s
             run(hub_model(name, way), **hub_inputs(name))
 
 
-def test_logits_changed_in_place_are_refused() -> None:
-    with pytest.raises(Unsupported, match=r"self_attention.*got torch\.Tensor\.div_"):
-        run(hub_model("Falcon", "eager"), **hub_inputs("Falcon"))
+@pytest.mark.parametrize(
+    ("name", "way"), [("GPT2", "sdpa"), ("Llama", "sdpa"), ("Mistral", "sdpa"), ("Falcon", "eager")]
+)
+def test_padding_on_the_left_is_left_out(name: str, way: str) -> None:
+    model = hub_model(name, way)
+    calls, inputs = Calls(model, tolerance(name, way)), hub_inputs(name, padded=True, left=True)
+    found = capture(model, **inputs)
+    assert [(one.index, one.items, one.tokens) for one in found[:2]] == [(0, (0,), None), (0, (1,), (2, 3, 4, 5, 6))]
+    assert len(found) == 2 * HUB[name].blocks
+    for one in found:
+        assert one.residual < calls.tolerance
+    # The derivative of the rows that count, by the tokens that are there, is that of the model.
+    block, other = found[1].attention, found[0].attention
+    given = next(g for g, _ in calls.calls if g.shape[0] == 2 and g[:1].equal(other.x) and g[1:, 2:].equal(block.x))
+    output = next(
+        o
+        for _, o in calls.calls
+        if o.shape == (2, 7, block.w_o.shape[-1])
+        and torch.allclose(o[:1], other.forward(), rtol=calls.tolerance, atol=calls.tolerance)
+    )
+    cotangent = torch.randn_like(block.forward())
+    (expected,) = torch.autograd.grad(output, given, F.pad(cotangent, (0, 0, 2, 0, 1, 0)), retain_graph=True)
+    close_enough = {"rtol": calls.tolerance, "atol": calls.tolerance * float(expected.norm())}
+    torch.testing.assert_close(block.vjp(cotangent), expected[1:, 2:], **close_enough)
+    assert float(expected[1, :2].norm()) == 0.0
+
+
+def test_one_sort_of_layer_that_is_refused_does_not_cost_the_others() -> None:
+    config = transformers.LEDConfig(
+        **PAIR, **IDS, attention_window=4, max_encoder_position_embeddings=24, max_decoder_position_embeddings=24
+    )
+    model = transformers.LEDModel(config).eval()
+    ids = torch.randint(3, 50, (2, 8))
+    with pytest.raises(Unsupported, match=r"encoder\.layers\.0\.self_attn"):
+        run(model, input_ids=ids, decoder_input_ids=ids[:, :5])
+    found = run(model, input_ids=ids, decoder_input_ids=ids[:, :5], on_unsupported="skip")
+    assert [one.index for one in found] == [2, 3, 4, 5]
+    assert [one.index for one in found.skipped] == [0, 1]
+    assert all("encoder.layers" in one.module and "softmax" in one.reason for one in found.skipped)
 
 
 def test_grouped_weights_are_those_of_the_model_once_for_each_query_head() -> None:

@@ -40,7 +40,7 @@ class TwoProjections(Fused):
 
 
 UNSUPPORTED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "in place": (lambda: Fused(change=in_place), "got torch.Tensor.mul_"),
+    "in place": (lambda: Fused(change=in_place), "modified in place by torch.Tensor.mul_"),
     "normalised": (
         lambda: Fused(change=lambda q, k, v: (F.normalize(q), k, v)),
         "queries.*got torch.nn.functional.normalize",
@@ -75,17 +75,13 @@ UNSUPPORTED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "softcap": (lambda: WrittenOut(torch.tanh), "got torch.tanh"),
     "finite fill": (lambda: WrittenOut(lambda s: s.masked_fill(~TRIANGLE, -5.0)), "at most -10000, got -5"),
     "negated": (lambda: WrittenOut(lambda s: torch.zeros(6) - s), "got torch.Tensor.sub"),
-    "sum with a factor": (lambda: WrittenOut(lambda s: torch.add(torch.zeros(6), s, alpha=2)), "got torch.add"),
     "softmax over queries": (lambda: WrittenOut(dim=-2), "softmax must be over the keys"),
     "map changed": (
         lambda: WrittenOut(after=lambda p: p * torch.rand(6)),
         "as the softmax|got torch.Tensor.mul in between",
     ),
-    "map turned": (lambda: WrittenOut(after=lambda p: p.mT), "queries as rows"),
-    "einsum": (
-        lambda: WrittenOut(product=lambda p, v: torch.einsum("bhij,bhjd->bhid", p, v)),
-        "product of another form",
-    ),
+    "map turned": (lambda: WrittenOut(after=lambda p: p.mT), "softmax must be over the keys"),
+    "map cut": (lambda: WrittenOut(after=lambda p: p[..., :3, :], product=lambda p, v: p @ v), "queries as rows"),
     "nothing": (lambda: nn.Linear(DIM, DIM), "got no such call"),
 }
 
