@@ -209,7 +209,7 @@ def _memory(recorder: Recorder, call: Call, cross_moves: CrossMoves) -> dict[str
     """The fields of a block whose keys and values come from other tokens than its queries."""
     query, key, value = call.parts
     for other in (key, value):
-        if recorder.related(query.source, other.source, call.start):
+        if not _same(recorder, query, other) and recorder.related(query.source, other.source, call.start):
             raise unsupported(call.module, _RELATED + _how_related(recorder, query, other))
     unrelated_copy = torch.equal(key.tokens, value.tokens) and not recorder.related(key.source, value.source)
     if _same(recorder, key, value) or unrelated_copy:

@@ -16,7 +16,7 @@ from lipbounds.capture.fused import traced_call
 from lipbounds.capture.masks import additive
 from lipbounds.capture.operands import Layout
 from lipbounds.capture.projections import product_operands
-from lipbounds.capture.recorded_calls import AFFINE, MOVES, MOVES_AND_CASTS, Step, reindex
+from lipbounds.capture.recorded_calls import AFFINE, MOVES, MOVES_AND_CASTS, Step, numbers_in, reindex
 from lipbounds.capture.recorder import Recorder
 from lipbounds.capture.refusals import check_dropout, unfollowed_in_words, unsupported
 from lipbounds.capture.tracing import trace
@@ -108,7 +108,7 @@ def written_out_call(recorder: Recorder, left: Tensor, value: Tensor) -> tuple[C
     masks = [*_read(found, ("shift", "fill", "weigh"))]
     call, layout = traced_call(tracer, [*operands, values], factor, bias.to(value.dtype), masks)
     floats = [step.dtype for step in (found.softmax, *found.before, *found.after) if step.dtype.is_floating_point]
-    numbers = (*call.numbers, *(float(gain_) for gain_ in gain.detach().unique()))
+    numbers = (*call.numbers, *numbers_in([*found.before, *found.after]))
     return dc.replace(call, dtypes=(*call.dtypes, *floats), numbers=numbers), layout
 
 

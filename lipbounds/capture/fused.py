@@ -84,7 +84,7 @@ def traced_call(
         start=recorder.common_start([operand.invocations for operand in chosen]),
         time=recorder.now(),
         dtypes=tuple(dtype for operand in chosen for dtype in operand.dtypes),
-        numbers=(scale,),
+        numbers=(scale, *(number for operand in chosen for number in operand.numbers)),
     )
     return call, layout
 

@@ -54,6 +54,7 @@ class Operand:
         rotation: rotary positions; shape `*lead n 2 pairs`.
         order: the column of the call that each column here is, where they were sorted; shape `width`.
         dtypes: in which they were computed, where not in that of the tokens.
+        numbers: that went into the steps after the projection.
         constants: the model's own tensors that weights and factor were read from.
         invocations: the modules that were running during the projection.
     """
@@ -68,6 +69,7 @@ class Operand:
     order: Tensor | None = None
     norm: Norm | None = None
     dtypes: tuple[torch.dtype, ...] = ()
+    numbers: tuple[float, ...] = ()
 
     def expand(self, lead: torch.Size) -> Operand:
         """Broadcast the leading dimensions to `lead` and flatten them."""

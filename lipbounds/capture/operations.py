@@ -96,10 +96,13 @@ RANDOM = frozenset(
 )
 
 # The value of a tensor goes where no mode can see it.
-LEAVE: Functions = _named("item", "tolist", "numpy", "equal", "allclose", "is_nonzero") | _named(
-    "__float__", "__int__", "__index__", "__complex__", "__array__", "__dlpack__"
-)
 DECIDE: Functions = _named("__bool__", "equal", "allclose", "is_nonzero")
+LEAVE: Functions = (
+    DECIDE
+    | _named("item", "tolist", "numpy")
+    | _named("__float__", "__int__", "__index__", "__complex__", "__array__", "__dlpack__")
+)
+
 # They make a tensor of numbers that torch did not compute.
 FROM_NUMBERS: Functions = _named("tensor", "as_tensor", "asarray", "full", "scalar_tensor", "frombuffer")
 

@@ -303,6 +303,12 @@ def factor(chain: Iterable[Step]) -> float | Tensor:
     return product
 
 
+def numbers_in(chain: Iterable[Step]) -> tuple[float, ...]:
+    """The numbers that steps were given, beside tensors."""
+    given = [value for step in chain for value in (*step.args, *step.kwargs.values())]
+    return tuple(float(value) for value in given if isinstance(value, Real) and not isinstance(value, bool))
+
+
 def version(tensor: Tensor) -> int:
     """Counts the in-place changes of `tensor`."""
     if tensor.is_inference():

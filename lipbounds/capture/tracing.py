@@ -14,7 +14,7 @@ from lipbounds.capture.entries import Entries, Tracer, side_by_side
 from lipbounds.capture.linear_forms import Form, form_of, leaves_of
 from lipbounds.capture.operands import Operand
 from lipbounds.capture.qk_norm import Norm, norm_of, read_norm
-from lipbounds.capture.recorded_calls import Step
+from lipbounds.capture.recorded_calls import Step, numbers_in
 from lipbounds.capture.recorder import Recorder
 from lipbounds.capture.refusals import QK_NORM, check_dropout, unfollowed_in_words, unsupported
 from lipbounds.capture.rotations import turned
@@ -55,6 +55,7 @@ def trace(tracer: Tracer, tensor: Tensor, role: str, *, transposed: bool = False
             features=features[..., 0, :],
             factor=one.factor,
             dtypes=_dtypes(one.steps),
+            numbers=numbers_in(one.steps),
             constants=(*one.projection.constants, *one.constants),
             invocations=one.invocations,
         )
@@ -96,6 +97,7 @@ def _trace_form(tracer: Tracer, tensor: Tensor, role: str, transposed: bool, rep
         order=sorted_.order,
         norm=norm,
         dtypes=_dtypes([*source.steps, *chain, *form.steps]),
+        numbers=numbers_in([*source.steps, *chain, *form.steps]),
         constants=(*found.constants, *form.constants, *(() if norm is None else norm.constants)),
         invocations=source.invocations,
     )

@@ -40,7 +40,7 @@ MAPS_IN_FLOAT32 = {
         "Mistral",
         "OPT",
     },
-    *{"Phi", "Phi3", "Qwen2", "SiglipVision", "StableLm", "Swin", "ViT"},
+    *{"Phi", "Phi3", "Qwen2", "SiglipVision", "StableLm", "Swin", "ViT", "XLM"},
 }
 MODULES = {
     "Bert": "encoder.layer.{}.attention.self",

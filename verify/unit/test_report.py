@@ -240,3 +240,32 @@ def test_a_model_without_attention_is_refused() -> None:
 def test_inputs_must_be_there(inputs: Any) -> None:
     with pytest.raises(InvalidInput, match="inputs must be a tensor"):
         measure(tiny_model(), inputs)
+
+
+class Capped(nn.Module):
+    """Attention that no Attention says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(12, 36), nn.Linear(12, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return self.out((q @ k.mT).tanh().softmax(-1) @ v)
+
+
+def test_a_layer_that_cannot_be_captured_is_left_out_and_said_at_the_top() -> None:
+    model = nn.Sequential(*tiny_model(), Capped()).eval()
+    report = measure(model, tiny_input(), bounds=["covariance.trace"], radii=[], layers=[0])
+    (run,) = report.inputs
+    assert [layer.layer for layer in run.layers] == [0]
+    (skipped,) = run.skipped
+    assert (skipped.layer, skipped.module) == (2, "2")
+    assert "got torch.Tensor.tanh in between" in skipped.reason
+    assert summary(run).startswith("1 of 2 attention layers could not be captured and are left out: layer 2 in 2. At this")
+    assert from_json(to_json(report)) == report
+    assert "got torch.Tensor.tanh in between" in page(report)
+    with pytest.raises(Unsupported, match="'2' cannot be captured"):
+        measure(model, tiny_input(), layers=[2])
+    with pytest.raises(Unsupported, match="cannot be captured"):
+        measure(nn.Sequential(Capped()), tiny_input())
