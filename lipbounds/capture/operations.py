@@ -69,14 +69,16 @@ ADDMM: Functions = _named("addmm")
 CONVOLUTION: Functions = frozenset({F.conv1d, F.conv2d, F.conv3d})
 PRODUCT: Functions = _named("matmul", "mm", "bmm", "__matmul__")
 EINSUM: Functions = _named("einsum")
+# Products that are not matrix products, or not those alone.
+OTHER_PRODUCT: Functions = _named("einsum", "tensordot", "inner", "baddbmm", "addbmm", "mv", "dot")
 # Products of two tensors; a softmax over one of two activations is an attention map, whoever wrote it.
 ANY_PRODUCT: Functions = (
     PRODUCT
-    | EINSUM
+    | OTHER_PRODUCT
     | LINEAR
     | ADDMM
     | CONVOLUTION
-    | _named("tensordot", "inner", "baddbmm", "addbmm", "mv", "dot", "cdist", "chain_matmul", "bilinear", "outer")
+    | _named("cdist", "chain_matmul", "bilinear", "outer")
     | {F.bilinear, F.cosine_similarity, F.pairwise_distance, torch.linalg.multi_dot}
 )
 PROJECTION: Functions = LINEAR | ADDMM | CONVOLUTION | PRODUCT
