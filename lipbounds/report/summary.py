@@ -23,8 +23,12 @@ def _left_out(run: InputReport) -> str:
         return ""
     names = [f"layer {one.layer} in {one.module or 'the model itself'}" for one in run.skipped]
     shown = ", ".join(names[:MOST]) + (f" and {len(names) - MOST} more" if len(names) > MOST else "")
-    calls = len({layer.layer for layer in run.layers}) + len(run.skipped)
-    return f"{len(names)} of {calls} attention layers could not be captured and are left out: {shown}. "
+    what = (
+        "1 attention layer could not be captured and is"
+        if len(names) == 1
+        else (f"{len(names)} attention layers could not be captured and are")
+    )
+    return f"{what} left out: {shown}. "
 
 
 def _most_fragile(run: InputReport) -> str:

@@ -262,7 +262,7 @@ def test_a_layer_that_cannot_be_captured_is_left_out_and_said_at_the_top() -> No
     (skipped,) = run.skipped
     assert (skipped.layer, skipped.module) == (2, "2")
     assert "got torch.Tensor.tanh in between" in skipped.reason
-    assert summary(run).startswith("1 of 2 attention layers could not be captured and are left out: layer 2 in 2. At this")
+    assert summary(run).startswith("1 attention layer could not be captured and is left out: layer 2 in 2. At")
     assert from_json(to_json(report)) == report
     assert "got torch.Tensor.tanh in between" in page(report)
     with pytest.raises(Unsupported, match="'2' cannot be captured"):
