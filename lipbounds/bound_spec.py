@@ -18,6 +18,7 @@ from torch import Tensor
 from lipbounds.claims import FEATURES, SCOPE_WORDS, BoundResult, Claim, Feature, Source, check_result
 from lipbounds.derivatives.rounding.range import check_range
 from lipbounds.errors import InvalidInput, UnsupportedAttention
+from lipbounds.targets.frozen import check_frozen
 from lipbounds.targets.attention import Attention
 from lipbounds.targets.network import Network
 from lipbounds.targets.target import Target
@@ -164,6 +165,8 @@ class BoundSpec:
             raise InvalidInput(
                 f"{self.name} needs {_with_article(name)}, got {type(block).__name__}; build one with {name}(...){how}."
             )
+        if isinstance(block, Target):
+            check_frozen(block)
 
     def _check_call(self, block: Target | Network, radius: float | None, options: dict[str, Any]) -> None:
         if self.needs_radius and radius is None:

@@ -29,6 +29,7 @@ from lipbounds.claims import Feature
 from lipbounds.devices import answers
 from lipbounds.targets._attention_checks import TRAILING, check_attention, expand_groups
 from lipbounds.targets._shapes import broadcast_shape
+from lipbounds.targets.frozen import remember
 from lipbounds.targets.projection import affine_factors, merge_heads, project, project_heads
 from lipbounds.targets.rms_norm import NormOver, RmsNorm, normalise
 from lipbounds.targets.rotary import rotate, rotate_back
@@ -44,7 +45,8 @@ UNWEIGHTED = TRAILING.keys() - set(NAMES)
 class Attention(Target):
     """A multi-head attention block at one input, frozen; the function whose Jacobian is bounded.
 
-    All tensors share one floating dtype and device. Leading batch dimensions of inputs, weights and logit bias
+    The tensors are kept, not copied: after a change in place (`x.mul_(2)`, an optimiser's step) bounds refuse the block;
+    make a new one, or give it a copy (lipbounds.targets.frozen). All tensors share one floating dtype and device. Leading batch dimensions of inputs, weights and logit bias
     broadcast against each other, so one block may hold many inputs, many weights, or both.
 
     Args:
@@ -103,6 +105,7 @@ class Attention(Target):
             object.__setattr__(self, "scale", self.w_q.shape[-1] ** -0.5)
         for name in ("w_k", "w_v", "b_k", "b_v", "key_norm_weight"):
             object.__setattr__(self, name, expand_groups(self, name))
+        remember(self)
 
     # -- what it is ---------------------------------------------------------------------------------------------
 
