@@ -18,8 +18,8 @@ from torch import Tensor
 from lipbounds.claims import FEATURES, SCOPE_WORDS, BoundResult, Claim, Feature, Source, check_result
 from lipbounds.derivatives.rounding.range import check_range
 from lipbounds.errors import InvalidInput, UnsupportedAttention
-from lipbounds.targets.frozen import check_frozen
 from lipbounds.targets.attention import Attention
+from lipbounds.targets.frozen import check_frozen
 from lipbounds.targets.network import Network
 from lipbounds.targets.target import Target
 
