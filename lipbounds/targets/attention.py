@@ -45,9 +45,10 @@ UNWEIGHTED = TRAILING.keys() - set(NAMES)
 class Attention(Target):
     """A multi-head attention block at one input, frozen; the function whose Jacobian is bounded.
 
-    The tensors are kept, not copied: after a change in place (`x.mul_(2)`, an optimiser's step) bounds refuse the block;
-    make a new one, or give it a copy (lipbounds.targets.frozen). All tensors share one floating dtype and device. Leading batch dimensions of inputs, weights and logit bias
-    broadcast against each other, so one block may hold many inputs, many weights, or both.
+    The tensors are kept, not copied: after a change in place (`x.mul_(2)`, an optimiser's step) bounds refuse the
+    block; make a new one, or give it a copy (lipbounds.targets.frozen). All tensors share one floating dtype and
+    device. Leading batch dimensions of inputs, weights and logit bias broadcast against each other, so one block may
+    hold many inputs, many weights, or both.
 
     Args:
         x: the tokens that give the queries, and for self-attention also the keys and values.
