@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from lipbounds.estimators.whole_model import whole_model_constant as whole_model_constant
     from lipbounds.jasmin import JaSMin as JaSMin
     from lipbounds.models.loading import load_model as load_model
+    from lipbounds.monitor import LipschitzMonitor as LipschitzMonitor
     from lipbounds.registry import bound as bound
     from lipbounds.registry import get as get
     from lipbounds.registry import refuted as refuted
@@ -82,6 +83,7 @@ _WHERE: dict[str, str | None] = {
     "InvalidInput": "errors",
     "JaSMin": "jasmin",
     "LipboundsError": "errors",
+    "LipschitzMonitor": "monitor",
     "Source": "claims",
     "UnknownBound": "errors",
     "Unsupported": "errors",

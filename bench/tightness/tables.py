@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from tabulate import tabulate
@@ -46,12 +46,13 @@ def report(aggregates: Aggregates) -> str:
     return "\n\n".join(parts).replace("\n\n- ", "\n- ") + "\n"
 
 
-def headline(aggregates: Aggregates, models: list[str] | None = None) -> str:
+def headline(aggregates: Aggregates, models: list[str] | None = None, bounds: Collection[str] | None = None) -> str:
     """The proved bounds at a point against all chosen models: median and worst ratio to the reference.
 
     Args:
         aggregates: what `bench.tightness.aggregate.aggregate` returned.
         models: the columns; by default the trained models.
+        bounds: the rows; all if None, or if none of them is there.
     """
     chosen = models or [name for name in HEADLINE_MODELS if name in aggregates["models"]] or list(aggregates["models"])
     cells: dict[str, dict[str, Row]] = {}
@@ -59,6 +60,7 @@ def headline(aggregates: Aggregates, models: list[str] | None = None) -> str:
         for row in aggregates["models"][name]["overall"]:
             if row["kind"] == "proved":
                 cells.setdefault(row["bound"], {})[name] = row
+    cells = {bound: of for bound, of in cells.items() if bounds is None or bound in bounds} or cells
     # A bound that costs much is evaluated at fewer blocks: its numbers are of another sample, and say so.
     whole = {name: max((r["count"] for r in aggregates["models"][name]["overall"]), default=0) for name in chosen}
     order = sorted(cells, key=lambda bound: [cells[bound].get(name, {}).get("median", math.inf) for name in chosen])

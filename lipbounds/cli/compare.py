@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from lipbounds.cli.console import AsJson, messages, progress
+from lipbounds.cli.console import AsJson, progress, remarks
 from lipbounds.cli.inputs import Data, Images, Model, Text, runs_of
 from lipbounds.cli.options import Device, Dtype
 from lipbounds.files import check_writable
@@ -65,7 +65,7 @@ def command(
             first = next(iter(found.values()))[0]
             blocks = sum(map(len, found.values()))
             said = f"truth: {cost(first, method=truth)}, for each of {blocks} blocks"
-            messages.print(said, highlight=False, soft_wrap=True)
+            remarks.print(said, highlight=False, soft_wrap=True)
         compared = compare_runs(
             found,
             bounds=bounds or None,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from typing import Annotated, Any
 
 import typer
@@ -16,9 +18,11 @@ from lipbounds.files import json_text
 
 
 OK, FOUND, USAGE, INTERRUPTED = 0, 1, 2, 130
+SECONDS_BETWEEN_LINES = 60.0
 
 output = Console()
 messages = Console(stderr=True)
+remarks = Console(stderr=True)  # what --quiet leaves out
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
@@ -74,6 +78,40 @@ class OneLineErrors(TyperGroup):
             raise typer.Exit(INTERRUPTED) from error
 
 
+def print_version(wanted: bool) -> bool:
+    """Print the version of this library and of torch, and leave.
+
+    Args:
+        wanted: whether --version was given.
+    """
+    if wanted:
+        from importlib.metadata import version
+
+        from lipbounds import __version__
+
+        print(f"lipbounds {__version__}, torch {version('torch')}")  # noqa: T201
+        raise typer.Exit()
+    return wanted
+
+
+def set_verbosity(*, quiet: bool, verbose: bool) -> None:
+    """How much is said on stderr; libraries that load models are silent unless asked.
+
+    Args:
+        quiet: nothing but errors.
+        verbose: also what those libraries say.
+
+    Raises:
+        BadParameter: both.
+    """
+    if quiet and verbose:
+        raise typer.BadParameter("--quiet and --verbose exclude each other")
+    remarks.quiet = quiet
+    if not verbose:  # read by these libraries when they are imported
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
 def fail(message: str) -> None:
     """Print an error in one line on stderr.
 
@@ -92,10 +130,31 @@ def print_json(content: dict[str, Any]) -> None:
     print(json_text(content), end="")  # noqa: T201
 
 
+class _EveryMinute(Progress):
+    """A progress bar on a terminal; elsewhere, such as in a log, a line when a minute has passed since the last."""
+
+    def __init__(self, *columns: Any, **options: Any) -> None:
+        super().__init__(*columns, **options)
+        self._told = time.monotonic()
+
+    def update(self, task_id: Any, **changes: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Move the bar, or print its line.
+
+        Args:
+            task_id: of the task.
+            **changes: as rich has them.
+        """
+        super().update(task_id, **changes)
+        if not self.console.is_terminal and time.monotonic() - self._told >= SECONDS_BETWEEN_LINES:
+            self._told = time.monotonic()
+            task = self.tasks[task_id]
+            self.console.print(f"{task.description}: {task.percentage:.0f} %", highlight=False, soft_wrap=True)
+
+
 def progress() -> Progress:
-    """A progress bar on stderr, where that is a terminal, and gone when it is done; tasks are added by the caller."""
+    """A progress bar on stderr, gone when it is done; without a terminal a line per minute. Callers add tasks."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=messages, transient=True, disable=not messages.is_terminal)
+    return _EveryMinute(*columns, console=remarks, transient=True, disable=not remarks.is_terminal or remarks.quiet)
 
 
 def _explain(error: Any) -> None:

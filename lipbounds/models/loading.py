@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses as dc
+import difflib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -89,7 +90,13 @@ def load_model(name: str, *, trust_remote_code: bool = False) -> LoadedModel:
         return BUNDLED[name]()
     if python_path(name):
         return _from_python(name)
-    return _from_hub(name, trust_remote_code)
+    try:
+        return _from_hub(name, trust_remote_code)
+    except InvalidInput as error:
+        near = difflib.get_close_matches(name, BUNDLED, n=1, cutoff=0.6)
+        if not near:
+            raise
+        raise InvalidInput(f"did you mean the bundled model {near[0]!r}? {error}") from error
 
 
 def python_path(name: str) -> bool:

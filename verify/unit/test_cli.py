@@ -407,3 +407,34 @@ def test_no_arguments_make_a_traceback(arguments: list[str]) -> None:
     assert done.exit_code in {0, 1, 2, 130}
     if done.exit_code == 2 and arguments:
         assert done.stderr.startswith("error: ")
+
+
+# -- version, verbosity, suggestions ----------------------------------------------------------------------------------
+
+
+def test_version_is_that_of_the_package() -> None:
+    done = run("--version")
+    assert done.exit_code == 0
+    assert done.stdout.startswith(f"lipbounds {lipbounds.__version__}, torch 2.")
+
+
+def test_quiet_and_verbose_exclude_each_other() -> None:
+    assert "exclude each other" in one_line_error("--quiet", "--verbose", "bounds")
+
+
+def test_a_misspelt_bundled_model_is_suggested() -> None:
+    assert "did you mean the bundled model 'minilm'" in one_line_error("report", "minilmm")
+
+
+def test_without_a_terminal_a_line_is_printed_when_a_minute_has_passed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rich.console import Console
+
+    from lipbounds.cli import console
+
+    monkeypatch.setattr(console, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(console, "remarks", Console(stderr=True, force_terminal=False))
+    with console.progress() as bar:
+        bar.update(bar.add_task("work", total=1.0), completed=0.5)
+    assert capsys.readouterr().err == "work: 50 %\n"
