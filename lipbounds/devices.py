@@ -29,6 +29,8 @@ def device_named(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, dtype=torch.float64, device=device)
+        if device.type == "meta":
+            raise RuntimeError("meta tensors have no numbers")
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch without CUDA asserts
         reason = str(error).strip().split("\n", 1)[0]
         raise InvalidInput(

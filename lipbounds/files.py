@@ -20,7 +20,14 @@ def write_atomically(path: Path, content: bytes) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if _is_special(path):
-        path.write_bytes(content)
+        try:
+            # A pipe without a reader is an error then, where a plain open would wait for one.
+            handle = os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0))
+            os.set_blocking(handle, True)
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+        except OSError as error:  # of a write, which knows no name
+            raise OSError(error.errno, error.strerror, str(path)) from error
         return
     temporary = _beside(path)
     try:
@@ -52,6 +59,23 @@ def check_writable(path: Path) -> None:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InvalidInput(f"a file must be written, got the path '{path}' ({reason}); pass another path.") from error
+
+
+def refuse_pipe(path: Path) -> None:
+    """Refuse to read a named pipe, whose other end may never come; those that a shell opens under /dev have one.
+
+    Args:
+        path: to read.
+
+    Raises:
+        InvalidInput: it is one.
+    """
+    try:
+        is_pipe = path.is_fifo() and path.parts[:2] != ("/", "dev")
+    except (OSError, ValueError):  # no path at all, which whoever opens it will say
+        return
+    if is_pipe:
+        raise InvalidInput(f"'{path}' must be a file, got a named pipe, which waits for ever; pass another path.")
 
 
 def _is_special(path: Path) -> bool:

@@ -16,6 +16,7 @@ from statistics import median
 from typing import Any, Literal
 
 from lipbounds.errors import InvalidInput
+from lipbounds.files import refuse_pipe
 
 
 SCHEMA_VERSION = 1  # of tables, and of the records of versions up to 0.1
@@ -80,6 +81,7 @@ def read_results(path: Path) -> Results:
     Raises:
         InvalidInput: there is no such file, it is damaged, or its structure or schema version is unknown.
     """
+    refuse_pipe(path)
     try:
         text = path.read_text(encoding="utf-8")
         content = _parsed(text)

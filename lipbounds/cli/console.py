@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -49,6 +50,7 @@ class OneLineErrors(TyperGroup):
         """Run, and leave the process with the exit status."""
         try:
             status = super().main(*args, **extra | {"standalone_mode": False})
+            sys.stdout.flush()
         except UsageError as error:
             status = USAGE
             _explain(error)
@@ -62,11 +64,16 @@ class OneLineErrors(TyperGroup):
             fail(
                 f"this needs {error.name}, which is not installed; run `pip install 'lipbounds[{EXTRAS[error.name]}]'`."
             )
+        except BrokenPipeError:  # the reader of stdout has seen enough, as `head` does
+            status = OK
+            _drop_output()
         except OSError as error:
-            if error.filename is None:
+            if error.strerror is None:
                 raise
             status = USAGE
-            fail(f"{error.filename}: {error.strerror}; pass another path, or make this one readable or writable.")
+            where = "a file or the output" if error.filename is None else error.filename
+            _drop_output()
+            fail(f"{where}: {error.strerror}; pass another path, or make this one readable or writable.")
         sys.exit(status)
 
     def invoke(self, ctx: Any) -> Any:
@@ -110,6 +117,12 @@ def set_verbosity(*, quiet: bool, verbose: bool) -> None:
     if not verbose:  # read by these libraries when they are imported
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _drop_output() -> None:
+    """What could not be written to stdout is not tried again when Python ends, which would print a traceback."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def fail(message: str) -> None:

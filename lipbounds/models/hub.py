@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForImageClassification,
     AutoTokenizer,
@@ -25,6 +26,9 @@ from transformers import (
 )
 
 from lipbounds.errors import InvalidInput, LipboundsError, Unsupported
+
+
+MOST_LAYERS = 10_000
 
 
 def load_hub_model(
@@ -91,6 +95,7 @@ def _load(kind: Any, name_or_path: str | Path, trust_remote_code: bool) -> Any:
         folder = Path(name_or_path)
         if folder.is_dir() and not (folder / "config.json").is_file():
             raise InvalidInput(not_found(name_or_path, "the folder has no config.json"))
+        _check_layers(name_or_path, trust_remote_code)
         # Mismatched shapes are let through here to be refused below, with a shorter message.
         model, loading = kind.from_pretrained(
             str(name_or_path),
@@ -102,6 +107,19 @@ def _load(kind: Any, name_or_path: str | Path, trust_remote_code: bool) -> Any:
         )
     _refuse_random_weights(model, loading, name_or_path)
     return model
+
+
+def _check_layers(name_or_path: str | Path, trust_remote_code: bool) -> None:
+    """A number of layers that no model has would be built one by one, for hours, before weights are looked for."""
+    config = AutoConfig.from_pretrained(str(name_or_path), trust_remote_code=trust_remote_code)
+    waiting = [config.to_dict()]
+    while waiting:
+        part = waiting.pop()
+        waiting.extend(value for value in part.values() if isinstance(value, dict))
+        for name, value in part.items():
+            if "layer" in str(name) and type(value) is int and value > MOST_LAYERS:
+                reason = f"config.json must name at most {MOST_LAYERS} layers, got {name}={value}"
+                raise InvalidInput(not_found(name_or_path, reason))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lipbounds.errors import InvalidInput
+from lipbounds.errors import InvalidInput, Unsupported
 from lipbounds.imports import import_object
 
 
@@ -158,6 +158,13 @@ def _from_hub(name: str, trust_remote_code: bool) -> LoadedModel:
     from lipbounds.models.image_processor import image_input
 
     model = load_hub_model(name, trust_remote_code=trust_remote_code)
+    towers = hasattr(model, "text_model") and hasattr(model, "vision_model")
+    if model.config.is_encoder_decoder or towers:
+        what, part = ("a text and an image", "text_model") if towers else ("inputs for both of its halves", "encoder")
+        raise Unsupported(
+            f"name must be a model of one input, got {name!r} ({type(model).__name__}), which takes {what}; write a "
+            f"function that returns one part, such as its `{part}`, and pass `package.module:function`."
+        )
     if model.main_input_name == "input_ids":
         tokenizer = load_hub_tokenizer(name, trust_remote_code=trust_remote_code)
         return LoadedModel(name=name, module=model, kind="text", tokenizer=tokenizer)

@@ -57,6 +57,8 @@ def from_texts(loaded: LoadedModel, texts: Sequence[str]) -> list[ModelInput]:
     for text in texts:
         if not text.strip():
             raise InvalidInput("text must not be empty; pass a sentence.")
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise InvalidInput(f"text must be Unicode, got bytes that are none in {text!a}; pass it in UTF-8.")
         encoded = dict(tokenizer(text, return_tensors="pt"))
         ids = encoded["input_ids"][0]
         if len(ids) > tokenizer.model_max_length:
@@ -80,7 +82,8 @@ def from_file(loaded: LoadedModel, path: Path) -> list[ModelInput]:
         InvalidInput: there is no such file, or it does not hold that.
     """
     if not path.is_file():
-        raise InvalidInput(f"data must be a file, got '{path}', which is not there; check the path.")
+        what = "is none" if path.exists() else "is not there"
+        raise InvalidInput(f"data must be a file, got '{path}', which {what}; check the path.")
     if path.suffix in TENSORS:
         tensor = _tensor(path)
         if tensor.dim() < 2 or not len(tensor):
@@ -121,7 +124,8 @@ def from_images(loaded: LoadedModel, folder: Path) -> list[ModelInput]:
     found = []
     for path in paths:
         planes = picture(path, settings)
-        found.append(ModelInput(name=path.name, args=(settings.normalised(planes[None]),)))
+        name = path.name.encode(errors="backslashreplace").decode()  # names of files may be no Unicode
+        found.append(ModelInput(name=name, args=(settings.normalised(planes[None]),)))
     return found
 
 
@@ -149,23 +153,26 @@ def placed(runs: Sequence[ModelInput], device: torch.device, dtype: torch.dtype)
 
 @torch.no_grad()
 def check_runs(loaded: LoadedModel, runs: Sequence[ModelInput]) -> None:
-    """Run the model on the first input: what a wrong shape makes torch say becomes one line.
+    """Run the model on each input before hours are spent: what a wrong shape makes torch say becomes one line.
 
     Args:
         loaded: the model.
         runs: placed where it is.
 
     Raises:
-        InvalidInput: the model cannot be run on it.
+        InvalidInput: the model cannot be run on one.
     """
-    try:
-        loaded.module(*runs[0].args, **runs[0].kwargs)
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError) as error:
-        given = ", ".join(_shape(value) for value in runs[0].args if isinstance(value, Tensor)) or "its tokens"
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InvalidInput(
-            f"{loaded.name} must run on the input, got {given}, on which it raised: {reason}; pass inputs of its shape."
-        ) from error
+    for run in runs:
+        try:
+            loaded.module(*run.args, **run.kwargs)
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError) as error:
+            given = ", ".join(_shape(value) for value in run.args if isinstance(value, Tensor))
+            given = given or f"the {len(run.labels)} tokens of {run.name[:40]!r}"
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise InvalidInput(
+                f"{loaded.name} must run on the input, got {given}, on which it raised: {reason}; pass inputs of its "
+                "shape."
+            ) from error
 
 
 def _tensor(path: Path) -> Tensor:
@@ -186,6 +193,24 @@ def _tensor(path: Path) -> Tensor:
         raise InvalidInput(f"'{path}' must hold one tensor, but it cannot be read ({type(error).__name__}).") from error
     if not isinstance(found, Tensor):
         raise InvalidInput(f"'{path}' must hold one tensor, got {type(found).__name__}; save a single one.")
+    odd = _odd(found)
+    if odd is not None:
+        raise InvalidInput(f"'{path}' must hold a plain tensor with real, finite numbers, got {odd}; save it as such.")
+    return found
+
+
+def _odd(tensor: Tensor) -> str | None:
+    """What is unusual about a tensor that no model takes as its input."""
+    kinds = {
+        "a nested one": tensor.is_nested,
+        f"one of layout {tensor.layout}": tensor.layout != torch.strided,
+        "one without numbers (device meta)": tensor.is_meta,
+        "a quantized one": tensor.is_quantized,
+        "complex numbers": tensor.is_complex(),
+    }
+    found = next((name for name, holds in kinds.items() if holds), None)
+    if found is None and not bool(tensor.isfinite().all()):
+        return f"{int((~tensor.isfinite()).sum())} numbers that are not finite"
     return found
 
 

@@ -362,10 +362,12 @@ def parsed(*arguments: str) -> Any:
 
 def test_device_and_dtype_become_those_of_torch() -> None:
     assert parsed()[2] == [(torch.device("cpu"), torch.float32)]
-    assert parsed("--device", "meta", "--dtype", "bfloat16")[2] == [(torch.device("meta"), torch.bfloat16)]
+    assert parsed("--device", "cpu:0", "--dtype", "bfloat16")[2] == [(torch.device("cpu:0"), torch.bfloat16)]
 
 
-@pytest.mark.parametrize("arguments", ["--device nothing", "--device cpu:x", "--device cuda:99", "--dtype int8"])
+@pytest.mark.parametrize(
+    "arguments", ["--device nothing", "--device meta", "--device cpu:x", "--device cuda:99", "--dtype int8"]
+)
 def test_a_device_or_dtype_that_is_not_there_is_one_line(arguments: str) -> None:
     option, value = arguments.split()
     status, error, got = parsed(option, value)
