@@ -14,6 +14,7 @@ from bench.engine.machine import ROOT
 from bench.engine.migration import migrate
 from bench.engine.options import cluster_of
 from bench.engine.task import refuse
+from bench.gpu import command as gpu
 from bench.robustness.classifier_command import TASK as CLASSIFIER
 from bench.robustness.command import TASK as ROBUSTNESS
 from bench.speed.command import TASK as SPEED
@@ -53,8 +54,11 @@ def main(arguments: Sequence[str] | None = None, models: Sequence[Model] | None 
         arguments: the command line; by default that of the process.
         models: by default the whole zoo.
     """
+    given = [*sys.argv[1:]] if arguments is None else [*arguments]
+    if given[:1] == ["gpu"]:  # it has options of its own
+        return gpu.main(given[1:])
     parser = _parser()
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(given)
     if options.task == ROBUSTNESS.name and (options.model or options.images):
         options.task = CLASSIFIER.name
     try:
@@ -100,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench", description="Compare all registered bounds on real models."
     )
-    helps = {**COMMANDS, **{task.name: task.help for task in TASKS}}
+    helps = {**COMMANDS, **{task.name: task.help for task in TASKS}, "gpu": gpu.HELP}
     listed = "; ".join(f"{name}: {what}" for name, what in helps.items())
     parser.add_argument("task", nargs="?", default="all", choices=helps, help=listed)
 

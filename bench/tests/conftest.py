@@ -8,6 +8,11 @@ import jaxtyping
 import pytest
 import torch
 
+from lipbounds.testing import pretend_device
+
+
+pretend_device()  # before any backward pass
+
 
 @pytest.fixture(autouse=True)
 def _as_a_user_runs_it() -> Iterator[None]:

@@ -179,7 +179,7 @@ class _Largest(torch.autograd.Function):
         rest = torch.empty(batch, heads, n, dtype=torch.float32, device=queries.device)
         ctx.constants = (n, m, scale, heads, groups), _strides(bias), (d, kept, causal, bias is not None, precision)
 
-        def grid(meta: dict[str, Any]) -> tuple[int, int]:
+        def grid(meta: dict[str, Any]) -> tuple[Any, int]:
             return triton.cdiv(n, meta["ROWS"]), batch * heads
 
         _forward[grid](queries, keys, bias, top, place, rest, *_sizes(ctx))

@@ -60,6 +60,7 @@ class Synchronisation:
     where: str
 
 
+_KEPT: list[Any] = []  # libraries of kernels: one that is collected takes its kernels away
 _WATCHERS: list[list[Synchronisation]] = []
 
 
@@ -102,7 +103,7 @@ class PretendTensor(Tensor):
     """A tensor on the pretend device: `raw` on the CPU, and what torch knows about it."""
 
     raw: Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
 
     @staticmethod
     def __new__(cls, raw: Tensor) -> PretendTensor:
@@ -174,7 +175,7 @@ def _register() -> None:
     everything, copies = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
     everything.fallback(lambda func, *args, **kwargs: _run(func, args, kwargs), "PrivateUse1")
     copies.impl("_copy_from", lambda source, to, wait_not=False: _copy(to, source, wait_not), "PrivateUse1")
-    _register.kept = everything, copies  # pyright: ignore[reportFunctionMemberAccess] - what is collected is undone
+    _KEPT.extend((everything, copies))
 
 
 @dc.dataclass(frozen=True)

@@ -1,0 +1,94 @@
+"""The page of what a machine found: a table for each part, what was skipped and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+from bench.gpu.steps import Step
+
+
+def page(steps: Sequence[Step], found: dict[tuple[str, str], dict[str, Any]], here: dict[str, Any]) -> str:
+    """In Markdown.
+
+    Args:
+        steps: in their order.
+        found: results by part and name.
+        here: the place they belong to.
+    """
+    lines = [
+        f"# Measured on {here['hardware']}",
+        "",
+        f"torch {here['torch']}, CUDA {here['cuda']}, Python {here['python']}, code {here['code']}"
+        + ("; small sizes, which show that everything runs and nothing else." if here["quick"] else "."),
+        "",
+        "Times are those between CUDA events, in turns with the baseline: median and quartiles. Memory is what torch "
+        "allocates beyond what was there."
+        if here["device"] == "cuda"
+        else "Times are processor times of all threads, in turns with the baseline: median and quartiles. Memory is "
+        "how far the resident set rose.",
+    ]
+    for part in dict.fromkeys(step.part for step in steps):
+        lines += ["", f"## {part.capitalize()}", "", *HEADS[part]]
+        for step in steps:
+            if step.part == part:
+                lines.append(_line(step, found.get((part, step.name))))
+    return "\n".join(lines) + "\n"
+
+
+NOT_TOLD = ("part", "name", "place", "passed", "seconds_in_all")
+HEADS = {
+    "checks": ["| check | result |", "|---|---|"],
+    "speed": ["| bound and block | cost in forward passes | seconds | MB, forward pass |", "|---|---|---|---|"],
+    "long maps": ["| function | cost in fused attention | seconds | MB | TFLOP/s |", "|---|---|---|---|---|"],
+    "tightness": [
+        "| model | blocks | bound by the lower bound of Lanczos: median (largest), at a point, float64 |",
+        "|---|---|---|",
+    ],
+}
+
+
+def _line(step: Step, result: dict[str, Any] | None) -> str:
+    columns = HEADS[step.part][0].count("|") - 2
+    if result is None:
+        return _row(step.name, "not reached", *[""] * (columns - 1))
+    trouble = result.get("skipped") or result.get("error")
+    if trouble:
+        return _row(step.name, f"{'skipped' if 'skipped' in result else 'failed'}: {trouble}", *[""] * (columns - 1))
+    return _row(step.name, *CELLS[step.part](result))
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _check(result: dict[str, Any]) -> list[str]:
+    numbers = {name: value for name, value in result.items() if name not in NOT_TOLD}
+    told = [
+        f"{name}: {value:.3g}" if isinstance(value, float) else f"{name}: {value}" for name, value in numbers.items()
+    ]
+    return [("passed" if result["passed"] else "**failed**") + f" ({', '.join(told)})"]
+
+
+def _spread(values: Sequence[float]) -> str:
+    low, middle, high = values
+    return f"{middle:.3g} [{low:.3g}, {high:.3g}]"
+
+
+def _cost(result: dict[str, Any]) -> list[str]:
+    memory = ["?" if result[name] is None else f"{result[name]:.0f}" for name in ("megabytes", "baseline_megabytes")]
+    return [_spread(result["ratio"]), _spread(result["cost"]), ", ".join(memory)]
+
+
+def _long(result: dict[str, Any]) -> list[str]:
+    ratio, seconds, memory = _cost(result)
+    return [ratio, seconds, memory.partition(",")[0], f"{result['teraflops']:.3g}"]
+
+
+def _tight(result: dict[str, Any]) -> list[str]:
+    ratios = result["ratios"].items()
+    return [str(result["blocks"]), ", ".join(f"{name} {median(all_):.4g} ({max(all_):.4g})" for name, all_ in ratios)]
+
+
+CELLS = {"checks": _check, "speed": _cost, "long maps": _long, "tightness": _tight}
