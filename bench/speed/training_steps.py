@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from bench.speed.timing import side_by_side
 from bench.workloads.architectures import image
-from lipbounds.jasmin import JaSMin
 from lipbounds.models.digits_data import load_digits_split
 from lipbounds.models.digits_vit import DigitsViT
 
@@ -91,6 +90,8 @@ def measured(name: str, *, repeats: int, enough: float, device: torch.device) ->
         enough: seconds of the cost of all repeats, after which no further one is begun.
         device: where it runs.
     """
+    from lipbounds.jasmin import JaSMin  # its imports take seconds
+
     trained = MODELS[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(START_SEED)
