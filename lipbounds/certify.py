@@ -10,8 +10,12 @@ logit.) The suprema over a ball are bounds on every smaller ball in it: so each 
 the radius min(r, min_j m_j / sup_B(r)). The search bisects, in logarithms, between the largest radius proved and the
 smallest ball that was too large; it starts from the slopes at the point, which no bound on a ball can beat.
 
-Rounding: the margins are those of the logits computed in float64, from which 1e-9 of their size is taken off, which is
-far above the rounding of a forward pass in float64; the suprema are rounded up as their docstrings say.
+That is for `joint` and `product`; `taylor` bounds the fall of the margins itself (lipbounds.compose.taylor).
+
+Rounding: from every margin the bound on the rounding of the forward pass is taken off (running error analysis,
+lipbounds.compose.taylor.forward). `taylor` covers all else that it computes, too. The suprema of `joint` and `product`
+are rounded up as their docstrings say; the inputs of the inner layers, and weights folded into others, count as exact
+there.
 """
 
 from __future__ import annotations
@@ -25,17 +29,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lipbounds.compose.attack import smallest_margin
 from lipbounds.compose.joint import JointNetwork
 from lipbounds.compose.network import network_bound
-from lipbounds.compose.taylor import taylor_radius
-from lipbounds.errors import InvalidInput
+from lipbounds.compose.taylor import TaylorMargin, forward_with_error, taylor_radius
+from lipbounds.errors import InvalidInput, LipboundsError, Unsupported
 from lipbounds.lazy import make_callable
 from lipbounds.ops.spectral import vector_norm
-from lipbounds.rounding import inflate
+from lipbounds.rounding import UNIT_ROUNDOFF, inflate
 from lipbounds.targets.layers import Layer, Linear, Sequence
 
 
-MARGIN_SLACK = 1e-9  # of the size of the logits
 PRECISION = 1e-3  # the search ends when the radius cannot be larger by more than this share
 Method = Literal["taylor", "joint", "product"]
 
@@ -51,6 +55,8 @@ class Certificate:
         margin: smallest margin to another class; negative where the prediction is wrong.
         lipschitz: for each input and class, a bound on how far the margin f_y - f_j falls within the certified ball,
             divided by its radius: for `joint` and `product` the bound on |grad (f_y - f_j)| over that ball.
+        method: that was used.
+        attacked: with `check=True`, the smallest margin that an attack found in each certified ball; >= 0.
     """
 
     radius: Float[Tensor, " batch"]
@@ -58,6 +64,8 @@ class Certificate:
     prediction: Int[Tensor, " batch"]
     margin: Float[Tensor, " batch"]
     lipschitz: Float[Tensor, "batch classes"]
+    method: Method
+    attacked: Float[Tensor, " batch"] | None = None
 
     def accuracy(self, radius: float) -> float:
         """Share of the inputs that are classified right all over the ball of that radius.
@@ -73,16 +81,17 @@ def certify(
     x: Float[Tensor, "batch ..."],
     labels: Int[Tensor, " batch"],
     *,
-    method: Method = "joint",
+    method: Method | None = None,
     largest: float = 10.0,
     steps: int = 20,
     attention: str | tuple[str, ...] | None = None,
+    check: bool = False,
     advance: Callable[[], None] = lambda: None,
 ) -> Certificate:
     """The l2 radius around each input within which the prediction provably stays the label.
 
-    Promise: no input within the radius of `x` has another class, in the arithmetic of real numbers and up to the
-    rounding of the forward pass that the top of this file speaks of.
+    Promise: no input within the radius of `x` has another class, in the arithmetic of real numbers; what is said of
+    rounding is at the top of this file.
 
     Args:
         network: a classifier whose output is one token with a logit a feature, such as an adapter returns.
@@ -90,15 +99,18 @@ def certify(
         labels: the right classes.
         method: `taylor`, with the Taylor models of lipbounds.compose.taylor: the largest radii, for networks and inputs
             of a few thousand numbers; `joint`, with the dense Jacobian of lipbounds.compose.joint, for small networks;
-            `product`, with the product of norms of lipbounds.compose.network_bound, for any.
+            `product`, with the product of norms of lipbounds.compose.network_bound, for any. By default `taylor`, or
+            `joint` where that refuses the network; the certificate says which.
         largest: no larger radius is looked for.
         steps: balls tried for each input, at most.
-        attention: names of the attention bounds on balls; see `network_bound`.
+        attention: names of the attention bounds on balls, for `joint` and `product`; see `network_bound`.
+        check: also run a short attack in every certified ball, which must not succeed.
         advance: called after each input, for a progress bar.
 
     Raises:
         InvalidInput: shapes do not fit, a label is no class, fewer than two classes, an option out of range.
-        Unsupported: method `joint` and the network is too large for it.
+        Unsupported: the network is too large for the method, or has a layer that it does not know.
+        LipboundsError: `check` found another class in a certified ball: a fault of this library.
     """
     _check(x, labels, method, largest, steps)
     network = network.to(torch.float64)
@@ -113,6 +125,7 @@ def certify(
     logits = output.squeeze(1)
     if not bool(((labels >= 0) & (labels < logits.shape[1])).all()):
         raise InvalidInput(f"labels must be between 0 and {logits.shape[1] - 1}, got {labels.min()} to {labels.max()}.")
+    method = _fitting(network, x[0]) if method is None else method
     radii, slopes = [], []
     for image, row, label in zip(x, logits, labels.tolist(), strict=True):
         radius, slope = _one(network, image, row, label, method, largest, steps, attention)
@@ -128,7 +141,39 @@ def certify(
         prediction=prediction,
         margin=chosen.squeeze(1) - others,
         lipschitz=torch.stack(slopes),
+        method=method,
+        attacked=_attacked(network, x, labels, radii) if check else None,
     )
+
+
+def _fitting(network: Layer, x: Tensor) -> Method:
+    """`taylor` if it takes the network, else `joint`."""
+    try:
+        TaylorMargin(network, x, 0)
+    except Unsupported:
+        return "joint"
+    return "taylor"
+
+
+def _attacked(network: Layer, x: Tensor, labels: Tensor, radii: list[float]) -> Tensor:
+    """The smallest margin found in every certified ball."""
+    found = []
+    for index, (image, label, radius) in enumerate(zip(x, labels.tolist(), radii, strict=True)):
+        margin = smallest_margin(network, image, label, radius) if radius > 0 else 0.0
+        if not margin >= 0:
+            raise LipboundsError(
+                f"the certificate of input {index} is wrong: within its radius {radius:.6g} an attack found the margin "
+                f"{margin:.6g}. This is a fault of lipbounds; report it with the network and the input."
+            )
+        found.append(margin)
+    return torch.tensor(found, dtype=x.dtype, device=x.device)
+
+
+def _margins(network: Layer, x: Tensor, label: int) -> Tensor:
+    """Lower bounds on the margins at the input, the rounding of the forward pass taken off."""
+    logits, error = (part[0] for part in forward_with_error(network, x))
+    lost = error[label] + error + 2 * UNIT_ROUNDOFF * (logits[label].abs() + logits.abs())
+    return logits[label] - logits - inflate(lost, 8)
 
 
 def _one(
@@ -143,7 +188,7 @@ def _one(
 ) -> tuple[float, Tensor]:
     """Radius and slopes of one input."""
     unknown = torch.full_like(logits, torch.inf)
-    margins = logits[label] - logits - MARGIN_SLACK * logits.abs().max()
+    margins = _margins(network, x, label)
     identity = torch.eye(len(logits), dtype=logits.dtype, device=logits.device)
     others = identity[label] == 0
     if not bool((margins[others] > 0).all()):
@@ -200,8 +245,8 @@ def _product(
     return slopes
 
 
-def _check(x: Tensor, labels: Tensor, method: str, largest: float, steps: int) -> None:
-    if method not in ("taylor", "joint", "product"):
+def _check(x: Tensor, labels: Tensor, method: str | None, largest: float, steps: int) -> None:
+    if method not in (None, "taylor", "joint", "product"):
         raise InvalidInput(f"method must be 'taylor', 'joint' or 'product', got method={method!r}.")
     if not 0 < largest < math.inf:
         raise InvalidInput(f"largest must be positive and finite, got largest={largest}.")

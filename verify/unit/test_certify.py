@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lipbounds import InvalidInput, Unsupported
+from lipbounds import InvalidInput, LipboundsError, Unsupported
 from lipbounds.certify import Certificate, certify
 from lipbounds.compose import joint
+from lipbounds.compose.taylor import forward_with_error
 from lipbounds.targets.layers import Flatten, Layer, Linear, Patches, Pointwise, Pool, Residual, Sequence
 from verify.unit.networks import Draw, attention, feed_forward, norm
 
@@ -101,13 +103,13 @@ def test_radii_scale_with_the_input_and_not_with_the_logits() -> None:
     x = draw(2, 3, 4)
     network = Sequence((first, *rest.layers))
     labels = network(x).squeeze(1).argmax(1)
-    expected = certify(network, x, labels).radius
+    expected = certify(network, x, labels, method="joint").radius
     head = rest.layers[-1]
     assert isinstance(head, Linear)
     louder = Sequence((first, *rest.layers[:-1], Linear(8 * head.weight)))
-    torch.testing.assert_close(certify(louder, x, labels).radius, expected, rtol=3e-3, atol=0)
+    torch.testing.assert_close(certify(louder, x, labels, method="joint").radius, expected, rtol=3e-3, atol=0)
     wider = Sequence((Linear(first.weight / 4), *rest.layers))
-    torch.testing.assert_close(certify(wider, 4 * x, labels).radius, 4 * expected, rtol=3e-3, atol=0)
+    torch.testing.assert_close(certify(wider, 4 * x, labels, method="joint").radius, 4 * expected, rtol=3e-3, atol=0)
 
 
 def test_images_and_batches_and_progress() -> None:
@@ -132,6 +134,39 @@ def test_no_radius_above_the_largest() -> None:
     draw = Draw(4)
     network = Sequence((Flatten(), Linear(1e-6 * draw(3, 4), torch.tensor([5.0, 0.0, 0.0]).double())))
     assert float(certify(network, draw(1, 2, 2), torch.tensor([0]), largest=2.5).radius) == 2.5
+
+
+def test_the_default_is_taylor_where_it_fits() -> None:
+    draw = Draw(5)
+    network, x = classifier(draw, n=2, dim=2, classes=3), draw(1, 2, 2)
+    labels = network(x).squeeze(1).argmax(1)
+    found = certify(network, x, labels, check=True)
+    assert found.method == "taylor"
+    assert found.attacked is not None
+    assert 0 <= float(found.attacked) <= float(found.margin)
+    assert float(found.radius) > float(certify(network, x, labels, method="joint").radius) > 0
+    silu = Sequence((Linear(draw(2, 2)), Pointwise("silu"), Flatten(), Linear(draw(3, 4))))
+    assert certify(silu, x, silu(x).squeeze(1).argmax(1)).method == "joint"
+
+
+def test_the_self_check_finds_a_wrong_radius(monkeypatch: pytest.MonkeyPatch) -> None:
+    (network, x), label = steep(), torch.tensor([0])
+    monkeypatch.setattr(joint.JointNetwork, "bound", at_point(joint.JointNetwork.bound))
+    with pytest.raises(LipboundsError, match="fault of lipbounds"):
+        certify(network, x, label, method="joint", check=True)
+
+
+@settings(max_examples=10)
+@given(seed=st.integers(0, 10_000), size=st.sampled_from([1.0, 1e6]))
+def test_the_rounding_of_the_forward_pass_is_taken_off(seed: int, size: float) -> None:
+    draw = Draw(seed)
+    weight, bias, x = size * draw(3, 8), draw(3), size * draw(1, 8)
+    logits, error = forward_with_error(Linear(weight, bias), x)
+    for j in range(3):
+        exact = sum(Fraction(a) * Fraction(b) for a, b in zip(x[0].tolist(), weight[j].tolist(), strict=True))
+        exact += Fraction(float(bias[j]))
+        assert abs(exact - Fraction(float(logits[0, j]))) <= Fraction(float(error[0, j]))
+    assert float(error.max()) <= 1e-13 * size * size * 100
 
 
 # -- planted faults ---------------------------------------------------------------------------------------------------
@@ -166,10 +201,10 @@ FAULTS: dict[str, tuple[Make, str, Callable[[Any], Any]]] = {
 def test_planted_faults_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make, method, plant = FAULTS[name]
     (network, x), label = make(), torch.tensor([0])
-    right = certify(network, x, label)
+    right = certify(network, x, label, method="joint")
     assert attacked(network, x[0], 0, float(right.radius)) >= 0
     monkeypatch.setattr(joint.JointNetwork, method, plant(getattr(joint.JointNetwork, method)))
-    wrong = certify(network, x, label)
+    wrong = certify(network, x, label, method="joint")
     assert attacked(network, x[0], 0, float(wrong.radius)) < 0
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lipbounds.compose.taylor.coefficient import TINY, Coefficient, exact, largest_eigenvalue, norm_upper
+from lipbounds.compose.taylor.coefficient import TINY, Coefficient, largest_eigenvalue, norm_upper
 from lipbounds.compose.taylor.model import CENTRE, INPUT, Range, Ranges, Value, spectral_upper, together
 from lipbounds.compose.taylor.operation import Operation
 from lipbounds.rounding import gamma, inflate, product
@@ -48,9 +48,7 @@ class Bilinear(Operation):
         by_left = {k: p.times(y, torch.matmul, terms) for k, p in left.parts.items() if k != CENTRE}
         by_right = {k: p.times(x, lambda t, c: c @ t, terms) for k, p in right.parts.items() if k != CENTRE}
         parts = {CENTRE: x.times(y, torch.matmul, terms)} | together(by_left, by_right)
-        shape = parts[CENTRE].error.shape
-        identity = torch.eye(shape.numel(), dtype=x.matrix.dtype, device=x.matrix.device).reshape(-1, *shape)
-        self.output = Value(parts).with_term(name, exact(identity)) if self.moves else Value(parts)
+        self.output = Value(parts).with_outputs(name) if self.moves else Value(parts)
         self._crossed: Tensor | None = None
 
     def measure(self, ranges: Ranges) -> Range:

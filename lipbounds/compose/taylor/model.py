@@ -60,6 +60,11 @@ class Value:
         return self.parts[INPUT]
 
     @property
+    def still(self) -> bool:
+        """Whether nothing moves: only the value at the centre, with its rounding, is followed."""
+        return self.parts.keys() == {CENTRE}
+
+    @property
     def terms(self) -> dict[str, Coefficient]:
         """T_s, by the names of the operations."""
         return {name: part for name, part in self.parts.items() if name not in (CENTRE, INPUT)}
@@ -97,6 +102,16 @@ class Value:
             other: of the same shape.
         """
         return Value(together(self.parts, other.parts))
+
+    def with_outputs(self, name: str) -> Value:
+        """The value with the remainder of the operation that made it.
+
+        Args:
+            name: of the operation.
+        """
+        shape = self.centre.shape
+        identity = torch.eye(shape.numel(), dtype=self.centre.dtype, device=self.centre.device)
+        return self.with_term(name, exact(identity.reshape(-1, *shape)))
 
     def with_term(self, name: str, term: Coefficient) -> Value:
         """The value with the remainder of one more operation in it.

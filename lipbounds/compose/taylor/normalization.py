@@ -24,7 +24,7 @@ import math
 import torch
 from torch import Tensor
 
-from lipbounds.compose.taylor.coefficient import TINY, Coefficient, exact, norm_upper
+from lipbounds.compose.taylor.coefficient import TINY, Coefficient, norm_upper
 from lipbounds.compose.taylor.model import CENTRE, Range, Ranges, Value
 from lipbounds.compose.taylor.operation import Operation
 from lipbounds.errors import Unsupported
@@ -58,8 +58,13 @@ class Normalize(Operation):
         self.z = Coefficient(z.unsqueeze(0), z_error.expand_as(z).nan_to_num(nan=torch.inf))
         self.inverse = Coefficient((1 / sigma).expand_as(z).unsqueeze(0), inverse_error.expand_as(z))
         parts = {k: self._slope(p) for k, p in self.value.parts.items() if k != CENTRE}
-        identity = torch.eye(z.numel(), dtype=z.dtype, device=z.device).reshape(-1, *z.shape)
-        self.output = Value({CENTRE: self.z} | parts).with_term(name, exact(identity))
+        output = Value({CENTRE: self.z} | parts)
+        self.output = output.with_outputs(name) if self.moves else output
+
+    @property
+    def moves(self) -> bool:
+        """Whether the tokens move."""
+        return not self.value.still
 
     def _slope(self, part: Coefficient) -> Coefficient:
         """(part - z (z . part) / D) / sigma."""

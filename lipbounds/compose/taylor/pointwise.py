@@ -26,7 +26,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lipbounds.compose.taylor.coefficient import Coefficient, exact, norm_upper, weighted_product
+from lipbounds.compose.taylor.coefficient import TINY, Coefficient, exact, norm_upper, weighted_product
 from lipbounds.compose.taylor.model import CENTRE, Range, Ranges, Value
 from lipbounds.compose.taylor.operation import Operation
 from lipbounds.errors import Unsupported
@@ -89,15 +89,11 @@ class SmoothPointwise(Operation):
 
     def __init__(self, name: str, activation: str, value: Value) -> None:
         self.name, self.value, self._rule = name, value, _SMOOTH[activation]
-        rule = ACTIVATIONS[activation]
         c, off = value.centre, value.centre_error
         second_bound = self._rule.largest[0]
-        slope = Coefficient(rule.slope(c).unsqueeze(0), inflate(second_bound * off + SLOPE_ERROR, 4))
-        output = rule.function(c).unsqueeze(0)
-        lost = inflate(rule.lipschitz * off + 32 * UNIT_ROUNDOFF * (c.abs() + 1e-300), 4)
+        slope = Coefficient(ACTIVATIONS[activation].slope(c).unsqueeze(0), inflate(second_bound * off + SLOPE_ERROR, 4))
         parts = {k: p.times(slope, torch.mul, 2) for k, p in value.parts.items() if k != CENTRE}
-        identity = torch.eye(c.numel(), dtype=c.dtype, device=c.device).reshape(-1, *c.shape)
-        self.output = Value({CENTRE: Coefficient(output, lost)} | parts).with_term(name, exact(identity))
+        self.output = Value({CENTRE: activated(activation, value)} | parts).with_outputs(name)
         self._second = self._rule.second(c)
         self._second_error = inflate(self._rule.largest[1] * off + SLOPE_ERROR, 4)
 
@@ -156,13 +152,11 @@ class Relu(Operation):
 
     def __init__(self, name: str, value: Value) -> None:
         self.name, self.value = name, value
-        c, off = value.centre, value.centre_error
+        c = value.centre
         # Where the sign of the exact c is not known, any slope in [0, 1] is right: the remainder is the same.
         self.slope = (c > 0).to(c.dtype)
-        identity = torch.eye(c.numel(), dtype=c.dtype, device=c.device).reshape(-1, *c.shape)
         parts = {k: p.times(exact(self.slope.unsqueeze(0)), torch.mul, 2) for k, p in value.parts.items()}
-        centre = Coefficient(c.clamp(min=0).unsqueeze(0), off)
-        self.output = Value(parts | {CENTRE: centre}).with_term(name, exact(identity))
+        self.output = Value(parts | {CENTRE: activated("relu", value)}).with_outputs(name)
 
     def measure(self, ranges: Ranges) -> Range:
         """See the top of this file; 2 |error of c| pays for a slope on the wrong side."""
@@ -191,6 +185,21 @@ class Relu(Operation):
         return inflate(
             wrong_side + box @ (-rows).clamp(min=0).mT + norm_upper(box).unsqueeze(1) * error, box.shape[1] + 8
         )
+
+
+def activated(activation: str, value: Value) -> Coefficient:
+    """An activation at the centre.
+
+    Every function here is within 32 u |x| of its computed value: x times a factor of at most 1 with few roundings and
+    an error of a few ulps in erf, exp or tanh, each of which moves the product by no more than itself; |tanh x| <= |x|.
+
+    Args:
+        activation: its name in `ACTIVATIONS`.
+        value: its input.
+    """
+    rule = ACTIVATIONS[activation]
+    lost = rule.lipschitz * value.centre_error + 32 * UNIT_ROUNDOFF * (value.centre.abs() + TINY)
+    return Coefficient(rule.function(value.centre).unsqueeze(0), inflate(lost, 4))
 
 
 def pointwise(name: str, activation: str, value: Value) -> Operation:
