@@ -1,12 +1,16 @@
 """Norms of products of block rows of the Jacobian, and the three parts of the differential with all heads: ours.
 
-    sharp:       the smaller of sharp_fast and || ( ||J_i J_k^T|| )_ik ||^(1/2)     (1)
-                 or, on large blocks, of sharp_fast and ( sum_i ||J_i J_i^T|| )^(1/2)    (2)
-    sharp_fast:  ||T1|| + ||T2|| + ||T3||, each in Frobenius norms of Gram blocks or by heads
+    sharp:       the smallest of || ( ||J_i J_k^T|| )_ik ||^(1/2)                (1)
+                 or, on large blocks, of ( sum_i ||J_i J_i^T|| )^(1/2)          (2),
+                 of ||T1|| + ||T2|| + ||T3||, each in Frobenius norms of Gram blocks or by heads     (3) to (5),
+                 and of sharp_fast
+    sharp_fast:  ||T1 + T3|| + ||T2||: the parts of `sharp_cheap`, T2 with all heads in one, and T3 with all heads
+                 stacked                                                        (6);
+                 on small blocks each part is replaced by (3) to (5) where these are smaller
 
-J_i is the part of the Jacobian for output token i; T1, T2, T3 are mixing, query and key part. Which of (1) and (2) is
-evaluated depends on the size of the block, not of the batch (lipbounds.derivatives.first.gram_norm). Formulas, size
-rule and proof: docs/bounds/sharp.md.
+J_i is the part of the Jacobian for output token i; T1, T2, T3 are mixing, query and key part. What is evaluated depends
+on the size of the block, not of the batch (lipbounds.derivatives.first.gram_norm, `SMALL`). Formulas, size rules and
+proof: docs/bounds/sharp.md.
 
 Numerics: float64. The rounding of (1) and (2) is added to every norm of a block: it costs 1e-7 of the number at most
 where the factors do not cancel, and the sums over heads take over where they do.
@@ -19,10 +23,15 @@ from torch import Tensor
 
 from lipbounds.claims import Claim, Source
 from lipbounds.derivatives.first.gram_norm import gram_norm, has_gram_norm, has_rows_norm, rows_norm
+from lipbounds.derivatives.first.joint_heads import joint_query, stacked_key
+from lipbounds.derivatives.first.overlap_parts import OverlapParts
 from lipbounds.derivatives.first.three_parts import three_parts
 from lipbounds.registry import Terms, bound
 from lipbounds.rounding import cast_up, inflate
 from lipbounds.targets.attention import Attention
+
+
+SMALL = 1e11  # multiplications and additions of (5), up to which `sharp_fast` evaluates (3) to (5), too
 
 
 @bound(
@@ -31,19 +40,18 @@ from lipbounds.targets.attention import Attention
     source=Source(title="lipbounds", statement="norms of Gram blocks of the Jacobian, derived here"),
     supports=("heads", "biases", "mask", "cross"),
     cost="O(n^2 D^2 (D + n)) up to a size, then O(n D^3), then that of sharp_fast",
-    version=3,
+    version=4,
 )
 def sharp(block: Attention) -> tuple[Tensor, Terms]:
     """Norm of the matrix of norms of Gram blocks: all heads, keys and parts are summed before a norm is taken."""
     wide = block.double
-    mixing, query, key = three_parts(wide)
-    parts = mixing + query + key
-    terms = {"detail.parts": parts}
-    value = parts
-    if has_gram_norm(wide):
+    by_gram, by_rows = has_gram_norm(wide), has_rows_norm(wide)
+    value, _ = _parts(wide, with_rows=by_gram or by_rows or _is_small(wide))
+    terms = {"detail.parts": value}
+    if by_gram:
         terms["detail.gram"] = gram_norm(wide)
         value = torch.minimum(value, terms["detail.gram"])
-    elif has_rows_norm(wide):
+    elif by_rows:
         terms["detail.rows"] = rows_norm(wide)
         value = torch.minimum(value, terms["detail.rows"])
     value = inflate(value, 8).expand(block.batch_shape)
@@ -55,12 +63,35 @@ def sharp(block: Attention) -> tuple[Tensor, Terms]:
     claim=Claim(kind="proved", scope="point", norm="l2"),
     source=Source(title="lipbounds", statement="three parts of the differential with all heads, derived here"),
     supports=("heads", "biases", "mask", "cross"),
-    cost="O(n D^2 (n + D) + n^2 H^4)",
-    version=2,
+    cost="O(H^2 n^2 (n + d) + D^3); on small blocks also O(n D^2 (n + D) + n^2 H^4)",
+    version=3,
 )
 def sharp_fast(block: Attention) -> tuple[Tensor, Terms]:
     """The three parts of the differential with all heads in one, from Gram matrices of heads and keys."""
-    mixing, query, key = three_parts(block.double)
-    value = inflate(mixing + query + key, 8).expand(block.batch_shape)
+    wide = block.double
+    value, terms = _parts(wide, with_rows=_is_small(wide))
+    return cast_up(inflate(value, 8).expand(block.batch_shape), block.dtype), terms
+
+
+def _parts(block: Attention, *, with_rows: bool) -> tuple[Tensor, Terms]:
+    """||T1 + T3|| + ||T2||, each part the smallest of its forms."""
+    parts = OverlapParts(block)
+    mixing = query = key = memory = parts.nothing
+    if with_rows:
+        mixing, query, key = three_parts(block)
+    if block.query_moves:
+        own = torch.minimum(parts.query, joint_query(parts))
+        query = torch.minimum(query, own) if with_rows else own
+    if block.memory_moves:
+        own = torch.minimum(parts.key, stacked_key(parts))
+        key = torch.minimum(key, own) if with_rows else own
+        mixing = torch.minimum(mixing, parts.mixing.norm) if with_rows else parts.mixing.norm
+        memory = parts.memory(mixing, key)
     terms = {"detail.mixing": mixing, "detail.query_part": query, "detail.key_part": key}
-    return cast_up(value, block.dtype), terms
+    return memory + query, terms
+
+
+def _is_small(block: Attention) -> bool:
+    """Whether (5), the dearest of (3) to (5), is affordable; the same for every item of a batch."""
+    inner = block.heads * block.w_v.shape[-1]
+    return 2 * block.tokens * inner**2 * (inner + block.logits.shape[-1]) <= SMALL

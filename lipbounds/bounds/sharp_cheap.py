@@ -34,29 +34,13 @@ Numerics: float64, what rounding can take off is added by the modules named; no 
 
 from __future__ import annotations
 
-import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.claims import Claim, Source
-from lipbounds.derivatives.first.covariance import centred_keys, centred_projection
-from lipbounds.derivatives.first.head_rows import GramMatrices, HeadRows, through
-from lipbounds.derivatives.first.split_mixing import split_mixing
-from lipbounds.derivatives.norms import row_g_1
-from lipbounds.derivatives.rounding.logits import query_error
-from lipbounds.derivatives.token_maps import key_maps, query_maps
-from lipbounds.ops.mixture import mixture_norm_upper
-from lipbounds.ops.spectral import root, spectral_norm_upper, vector_norm
+from lipbounds.derivatives.first.overlap_parts import OverlapParts
 from lipbounds.registry import Terms, bound
-from lipbounds.rounding import cast_up, inflate, product
+from lipbounds.rounding import cast_up, inflate
 from lipbounds.targets.attention import Attention
-from lipbounds.targets.head_factors import HeadFactors
-from lipbounds.targets.rms_norm import RmsNorm
-from lipbounds.targets.rotary import rotation_norm
-from lipbounds.targets.weight_norms import WeightNorms
-
-
-Side = tuple[HeadFactors, Float[Tensor, "..."]]  # factors, and the largest norm of the maps of the tokens of each head
 
 
 @bound(
@@ -68,81 +52,10 @@ Side = tuple[HeadFactors, Float[Tensor, "..."]]  # factors, and the largest norm
 )
 def sharp_cheap(block: Attention) -> tuple[Tensor, Terms]:
     """Three parts of the differential through overlaps of heads, from Gram matrices of keys and values."""
-    wide = block.double
-    norms = wide.weight_norms
-    values = centred_projection(wide.source_input, wide.w_v)
-    grams = GramMatrices(wide, through(values.rows, values.error, norms.factors("w_o")))
-    softmax = row_g_1(wide)
-    nothing = torch.zeros_like(wide.logits[..., 0, 0, 0])
-    query_part = _query_part(wide, norms, grams, softmax) if wide.query_moves else nothing
-    memory_part = _memory_part(wide, norms, grams, softmax) if wide.memory_moves else {"detail.memory_part": nothing}
-    value = inflate(memory_part["detail.memory_part"] + query_part, 8).expand(block.batch_shape)
-    return cast_up(value, block.dtype), {"detail.query_part": query_part, **memory_part}
-
-
-def _query_part(
-    block: Attention, norms: WeightNorms, grams: GramMatrices, softmax: Float[Tensor, "*batch heads n"]
-) -> Float[Tensor, "*batch"]:
-    """||T2||."""
-    heads, gain = _side(block, norms, "w_q", block.query_norm, block.query_rotation)
-    centred = centred_keys(block)
-    keys = through(centred.rows, centred.error, heads)
-    crude = softmax * (grams.values.norm * keys.norm).unsqueeze(-1)
-    unit = abs(block.scale_value) * grams.values.unit * keys.unit
-    weights = product(torch.minimum(grams.cross(keys), crude), unit.unsqueeze(-1)).mT
-    outputs = norms.factors("w_o")
-    found = root(mixture_norm_upper(weights, outputs.overlap, outputs.jointly))
-    weights = inflate(weights * gain.square().unsqueeze(-2), 8)
-    return inflate((found * root(mixture_norm_upper(weights, heads.overlap, heads.jointly))).amax(-1), 16)
-
-
-def _memory_part(
-    block: Attention, norms: WeightNorms, grams: GramMatrices, softmax: Float[Tensor, "*batch heads n"]
-) -> Terms:
-    """||T1 + T3||."""
-    side = _side(block, norms, "w_k", block.key_norm, block.key_rotation)
-    queries = through(block.queries, query_error(block).amax(-1), side[0])
-    reach = torch.minimum(softmax * grams.values.norm.unsqueeze(-1), root(softmax) * root(grams.largest_variance()))
-    unit = abs(block.scale_value) * grams.values.unit * queries.unit
-    mixing = split_mixing(block, norms)
-    key = along = _key_part(norms, side, _weighted(inflate(reach, 8), queries) * unit)
-    if block.key_norm is None and block.key_rotation is None:
-        on_direction = _key_part(norms, side, _weighted(grams.image(mixing.direction), queries) * unit)
-        along = torch.minimum(along, on_direction)
-    parts = torch.stack([mixing.along + along, mixing.across + key], -1)
-    jointly = torch.minimum(inflate(vector_norm(parts), 8), mixing.norm + key)
-    return {"detail.memory_part": jointly, "detail.mixing": mixing.norm, "detail.key_part": key}
-
-
-def _weighted(weights: Float[Tensor, "*batch heads n"], queries: HeadRows) -> Float[Tensor, "*batch heads"]:
-    """|| diag(a_h) Q'_h ||, rounded up."""
-    found = spectral_norm_upper(weights.unsqueeze(-1) * queries.rows)
-    off = inflate(vector_norm(weights.detach()) * (queries.error + 2.0**-50 * queries.size), weights.shape[-1] + 16)
-    return found + off
-
-
-def _key_part(norms: WeightNorms, side: Side, sizes: Float[Tensor, "*batch heads"]) -> Float[Tensor, "*batch"]:
-    """||T3|| from the y_h."""
-    (heads, gain), outputs = side, norms.factors("w_o")
-    sizes = inflate(sizes, 8).unsqueeze(-2)
-    own = sizes * gain.unsqueeze(-2)
-    largest = own.detach().amax(-1, keepdim=True)
-    unit = torch.where(largest > 0, largest, 1.0)
-    squares = mixture_norm_upper((own / unit).square(), heads.overlap, heads.jointly)
-    one = outputs.jointly.unsqueeze(-1) * root(squares) * unit.squeeze(-1)
-    both = root(mixture_norm_upper(sizes, outputs.overlap, outputs.jointly))
-    both = both * root(mixture_norm_upper(own * gain.unsqueeze(-2), heads.overlap, heads.jointly))
-    return inflate(torch.minimum(one, both).squeeze(-1), 32)
-
-
-def _side(block: Attention, norms: WeightNorms, name: str, norm: RmsNorm | None, rotation: Tensor | None) -> Side:
-    """The factors of query or key weights and how much their tokens' maps can add to them."""
-    like = (block.w_q if name == "w_q" else block.w_k)[..., 0, 0]
-    if norm is not None:
-        maps = query_maps(block) if name == "w_q" else key_maps(block)
-        assert maps is not None
-        return norms.factors(name, "plain" if norm.over == "head" else "together"), maps.norm
-    if rotation is not None:
-        gain = rotation_norm(rotation, like)
-        return norms.factors(name, "pairs", rotation.shape[-1]), gain + torch.zeros_like(like)
-    return norms.factors(name), torch.ones_like(like)
+    parts = OverlapParts(block.double)
+    memory, terms = parts.nothing, {}
+    if block.memory_moves:
+        memory = parts.memory(parts.mixing.norm, parts.key)
+        terms = {"detail.mixing": parts.mixing.norm, "detail.key_part": parts.key}
+    value = inflate(memory + parts.query, 8).expand(block.batch_shape)
+    return cast_up(value, block.dtype), {"detail.query_part": parts.query, "detail.memory_part": memory, **terms}

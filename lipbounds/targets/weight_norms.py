@@ -47,6 +47,7 @@ class WeightNorms:
         self.weights = weights
         self.w_q, self.w_k, self.w_v, self.w_o = (weights[name] for name in NAMES[:4])
         self._factors: dict[tuple[str, Layout, int], HeadFactors] = {}
+        self._products: dict[str, Tensor] = {}
 
     def factors(self, name: str, layout: Layout = "whitened", pairs: int = 0) -> HeadFactors:
         """The weights of each head as a basis times a small factor, and the overlaps of the heads.
@@ -61,6 +62,18 @@ class WeightNorms:
             weights = self.w_o.mT if name == "w_o" else self.weights[name]
             self._factors[key] = head_factors(weights, layout, pairs)
         return self._factors[key]
+
+    def products(self, name: str) -> Float[Tensor, "*weights heads heads head_dim head_dim"]:
+        """C_h^T C_g for all pairs of heads, C the weights as `factors` has them, each divided by its power of two.
+
+        Args:
+            name: `w_q` or `w_o`.
+        """
+        if name not in self._products:
+            weights = self.w_o.mT if name == "w_o" else self.weights[name]
+            columns = weights / self.factors(name).unit[..., None, None]
+            self._products[name] = columns.mT.unsqueeze(-3) @ columns.unsqueeze(-4)
+        return self._products[name]
 
     @cached_property
     def values_jointly(self) -> Float[Tensor, "*weights"]:
