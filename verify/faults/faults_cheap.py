@@ -157,6 +157,19 @@ def product_of_means_left_out(block: Attention) -> Tensor:
 
 
 @planted(supports=ALL)
+def products_of_two_heads_left_out_of_the_query_part(block: Attention) -> Tensor:
+    """||T2_i||_F^2 as the sum over heads of their own squares, without the pairs of two different heads."""
+    wide = block.double
+    _, query, jacobian = exact_parts(block)
+    if not wide.query_moves:
+        return finished(block, torch.zeros_like(wide.logits[..., 0, 0, 0]), jacobian)
+    values = (wide.values - wide.values.mean(-2, keepdim=True)) @ wide.w_o
+    keys = (wide.keys - wide.keys.mean(-2, keepdim=True)) @ wide.w_q.mT
+    squares = squared_covariance(wide.probabilities, values, keys).clamp(min=0).sum(-2)
+    return finished(block, abs(wide.scale_value) * squares.amax(-1).sqrt(), jacobian - query)
+
+
+@planted(supports=ALL)
 def mean_row_of_the_query_part(block: Attention) -> Tensor:
     """The mean over rows of the norms of the blocks of T2 in place of the largest."""
     return QueryPart(rows=lambda sizes: sizes.mean(-1))(block)

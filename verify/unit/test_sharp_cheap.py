@@ -11,6 +11,8 @@ import lipbounds
 from lipbounds import Attention
 from lipbounds.derivatives.first.covariance import centred_keys, centred_projection
 from lipbounds.derivatives.first.head_rows import GramMatrices, through
+from lipbounds.derivatives.first.joint_heads import joint_query, stacked_key
+from lipbounds.derivatives.first.overlap_parts import OverlapParts
 from lipbounds.derivatives.first.split_mixing import split_mixing
 from lipbounds.ops.mixture import mixture_norm_upper
 from lipbounds.targets.head_factors import head_factors
@@ -72,6 +74,32 @@ def test_gram_matrices_give_the_norms_of_covariances(case: str) -> None:
     largest = grams.largest_variance() * values.unit.square().unsqueeze(-1)
     assert (largest >= spectral(own) * (1 - 1e-12)).all()
     assert (largest <= torch.linalg.matrix_norm(own) * (1 + 1e-4) + 1e-4).all()
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("query", "memory")])
+def test_heads_jointly_are_the_dense_norms(case: str) -> None:
+    block = random_block(17, **CASES[case])
+    parts, maps = OverlapParts(block), block.probabilities
+    jacobians = torch.diag_embed(maps) - maps.unsqueeze(-1) * maps[..., None, :]
+    through_output = (block.values @ block.w_o).mT.unsqueeze(-3) @ jacobians
+    own = through_output @ (block.keys @ block.w_q.mT).unsqueeze(-3)
+    exact = torch.linalg.matrix_norm(block.scale_value * own.sum(-4)).amax()
+    assert exact * (1 - 1e-12) <= joint_query(parts) <= exact * (1 + 1e-5) + 1e-4
+    reach = block.scale_value * block.queries @ block.w_k.mT
+    key = torch.einsum("hiaj,hib->iajb", through_output, reach).flatten(2).flatten(0, 1)
+    assert spectral(key) * (1 - 1e-12) <= stacked_key(parts)
+    rows = (parts.reach * parts.grams.values.unit.unsqueeze(-1)).unsqueeze(-1) * reach
+    stacked = spectral(rows.flatten(0, 1)) * block.weight_norms.factors("w_o").jointly
+    torch.testing.assert_close(stacked_key(parts), stacked, rtol=1e-5, atol=1e-5)
+
+
+def test_the_fast_form_takes_the_old_parts_on_small_blocks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = random_block(18)
+    with_rows = lipbounds.get("sharp_fast")(block).value
+    monkeypatch.setattr("lipbounds.bounds.sharp.SMALL", 0)
+    without = lipbounds.get("sharp_fast")(block).value
+    cheap = lipbounds.get("sharp_cheap")(block).value
+    assert true_norm(block) <= lipbounds.get("sharp")(block).value <= with_rows < without <= cheap
 
 
 def _rows(centred: Any) -> tuple[torch.Tensor, torch.Tensor]:
