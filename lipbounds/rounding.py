@@ -46,7 +46,7 @@ def product(first: Tensor, *others: Tensor | float) -> Tensor:
         first: not NaN.
         others: not NaN; all broadcast.
     """
-    factors = [first, *(other if isinstance(other, Tensor) else first.new_tensor(other) for other in others)]
+    factors = [first, *(other if isinstance(other, Tensor) else first.new_full((), other) for other in others)]
     whole, exponents, empty = None, first.new_zeros(()), first.new_zeros((), dtype=torch.bool)
     for factor in factors:
         exponent = torch.frexp(torch.where(factor.isinf(), 1.0, factor).detach()).exponent.to(factor.dtype)

@@ -50,7 +50,7 @@ def map_norm(block: Attention) -> Float[Tensor, "*batch heads"]:
     # ||P|| >= sqrt(n / m), so a larger slack ends at sqrt(n), too.
     slack = torch.exp((2 * logit_error(block).amax(-1)).clamp(max=LARGEST_EXPONENT))
     norm = inflate(nonnegative_norm_upper(block.probabilities) * slack, block.logits.shape[-1] + 16)
-    return torch.clamp(norm, max=inflate(norm.new_tensor(float(block.tokens)).sqrt(), 2).item())
+    return torch.clamp(norm, max=inflate(norm.new_full((), float(block.tokens)).sqrt(), 2))
 
 
 def value_norm(block: Attention) -> Float[Tensor, "*batch heads"]:
