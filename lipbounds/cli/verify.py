@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def command(
     bound: Annotated[str, typer.Argument(help="package.module:attribute, or the name of a registered bound.")],
-    seconds: Annotated[float, typer.Option(help="Time to spend.", min=0)] = 60.0,
+    seconds: Annotated[float, typer.Option(help="Processor time to spend.", min=0)] = 60.0,
     seed: Seed = 0,
     report: Annotated[Path | None, typer.Option(help="Write the report here as JSON, too.")] = None,
     as_json: AsJson = False,

@@ -60,13 +60,13 @@ class Ascent:
 
         Args:
             steps: gradient steps.
-            deadline: value of time.monotonic() after which no step begins (but the first).
+            deadline: value of time.process_time() after which no step begins (but the first).
             stop_above: a log ratio that is good enough to stop at.
             progress: called with the number of steps done and the largest ratio so far.
         """
         rounds = max(1, steps // 4)
         for step in range(steps + rounds):
-            if step and (time.monotonic() > deadline or float(self.best_log_ratio.max()) > stop_above):
+            if step and (time.process_time() > deadline or float(self.best_log_ratio.max()) > stop_above):
                 return
             if step < steps:
                 self._climb(step / steps)

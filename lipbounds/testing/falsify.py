@@ -63,7 +63,7 @@ def falsify(
         features: what the blocks have beyond heads: `biases`, `mask` (causal), `cross` (the memory moves), `rotary`,
             `qk_norm` (of each head).
         radius: for the scopes that have one; the size of the tokens relative to that of a ball is part of the search.
-        seconds: stop climbing after this time.
+        seconds: stop climbing after this processor time.
         progress: called with the steps done and the largest ratio so far.
 
     Raises:
@@ -115,13 +115,13 @@ def attack(
     """
     _check(spec, setting, starts, steps)
     setting = dc.replace(setting, compact=spec.claim.scope == "compact")
-    begun = time.monotonic()
+    begun = time.process_time()
     claims = Claims(spec, setting)
     ascent = Ascent(claims, starts, torch.Generator().manual_seed(seed))
     deadline = math.inf if seconds is None else begun + seconds
     ascent.run(steps, deadline=deadline, stop_above=math.log(stop_above), progress=progress)
     found = _confirm(claims, ascent.candidates(CONFIRMED))
-    return dc.replace(found, starts=starts, steps=ascent.steps_done, seconds=time.monotonic() - begun, seed=seed)
+    return dc.replace(found, starts=starts, steps=ascent.steps_done, seconds=time.process_time() - begun, seed=seed)
 
 
 def falsify_widely(
@@ -134,7 +134,7 @@ def falsify_widely(
     Args:
         spec: a bound of kind `proved`.
         seed: of all random numbers of the search.
-        seconds: time for the whole search; at least one shape is searched.
+        seconds: processor time for the whole search; at least one shape is searched.
         skip: shapes to leave out at the beginning. Less `seed`, the seed of an instance found earlier is the number of
             shapes before it.
         progress: called with the steps done and the largest ratio so far.
@@ -145,13 +145,13 @@ def falsify_widely(
     """
     if skip < 0:
         raise InvalidInput(f"skip must be >= 0, got {skip}.")
-    begun = time.monotonic()
+    begun = time.process_time()
     worst: Falsification | None = None
     refusal: LipboundsError | None = None
     steps_done = starts_done = 0
     settings = enumerate(_settings(spec, Random(seed)))
     for trial, (setting, steps) in itertools.islice(settings, skip, None):
-        left = seconds - (time.monotonic() - begun)
+        left = seconds - (time.process_time() - begun)
         if trial > skip and (left <= 0 or (worst is not None and worst.refuted)):
             break
         try:
@@ -175,7 +175,7 @@ def falsify_widely(
             worst = found
     if worst is None:
         raise UnsupportedAttention(f"{spec.name} refuses every block the search offers; the last reason: {refusal}")
-    return dc.replace(worst, starts=starts_done, steps=steps_done, seconds=time.monotonic() - begun)
+    return dc.replace(worst, starts=starts_done, steps=steps_done, seconds=time.process_time() - begun)
 
 
 def can_climb(spec: BoundSpec) -> bool:

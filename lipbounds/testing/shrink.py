@@ -41,12 +41,12 @@ def shrink(spec: BoundSpec, found: Falsification, *, seconds: float = 30.0) -> F
     if not found.refuted:
         raise InvalidInput(f"only a counterexample can be shrunk, got ratio={found.ratio!r}; search longer for one.")
     needed = 1 + min((found.ratio - 1) / 2, 0.5)
-    deadline = time.monotonic() + seconds
+    deadline = time.process_time() + seconds
     case, smallest, changed = _case(found), found, True
     while changed:
         changed = False
         for edit in _edits(case):
-            if time.monotonic() > deadline:
+            if time.process_time() > deadline:
                 return smallest
             candidate = edit(case)
             judged = None if candidate is None else _judged(spec, candidate)

@@ -88,15 +88,15 @@ def climb_widely(
     Raises:
         InvalidInput: a bound of another kind, scope or class.
     """
-    begun, worst, starts, number = time.monotonic(), None, 0, 0
-    while worst is None or (not worst.refuted and time.monotonic() - begun < seconds):
+    begun, worst, starts, number = time.process_time(), None, 0, 0
+    while worst is None or (not worst.refuted and time.process_time() - begun < seconds):
         found = climb(spec, seed=seed + number, number=number)
         starts += found.starts
         worst = found if worst is None or found.refuted or found.ratio > worst.ratio else worst
         number += 1
         if progress is not None:
             progress(worst.ratio)
-    return dc.replace(worst, starts=starts, seconds=time.monotonic() - begun)
+    return dc.replace(worst, starts=starts, seconds=time.process_time() - begun)
 
 
 def climb(spec: BoundSpec, *, seed: int = 0, number: int = 0, starts: int = 16, steps: int = 80) -> Climb:
