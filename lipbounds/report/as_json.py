@@ -17,7 +17,7 @@ from lipbounds.report.schema import (
     ModelReport,
     Number,
     SkippedReport,
-    least,
+    least_at_point,
     ratio,
     shown,
 )
@@ -96,7 +96,7 @@ def _head(head: HeadReport) -> dict[str, Any]:
 
 
 def _derived(part: LayerReport | HeadReport) -> dict[str, Any]:
-    return {"bound": _number(least(part.proved)), "ratio": _number(ratio(part))}
+    return {"bound": _number(least_at_point(part)), "ratio": _number(ratio(part))}
 
 
 def _plain(value: float, kind: Any) -> dict[str, Any]:

@@ -184,9 +184,19 @@ def least(numbers: tuple[Number, ...]) -> Number | None:
     return min(numbers, key=lambda number: number.value, default=None)
 
 
+def least_at_point(part: LayerReport | HeadReport) -> Number | None:
+    """The smallest proved bound that covers the point: one at the point, or one on a ball, whose centre the point is.
+
+    Args:
+        part: a layer or a head.
+    """
+    balls = part.balls if isinstance(part, LayerReport) else ()
+    return least((*part.proved, *(number for number in balls if number.kind == "proved")))
+
+
 def ratio(part: LayerReport | HeadReport) -> Number | None:
     """How many times above the truth the smallest proved bound is at most: bound over lower bound."""
-    bound = least(part.proved)
+    bound = least_at_point(part)
     if bound is None or part.lower is None or part.lower.value == 0:
         return None
     return dc.replace(bound, value=bound.value / part.lower.value * (1 + 1e-15), method="ratio")

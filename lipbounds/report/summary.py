@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lipbounds.report.schema import InputReport, LayerReport, Number, least
+from lipbounds.report.schema import InputReport, LayerReport, Number, least_at_point
 
 
 MOST = 6
@@ -36,7 +36,7 @@ def _most_fragile(run: InputReport) -> str:
     if not known:
         return "No number was computed before the time was up."
     worst = max(known, key=lambda layer: _size(layer) or 0.0)
-    bound = least(worst.proved)
+    bound = least_at_point(worst)
     proved = "" if bound is None else f"; proved bound {bound.shown} ({bound.method})"
     if worst.constant is None:
         return f"At this input, layer {worst.layer} has the largest bound{proved.removeprefix(';')}."
@@ -55,7 +55,7 @@ def _certainty(constant: Number, layers: int) -> str:
 
 
 def _size(layer: LayerReport) -> float | None:
-    number = layer.constant or least(layer.proved)
+    number = layer.constant or least_at_point(layer)
     return None if number is None else number.value
 
 

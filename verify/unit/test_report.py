@@ -19,7 +19,7 @@ from lipbounds.report import evaluation as stages
 from lipbounds.report import from_json, maps, measure, to_json
 from lipbounds.report.heads import heads_alone
 from lipbounds.report.page import page
-from lipbounds.report.schema import Number, shown
+from lipbounds.report.schema import Number, least_at_point, shown
 from lipbounds.report.summary import fragile_heads, summary
 from verify.unit.blocks import random_block, true_norm
 from verify.unit.reported import tiny_input, tiny_model, tiny_report
@@ -147,7 +147,7 @@ def test_the_summary_names_the_layer_with_the_largest_constant() -> None:
     words = summary(run)
     assert f"layer {worst.layer} is the most fragile" in words
     assert f"up to {worst.constant.shown} times as far (exact" in words
-    assert f"proved bound {min(worst.proved, key=lambda n: n.value).shown} (" in words
+    assert f"proved bound {min((*worst.proved, *worst.balls), key=lambda n: n.value).shown} (" in words
 
 
 def test_a_probable_constant_says_how_probable() -> None:
@@ -176,6 +176,15 @@ def test_tokens_are_left_out_where_there_are_many(monkeypatch: pytest.MonkeyPatc
     layer = report.inputs[0].layers[0]
     assert layer.tokens == ()
     assert layer.notes == ("tokens: left out, there are more than 5",)
+
+
+def test_the_bound_that_is_shown_is_the_least_of_all_that_cover_the_point() -> None:
+    report = measure(tiny_model(), tiny_input(), bounds=["covariance.trace", "sharp_ball"], radii=[1e-3], layers=[0])
+    (layer,) = report.inputs[0].layers
+    (loose,), (ball,) = layer.proved, layer.balls
+    assert ball.value < loose.value
+    assert least_at_point(layer) == ball
+    assert f"proved bound {ball.shown} (sharp_ball)" in summary(report.inputs[0])
 
 
 def test_bounds_radii_and_layers_are_those_asked_for() -> None:
