@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -12,9 +12,6 @@ from lipbounds.errors import InvalidInput
 from lipbounds.targets._shapes import broadcast_shape
 from lipbounds.targets.rms_norm import NORM_OVER
 
-
-if TYPE_CHECKING:
-    from lipbounds.targets.attention import Attention
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Number of trailing dimensions of each tensor field that are not batch dimensions.
@@ -42,7 +39,43 @@ NORM_FIELDS = ("query_norm_weight", "key_norm_weight", "norm_eps", "norm_over")
 ROTATION_TOLERANCE = 2.0**-6
 
 
-def check_attention(block: Attention) -> bool:
+@runtime_checkable
+class AttentionFields(Protocol):
+    """The fields of `Attention` that are checked. This module knows no class, so that `Attention` may import it."""
+
+    @property
+    def x(self) -> Tensor: ...
+    @property
+    def w_q(self) -> Tensor: ...
+    @property
+    def w_v(self) -> Tensor: ...
+    @property
+    def w_o(self) -> Tensor: ...
+    @property
+    def memory(self) -> Tensor | None: ...
+    @property
+    def logit_bias(self) -> Tensor | None: ...
+    @property
+    def query_rotation(self) -> Tensor | None: ...
+    @property
+    def key_rotation(self) -> Tensor | None: ...
+    @property
+    def scale(self) -> float | None: ...
+    @property
+    def norm_eps(self) -> float | None: ...
+    @property
+    def norm_over(self) -> Any: ...
+    @property
+    def moves(self) -> str: ...
+    @property
+    def causal(self) -> bool: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+
+
+def check_attention(block: AttentionFields) -> bool:
     """Raise InvalidInput for the first rule that `block` breaks; returns whether a bias of queries, keys or values is
     not zero, which is found out with the rest: whatever is read from the device makes the host wait."""
     present = {name: getattr(block, name) for name in TRAILING if getattr(block, name) is not None}
@@ -55,7 +88,7 @@ def check_attention(block: Attention) -> bool:
     return _check_values(block, present)
 
 
-def expand_groups(block: Attention, name: str) -> Tensor | None:
+def expand_groups(block: AttentionFields, name: str) -> Tensor | None:
     """Repeat a key or value tensor so that it has one entry a query head (grouped-query attention)."""
     tensor = getattr(block, name)
     if tensor is None:
@@ -91,7 +124,7 @@ def _check_types(present: dict[str, Tensor]) -> None:
             )
 
 
-def _check_moves(block: Attention) -> None:
+def _check_moves(block: AttentionFields) -> None:
     allowed = ("self",) if block.memory is None else ("query", "memory")
     if block.moves not in allowed:
         kind = "self-attention (memory=None)" if block.memory is None else "cross-attention"
@@ -105,7 +138,7 @@ def _check_moves(block: Attention) -> None:
         raise InvalidInput(f"scale must be finite, got scale={block.scale}; leave it out for 1/sqrt(head width).")
 
 
-def _check_norm(block: Attention) -> None:
+def _check_norm(block: AttentionFields) -> None:
     given = {name: getattr(block, name) for name in NORM_FIELDS}
     missing = [name for name, value in given.items() if value is None]
     if len(missing) == len(given):
@@ -124,7 +157,7 @@ def _check_norm(block: Attention) -> None:
         )
 
 
-def _check_shapes(block: Attention, present: dict[str, Tensor]) -> None:
+def _check_shapes(block: AttentionFields, present: dict[str, Tensor]) -> None:
     heads, dim, head_dim = block.w_q.shape[-3:]
     groups, memory_dim, value_dim = block.w_v.shape[-3:]
     out_dim = block.w_o.shape[-1]
@@ -194,7 +227,7 @@ def check_finite(tensors: dict[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def _check_values(block: Attention, present: dict[str, Tensor]) -> bool:
+def _check_values(block: AttentionFields, present: dict[str, Tensor]) -> bool:
     biases = [present[name] for name in ("b_q", "b_k", "b_v") if name in present]
     rotations = [name for name in ROTATIONS if name in present]
     # Where the sum is finite, every entry is; one pass, without a second tensor.
@@ -228,7 +261,7 @@ def _check_entries(name: str, tensor: Tensor) -> None:
         )
 
 
-def _hidden_rows(block: Attention) -> Tensor:
+def _hidden_rows(block: AttentionFields) -> Tensor:
     """Whether a query sees no key."""
     if block.logit_bias is None:  # a causal mask alone leaves each query itself
         return torch.zeros((), dtype=torch.bool, device=block.x.device)
@@ -242,7 +275,7 @@ def _rotation_error(rotation: Tensor) -> Tensor:
     return (rotation.double().square().sum(-2) - 1).abs().max()
 
 
-def _check_rotations(block: Attention) -> None:
+def _check_rotations(block: AttentionFields) -> None:
     if block.query_rotation is None or block.key_rotation is None:
         if block.query_rotation is not None or block.key_rotation is not None:
             got = "query_rotation" if block.key_rotation is None else "key_rotation"
