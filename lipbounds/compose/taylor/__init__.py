@@ -2,11 +2,10 @@
 
 One file an idea: `coefficient` (floats with their rounding), `model` (c + C h + remainders), the operations
 (`bilinear`, `softmax`, `pointwise`, `normalization`), `network` (the walk through the layers), `quadratic`, `crossed`
-and `margin`, `radius` (the search), and `forward` (only the rounding of a forward pass).
+`margin`, and `radius` (the search).
 """
 
 from __future__ import annotations
 
-from lipbounds.compose.taylor.forward import forward_with_error as forward_with_error
 from lipbounds.compose.taylor.margin import TaylorMargin as TaylorMargin
 from lipbounds.compose.taylor.radius import taylor_radius as taylor_radius

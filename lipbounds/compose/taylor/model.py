@@ -60,11 +60,6 @@ class Value:
         return self.parts[INPUT]
 
     @property
-    def still(self) -> bool:
-        """Whether nothing moves: only the value at the centre, with its rounding, is followed."""
-        return self.parts.keys() == {CENTRE}
-
-    @property
     def terms(self) -> dict[str, Coefficient]:
         """T_s, by the names of the operations."""
         return {name: part for name, part in self.parts.items() if name not in (CENTRE, INPUT)}

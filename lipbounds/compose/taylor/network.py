@@ -15,7 +15,7 @@ from lipbounds.compose.taylor.coefficient import Coefficient
 from lipbounds.compose.taylor.model import CENTRE, Value
 from lipbounds.compose.taylor.normalization import Normalize
 from lipbounds.compose.taylor.operation import Operation
-from lipbounds.compose.taylor.pointwise import activated, pointwise
+from lipbounds.compose.taylor.pointwise import pointwise
 from lipbounds.compose.taylor.softmax import Softmax
 from lipbounds.errors import Unsupported
 from lipbounds.targets.attention import Attention
@@ -87,8 +87,6 @@ class Walk:
         return name if name not in taken else f"{name}.{len(taken)}"
 
     def _activate(self, path: str, activation: str, value: Value) -> Value:
-        if value.still:
-            return Value({CENTRE: activated(activation, value)})
         return self._add(pointwise(self._name(path), activation, value))
 
     def _normalize(self, path: str, layer: Normalization, value: Value) -> Value:
@@ -101,8 +99,8 @@ class Walk:
     def _attend(self, path: str, block: Attention, value: Value, read: int | None) -> Value:
         if block.features & {"qk_norm", "rotary"} or block.w_q.dim() != 3:
             raise Unsupported(
-                f"certificates have no rounding analysis yet of attention with QK-norm, rotary positions or batched "
-                f"weights, got such a block at {path}."
+                f"method='taylor' has no rule for attention with QK-norm, rotary positions or batched weights, at "
+                f"{path}; use method='joint' or 'product'."
             )
         count = value.centre.shape[-2]
         queries = value if read is None else _only(value, read)

@@ -58,13 +58,7 @@ class Normalize(Operation):
         self.z = Coefficient(z.unsqueeze(0), z_error.expand_as(z).nan_to_num(nan=torch.inf))
         self.inverse = Coefficient((1 / sigma).expand_as(z).unsqueeze(0), inverse_error.expand_as(z))
         parts = {k: self._slope(p) for k, p in self.value.parts.items() if k != CENTRE}
-        output = Value({CENTRE: self.z} | parts)
-        self.output = output.with_outputs(name) if self.moves else output
-
-    @property
-    def moves(self) -> bool:
-        """Whether the tokens move."""
-        return not self.value.still
+        self.output = Value({CENTRE: self.z} | parts).with_outputs(name)
 
     def _slope(self, part: Coefficient) -> Coefficient:
         """(part - z (z . part) / D) / sigma."""

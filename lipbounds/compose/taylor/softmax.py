@@ -89,14 +89,8 @@ class Softmax(Operation):
         moving = Value({k: p.arranged(lambda t: t * self._visible) for k, p in logits.parts.items() if k != CENTRE})
         self.centred = moving.each(self._centred)
         parts = {k: p.times(self.map, torch.mul, 2) for k, p in self.centred.parts.items()}
-        output = Value({CENTRE: self.map} | parts)
-        self.output = output.with_term(name, self._columns()) if self.moves else output
+        self.output = Value({CENTRE: self.map} | parts).with_term(name, self._columns())
         self._grams: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def moves(self) -> bool:
-        """Whether the logits move."""
-        return bool(self.centred.parts)
 
     def _centred(self, part: Coefficient) -> Coefficient:
         """Rows without their mean under the map."""
