@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses as dc
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -153,7 +153,13 @@ class Found:
 
 
 @torch.no_grad()
-def compute(items: Sequence[Attention], stage: Stage, plan: Plan, device: str | None = None) -> Found:
+def compute(
+    items: Sequence[Attention],
+    stage: Stage,
+    plan: Plan,
+    device: str | None = None,
+    keep: Callable[[Found], None] = lambda found: None,
+) -> Found:
     """The numbers of one stage.
 
     Args:
@@ -161,6 +167,7 @@ def compute(items: Sequence[Attention], stage: Stage, plan: Plan, device: str | 
         stage: which numbers.
         plan: what is wanted.
         device: where; where the blocks are if None.
+        keep: told what is found so far, after each number.
 
     Raises:
         ClusterError: the device is not there.
@@ -170,27 +177,33 @@ def compute(items: Sequence[Attention], stage: Stage, plan: Plan, device: str | 
     found = Found()
     for item in items:
         block = item if device is None else item.to(device)
-        found.items.append(_one(block, stage, plan, found.notes))
+        found.items.append(Numbers())
+        for part in _parts(block, stage, plan, found.notes):
+            found.items[-1].add(part)
+            keep(found)
     return found
 
 
-def _one(block: Attention, stage: Stage, plan: Plan, notes: list[str]) -> Numbers:
+def _parts(block: Attention, stage: Stage, plan: Plan, notes: list[str]) -> Iterator[Numbers]:
+    """The numbers of one stage, one after the other."""
     if stage.radius is not None:
-        values = _evaluated(plan.on_ball, block, notes, radius=stage.radius)
-        return Numbers(balls=[each[0] for each in values])
-    return {"layers": _whole, "heads": _heads, "tokens": _tokens}[stage.name](block, plan, notes)
+        for name in plan.on_ball:
+            values = _evaluated([name], block, notes, radius=stage.radius)
+            yield Numbers(balls=[each[0] for each in values])
+    else:
+        yield from {"layers": _whole, "heads": _heads, "tokens": _tokens}[stage.name](block, plan, notes)
 
 
-def _whole(block: Attention, plan: Plan, notes: list[str]) -> Numbers:
+def _whole(block: Attention, plan: Plan, notes: list[str]) -> Iterator[Numbers]:
     """Bounds and constant of the whole block."""
-    proved = [values[0] for values in _evaluated(plan.at_point, block, notes)]
+    for name in plan.at_point:
+        yield Numbers(proved=[values[0] for values in _evaluated([name], block, notes)])
     (constant,), (lower,) = _truth(block, plan)
-    return Numbers(proved=proved, constant=constant, lower=lower)
+    yield Numbers(constant=constant, lower=lower)
 
 
-def _heads(block: Attention, plan: Plan, notes: list[str]) -> Numbers:
+def _heads(block: Attention, plan: Plan, notes: list[str]) -> Iterator[Numbers]:
     """Bounds and constant of each head alone."""
-    found = Numbers()
     size = block.moving_input.shape[-2:].numel()
     step = max(1, KRYLOV_ENTRIES // (STEPS * size))
     for start in range(0, block.heads, step):
@@ -201,18 +214,17 @@ def _heads(block: Attention, plan: Plan, notes: list[str]) -> Numbers:
             for of_head, value in zip(proved, values, strict=True):
                 of_head.append(value)
         constants, lowers = _truth(alone, plan)
-        found.add(Numbers(head_proved=proved, head_constant=constants, head_lower=lowers))
-    return found
+        yield Numbers(head_proved=proved, head_constant=constants, head_lower=lowers)
 
 
-def _tokens(block: Attention, plan: Plan, notes: list[str]) -> Numbers:
+def _tokens(block: Attention, plan: Plan, notes: list[str]) -> Iterator[Numbers]:
     """What the output does when one token alone moves, from below."""
     if block.moving_input.shape[-2] > MAX_TOKENS:
         _note(notes, f"tokens: left out, there are more than {MAX_TOKENS}")
-        return Numbers()
+        return
     values = token_lower(block, seed=plan.seed).tolist()
     lower = Number(value=0.0, method="token_lower", kind="lower", scope="point", norm="l2", dtype="float64")
-    return Numbers(tokens=[dc.replace(lower, value=value) for value in values])
+    yield Numbers(tokens=[dc.replace(lower, value=value) for value in values])
 
 
 def _evaluated(names: Sequence[str], block: Attention, notes: list[str], **radius: float) -> list[list[Number]]:

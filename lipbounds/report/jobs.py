@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from lipbounds.cluster import Cluster, Lost
 from lipbounds.report.evaluation import Plan, Stage, compute
 from lipbounds.report.layer import LayerWork
+from lipbounds.report.worker import Worker
 from lipbounds.targets.serialize import detached_copy
 
 
@@ -16,7 +17,12 @@ Job = tuple[LayerWork, Stage]
 
 
 def run_jobs(
-    jobs: Sequence[Job], plan: Plan, cluster: Cluster | None, max_seconds: float | None, tell: Progress
+    jobs: Sequence[Job],
+    plan: Plan,
+    cluster: Cluster | None,
+    max_seconds: float | None,
+    tell: Progress,
+    start: float | None = None,
 ) -> None:
     """Do the jobs in their order until the time is up; the layers keep what is found.
 
@@ -24,10 +30,31 @@ def run_jobs(
         jobs: a layer and a stage each.
         plan: what is wanted.
         cluster: None for this process.
-        max_seconds: after which nothing new is begun, or handed out.
+        max_seconds: after which nothing new is begun, or handed out, and what runs in this process is ended.
         tell: told what is being done, and which share is.
+        start: of the time, on the clock of `time.monotonic`; now if None.
     """
-    deadline = None if max_seconds is None else time.monotonic() + max_seconds
+    start = time.monotonic() if start is None else start
+    deadline = None if max_seconds is None else start + max_seconds
+    # What must end in time runs in a process of its own; on a cluster others wait for it.
+    timed = deadline is not None and cluster is None and time.monotonic() < deadline
+    worker = Worker(deadline) if timed and deadline is not None else None
+    try:
+        _run(jobs, plan, cluster, worker, deadline, f"the limit of {max_seconds or 0:g} seconds was reached", tell)
+    finally:
+        if worker is not None:
+            worker.close()
+
+
+def _run(
+    jobs: Sequence[Job],
+    plan: Plan,
+    cluster: Cluster | None,
+    worker: Worker | None,
+    deadline: float | None,
+    late: str,
+    tell: Progress,
+) -> None:
     total, done = sum(stage.share for _, stage in jobs), 0.0
     for layer, stage in jobs:
         if cluster is not None:
@@ -35,7 +62,13 @@ def run_jobs(
                 done += _take_one(cluster, done / total, tell)
         tell(f"layer {layer.found.index}: {stage.name}", done / total)
         if deadline is not None and time.monotonic() > deadline:
-            layer.leave_out(stage, f"the limit of {max_seconds:g} seconds was reached")
+            layer.leave_out(stage, late)
+            done += stage.share
+        elif worker is not None:
+            found, whole = worker.compute(layer.items, stage, plan)
+            if not whole:
+                found.notes.append(f"{stage.name}: not {'finished' if found.items else 'computed'}, {late}")
+            layer.take(stage, found)
             done += stage.share
         elif cluster is None:
             layer.take(stage, compute(layer.items, stage, plan))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses as dc
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -67,7 +68,8 @@ def measure(
         layers: numbers of the blocks wanted; all if empty.
         delta: with which each probable bound may fail.
         seed: of all random starts.
-        max_seconds: after which nothing new is begun; what is missing then is named in the report.
+        max_seconds: after which the computation ends, whatever it is at (on a cluster, nothing new is begun); what is
+            there is in the report, what is missing is named. The runs of the model count, but are not ended.
         cluster: where the numbers are computed, from `lipbounds.cluster.connect`; None for this process.
         progress: told what is being done, and which share is.
 
@@ -79,7 +81,7 @@ def measure(
     wanted = plan(bounds=bounds, radii=radii, delta=delta, seed=seed)
     if max_seconds is not None and not max_seconds > 0:
         raise InvalidInput(f"max_seconds must be above 0, got {max_seconds=}; leave it out for no limit.")
-    runs = _runs(inputs)
+    runs, start = _runs(inputs), time.monotonic()
     tell = progress or (lambda what, share: None)
     work: list[list[LayerWork]] = []
     left_out: list[Captured] = []
@@ -91,7 +93,7 @@ def measure(
         left_out.append(found)
     order = stages(wanted)
     jobs = [(one, stage) for stage in order for blocks in work for one in blocks]
-    run_jobs(jobs, wanted, cluster, max_seconds, lambda what, share: tell(what, 0.02 + 0.98 * share))
+    run_jobs(jobs, wanted, cluster, max_seconds, lambda what, share: tell(what, 0.02 + 0.98 * share), start)
     measured = tuple(
         InputReport(
             name=run.name,

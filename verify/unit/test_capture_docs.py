@@ -14,7 +14,7 @@ from verify.unit.capture_hub_models import table
 
 
 PAGE = (Path(__file__).parents[2] / "docs" / "capture.md").read_text(encoding="utf-8")
-FIRST, BY_HAND = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+FIRST, SKIPPING, BY_HAND = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
 
 
 def test_the_table_of_architectures_is_the_list_of_the_models_that_are_tested() -> None:
@@ -27,6 +27,8 @@ def test_the_first_example_finds_its_block() -> None:
     exec(FIRST, names)
     assert names["found"].module == "self_attn"
     assert names["found"].residual < 1e-5
+    exec(SKIPPING, names)
+    assert len(names["found"]) == 1
 
 
 def test_a_module_that_is_not_followed_can_be_written_by_hand() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses as dc
 import re
+import time
 from decimal import Decimal
 from typing import Any
 
@@ -278,3 +279,30 @@ def test_a_layer_that_cannot_be_captured_is_left_out_and_said_at_the_top() -> No
         measure(model, tiny_input(), layers=[2])
     with pytest.raises(Unsupported, match="cannot be captured"):
         measure(nn.Sequential(Capped()), tiny_input())
+
+
+def test_a_deadline_holds_whatever_is_running() -> None:
+    """The bounds of a block of this size take longer than that, each; the process that computes them is ended."""
+    layer = nn.TransformerEncoderLayer(512, 1, 16, dropout=0.0, batch_first=True).eval()
+    start = time.monotonic()
+    report = measure(layer, draw(1, 500, 512).float(), max_seconds=4.0)
+    assert time.monotonic() - start < 4 + 10
+    (run,) = report.inputs
+    assert any("the limit of 4 seconds was reached" in note for note in run.layers[0].notes)
+    assert from_json(to_json(report)) == report
+
+
+def test_what_is_found_is_told_number_by_number() -> None:
+    seen: list[list[str]] = []
+    wanted = stages.plan(bounds=["covariance.trace", "covariance.exact"], radii=[], delta=1e-9, seed=0)
+    keep = lambda found: seen.append([one.method for one in found.items[0].proved])  # noqa: E731
+    found = stages.compute([random_block(0)], stages.stages(wanted)[0], wanted, keep=keep)
+    assert seen == [["covariance.trace"], ["covariance.trace", "covariance.exact"], seen[1]]
+    assert found.items[0].constant is not None
+
+
+def test_a_process_of_its_own_finds_the_same_numbers() -> None:
+    options: dict[str, Any] = {"bounds": ["covariance.trace"], "radii": [], "layers": [0]}
+    assert measure(tiny_model(), tiny_input(), max_seconds=1e4, **options) == measure(
+        tiny_model(), tiny_input(), **options
+    )
