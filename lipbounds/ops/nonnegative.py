@@ -18,6 +18,7 @@ from lipbounds.rounding import inflate
 
 SMALLEST_NORMAL = torch.finfo(torch.float64).tiny
 STEPS = 24  # of the power method: together far cheaper than an eigenvalue problem of the same size
+LARGE = 256  # rows and columns from which one costs more than three times as many steps
 MET = 1e-11  # relative distance of upper and lower bound, and so of the vector from the singular vector
 
 
@@ -51,7 +52,7 @@ def _power(
     seen = columns > 0  # a column of zeros adds nothing to A^T A: its entry of the vector does not matter
     vector = torch.where(seen, columns / columns.amax(-1, keepdim=True).clamp(min=SMALLEST_NORMAL), 1.0)
     upper = met = torch.zeros_like(matrix[..., 0, 0])
-    for _ in range(STEPS):
+    for _ in range(STEPS if min(matrix.shape[-2:]) < LARGE else 3 * STEPS):
         image = vector @ matrix.mT
         again = image @ matrix
         upper, met = _bracket(vector, image, again, seen)

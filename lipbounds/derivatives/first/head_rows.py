@@ -91,8 +91,7 @@ class GramMatrices:
         self.maps, self.off = block.probabilities, map_error(block)
         self.values = values
         self.gram = values.rows @ values.rows.mT
-        self.met = self.maps @ self.gram  # rows (G p_i)^T
-        self.squares = (self.met * self.maps).sum(-1)  # p^T G p
+        self.met, self.squares = self._met(values)
 
     def cross(self, keys: HeadRows) -> Float[Tensor, "*batch heads n"]:
         """||V'^T J_i K'||_F of each row, rounded up.
@@ -100,10 +99,7 @@ class GramMatrices:
         Args:
             keys: K'.
         """
-        gram = keys.rows @ keys.rows.mT
-        met = self.maps @ gram
-        found = self._frobenius(gram, met, (met * self.maps).sum(-1))
-        return self._rounded_up(found, keys)
+        return self._rounded_up(self._frobenius(keys.rows @ keys.rows.mT, *self._met(keys)), keys)
 
     def largest_variance(self) -> Float[Tensor, "*batch heads n"]:
         """The largest eigenvalue of V'^T J_i V' of each row, rounded up."""
@@ -137,6 +133,11 @@ class GramMatrices:
             relative = 4 * self.off + 8 * gamma(4 * values.rows.shape[-2] + values.rows.shape[-1] + 32)
             error = relative * values.size.unsqueeze(-1) + 4 * values.error.unsqueeze(-1)
         return found + error
+
+    def _met(self, rows: HeadRows) -> tuple[Tensor, Tensor]:
+        """(G p_i)^T as rows and p_i^T G p_i, from the means sum_j p_ij r_j: shorter products than those with G."""
+        means = self.maps @ rows.rows
+        return means @ rows.rows.mT, means.square().sum(-1)
 
     def _frobenius(self, gram: Tensor, met: Tensor, squares: Tensor) -> Tensor:
         """||V'^T J_i Z||_F^2 as computed, from the Gram matrix of Z."""
