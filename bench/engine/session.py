@@ -12,6 +12,7 @@ from bench.engine.evaluators import Evaluator
 from bench.engine.records import Record
 from bench.engine.schedule import Chain, PendingQuestion, RunningChain, chains_at
 from bench.engine.store import Store
+from bench.engine.succession import following
 from bench.workloads.case import Case
 from lipbounds.registry import NO_PROMISE, BoundSpec
 
@@ -97,6 +98,8 @@ class Session:
             asked = self.evaluator.asked(asked)
             walk.keys.append(asked.key)
             known = self.store.record(asked.key)
+            if known is None and (known := following(self.store, asked)) is not None:
+                self.store.append(known)
             if known is None or self.force or not known.settled or _now_supported(known, method.spec, walk.block.case):
                 walk.asked = PendingQuestion(asked, walk.block, method)
                 return True

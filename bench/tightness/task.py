@@ -17,6 +17,7 @@ from bench.engine.reference import CERTIFICATE, CERTIFICATE_OPTIONS, LOWER, SMAL
 from bench.engine.schedule import Chain, Method, single
 from bench.engine.session import Outcome, Session, declaration
 from bench.engine.store import Store
+from bench.engine.succession import LEAST_OF
 from bench.workloads.case import Case
 from bench.workloads.models import Model
 from bench.workloads.radii import INPUTS, SEARCHED_INPUTS, multiples
@@ -97,7 +98,9 @@ def methods(case: Case, number: int = 1) -> Iterator[Method]:
         case: the block.
         number: of its input among those of the model, from 1: what has a radius is evaluated at the first ones only.
     """
-    for spec in [*registry.select(), *registry.refuted()]:
+    # What follows from the records of others comes after them.
+    specs = sorted([*registry.select(), *registry.refuted()], key=lambda spec: (spec.name, spec.version) in LEAST_OF)
+    for spec in specs:
         if spec.name == LOWER or not issubclass(Attention, spec.target) or not affordable(case, spec, number):
             continue
         options = CERTIFICATE_OPTIONS if spec.name == CERTIFICATE else {}

@@ -45,13 +45,16 @@ SMALL = 1e11  # multiplications and additions of (5), up to which `sharp_fast` e
 def sharp(block: Attention) -> tuple[Tensor, Terms]:
     """Norm of the matrix of norms of Gram blocks: all heads, keys and parts are summed before a norm is taken."""
     wide = block.double
-    by_gram, by_rows = has_gram_norm(wide), has_rows_norm(wide)
-    value, _ = _parts(wide, with_rows=by_gram or by_rows or _is_small(wide))
+    small = _is_small(wide)
+    value, _ = _parts(wide, with_rows=small)
+    if not small:
+        mixing, query, key = three_parts(wide)
+        value = torch.minimum(value, mixing + query + key)
     terms = {"detail.parts": value}
-    if by_gram:
+    if has_gram_norm(wide):
         terms["detail.gram"] = gram_norm(wide)
         value = torch.minimum(value, terms["detail.gram"])
-    elif by_rows:
+    elif has_rows_norm(wide):
         terms["detail.rows"] = rows_norm(wide)
         value = torch.minimum(value, terms["detail.rows"])
     value = inflate(value, 8).expand(block.batch_shape)

@@ -11,9 +11,12 @@ import lipbounds
 from lipbounds import Attention
 from lipbounds.derivatives.first import gram_norm as module
 from lipbounds.derivatives.first.gram_blocks import RowProducts
+from lipbounds.derivatives.first.gram_norm import gram_norm
 from lipbounds.derivatives.first.rows import jacobian_rows
 from lipbounds.derivatives.first.three_parts import key_part, mixing_part, query_part
+from lipbounds.derivatives.first.three_parts import three_parts as three_parts_upper
 from lipbounds.ops.schatten import schatten_norm_upper
+from lipbounds.rounding import inflate
 from verify.unit.blocks import random_block, true_norm
 
 
@@ -238,6 +241,17 @@ def test_large_blocks_take_rows_alone_and_larger_ones_the_parts(monkeypatch: pyt
     assert true_norm(block) <= by_gram.value <= by_rows.value <= by_parts.value
     rows = torch.linalg.matrix_norm(block_jacobian(block).flatten(2), 2).square().sum().sqrt()
     assert rows <= by_rows.details["rows"] <= rows * 6 ** (1 / 16)
+
+
+@pytest.mark.parametrize("small", [0, 1e11])
+def test_sharp_is_the_least_of_its_forms(monkeypatch: pytest.MonkeyPatch, small: float) -> None:
+    """The benchmark reads version 4 off the records of version 3 (three parts, Gram blocks) and of `sharp_fast`."""
+    monkeypatch.setattr("lipbounds.bounds.sharp.SMALL", small)
+    for seed in range(20):
+        block = random_block(seed, n=5, causal=seed % 2 == 0)
+        third = min(float(sum(three_parts_upper(block))), float(gram_norm(block)))
+        found, fast = (lipbounds.get(name)(block).value.item() for name in ("sharp", "sharp_fast"))
+        assert found == min(inflate(torch.tensor(third, dtype=torch.float64), 8).item(), fast)
 
 
 @pytest.mark.parametrize("name", ["sharp", "sharp_fast"])
