@@ -1,8 +1,8 @@
 """One bound at many blocks: those of one shape are evaluated together, such as the layers of a model at one input.
 
-Small blocks cost what their Python costs, whatever their size; a batch pays for it once. Where weights are large, to put
-them side by side costs as much as that: such blocks are evaluated one by one. The numbers are those of the blocks
-alone, up to rounding.
+Small blocks cost what their Python costs, whatever their size; a batch pays for it once. Where weights are large, it
+costs as much to put them side by side: such blocks are evaluated one by one. The numbers are those of the blocks alone,
+up to rounding.
 """
 
 from __future__ import annotations
