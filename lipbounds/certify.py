@@ -101,8 +101,7 @@ def certify(
         method: `taylor`, with the Taylor models of lipbounds.compose.taylor: the largest radii, for networks and inputs
             of a few thousand numbers; `joint`, with the dense Jacobian of lipbounds.compose.joint, for small networks;
             `product`, with the product of norms of lipbounds.compose.network_bound, for any. By default `taylor`, or
-            `joint` where that refuses the network or its rounding bounds are larger than 1e-3; the certificate says
-            which.
+            `joint` where that refuses the network; the certificate says which.
         largest: no larger radius is looked for.
         steps: balls tried for each input, at most.
         attention: names of the attention bounds on balls, for `joint` and `product`; see `network_bound`.
@@ -151,11 +150,10 @@ def certify(
 def _fitting(network: Layer, x: Tensor) -> Method:
     """`taylor` if it takes the network, else `joint`."""
     try:
-        known = TaylorMargin(network, x, 0)
+        TaylorMargin(network, x, 0)
     except Unsupported:
         return "joint"
-    # Entrywise rounding grows by orders of magnitude per block: deep networks lose their margins to it.
-    return "taylor" if float(known.output.centre_error.amax()) < 1e-3 else "joint"
+    return "taylor"
 
 
 def _attacked(network: Layer, x: Tensor, labels: Tensor, radii: list[float]) -> Tensor:

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from lipbounds import InvalidInput, Unsupported
 from lipbounds.compose.rewrite import flat
-from lipbounds.compose.taylor import TaylorMargin, bilinear, normalization, pointwise, softmax
+from lipbounds.compose.taylor import TaylorMargin, bilinear, normalization, pointwise, rounded, softmax
 from lipbounds.compose.taylor.coefficient import exact, weighted_product
 from lipbounds.compose.taylor.model import CENTRE, INPUT, Value, spectral_upper
 from lipbounds.compose.taylor.network import Walk
 from lipbounds.compose.taylor.quadratic import Quadratic
+from lipbounds.compose.taylor.rounded import Rounded
 from lipbounds.targets.layers import (
     AttentionLayer,
     Flatten,
@@ -117,6 +118,9 @@ class Promises:
             assert bool((groups <= self.known.groups[0] + SLACK).all()), "a group is too small"
         if self.formed is not None:
             assert bool(((self.rows @ q).abs() <= self.formed + SLACK).all()), "a functional is too small"
+        if isinstance(self.operation, Rounded):  # what is sampled has no rounding of that size
+            remainders[name] = q
+            return
         form = torch.einsum("a,cab,b->c", h, self.quadratic, h)
         for other, matrix in self.crossed.items():
             form = form + torch.einsum("s,csb,b->c", remainders[other], matrix, h)
@@ -242,6 +246,25 @@ def test_the_error_of_the_logits_covers_another_order_of_evaluation() -> None:
     single = network.to(torch.float64)(x).flatten()
     assert bool(((logits - single).abs() <= 2 * margin.output.centre_error.flatten()).all())
     assert float(margin.output.centre_error.max()) < 1e-9
+
+
+@pytest.mark.usefixtures("as_a_user_runs_it")
+def test_rounding_becomes_a_term_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors that are planted in a value come back as a remainder that is carried on, and the rest stays as it was."""
+    draw = Draw(31)
+    network, x = model(draw, "gelu", pool="first"), draw(1, 4, 4)
+    radii = torch.tensor([0.01]).double()
+    plain = TaylorMargin(network, x, 0)
+    monkeypatch.setattr(rounded, "LARGEST_ERROR", 1e-300)
+    always = TaylorMargin(network, x, 0)
+    assert sum(isinstance(operation, Rounded) for operation in always.operations) > 5
+    torch.testing.assert_close(always.lower(radii), plain.lower(radii), rtol=1e-9, atol=1e-9)
+    assert float(always.output.centre_error.amax()) < float(plain.output.centre_error.amax())
+    first = next(operation for operation in always.operations if isinstance(operation, Rounded))
+    box = first.measure(always.ranges(radii)).box
+    assert box is not None
+    assert bool((box[0] >= first.value.centre_error.flatten()).all())
+    check_model(network, x, 0.1)
 
 
 @settings(max_examples=20)

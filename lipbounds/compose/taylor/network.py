@@ -16,6 +16,7 @@ from lipbounds.compose.taylor.model import CENTRE, Value
 from lipbounds.compose.taylor.normalization import Normalize
 from lipbounds.compose.taylor.operation import Operation
 from lipbounds.compose.taylor.pointwise import pointwise
+from lipbounds.compose.taylor.rounded import Rounded, needs_rounding
 from lipbounds.compose.taylor.softmax import Softmax
 from lipbounds.errors import Unsupported
 from lipbounds.targets.attention import Attention
@@ -56,6 +57,8 @@ class Walk:
             if wanted is not None and _by_token(layer):
                 value = _only(value, wanted)
             value = self._apply(path, layer, value, wanted)
+            if needs_rounding(value):
+                value = self._add(Rounded(self._name(path, "rounding"), value))
         return value if read is None else _only(value, read)
 
     def _apply(self, path: str, layer: Layer, value: Value, read: int | None) -> Value:
