@@ -41,6 +41,7 @@ from lipbounds.targets.layers import Layer, Linear, Sequence
 
 
 MARGIN_SLACK = 1e-9  # of the size of the logits, for `joint` and `product`
+QUICK = 8e6  # floats in one value of a Taylor model: about seconds per input, and less than a gigabyte
 PRECISION = 1e-3  # the search ends when the radius cannot be larger by more than this share
 Method = Literal["taylor", "joint", "product"]
 
@@ -101,7 +102,8 @@ def certify(
         method: `taylor`, with the Taylor models of lipbounds.compose.taylor: the largest radii, for networks and inputs
             of a few thousand numbers; `joint`, with the dense Jacobian of lipbounds.compose.joint, for small networks;
             `product`, with the product of norms of lipbounds.compose.network_bound, for any. By default `taylor`, or
-            `joint` where that refuses the network; the certificate says which.
+            `joint` where that has no rule for a layer or would take far more than seconds per input; the certificate
+            says which.
         largest: no larger radius is looked for.
         steps: balls tried for each input, at most.
         attention: names of the attention bounds on balls, for `joint` and `product`; see `network_bound`.
@@ -148,9 +150,9 @@ def certify(
 
 
 def _fitting(network: Layer, x: Tensor) -> Method:
-    """`taylor` if it takes the network, else `joint`."""
+    """`taylor` if it takes the network and seconds an input, else `joint`."""
     try:
-        TaylorMargin(network, x, 0)
+        TaylorMargin(network, x, 0, largest=QUICK)
     except Unsupported:
         return "joint"
     return "taylor"

@@ -379,5 +379,7 @@ def test_what_has_no_rule_is_refused() -> None:
         TaylorMargin(silu, draw(1, 2), 0)
     with pytest.raises(Unsupported, match="4096"):
         TaylorMargin(Linear(draw(2, 5000)), draw(1, 5000), 0)
+    with pytest.raises(Unsupported, match="more than 10;"):
+        TaylorMargin(model(draw), draw(1, 4, 4), 0, largest=10)
     with pytest.raises(InvalidInput, match="one token"):
         TaylorMargin(Linear(draw(2, 2)), draw(3, 2), 0)

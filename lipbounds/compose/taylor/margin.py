@@ -22,7 +22,7 @@ from torch import Tensor
 from lipbounds.compose.rewrite import flat
 from lipbounds.compose.taylor.crossed import Crossed, Summed
 from lipbounds.compose.taylor.model import CENTRE, INPUT, Ranges, Value, starting_value
-from lipbounds.compose.taylor.network import Walk
+from lipbounds.compose.taylor.network import LARGEST_VALUE, Walk
 from lipbounds.compose.taylor.operation import Operation
 from lipbounds.compose.taylor.quadratic import Quadratic
 from lipbounds.errors import InvalidInput, Unsupported
@@ -40,6 +40,7 @@ class TaylorMargin:
         network: in float64; one token of logits comes out.
         x: one input, without batch dimensions, in float64.
         label: the class whose margins are bounded.
+        largest: how many floats the coefficients of one value may have together.
 
     Raises:
         InvalidInput: the output is not one token.
@@ -47,10 +48,10 @@ class TaylorMargin:
     """
 
     @torch.no_grad()
-    def __init__(self, network: Layer, x: Float[Tensor, "..."], label: int) -> None:
+    def __init__(self, network: Layer, x: Float[Tensor, "..."], label: int, *, largest: float = LARGEST_VALUE) -> None:
         if x.numel() > LARGEST_INPUT:
             raise Unsupported(f"method='taylor' takes inputs of at most {LARGEST_INPUT} numbers, got {x.numel()}.")
-        walk = Walk()
+        walk = Walk(largest)
         output = walk.through(flat([("", network)]), starting_value(x), None)
         if output.centre.dim() != 2 or output.centre.shape[0] != 1:
             raise InvalidInput(f"the output must be one token of logits, got shape {tuple(output.centre.shape)}.")

@@ -35,15 +35,20 @@ from lipbounds.targets.layers import (
 )
 
 
-LARGEST_VALUE = 5e8  # floats in one coefficient
+LARGEST_VALUE = 5e8  # floats in all coefficients of one value
 Named = list[tuple[str, Layer]]
 
 
 class Walk:
-    """The layers applied one by one; collects the operations on the way."""
+    """The layers applied one by one; collects the operations on the way.
 
-    def __init__(self) -> None:
+    Args:
+        largest: how many floats the coefficients of one value may have together.
+    """
+
+    def __init__(self, largest: float = LARGEST_VALUE) -> None:
         self.operations: list[Operation] = []
+        self._largest = largest
 
     def through(self, layers: Named, value: Value, read: int | None) -> Value:
         """The value behind the layers.
@@ -109,7 +114,7 @@ class Walk:
         queries = value if read is None else _only(value, read)
         q = _projected(queries, block.w_q, block.b_q).summed(*_scaled(block.scale_value), 1)
         k, v = _projected(value, block.w_k, block.b_k), _projected(value, block.w_v, block.b_v)
-        _check_size(k, path)
+        _check_size(k, path, self._largest)
         logits = self._add(Bilinear(self._name(path, "logits"), q, k.arranged(lambda t: t.mT)))
         visible = None
         if block.mask is not None:
@@ -189,10 +194,10 @@ def _rearranged(layer: Layer, value: Value) -> Value:
     raise Unsupported(f"method='taylor' has no rule for {type(layer).__name__}; use method='joint' or 'product'.")
 
 
-def _check_size(value: Value, path: str) -> None:
-    size = max(part.matrix.numel() for part in value.parts.values())
-    if size > LARGEST_VALUE:
+def _check_size(value: Value, path: str, largest: float) -> None:
+    size = sum(part.matrix.numel() for part in value.parts.values())
+    if size > largest:
         raise Unsupported(
-            f"method='taylor' needs coefficients of {size:.2g} numbers at {path}, more than {LARGEST_VALUE:g}; use "
-            "method='product', which needs no matrices."
+            f"method='taylor' needs coefficients of {size:.2g} numbers at {path}, more than {largest:g}; use "
+            "method='joint', or 'product', which needs no matrices."
         )
