@@ -60,7 +60,7 @@ def _exp_upper(exponent: Tensor) -> Tensor:
 def _declare(name: str, formula: Formula, statement: str, supports: tuple[Feature, ...]) -> BoundSpec:
     def compute(block: Attention, radius: float) -> Tensor:
         wide = block.double
-        r = inflate(abs(wide.scale_value) * product_norm_upper(wide.w_q, wide.w_k.mT) * radius**2, 4)
+        r = inflate(abs(wide.scale_value) * product_norm_upper(wide.w_q, wide.w_k.mT) * radius * radius, 4)
         heads = product(spectral_norm_upper(wide.w_v), formula(r, wide.tokens))
         value = combine_heads(wide, heads.expand(*wide.batch_shape, wide.heads))
         return cast_up(inflate(value, OPERATIONS), block.dtype)

@@ -127,7 +127,7 @@ l2_recollected = _declare(
 def dot_product_compact(block: Attention, radius: float) -> Tensor:
     """Dot-product attention on tokens of norm at most R: ||W_V|| (r + sqrt(n (1 + r^2))), ours."""
     wide = block.double
-    r = inflate(abs(wide.scale_value) * product_norm_upper(wide.w_q, wide.w_k.mT) * radius**2, 4)
+    r = inflate(abs(wide.scale_value) * product_norm_upper(wide.w_q, wide.w_k.mT) * radius * radius, 4)
     heads = spectral_norm_upper(wide.w_v) * (r + (wide.tokens * (1 + r.square())).sqrt())
     value = combine_heads(wide, heads.expand(*wide.batch_shape, wide.heads))
     return cast_up(inflate(value, OPERATIONS), block.dtype)

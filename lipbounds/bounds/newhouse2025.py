@@ -63,7 +63,7 @@ def as_coded(block: Attention, radius: float) -> Tensor:
 
 
 def _logits(block: Attention, radius: float) -> Tensor:
-    return spectral_norm_upper(block.w_q) * spectral_norm_upper(block.w_k) * radius**2
+    return spectral_norm_upper(block.w_q) * spectral_norm_upper(block.w_k) * radius * radius
 
 
 def _finish(block: Attention, heads: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ from lipbounds.targets.attention import Attention
 def w1(block: Attention, radius: float) -> Tensor:
     """1-Wasserstein constant of equally weighted tokens of norm at most R."""
     wide = block.double
-    r = inflate(abs(wide.scale_value) * product_norm_upper(wide.w_q, wide.w_k.mT) * radius**2, 4)
+    r = inflate(abs(wide.scale_value) * product_norm_upper(wide.w_q, wide.w_k.mT) * radius * radius, 4)
     exponent = 2 * r * (1 + 2.0**-48)  # an absolute error of the exponent is a relative one of the result
     heads = product(product_norm_upper(wide.w_v, wide.w_o), r + (1 + 2 * r) * exponent.exp())
     return cast_up(inflate(heads.sum(-1), wide.heads + 32).expand(wide.batch_shape), block.dtype)

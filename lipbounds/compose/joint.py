@@ -40,7 +40,7 @@ from lipbounds.compose.rewrite import flat, rewritten
 from lipbounds.errors import InvalidInput, Unsupported
 from lipbounds.estimators._operator import JacobianOperator
 from lipbounds.estimators.exact import jacobian
-from lipbounds.ops.spectral import spectral_norm_upper, vector_norm
+from lipbounds.ops.spectral import never_nan, spectral_norm_upper, vector_norm
 from lipbounds.rounding import UNIT_ROUNDOFF, gamma, inflate, product
 from lipbounds.targets.attention import Attention
 from lipbounds.targets.layers import AttentionLayer, Flatten, Layer, Linear, Patches, Pool, Positions, Residual
@@ -84,7 +84,7 @@ class JointBound:
     """Bounds on the Jacobian over a ball.
 
     Args:
-        norm: on the norm of the Jacobian of the whole network.
+        norm: on the norm of the Jacobian of the whole network; infinite where a normalisation may collapse, never NaN.
         rows: on the Euclidean norm of each row, the gradient of one output feature.
         radii: what reaches each layer, with its path.
         norms: S_l, bounds on everything up to each layer.
@@ -156,7 +156,7 @@ class JointNetwork:
             so_far=so_far,
             so_far_norm=spectral_norm_upper(so_far),
             token_norms=spectral_norm_upper(rows),
-            so_far_rounding=rounding * (1 + 1e-9),
+            so_far_rounding=never_nan(rounding * (1 + 1e-9)),
             attention=attention,
         )
 
@@ -213,11 +213,14 @@ class JointNetwork:
         tokens: Tensor | None = None if self._start.tokens is None else torch.ones_like(self._start.tokens)
         norms, deviations, radii, moved = [], [], [], []
         for stage in self._stages:
-            reach = PropagatedSet(stage.x, norm * radius, None if tokens is None else tokens * radius)
-            deviation, change = self._change(stage, reach, norm, tokens)
-            apart = inflate(stage.norm * apart + change, 8)
+            # A ball of radius 0 stays a point however steep the layers are, hence `product`, not infinity times 0.
+            reach = PropagatedSet(stage.x, product(norm, radius), None if tokens is None else product(tokens, radius))
+            # NaN is infinity less or times something (a normalisation that may collapse): no bound is known.
+            deviation, change = (never_nan(found) for found in self._change(stage, reach, norm, tokens))
+            apart = never_nan(inflate(stage.norm * apart + change, 8))
             total = apart + stage.so_far_rounding
-            norm = torch.minimum(inflate(stage.so_far_norm + total, 4), inflate((stage.norm + deviation) * norm, 4))
+            through = never_nan((stage.norm + deviation) * norm)
+            norm = torch.minimum(inflate(stage.so_far_norm + total, 4), inflate(through, 4))
             tokens = torch.minimum(inflate(stage.token_norms + total, 4), norm)
             radii.append((stage.path, float(reach.radius)))
             norms.append(float(norm))
@@ -243,7 +246,7 @@ class JointNetwork:
             total = inflate(total + (size + error) * change, 4)
             error = (error * stage.norm + 2 * gamma(tail.shape[1] + 4) * size * stage.size) * (1 + 1e-9)
             tail = tail @ stage.matrix
-        return inflate(total + vector_norm(tail) + error, tail.shape[1] + 8)
+        return never_nan(inflate(total + vector_norm(tail) + error, tail.shape[1] + 8))
 
     def _change(
         self, stage: _Stage, reach: PropagatedSet, norm: Tensor, tokens: Tensor | None

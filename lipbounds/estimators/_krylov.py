@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.estimators._operator import JacobianOperator, sphere
+from lipbounds.ops.eigen import eigen
 from lipbounds.rounding import UNIT_ROUNDOFF
 
 
@@ -49,7 +50,7 @@ def largest_ritz_pair(
             fresh = fresh / torch.linalg.vector_norm(fresh, dim=-1, keepdim=True)
             vector = torch.where(exhausted[..., None], fresh, vector)
         tridiagonal[..., k, k + 1] = tridiagonal[..., k + 1, k] = torch.where(exhausted, 0.0, coupling)
-    values, vectors = torch.linalg.eigh(tridiagonal)
+    values, vectors = eigen(tridiagonal)
     return values[..., -1].clamp(min=0), (vectors[..., None, :, -1] @ basis).squeeze(-2)
 
 

@@ -42,6 +42,7 @@ from lipbounds.estimators._fused import FusedOperator
 from lipbounds.estimators._operator import JacobianOperator, Target, sphere
 from lipbounds.estimators._options import check_steps_and_seed
 from lipbounds.estimators.exact import exact_norm
+from lipbounds.ops import eigen
 from lipbounds.registry import Terms, bound
 from lipbounds.rounding import UNIT_ROUNDOFF, cast_up, inflate
 from lipbounds.targets.attention import Attention
@@ -156,7 +157,7 @@ def _ritz_value(run: Coefficients) -> float:
     coupled = torch.tensor(betas[:-1], dtype=torch.float64)
     matrix = matrix + torch.diag(coupled, 1) + torch.diag(coupled, -1)
     size = float(matrix.abs().sum(-1).amax())
-    return max(0.0, float(torch.linalg.eigvalsh(matrix)[-1])) + 16 * len(alphas) * UNIT_ROUNDOFF * size
+    return float(eigen.largest_eigenvalue(matrix)) + 16 * len(alphas) * UNIT_ROUNDOFF * size
 
 
 def _is_within(run: Coefficients, limit: Decimal, factor: float) -> bool:

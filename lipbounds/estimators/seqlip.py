@@ -23,6 +23,7 @@ from torch import Tensor
 from lipbounds.claims import Claim, Source
 from lipbounds.errors import Unsupported
 from lipbounds.estimators.autolip import AUTHORS, TITLE, autolip_product, product_upper, require_relu
+from lipbounds.ops.eigen import singular
 from lipbounds.ops.spectral import product_norm_upper, spectral_norm_upper, vector_norm
 from lipbounds.registry import bound
 from lipbounds.rounding import cast_up, gamma, inflate
@@ -105,7 +106,7 @@ def _factors(network: Mlp) -> list[tuple[Tensor, Tensor]]:
     """(A_k, B_k) of each layer."""
     pairs, last = [], len(network.weights) - 1
     for layer, weight in enumerate(network.weights):
-        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+        u, s, vh = singular(weight)
         power = 1.0 if layer == 0 else 0.0 if layer == last else 0.5
         pairs.append((u * s**power, s[:, None] ** (1 - power) * vh))
     return pairs

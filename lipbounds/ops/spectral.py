@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lipbounds.ops.eigen import basis_and_triangle, eigen, largest_eigenvalue, triangle
 from lipbounds.rounding import UNIT_ROUNDOFF, gamma, inflate
 
 
@@ -32,7 +33,7 @@ def spectral_norm_upper(matrix: Float[Tensor, "*batch rows cols"]) -> Float[Tens
     """Spectral norm of a float64 matrix, rounded up; differentiable, with a subgradient where singular values tie.
 
     Args:
-        matrix: finite float64 entries.
+        matrix: float64 entries; where one is not finite, the norm is infinite.
     """
     return product_norm_upper(matrix)
 
@@ -65,12 +66,12 @@ class Factor:
     @cached_property
     def narrow(self) -> Float[Tensor, "*batch rows rank"]:
         """A square matrix L with L L^T that of the scaled one, which is wide."""
-        return torch.linalg.qr(self.scaled.mT, mode="r").R.mT
+        return triangle(self.scaled.mT).mT
 
     @cached_property
     def low(self) -> Float[Tensor, "*batch rank cols"]:
         """A square matrix R with R^T R that of the scaled one, which is tall."""
-        return torch.linalg.qr(self.scaled, mode="r").R
+        return triangle(self.scaled)
 
 
 def product_norm_upper(
@@ -85,7 +86,7 @@ def product_norm_upper(
     vector v, held fixed.
 
     Args:
-        *factors: one or more matrices whose inner sizes match.
+        *factors: one or more matrices whose inner sizes match; where an entry is not finite, the norm is infinite.
         before_last: the product of all factors but the last where it is at hand, computed in float64 with sums in any
             order; its gradient is not used.
         whole: the same for the product of all factors.
@@ -93,6 +94,7 @@ def product_norm_upper(
     parts = [factor if isinstance(factor, Factor) else Factor(factor) for factor in factors]
     scale = _product([part.scale for part in parts])
     value = scale[..., 0, 0] * _scaled_norm(parts, _relative(before_last, parts[:-1]), _relative(whole, parts))
+    value = never_nan(value)
     if not (torch.is_grad_enabled() and any(part.matrix.requires_grad for part in parts)):
         return value
     image = _top_right_vector(parts)
@@ -129,6 +131,15 @@ def vector_norm(values: Float[Tensor, "*batch length"]) -> Float[Tensor, "*batch
     """
     scale = power_of_two(values.detach().nan_to_num(posinf=1.0).unsqueeze(-1)).squeeze(-1)
     return (values / scale).norm(dim=-1) * scale.squeeze(-1)
+
+
+def never_nan(upper: Tensor) -> Tensor:
+    """Infinity for NaN: what an upper bound is where infinity less, over or times something leaves no number.
+
+    Args:
+        upper: upper bounds.
+    """
+    return torch.where(upper.isnan(), torch.inf, upper)
 
 
 def root(squares: Tensor) -> Tensor:
@@ -170,7 +181,7 @@ def _scaled_norm(parts: Sequence[Factor], before_last: Tensor | None, whole: Ten
     else:
         product = _chain(shrunk)
     gram, length = _gram(product)
-    largest = torch.linalg.eigvalsh(gram)[..., -1].clamp(min=0)
+    largest = largest_eigenvalue(gram)
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)  # the squared Frobenius norm
     square = largest * (1 + 16 * gram.shape[-1] * UNIT_ROUNDOFF) + 2 * gamma(length + 2) * trace
     return inflate(square.sqrt() + error, 8)
@@ -183,11 +194,11 @@ def _top_right_vector(parts: Sequence[Factor]) -> Tensor:
     if left:
         shrunk[0] = parts[0].low
     if right:
-        basis, triangle = torch.linalg.qr(parts[-1].scaled.mT)
-        shrunk[-1] = triangle.mT
+        basis, low = basis_and_triangle(parts[-1].scaled.mT)
+        shrunk[-1] = low.mT
     product = _chain(shrunk)
     gram, _ = _gram(product)
-    top = torch.linalg.eigh(gram).eigenvectors[..., -1:]
+    top = eigen(gram)[1][..., -1:]
     vector = product.mT @ top if product.shape[-2] <= product.shape[-1] else top
     norm = vector.norm(dim=(-2, -1), keepdim=True)
     vector = torch.where(norm > 0, vector / torch.where(norm > 0, norm, 1.0), 0.0)

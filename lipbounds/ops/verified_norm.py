@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.errors import InvalidInput
+from lipbounds.ops.eigen import largest_eigenvalue, try_cholesky
 from lipbounds.ops.spectral import power_of_two
 from lipbounds.rounding import UNIT_ROUNDOFF, gamma, inflate
 
@@ -44,12 +45,12 @@ def verified_norm(matrix: Float[Tensor, "*batch rows cols"]) -> Float[Tensor, "*
 def _verified_eigenvalue(gram: Float[Tensor, "*batch size size"]) -> Float[Tensor, "*batch"]:
     """Upper bound on the largest eigenvalue of a symmetric matrix, whose lower triangle is read."""
     size = gram.shape[-1]
-    theta = torch.linalg.eigvalsh(gram)[..., -1].clamp(min=torch.finfo(torch.float64).tiny)
+    theta = largest_eigenvalue(gram).clamp(min=torch.finfo(torch.float64).tiny)
     excess = torch.full_like(theta, 8 * size * UNIT_ROUNDOFF)
     identity = torch.eye(size, dtype=gram.dtype, device=gram.device)
     for _ in range(MAX_TRIES):
         tau = theta * (1 + excess)
-        failed = torch.linalg.cholesky_ex(tau[..., None, None] * identity - gram).info != 0
+        failed = ~try_cholesky(tau[..., None, None] * identity - gram)[1]
         if not bool(failed.any()):
             return tau * (1 + 2 * size * gamma(size + 2) + 4 * UNIT_ROUNDOFF)
         excess = torch.where(failed, 2 * excess, excess)

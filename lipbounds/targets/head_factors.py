@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lipbounds.ops.eigen import try_cholesky
 from lipbounds.ops.spectral import power_of_two, spectral_norm_upper
 from lipbounds.rounding import gamma, inflate
 
@@ -70,7 +71,7 @@ def _whitened(weights: Float[Tensor, "*weights heads dim head_dim"]) -> HeadFact
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     floor = max(SMALLEST_PART, 16 * gamma(dim + width + 8)) * torch.where(trace > 0, trace, 1.0)
     identity = torch.eye(width, dtype=gram.dtype, device=gram.device)
-    factor = torch.linalg.cholesky(gram + floor * identity)
+    factor, _ = try_cholesky(gram + floor * identity)
     basis = torch.linalg.solve_triangular(factor.mT, columns, upper=True, left=False)
     size = factor.detach().norm(dim=(-2, -1)) * basis.detach().norm(dim=(-2, -1))
     off = 2 * gamma(width + 8) * size * (2 / floor.detach()[..., 0, 0]).sqrt()

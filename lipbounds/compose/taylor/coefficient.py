@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lipbounds.ops import eigen
 from lipbounds.rounding import UNIT_ROUNDOFF, gamma, inflate
 
 
@@ -145,7 +146,5 @@ def largest_eigenvalue(gram: Tensor) -> Tensor:
     """Of positive semidefinite matrices, rounded up for the solver (LAPACK Users' Guide, section 4.7)."""
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=0)
     side = gram.shape[-1]
-    finite = gram.isfinite().all(-1).all(-1)
-    safe = torch.where(finite[..., None, None], gram, 0.0)
-    top = torch.linalg.eigvalsh(safe)[..., -1].clamp(min=0) + 16 * side * UNIT_ROUNDOFF * trace
-    return torch.where(finite, inflate(top, 8), torch.inf)
+    top = inflate(eigen.largest_eigenvalue(gram) + 16 * side * UNIT_ROUNDOFF * trace, 8)
+    return torch.where(top.isnan(), torch.inf, top)

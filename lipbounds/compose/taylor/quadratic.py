@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.compose.taylor.coefficient import TINY, norm_upper
+from lipbounds.ops.eigen import eigen, try_cholesky
 from lipbounds.rounding import gamma, inflate
 
 
@@ -47,7 +48,7 @@ class Quadratic:
         self._slope_error = slope_error
         basis = _krylov(self._matrices, slopes, min(slopes.shape[1], STEPS))
         small = basis.mT @ self._matrices @ basis
-        self._eigenvalues, vectors = torch.linalg.eigh((small + small.mT) / 2)
+        self._eigenvalues, vectors = eigen((small + small.mT) / 2)
         self._vectors = basis @ vectors
         self._rotated = torch.einsum("cab,ca->cb", self._vectors, slopes)
         self._lowest = self._smallest_eigenvalue()
@@ -65,7 +66,7 @@ class Quadratic:
         shift = (-self._eigenvalues[:, 0]).clamp(min=0) + room * spread + 1e-12 * self._size + TINY
         for _ in range(TRIES):
             shifted = self._matrices + shift[:, None, None] * identity
-            failed = torch.linalg.cholesky_ex(shifted).info != 0
+            failed = ~try_cholesky(shifted)[1]
             if not bool(failed.any()):
                 trace = shifted.diagonal(dim1=-2, dim2=-1).sum(-1).abs()
                 return -inflate(shift + 2 * gamma(side + 4) * trace + gamma(4) * (shift + self._size), 8)

@@ -64,8 +64,8 @@ def logit_radius(block: Attention, radius: float | Float[Tensor, "*#batch"]) -> 
         curvature = block.weight_norms.logits[..., None, None]
         # No norm of 0 and 0, which has no gradient.
         both = torch.hypot(query_sizes.clamp(min=SMALLEST_NORMAL), key_sizes)
-        apart = eps * both + curvature * eps**2 / 2
-        together = eps * (by_query + by_key).norm(dim=-1).unsqueeze(-1) + curvature * eps**2
+        apart = eps * both + curvature * eps * eps / 2
+        together = eps * (by_query + by_key).norm(dim=-1).unsqueeze(-1) + curvature * eps * eps
         change = apart + torch.diag_embed(together.squeeze(-1) - apart.diagonal(dim1=-2, dim2=-1))
     rounded = abs(block.scale_value) * (change + eps * _size_error(block)) * (1 + SIZE_SLACK)
     shape = torch.broadcast_shapes(rounded.shape, block.logits.shape)

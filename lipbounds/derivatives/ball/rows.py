@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.derivatives.rounding.logits import projection_error
+from lipbounds.ops.eigen import try_cholesky
 from lipbounds.ops.spectral import power_of_two, product_norm_upper, spectral_norm_upper, vector_norm
 from lipbounds.rounding import gamma, inflate
 from lipbounds.targets.attention import Attention
@@ -90,7 +91,7 @@ def _rows(
     size = weights.detach().square().sum((-2, -1))
     identity = torch.eye(width, dtype=weights.dtype, device=weights.device)
     tau = REGULARISATION * torch.where(size > 0, size, 1.0)
-    triangle = torch.linalg.cholesky_ex(weights.mT @ weights + tau[..., None, None] * identity).L
+    triangle, _ = try_cholesky(weights.mT @ weights + tau[..., None, None] * identity)
     factor = torch.linalg.solve_triangular(triangle.mT, weights, upper=True, left=False)
     joint, norm = spectral_norm_upper(factor.movedim(-3, -2).flatten(-2)), spectral_norm_upper(factor)
     centred = tokens - tokens.mean(-2, keepdim=True)

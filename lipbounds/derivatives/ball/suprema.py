@@ -19,6 +19,7 @@ from torch import Tensor
 from lipbounds.derivatives.ball.logits import logit_radius
 from lipbounds.derivatives.ball.rows import Queries, Rows
 from lipbounds.derivatives.rounding.logits import logit_error
+from lipbounds.ops.eigen import eigen, largest_eigenvalue
 from lipbounds.ops.interval import SoftmaxInterval, g_interval_upper, softmax_interval, variance_interval_upper
 from lipbounds.ops.spectral import root, spectral_norm_upper, vector_norm
 from lipbounds.rounding import UNIT_ROUNDOFF, gamma, inflate
@@ -231,8 +232,8 @@ def reach(
 def _largest_eigenvalue(gram: Float[Tensor, "*#batch size size"]) -> Float[Tensor, "*#batch"]:
     """As computed by LAPACK; its gradient is that of v^T A v with the top eigenvector v held fixed."""
     if not (torch.is_grad_enabled() and gram.requires_grad):
-        return torch.linalg.eigvalsh(gram)[..., -1].clamp(min=0)
-    found = torch.linalg.eigh(gram.detach())
-    top = found.eigenvectors[..., -1:]
+        return largest_eigenvalue(gram)
+    values, vectors = eigen(gram.detach())
+    top = vectors[..., -1:]
     stretch = (top.mT @ gram @ top)[..., 0, 0]
-    return found.eigenvalues[..., -1].clamp(min=0) + (stretch - stretch.detach())
+    return values[..., -1].clamp(min=0) + (stretch - stretch.detach())

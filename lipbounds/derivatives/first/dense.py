@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lipbounds.derivatives.cache import cached_per_block, is_tracked
 from lipbounds.derivatives.rounding.jacobian import Roundoff
+from lipbounds.ops.eigen import singular
 from lipbounds.ops.spectral import vector_norm
 from lipbounds.ops.verified_norm import verified_norm
 from lipbounds.rounding import inflate
@@ -50,7 +51,7 @@ def dense_norm(block: Attention) -> Float[Tensor, "*batch"]:
     if not (torch.is_grad_enabled() and is_tracked(block)):
         return value
     with torch.no_grad():
-        top = torch.linalg.svd(jacobian, full_matrices=False).Vh[..., 0, :]
+        top = singular(jacobian)[2][..., 0, :]
     image = block.jvp(top.unflatten(-1, moving.shape[-2:]))
     stretch = vector_norm(image.expand(*block.batch_shape, *image.shape[-2:]).flatten(-2))
     return value + (stretch - stretch.detach())

@@ -29,6 +29,7 @@ from torch import Tensor
 from lipbounds.derivatives.first.covariance import CentredRows, centred_keys, map_error
 from lipbounds.derivatives.first.overlap_parts import OverlapParts
 from lipbounds.derivatives.rounding.logits import query_error
+from lipbounds.ops.eigen import largest_eigenvalue
 from lipbounds.ops.spectral import power_of_two, root, vector_norm
 from lipbounds.rounding import UNIT_ROUNDOFF, gamma, inflate, product
 
@@ -80,7 +81,7 @@ def stacked_key(parts: OverlapParts) -> Float[Tensor, "*batch"]:
         slack = (2 * gamma(operations + 8) + 16 * width * UNIT_ROUNDOFF) * size.square()
         length = vector_norm(query_error(block) * reach) / scale.unsqueeze(-1)
         off = inflate((length * lengths).sum(-1), operations)
-    largest = torch.linalg.eigvalsh((gram + gram.mT) / 2)[..., -1].clamp(min=0)
+    largest = largest_eigenvalue((gram + gram.mT) / 2)
     found = product(inflate(root(largest + slack) + off, operations), scale * by_key[..., 0, 0] * common[..., 0])
     return inflate(product(found, abs(block.scale_value) * parts.norms.factors("w_o").jointly), 16)
 

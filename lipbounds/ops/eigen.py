@@ -1,0 +1,115 @@
+"""Decompositions of matrices, guarded: the one place that calls those of torch.linalg.
+
+LAPACK and cuSOLVER answer a matrix with an entry that is not finite with an error of their own, with NaN, or with
+numbers that mean nothing. Here such a matrix gives infinity where an upper bound is asked for, "failed" where a proof
+is tried, NaN where factors are (norms of which are infinite, see lipbounds.ops.spectral), and `Unsupported` where no
+such answer exists. Each matrix of a batch is answered for itself.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from lipbounds.errors import Unsupported
+
+
+SOLVER_ERROR = torch.linalg.LinAlgError
+
+
+def largest_eigenvalue(matrix: Float[Tensor, "*batch size size"]) -> Float[Tensor, "*batch"]:
+    """Largest eigenvalue of positive semidefinite matrices, as computed, at least 0; infinity where one is not finite.
+
+    Where the solver does not converge, the largest sum of the sizes of a row, which is never below.
+
+    Args:
+        matrix: symmetric; the lower triangle is read.
+    """
+    safe, finite = _finite_or_zero(matrix)
+    try:
+        largest = torch.linalg.eigvalsh(safe)[..., -1].clamp(min=0)
+    except SOLVER_ERROR:
+        lower = safe.tril()
+        largest = (lower + lower.tril(-1).mT).abs().sum(-1).amax(-1)
+    return torch.where(finite, largest, torch.inf)
+
+
+def eigen(
+    matrix: Float[Tensor, "*batch size size"],
+) -> tuple[Float[Tensor, "*batch size"], Float[Tensor, "*batch size size"]]:
+    """Eigenvalues in ascending order, as computed, and unit eigenvectors as columns.
+
+    Where a matrix is not finite, its eigenvalues are infinite and its eigenvectors those of the zero matrix.
+
+    Args:
+        matrix: symmetric; the lower triangle is read.
+
+    Raises:
+        Unsupported: the solver does not converge.
+    """
+    safe, finite = _finite_or_zero(matrix)
+    try:
+        values, vectors = torch.linalg.eigh(safe)
+    except SOLVER_ERROR as error:
+        raise _unconverged(error) from error
+    return torch.where(finite.unsqueeze(-1), values, torch.inf), vectors
+
+
+def singular(
+    matrix: Float[Tensor, "*batch rows cols"],
+) -> tuple[Float[Tensor, "*batch rows rank"], Float[Tensor, "*batch rank"], Float[Tensor, "*batch rank cols"]]:
+    """U, s and V^T of the thin decomposition, as computed, with s in descending order.
+
+    Raises:
+        Unsupported: an entry is not finite, or the solver does not converge.
+    """
+    if not bool(matrix.isfinite().all()):
+        raise Unsupported("a singular value decomposition needs finite entries, got others; rescale the weights.")
+    try:
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    except SOLVER_ERROR as error:
+        raise _unconverged(error) from error
+    return u, s, vh
+
+
+def try_cholesky(
+    matrix: Float[Tensor, "*batch size size"],
+) -> tuple[Float[Tensor, "*batch size size"], Bool[Tensor, "*batch"]]:
+    """The lower triangle L with L L^T the matrix, as computed, and where it ran to its end.
+
+    Where it has not, L is NaN; a matrix that is not finite never does.
+
+    Args:
+        matrix: symmetric; the lower triangle is read.
+    """
+    safe, finite = _finite_or_zero(matrix)
+    found = torch.linalg.cholesky_ex(safe)
+    ended = finite & (found.info == 0)
+    return torch.where(ended[..., None, None], found.L, torch.nan), ended
+
+
+def triangle(matrix: Float[Tensor, "*batch rows cols"]) -> Float[Tensor, "*batch rank cols"]:
+    """The factor R of Q R, as computed; NaN where the matrix is not finite."""
+    safe, finite = _finite_or_zero(matrix)
+    return torch.where(finite[..., None, None], torch.linalg.qr(safe, mode="r").R, torch.nan)
+
+
+def basis_and_triangle(
+    matrix: Float[Tensor, "*batch rows cols"],
+) -> tuple[Float[Tensor, "*batch rows rank"], Float[Tensor, "*batch rank cols"]]:
+    """The factors Q and R, as computed; R is NaN where the matrix is not finite."""
+    safe, finite = _finite_or_zero(matrix)
+    q, r = torch.linalg.qr(safe)
+    return q, torch.where(finite[..., None, None], r, torch.nan)
+
+
+def _finite_or_zero(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    finite = matrix.isfinite().flatten(-2).all(-1)
+    return torch.where(finite[..., None, None], matrix, 0.0), finite
+
+
+def _unconverged(error: Exception) -> Unsupported:
+    return Unsupported(
+        f"the eigensolver does not converge at this input ({error}); rescale the weights, or use another bound."
+    )
