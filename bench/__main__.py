@@ -13,6 +13,7 @@ from bench.certified.command import TASK as CERTIFIED
 from bench.engine.machine import ROOT
 from bench.engine.migration import migrate
 from bench.engine.options import cluster_of
+from bench.engine.rendering import cores, render
 from bench.engine.task import refuse
 from bench.gpu import command as gpu
 from bench.robustness.classifier_command import TASK as CLASSIFIER
@@ -34,6 +35,7 @@ COMMANDS = {
     "migrate": "bring records that an older version wrote to the format of this one",
     "readme": "copy the headline table into README.md",
 }
+SLOW_PAGES = (ATTENTION, BALLS, SPEED)
 ALL_QUICK = (CERTIFIED, SPEED, TRAINING, ATTENTION, ROBUSTNESS)  # scaling starts Ray, a classifier has to be given
 # What the commands that are no tasks take; `all` takes what the tasks that it measures take in common.
 TAKES = {
@@ -47,12 +49,13 @@ APART = (("quick", "full"), ("ray", "jobs"), ("ray", "device"))
 WITH = {"gpus_per_job": "ray"}
 
 
-def main(arguments: Sequence[str] | None = None, models: Sequence[Model] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, models: Sequence[Model] | None = None, *, processes: int = 1) -> int:
     """Run and return the exit status: 0, 1 for failures or a stale README, 2 for misuse, 130 after an interrupt.
 
     Args:
         arguments: the command line; by default that of the process.
         models: by default the whole zoo.
+        processes: that `render` forks; more than 1 only where torch has not computed anything yet.
     """
     given = [*sys.argv[1:]] if arguments is None else [*arguments]
     if given[:1] == ["gpu"]:  # it has options of its own
@@ -65,7 +68,7 @@ def main(arguments: Sequence[str] | None = None, models: Sequence[Model] | None 
         refuse(options, parser.parse_args([]), {task.name: task.takes for task in TASKS} | TAKES, APART, WITH)
         options.models = zoo() if models is None else models
         with cluster_of(options) as options.cluster:
-            return _run(options)
+            return _run(options, processes)
     except (LipboundsError, OSError) as error:  # of the records, the cluster, the disk, or what the user passed
         print(f"bench: {error}", file=sys.stderr)
         return MISUSE
@@ -77,7 +80,7 @@ def main(arguments: Sequence[str] | None = None, models: Sequence[Model] | None 
         return INTERRUPTED
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace, processes: int) -> int:
     """The status of a task or command."""
     tasks = {task.name: task for task in TASKS}
     if options.task in tasks:
@@ -86,7 +89,9 @@ def _run(options: argparse.Namespace) -> int:
         return _readme(options)
     if options.task == "migrate":
         return max(migrate(task, options.results) for task in TASKS)
-    measured = [task for task in TASKS if options.task == "all" and (task.by_default or options.quick)]
+    if options.task == "render":
+        return max(render(TASKS, options, processes=processes, first=SLOW_PAGES))
+    measured = [task for task in TASKS if task.by_default or options.quick]
     measured = [task for task in measured if task.by_default or task in ALL_QUICK]
     return max([task.run(options) if task in measured else task.render(options) for task in TASKS])
 
@@ -157,4 +162,4 @@ def _seconds(text: str) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(processes=cores()))

@@ -6,7 +6,11 @@ import re
 from io import BytesIO
 from pathlib import Path
 
+from matplotlib import rcParams
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from lipbounds.files import write_atomically
 
@@ -23,10 +27,21 @@ def save(canvas: Figure, folder: Path, name: str) -> list[Path]:
     for path in paths:
         content = BytesIO()
         metadata = {"Date": None} if path.suffix == ".svg" else None
-        canvas.savefig(content, format=path.suffix[1:], bbox_inches="tight", metadata=metadata)
         svg = path.suffix == ".svg"
+        canvas.savefig(content, format=path.suffix[1:], bbox_inches=_tight(canvas, svg), metadata=metadata)
         write_atomically(path, _renumbered(content.getvalue().decode()).encode() if svg else content.getvalue())
     return paths
+
+
+def _tight(canvas: Figure, svg: bool) -> Bbox:
+    """What `bbox_inches="tight"` stands for, without drawing the figure once more to find it."""
+    shown, dpi = canvas.canvas, canvas.dpi
+    (FigureCanvasSVG if svg else FigureCanvasAgg)(canvas)
+    try:
+        return canvas.get_tightbbox().padded(rcParams["savefig.pad_inches"])
+    finally:
+        canvas.set_canvas(shown)
+        canvas.dpi = dpi
 
 
 def _renumbered(text: str) -> str:

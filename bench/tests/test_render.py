@@ -13,8 +13,8 @@ from bench.engine.machine import ROOT
 RENDER = """
 import sys
 from bench.__main__ import main
-status = main(["render", "--results", sys.argv[1]])
-heavy = {"transformers", "sklearn", "pyautoattack", "ray", "lipbounds.jasmin"} & sys.modules.keys()
+status = main(["render", "--results", sys.argv[1]], processes=2)
+heavy = {"transformers", "sklearn", "pyautoattack", "ray", "lipbounds.jasmin", "torch._dynamo"} & sys.modules.keys()
 assert not heavy, heavy
 sys.exit(status)
 """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from lipbounds.capture.operands import Layout
 from lipbounds.errors import Unsupported
@@ -27,17 +26,19 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _written_out(mask: Tensor) -> Tensor:
     """The entries of `causal_upper_left` and `causal_lower_right`, whose own are zeros and stand for nothing."""
+    if type(mask) in (Tensor, torch.nn.Parameter) and not mask.is_nested and mask.layout == torch.strided:
+        return mask
+    from torch.nn.attention.bias import CausalBias, CausalVariant  # it loads the compiler of torch, for seconds
+
     if isinstance(mask, CausalBias):
         offset = mask.seq_len_kv - mask.seq_len_q if mask.variant == CausalVariant.LOWER_RIGHT else 0
         keep = torch.ones(mask.seq_len_q, mask.seq_len_kv, dtype=torch.bool, device=mask.device)
         return keep.tril(offset)
-    if type(mask) not in (Tensor, torch.nn.Parameter) or mask.is_nested or mask.layout != torch.strided:
-        kind = type(mask).__name__ if mask.layout == torch.strided else mask.layout
-        raise Unsupported(
-            f"the attention mask must be a plain tensor, causal_upper_left or causal_lower_right, got {kind}; write "
-            "its entries into a tensor."
-        )
-    return mask
+    kind = type(mask).__name__ if mask.layout == torch.strided else mask.layout
+    raise Unsupported(
+        f"the attention mask must be a plain tensor, causal_upper_left or causal_lower_right, got {kind}; write "
+        "its entries into a tensor."
+    )
 
 
 def future(queries: int, keys: int, like: Tensor) -> Tensor:
