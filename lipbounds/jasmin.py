@@ -32,7 +32,7 @@ from torch.overrides import TorchFunctionMode
 from lipbounds.capture import operations as ops
 from lipbounds.capture.masks import additive, future
 from lipbounds.capture.multi_head import multi_head_arguments, multi_head_logit_inputs
-from lipbounds.capture.recorded_calls import tensors_in
+from lipbounds.capture.steps import tensors_in
 from lipbounds.errors import InvalidInput, Unsupported
 from lipbounds.ops.log_g import log_g_1, log_g_ratio, scores
 from lipbounds.targets.attention import Attention

@@ -9,7 +9,7 @@ from __future__ import annotations
 from lipbounds.capture.blocks import Captured as Captured
 from lipbounds.capture.blocks import CapturedAttention as CapturedAttention
 from lipbounds.capture.blocks import Skipped as Skipped
-from lipbounds.capture.collector import capture as capture
+from lipbounds.capture.run import capture as capture
 from lipbounds.lazy import make_callable, submodules
 
 

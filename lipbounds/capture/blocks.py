@@ -12,9 +12,9 @@ from torch import Tensor
 from lipbounds.capture.masks import future
 from lipbounds.capture.operands import Part
 from lipbounds.capture.padding import Items, without_padding
-from lipbounds.capture.recorded_calls import MOVES
 from lipbounds.capture.recorder import Recorder
 from lipbounds.capture.refusals import place, unsupported
+from lipbounds.capture.steps import MOVES
 from lipbounds.errors import LipboundsError
 from lipbounds.targets.attention import Attention
 

@@ -1,15 +1,13 @@
-"""Running a model once and collecting its attention blocks."""
+"""Collecting the attention blocks of a run, each one when its output projection is called."""
 
 from __future__ import annotations
 
 import dataclasses as dc
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lipbounds.capture import operations as ops
@@ -31,83 +29,17 @@ from lipbounds.capture.multi_head import multi_head_arguments, multi_head_call
 from lipbounds.capture.operands import Layout
 from lipbounds.capture.outputs import Mixed, merged, output_of, reads, side_by_side
 from lipbounds.capture.projections import Projection, product_operands, projection
-from lipbounds.capture.recorded_calls import tensors_in, version
-from lipbounds.capture.recorder import Invocation, Recorder
-from lipbounds.capture.refusals import function_name, place, transform_error, unsupported
+from lipbounds.capture.recorder import Recorder
+from lipbounds.capture.records import Invocation
+from lipbounds.capture.refusals import function_name, place, unsupported
 from lipbounds.capture.sites import Sites
+from lipbounds.capture.steps import tensors_in, version
 from lipbounds.errors import InvalidInput, Unsupported
 
 
 OnUnsupported = Literal["raise", "skip"]
 # The number of a call, and what was found after it and before the next one.
 Place = tuple[int, int]
-
-
-def capture(
-    model: nn.Module,
-    *args: Any,
-    cross_moves: CrossMoves = "query",
-    on_unsupported: OnUnsupported = "raise",
-    **kwargs: Any,
-) -> Captured:
-    """The attention blocks of `model` at the given inputs, complete with weights, in the order of their calls.
-
-    The model is run once. Each block is recomputed from what was captured and compared with what the model computed.
-    Attention is found in calls of `scaled_dot_product_attention`, in `nn.MultiheadAttention` (also inside
-    `nn.TransformerEncoderLayer`) and where it is written out as `softmax(scale * q @ k.T + mask) @ v`. Self-attention
-    is told from cross-attention by the values: queries, keys and values projected from equal tokens. Rotary positions
-    and QK-norm are read off the steps between projection and attention, in whatever layout these have. A captured block
-    ends with its output projection; a bias that is added in a separate call afterwards is not part of it.
-
-    Args:
-        model: any module whose forward method is plain torch; in eval mode.
-        *args: its inputs. A batch gives blocks with batch dimensions.
-        cross_moves: the input that the Lipschitz constant of cross-attention is about, the other one being fixed.
-        on_unsupported: `raise` for the first attention that `Attention` cannot express, or `skip` such attention and
-            list it, with reasons, in `skipped` of the result.
-        **kwargs: its keyword inputs.
-
-    Returns:
-        One entry a call. Tensors carry gradients if gradients are enabled where this is called; the model's own
-        tensors are copied.
-
-    Raises:
-        Unsupported: a block that `Attention` cannot express, such as one with capped logits, or no block at all.
-        InvalidInput: dropout that is active; a query that sees no key; inference mode.
-    """
-    if not isinstance(model, nn.Module):
-        raise InvalidInput(f"model must be a torch.nn.Module, got {type(model).__name__}; wrap the function in one.")
-    if any(hasattr(module, "_orig_mod") for module in model.modules()):
-        raise InvalidInput("model must not be compiled, got one made by torch.compile; pass the module it was made of.")
-    if torch.is_inference_mode_enabled():
-        raise InvalidInput("capture cannot follow tensors under torch.inference_mode(); use torch.no_grad() instead.")
-    if cross_moves not in ("query", "memory"):
-        raise InvalidInput(f"cross_moves must be 'query' or 'memory', got {cross_moves=}.")
-    if on_unsupported not in ("raise", "skip"):
-        raise InvalidInput(f"on_unsupported must be 'raise' or 'skip', got {on_unsupported=}.")
-    _check_scripted(model)
-    recorder = Recorder(model)
-    collector = _Collector(recorder, cross_moves, on_unsupported)
-    for tensor in tensors_in(args, kwargs):
-        recorder.origin(tensor)
-    try:
-        with _watched(model, recorder, collector):
-            model(*args, **kwargs)
-    except Exception as error:
-        if type(error).__module__.startswith("torch._dynamo"):  # flex_attention compiles what it runs
-            raise transform_error(next(iter(recorder.just_left), ""), error.__traceback__) from error
-        raise
-    return collector.result()
-
-
-def _check_scripted(model: nn.Module) -> None:
-    """Refuse compiled modules: what they compute is seen by nobody."""
-    for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            raise Unsupported(
-                f"the model must be plain torch, but its module {name!r} was made by torch.jit.script or trace, whose "
-                "calls are not seen; put the module it was made of in its place."
-            )
 
 
 @dc.dataclass(eq=False)
@@ -137,7 +69,7 @@ class _Open:
 Group = list[tuple[_Open, Tensor]]
 
 
-class _Collector:
+class Collector:
     """Hears of every torch call of a run, and completes a block when its output projection is called."""
 
     def __init__(self, recorder: Recorder, cross_moves: CrossMoves, on_unsupported: OnUnsupported) -> None:
@@ -336,19 +268,3 @@ class _Collector:
         if self._on_unsupported == "raise":
             raise error
         self._skipped[at] = Skipped(module=module, index=at[0], reason=str(error))
-
-
-@contextmanager
-def _watched(model: nn.Module, recorder: Recorder, collector: _Collector) -> Iterator[None]:
-    """Record what happens inside, with the fused encoder layer of torch, which hides its attention call, turned off."""
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    handles = recorder.watch(model, collector.left_module)
-    recorder.listener = collector
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        with recorder:
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-        for handle in handles:
-            handle.remove()

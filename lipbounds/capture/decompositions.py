@@ -7,22 +7,33 @@ does not take apart: then the call is run as it is.
 from __future__ import annotations
 
 import string
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lipbounds.capture import operations as ops
+from lipbounds.capture.provenance import Provenance
 
-
-if TYPE_CHECKING:
-    from lipbounds.capture.recorder import Recorder
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
+
+
+class Runner(Provenance, ABC):
+    """The records of a run that is going on, to which further calls can be added."""
+
+    @abstractmethod
+    def call(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run and record one part of a call."""
+
+    @abstractmethod
+    def add_constant(self, tensor: Tensor) -> None:
+        """Take note of a tensor made of parameters outside the run."""
 
 
 def _bound(names: tuple[str, ...], args: Args, kwargs: Kwargs) -> list[Any]:
@@ -32,7 +43,7 @@ def _bound(names: tuple[str, ...], args: Args, kwargs: Kwargs) -> list[Any]:
 # -- einsum ---------------------------------------------------------------------------------------------------------
 
 
-def _einsum(recorder: Recorder, args: Args, kwargs: Kwargs) -> Any:
+def _einsum(recorder: Runner, args: Args, kwargs: Kwargs) -> Any:
     """As matrix products, from left to right."""
     equation, *operands = args
     if len(operands) == 1 and isinstance(operands[0], tuple | list):
@@ -80,7 +91,7 @@ def _terms(equation: str, operands: list[Tensor]) -> list[str] | None:
 
 
 def _contracted(
-    recorder: Recorder, left: str, tensor: Tensor, right: str, other: Tensor, kept: set[str]
+    recorder: Runner, left: str, tensor: Tensor, right: str, other: Tensor, kept: set[str]
 ) -> tuple[str, Tensor]:
     """The sum over what the two have in common and nobody else needs."""
     if recorder.is_constant(tensor) and not recorder.is_constant(other):  # tokens left, weights right
@@ -108,7 +119,7 @@ def _contracted(
     return "".join([*batch, *rows, *columns]), result
 
 
-def _spread(recorder: Recorder, left: str, tensor: Tensor, right: str, other: Tensor) -> tuple[str, Tensor]:
+def _spread(recorder: Runner, left: str, tensor: Tensor, right: str, other: Tensor) -> tuple[str, Tensor]:
     """A product without a sum."""
     result = [*left, *(c for c in right if c not in left)]
 
@@ -120,12 +131,12 @@ def _spread(recorder: Recorder, left: str, tensor: Tensor, right: str, other: Te
     return "".join(result), recorder.call(torch.mul, spread(left, tensor), spread(right, other))
 
 
-def _moved(recorder: Recorder, tensor: Tensor, given: str, wanted: Any) -> Tensor:
+def _moved(recorder: Runner, tensor: Tensor, given: str, wanted: Any) -> Tensor:
     order = [given.index(letter) for letter in wanted]
     return tensor if order == sorted(order) else recorder.call(torch.permute, tensor, tuple(order))
 
 
-def _shaped(recorder: Recorder, tensor: Tensor, shape: list[int]) -> Tensor:
+def _shaped(recorder: Runner, tensor: Tensor, shape: list[int]) -> Tensor:
     return tensor if list(tensor.shape) == shape else recorder.call(torch.reshape, tensor, tuple(shape))
 
 
@@ -136,7 +147,7 @@ def _count(sizes: list[int]) -> int:
 # -- products with something added, sums with a factor --------------------------------------------------------------
 
 
-def _baddbmm(recorder: Recorder, args: Args, kwargs: Kwargs) -> Any:
+def _baddbmm(recorder: Runner, args: Args, kwargs: Kwargs) -> Any:
     added, left, right = _bound(("input", "batch1", "batch2"), args, kwargs)
     beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
     product = recorder.call(torch.bmm, left, right)
@@ -150,7 +161,7 @@ def _baddbmm(recorder: Recorder, args: Args, kwargs: Kwargs) -> Any:
 
 
 def _sum_with_factor(function: Callable[..., Any]) -> Callable[..., Any]:
-    def parts(recorder: Recorder, args: Args, kwargs: Kwargs) -> Any:
+    def parts(recorder: Runner, args: Args, kwargs: Kwargs) -> Any:
         alpha = kwargs.get("alpha")
         if not isinstance(alpha, Real) or len(args) != 2 or not all(isinstance(arg, Tensor) for arg in args):
             return NotImplemented
@@ -159,7 +170,7 @@ def _sum_with_factor(function: Callable[..., Any]) -> Callable[..., Any]:
     return parts
 
 
-def _batch_norm(recorder: Recorder, args: Args, kwargs: Kwargs) -> Any:
+def _batch_norm(recorder: Runner, args: Args, kwargs: Kwargs) -> Any:
     """In evaluation, a factor and a summand a channel."""
     names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
     tensor, mean, variance, weight, bias, training, _, eps = _bound(names, args, kwargs)
@@ -180,7 +191,7 @@ def _batch_norm(recorder: Recorder, args: Args, kwargs: Kwargs) -> Any:
 # -- softmax written out --------------------------------------------------------------------------------------------
 
 
-def _exp(recorder: Recorder, args: Args, kwargs: Kwargs) -> Any:
+def _exp(recorder: Runner, args: Args, kwargs: Kwargs) -> Any:
     """The exponential of a logarithmic softmax is a softmax."""
     if len(args) != 1 or kwargs:
         return NotImplemented
@@ -190,7 +201,7 @@ def _exp(recorder: Recorder, args: Args, kwargs: Kwargs) -> Any:
     return recorder.call(torch.softmax, step.source, softmax_dim(step.args, step.kwargs))
 
 
-def _quotient(recorder: Recorder, args: Args, kwargs: Kwargs) -> Any:
+def _quotient(recorder: Runner, args: Args, kwargs: Kwargs) -> Any:
     """exp(s) / sum of exp(s) is a softmax."""
     if len(args) != 2 or kwargs or not all(isinstance(arg, Tensor) for arg in args):
         return NotImplemented
@@ -221,7 +232,7 @@ def softmax_dim(args: Args, kwargs: Kwargs) -> Any:
     return kwargs.get("dim", args[1] if len(args) > 1 else None)
 
 
-def _product(recorder: Recorder, args: Args, kwargs: Kwargs) -> Any:
+def _product(recorder: Runner, args: Args, kwargs: Kwargs) -> Any:
     """Values times an attention map, as the transposed product."""
     if len(args) != 2 or kwargs or not all(isinstance(arg, Tensor) and arg.dim() >= 2 for arg in args):
         return NotImplemented

@@ -16,9 +16,9 @@ from lipbounds.capture.fused import traced_call
 from lipbounds.capture.masks import additive
 from lipbounds.capture.operands import Layout
 from lipbounds.capture.projections import product_operands
-from lipbounds.capture.recorded_calls import AFFINE, MOVES, MOVES_AND_CASTS, Step, numbers_in, reindex
 from lipbounds.capture.recorder import Recorder
 from lipbounds.capture.refusals import check_dropout, unfollowed_in_words, unsupported
+from lipbounds.capture.steps import AFFINE, MOVES, MOVES_AND_CASTS, Step, numbers_in, reindex
 from lipbounds.capture.tracing import trace
 
 

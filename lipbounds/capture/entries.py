@@ -15,8 +15,9 @@ from lipbounds.capture import operations as ops
 from lipbounds.capture.decompositions import set_entries
 from lipbounds.capture.linear_forms import FINE_DTYPES
 from lipbounds.capture.projections import Projection, projection, unflattened
-from lipbounds.capture.recorded_calls import Step
-from lipbounds.capture.recorder import Invocation, Recorder
+from lipbounds.capture.recorder import Recorder
+from lipbounds.capture.records import Invocation
+from lipbounds.capture.steps import Step
 
 
 # Steps between a projection and what is traced that leave each entry a feature of a token.

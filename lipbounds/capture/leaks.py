@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from lipbounds.capture import operations as ops
 from lipbounds.capture.blocks import Call
-from lipbounds.capture.recorder import Leak, Recorder
+from lipbounds.capture.recorder import Recorder
+from lipbounds.capture.records import Leak
 from lipbounds.capture.refusals import function_name, unsupported
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lipbounds.capture import operations as ops
 from lipbounds.capture.decompositions import set_entries
-from lipbounds.capture.recorded_calls import LINEAR, Step
 from lipbounds.capture.recorder import Recorder
+from lipbounds.capture.steps import LINEAR, Step
 
 
 # A cast to one of these is the identity up to rounding; one to integers or eight bits is a function of its own.

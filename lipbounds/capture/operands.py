@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lipbounds.capture.projections import Projection
 from lipbounds.capture.qk_norm import Norm
-from lipbounds.capture.recorder import Invocation, Recorder
+from lipbounds.capture.recorder import Recorder
+from lipbounds.capture.records import Invocation
 from lipbounds.capture.refusals import unsupported
 from lipbounds.targets.rms_norm import NormOver
 

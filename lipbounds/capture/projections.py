@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lipbounds.capture import operations as ops
-from lipbounds.capture.recorded_calls import reindex
 from lipbounds.capture.recorder import Recorder
+from lipbounds.capture.steps import reindex
 
 
 @dc.dataclass(frozen=True, eq=False, slots=True, kw_only=True)

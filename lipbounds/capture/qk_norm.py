@@ -12,19 +12,17 @@ from __future__ import annotations
 import dataclasses as dc
 from collections.abc import Callable
 from numbers import Real
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from lipbounds.capture import operations as ops
+from lipbounds.capture.provenance import Provenance
+from lipbounds.capture.steps import Kind, Step
 
 
-if TYPE_CHECKING:
-    from lipbounds.capture.recorded_calls import Kind, Step
-    from lipbounds.capture.recorder import Recorder
-
-FreshStep = Callable[[Tensor], "Step | None"]
+FreshStep = Callable[[Tensor], Step | None]
 Refuse = Callable[[str], NoReturn]
 
 
@@ -158,7 +156,7 @@ def _weighs(source: Tensor, other: Tensor, fresh_step: FreshStep) -> bool:
     return fits and step is not None and step.kind == "normalise"
 
 
-def norm_of(recorder: Recorder, root: Tensor) -> tuple[Tensor, list[Step]] | None:
+def norm_of(recorder: Provenance, root: Tensor) -> tuple[Tensor, list[Step]] | None:
     """What was projected and then normalised to `root`, and the steps from there; None if `root` was not.
 
     Args:

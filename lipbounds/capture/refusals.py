@@ -5,18 +5,16 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from torch.overrides import resolve_name
 
 from lipbounds.capture import operations as ops
+from lipbounds.capture.provenance import Provenance
+from lipbounds.capture.steps import Step
 from lipbounds.errors import InvalidInput, Unsupported
 
-
-if TYPE_CHECKING:
-    from lipbounds.capture.recorded_calls import Step
-    from lipbounds.capture.recorder import Recorder
 
 QK_NORM = "the one normalisation of queries and keys (QK-norm) that is part of Attention is RMSNorm"
 
@@ -33,7 +31,7 @@ def unsupported(module: str, reason: str) -> Unsupported:
     )
 
 
-def unfollowed_in_words(recorder: Recorder, tensor: Tensor) -> str:
+def unfollowed_in_words(recorder: Provenance, tensor: Tensor) -> str:
     """The functions nearest to `tensor`, where the trace ends, that are not followed from there to a projection."""
     origin = recorder.origin(tensor)
     waiting, seen, met = [origin], {origin}, dict[Any, None]()
@@ -51,7 +49,7 @@ def unfollowed_in_words(recorder: Recorder, tensor: Tensor) -> str:
     return f"{names} in between" + (f"; {QK_NORM}" if not ops.NORMALIZE.isdisjoint(met) else "")
 
 
-def origin_in_words(recorder: Recorder, tensor: Tensor) -> str:
+def origin_in_words(recorder: Provenance, tensor: Tensor) -> str:
     """What made `tensor`, for a message."""
     record = recorder.record(tensor)
     if record is None or record.function is None:

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lipbounds.capture import operations as ops
-from lipbounds.capture.recorded_calls import MOVES_AND_CASTS, tensors_in
-from lipbounds.capture.recorder import Origin, Recorder
+from lipbounds.capture.recorder import Recorder
+from lipbounds.capture.records import Origin
 from lipbounds.capture.refusals import function_name
+from lipbounds.capture.steps import MOVES_AND_CASTS, tensors_in
 
 
 # Behind these lies another function, whose own products are no logits.

@@ -14,10 +14,10 @@ from lipbounds.capture.entries import Entries, Tracer, side_by_side
 from lipbounds.capture.linear_forms import Form, form_of, leaves_of
 from lipbounds.capture.operands import Operand
 from lipbounds.capture.qk_norm import Norm, norm_of, read_norm
-from lipbounds.capture.recorded_calls import Step, numbers_in
 from lipbounds.capture.recorder import Recorder
 from lipbounds.capture.refusals import QK_NORM, check_dropout, unfollowed_in_words, unsupported
 from lipbounds.capture.rotations import turned
+from lipbounds.capture.steps import Step, numbers_in
 
 
 def trace(tracer: Tracer, tensor: Tensor, role: str, *, transposed: bool = False, repeats: int = 1) -> list[Operand]:
