@@ -18,7 +18,7 @@ from lipbounds.errors import LipboundsError
 from lipbounds.files import json_text
 
 
-OK, FOUND, USAGE, INTERRUPTED = 0, 1, 2, 130
+OK, FOUND, USAGE, TOO_LITTLE, INTERRUPTED = 0, 1, 2, 3, 130
 SECONDS_BETWEEN_LINES = 60.0
 
 output = Console()

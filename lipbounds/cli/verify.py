@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from lipbounds.cli.console import FOUND, OK, AsJson, output, print_json, progress
+from lipbounds.cli.console import FOUND, OK, TOO_LITTLE, AsJson, output, print_json, progress
 from lipbounds.cli.options import Seed
 from lipbounds.files import check_writable, json_text, write_atomically
 
@@ -29,7 +29,8 @@ def command(
 ) -> None:
     """Attack a bound: random blocks with shrinking, invariances, gradient ascent.
 
-    Exit status: 0 nothing found so far, 1 a counterexample (its snippet is printed), 2 the command cannot be run.
+    Exit status: 0 nothing found so far, 1 a counterexample (its snippet is printed), 2 the command cannot be run,
+    3 nothing found, but not enough searched: give it more --seconds.
     """
     from lipbounds.testing import session
     from lipbounds.testing.loading import load_spec
@@ -52,23 +53,31 @@ def command(
         print_json(found.to_dict())
     else:
         _print_report(found)
-    raise typer.Exit(OK if found.sound_so_far else FOUND)
+    raise typer.Exit(FOUND if found.refuted_by else TOO_LITTLE if found.missing else OK)
 
 
 def _print_report(found: Report) -> None:
     from lipbounds.claims import SCOPE_WORDS
 
     name = escape(found.name)
-    if not found.sound_so_far:
+    if found.refuted_by:
         output.print(f"[bold red]{name}: counterexample[/bold red], check {found.refuted_by!r}", highlight=False)
         output.print(found.message, highlight=False, markup=False, soft_wrap=True)
-        output.print("\nRun this to see it:\n", highlight=False)
-        print(found.snippet)  # noqa: T201 - to be piped into a file: no wrapping, no markup
+        if found.snippet:
+            output.print("\nRun this to see it:\n", highlight=False)
+            print(found.snippet)  # noqa: T201 - to be piped into a file: no wrapping, no markup
         return
     tried = sum(found.examples.values())
     promise = f"{found.kind}, {SCOPE_WORDS[found.scope]}"
-    output.print(f"[bold green]{name}: sound so far[/bold green] ({promise})", highlight=False)
-    output.print(f"{tried} blocks in {len(found.examples)} checks, {found.seconds:.0f} s, seed {found.seed}.")
+    if found.missing:
+        output.print(f"[bold yellow]{name}: not enough searched[/bold yellow] ({promise})", highlight=False)
+        output.print(f"Nothing found in {found.missing}: give it more --seconds.", highlight=False)
+    else:
+        output.print(f"[bold green]{name}: sound so far[/bold green] ({promise})", highlight=False)
+    output.print(
+        f"{tried} blocks in {len(found.examples)} checks and {found.rounds} rounds, {found.starts or 0} starts of "
+        f"ascent, {found.seconds:.0f} s, seed {found.seed}."
+    )
     if found.worst_ratio is not None:
         output.print(f"Largest true / claimed norm found by ascent: {found.worst_ratio:.6f}.", highlight=False)
     if found.comparisons:

@@ -12,6 +12,7 @@ from torch import Tensor
 from lipbounds.claims import Norm
 from lipbounds.errors import InvalidInput
 from lipbounds.registry import BoundSpec
+from lipbounds.rounding import SMALLEST_NORMAL
 from lipbounds.targets.attention import Attention
 from lipbounds.testing.extended import jacobian_norm_extended
 from lipbounds.testing.other_norms import reached_norm
@@ -114,8 +115,8 @@ def _reached(block: Attention, norm: Norm) -> float:
 
 
 def _ratio(reached: float, claimed: float) -> float:
-    if reached == 0.0:
-        return 0.0  # nothing to refute, also where the claim is 0
+    if reached < SMALLEST_NORMAL:
+        return 0.0  # nothing to refute, also where the claim is 0: below it, float64 has lost digits of every formula
     return reached / claimed if claimed > 0 else float("inf")
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from lipbounds.derivatives.rounding.range import LARGEST
 from lipbounds.estimators._operator import JacobianOperator
 from lipbounds.registry import BoundSpec
+from lipbounds.rounding import SMALLEST_NORMAL
 from lipbounds.targets.attention import Attention
 from lipbounds.targets.rms_norm import RmsNorm
 from lipbounds.testing.oracles import additive_mask, batch_item
@@ -130,9 +131,8 @@ def scaling(spec: BoundSpec, block: Attention, radius: float | None = None, seed
 
 def _corner(block: Attention, up: list[bool]) -> list[int]:
     """Exponents of c, a, b, o that are as large, or as small, as the tensors leave room for, one after the other."""
-    sizes = {name: float(getattr(block, name).abs().max()) for name in ("x", "w_q", "w_k", "w_v", "w_o")}
-    if block.memory is not None:
-        sizes["memory"] = float(block.memory.abs().max())
+    names = ("x", "w_q", "w_k", "w_v", "w_o", *(() if block.memory is None else ("memory",)))
+    sizes = {name: _sizes(getattr(block, name), 2 if name in ("x", "memory") else 3) for name in names}
     moving = {"self": ("x",), "query": ("x",), "memory": ("x" if block.memory is None else "memory",)}[block.moves]
     reached = {"self": ("w_q", "w_k", "w_v"), "query": ("w_q",), "memory": ("w_k", "w_v")}[block.moves]
     exponents: list[int] = []
@@ -146,15 +146,21 @@ def _corner(block: Attention, up: list[bool]) -> list[int]:
         exponent = min(above) if largest else -min(below)
         exponent = 0 if "biases" in block.features and not exponents else exponent
         exponents.append(exponent)
-        sizes |= {name: sizes[name] * 2.0**exponent for name in rising if sizes[name] > 0}
-        sizes |= {name: sizes[name] / 2.0**exponent for name in falling if sizes[name] > 0}
+        for moved, factor in ((rising, 2.0**exponent), (falling, 2.0**-exponent)):
+            sizes |= {name: (sizes[name][0] * factor, sizes[name][1] * factor) for name in moved}
     # b multiplies W_V and divides W_O, o multiplies W_O: what b took, o gives back.
     return [*exponents[:3], exponents[3] + exponents[2]]
 
 
-def _spare(size: float, sign: int) -> int:
-    """How many powers of two up (or down) a tensor may go before it leaves the range; as many as there are for 0."""
-    limit = math.log2(LARGEST) - 1
+def _sizes(tensor: Tensor, dims: int) -> tuple[float, float]:
+    """The largest entry of the batch item that has the smallest one, of those that are not zero, and of all items."""
+    items = tensor.detach().abs().flatten(-dims).amax(-1).flatten()
+    return float(items[items > 0].min()) if bool((items > 0).any()) else 0.0, float(items.max())
+
+
+def _spare(sizes: tuple[float, float], sign: int) -> int:
+    """How many powers of two up (or down) a tensor may go before an item leaves the range; all there are for 0."""
+    limit, size = math.log2(LARGEST) - 1, sizes[1] if sign > 0 else sizes[0]
     return 2 * int(limit) if size == 0 else max(0, math.floor(limit - sign * math.log2(size)) - 1)
 
 
@@ -284,7 +290,8 @@ def _compare(
     """Raise Refuted unless the bound at `other` is `factor` times the bound at `block`."""
     value = evaluate(check, spec, block, radius, seed).detach() * factor
     found = evaluate(check, spec, other, other_radius, seed).detach()
-    room = rounding_room(block, value / factor) * factor
+    # A bound may round 0 up to the smallest normal number, which no law scales.
+    room = rounding_room(block, value / factor) * factor + 2 * SMALLEST_NORMAL
     law = f"at a block of the same function, as {factor:g} times the bound at this one"
     if factor > FAR or factor < 1 / FAR:  # in the corners of the range infinity is true, and says nothing
         found = torch.where(found.isposinf(), value, found)

@@ -16,6 +16,7 @@ from lipbounds.testing.contract import checks_for, checks_of, run_check
 from lipbounds.testing.falsify import Falsification, can_climb, falsify_widely
 from lipbounds.testing.other_norms import reached_norm
 from lipbounds.testing.recipes import Recipe, build
+from lipbounds.testing.shown import why_not
 from lipbounds.testing.shrink import shrink
 from lipbounds.testing.snippet import check_snippet, snippet
 from lipbounds.testing.target_ascent import can_climb_target, climb_widely
@@ -24,6 +25,8 @@ from lipbounds.testing.verdict import Refuted
 
 FIRST_ROUND = 20  # blocks for each check; every round doubles it
 SHARE_OF_ASCENT = 0.4
+ENOUGH_ROUNDS = 2  # of all checks: 60 blocks each
+ENOUGH_STARTS = 200  # of the ascent
 COMPARED = 24  # blocks on which tightness is measured
 Progress = Callable[[str, float], None]
 
@@ -56,10 +59,13 @@ class Report:
         seed: of the session.
         seconds: processor time it took.
         examples: blocks tried by each check.
+        rounds: rounds of all checks that were done to their end.
+        starts: starting points of the ascent; None where ascent does not apply.
         worst_ratio: largest true norm / claimed norm that ascent found; None where ascent does not apply.
         refuted_by: the check that failed, `ascent`, or empty.
         message: what was found; empty if nothing was.
-        snippet: Python source that shows it; empty if nothing was found.
+        snippet: Python source that shows it, run before it is returned; empty if nothing was found, or if no file
+            shows it, which the message says.
         comparisons: tightness beside all other bounds of the same kind and scope; empty for a refuted bound.
     """
 
@@ -69,6 +75,8 @@ class Report:
     seed: int
     seconds: float = 0.0
     examples: dict[str, int] = dc.field(default_factory=dict)
+    rounds: int = 0
+    starts: int | None = None
     worst_ratio: float | None = None
     refuted_by: str = ""
     message: str = ""
@@ -76,19 +84,30 @@ class Report:
     comparisons: list[Comparison] = dc.field(default_factory=list)
 
     @property
+    def missing(self) -> str:
+        """What the search lacks of the least that a verdict takes, whatever the clock says; empty if nothing."""
+        lacks = []
+        if self.rounds < ENOUGH_ROUNDS:
+            lacks.append(f"{self.rounds} of {ENOUGH_ROUNDS} rounds of checks")
+        if self.starts is not None and self.starts < ENOUGH_STARTS:
+            lacks.append(f"{self.starts} of {ENOUGH_STARTS} starts of the ascent")
+        return " and ".join(lacks)
+
+    @property
     def sound_so_far(self) -> bool:
-        """Nothing was found; that is no proof."""
-        return not self.refuted_by
+        """Nothing was found, and enough was searched for it to mean something; that is no proof."""
+        return not self.refuted_by and not self.missing
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, with a schema version."""
-        return {"schema_version": 1, "sound_so_far": self.sound_so_far, **dc.asdict(self)}
+        return {"schema_version": 1, "sound_so_far": self.sound_so_far, "missing": self.missing, **dc.asdict(self)}
 
 
 def verify(spec: BoundSpec, *, seconds: float = 60.0, seed: int = 0, progress: Progress | None = None) -> Report:
     """Attack a bound with every check that applies, in rounds of growing size, and then by ascent.
 
-    Each check runs at least once, so a session may take longer than asked.
+    Each check runs at least once, so a session may take longer than asked. One that had no time for the least that a
+    verdict takes is not sound so far: the report says what is missing.
 
     Args:
         spec: the bound.
@@ -110,40 +129,60 @@ def verify(spec: BoundSpec, *, seconds: float = 60.0, seed: int = 0, progress: P
         if progress is not None:
             progress(what, min(1.0, elapsed() / seconds) if seconds > 0 else 1.0)
 
+    tried: dict[str, int] = dict.fromkeys(examples, 0)  # rounds of each check
+
     def done(**found: Any) -> Report:
-        return dc.replace(report, seconds=elapsed(), examples=examples, **found)
+        return dc.replace(report, seconds=elapsed(), examples=examples, rounds=_whole_rounds(spec, tried), **found)
 
     try:
         for name in _rounds(spec, list(examples), lambda: elapsed() < until):
             tell(f"check {name[0]}")
             check, size, round_seed = name
             examples[check] += run_check(spec, check, max_examples=size, seed=seed + round_seed)
+            tried[check] += 1
     except Refuted as refuted:
         examples[refuted.check] += refuted.examples or 0
-        return done(refuted_by=refuted.check, message=refuted.reason, snippet=refuted.snippet)
-    worst = None
+        return done(refuted_by=refuted.check, **_shown(spec, refuted.reason, refuted.snippet))
+    worst = starts = None
     if climbs and not about_attention:
         tell("ascent")
         left = max(0.0, seconds - elapsed())
         climbed = climb_widely(spec, seed=seed, seconds=left, progress=lambda ratio: tell("ascent"))
-        worst = climbed.ratio
+        worst, starts = climbed.ratio, climbed.starts
         if climbed.refuted:
             claimed, reached = climbed.claimed, climbed.reached
             reason = f"the truth must be <= the bound, got the bound {claimed!r} and the truth {reached!r}"
             source = check_snippet(spec, "value", climbed.block, None, 0)
-            return done(refuted_by="ascent", message=reason, snippet=source, worst_ratio=worst)
+            return done(refuted_by="ascent", worst_ratio=worst, starts=starts, **_shown(spec, reason, source))
     elif climbs:
         tell("ascent")
         found = falsify_widely(
             spec, seed=seed, seconds=max(0.0, seconds - elapsed()), progress=lambda step, ratio: tell("ascent")
         )
-        worst = found.ratio
+        worst, starts = found.ratio, found.starts
         if found.refuted:
             found = shrink(spec, found)
             reason = f"the truth must be <= the bound, got the bound {found.claimed!r} and the truth {found.reached!r}"
-            return done(refuted_by="ascent", message=reason, snippet=_snippet_of(spec, found), worst_ratio=found.ratio)
+            shown = _shown(spec, reason, _snippet_of(spec, found))
+            return done(refuted_by="ascent", worst_ratio=found.ratio, starts=starts, **shown)
     tell("tightness")
-    return done(worst_ratio=worst, comparisons=compare(spec))
+    return done(worst_ratio=worst, starts=starts, comparisons=compare(spec))
+
+
+def _shown(spec: BoundSpec, message: str, source: str) -> dict[str, str]:
+    """The message and a file that shows it; where the file does not when it is run, the message says so instead."""
+    if not (failure := why_not(source, spec)):
+        return {"message": message, "snippet": source}
+    return {
+        "message": f"{message}. No file shows it: run, {failure}. Search again with another --seed, and see "
+        "docs/verify.md on what a bound may do about underflow",
+        "snippet": "",
+    }
+
+
+def _whole_rounds(spec: BoundSpec, tried: dict[str, int]) -> int:
+    """Rounds of all checks that draw blocks; those on fixed blocks run once."""
+    return min(count for name, count in tried.items() if checks_of(spec)[name].fixed is None)
 
 
 def compare(spec: BoundSpec, *, radius: float = 0.1, seed: int = 0) -> list[Comparison]:

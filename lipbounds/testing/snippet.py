@@ -13,6 +13,7 @@ from lipbounds.targets.target import Target
 from lipbounds.testing.loading import expression, load_spec
 
 
+NO_PATH = "..."  # in the place of a bound that cannot be imported by a path
 _HEAD = """import torch
 
 import lipbounds
@@ -173,7 +174,7 @@ def head(spec: BoundSpec, block: Target) -> str:
             lines.append(f"    {field.name}=(\n" + "".join(f"        {e},\n" for e in entries) + "    ),\n")
         elif value != default:
             lines.append(f"    {field.name}={value!r},\n")
-    found = expression(spec) or f"...  # {spec.name} cannot be imported by a path: put your BoundSpec here"
+    found = expression(spec) or f"{NO_PATH}  # {spec.name} cannot be imported by a path: put your BoundSpec here"
     return _HEAD.format(
         spec=found,
         block=f"{name}(\n" + "".join(lines) + ")",

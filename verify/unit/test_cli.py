@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses as dc
 import json
 import subprocess
 import sys
@@ -36,7 +37,9 @@ SOUND = Report(
     kind="proved",
     scope="point",
     seed=3,
-    examples={"value": 20},
+    examples={"value": 60},
+    rounds=2,
+    starts=200,
     worst_ratio=0.5,
     comparisons=[Comparison(name="[red]", median=float("inf"), worst=2.0, blocks=3)],
 )
@@ -168,6 +171,33 @@ def test_verify_says_what_was_found(found: Report, status: int, verified: Any, t
     assert shown.exit_code == status
     assert ("sound so far" if status == 0 else "x = 1\n") in shown.stdout
     assert "[red]" in shown.stdout, "what comes from a bound is no markup"
+
+
+@pytest.mark.parametrize(
+    ("little", "said"),
+    [({"rounds": 1}, "1 of 2 rounds of checks"), ({"starts": 199}, "199 of 200 starts of the ascent")],
+    ids=["checks", "ascent"],
+)
+def test_a_search_that_was_too_short_is_no_verdict(little: dict[str, int], said: str, verified: Any) -> None:
+    verified(dc.replace(SOUND, **little))
+    done = run("verify", "sharp", "--json")
+    assert done.exit_code == 3
+    report = json.loads(done.stdout)
+    assert not report["sound_so_far"]
+    assert report["missing"] == said
+    verified(dc.replace(SOUND, **little))
+    shown = run("verify", "sharp")
+    assert shown.exit_code == 3
+    assert "not enough searched" in shown.stdout
+    assert said in shown.stdout
+    assert "sound so far" not in shown.stdout
+
+
+def test_a_counterexample_without_a_file_that_shows_it_asks_nobody_to_run_one(verified: Any) -> None:
+    verified(dc.replace(WRONG, snippet=""))
+    shown = run("verify", "sharp")
+    assert shown.exit_code == 1
+    assert "Run this" not in shown.stdout
 
 
 def test_verify_passes_on_its_options(verified: Any) -> None:

@@ -245,7 +245,9 @@ def test_ascent_refuses_what_it_cannot_attack() -> None:
 def test_a_session_runs_the_checks_and_the_ascent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "FIRST_ROUND", 3)
     report = session.verify(L2, seconds=0.0)
-    assert report.sound_so_far
+    assert not report.refuted_by
+    assert not report.sound_so_far
+    assert report.missing == "1 of 2 rounds of checks and 16 of 200 starts of the ascent"
     assert set(report.examples) == set(TARGET_CHECKS)
     assert report.worst_ratio is not None
     assert 0.5 < report.worst_ratio <= 1

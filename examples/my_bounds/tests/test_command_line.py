@@ -8,7 +8,7 @@ from pathlib import Path
 import lipbounds
 
 
-def verify(bound: str, report: Path, seconds: int = 20) -> subprocess.CompletedProcess[str]:
+def verify(bound: str, report: Path, seconds: int = 60) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "lipbounds", "verify", bound, "--seconds", str(seconds), "--report", str(report)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 

@@ -35,7 +35,9 @@ def _sum_of_parts(block: Attention, softmax_norm: float) -> Tensor:
 
 
 def _frobenius(matrices: Tensor) -> Tensor:
-    return torch.linalg.matrix_norm(matrices)
+    # Of entries of order 1: squares of tiny numbers would be 0.
+    unit = matrices.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    return torch.linalg.matrix_norm(matrices / unit) * unit[..., 0, 0]
 
 
 # What the promise covers is declared; a block with anything else is refused with a clear error.
