@@ -14,7 +14,7 @@ from lipbounds.capture.operands import Part
 from lipbounds.capture.padding import Items, without_padding
 from lipbounds.capture.recorder import Recorder
 from lipbounds.capture.refusals import place, unsupported
-from lipbounds.capture.steps import MOVES
+from lipbounds.capture.steps import MOVES, reindex
 from lipbounds.errors import LipboundsError
 from lipbounds.targets.attention import Attention
 
@@ -189,8 +189,29 @@ _RELATED = (
 
 def _same(recorder: Recorder, one: Part, other: Part) -> bool:
     """Whether two parts are made of the same tokens: not of equal ones, but of the same function of the same input."""
-    same = recorder.number(one.source) == recorder.number(other.source)
-    return same and one.rows.shape == other.rows.shape and torch.equal(one.rows, other.rows)
+    if recorder.number(one.source) == recorder.number(other.source):
+        return one.rows.shape == other.rows.shape and torch.equal(one.rows, other.rows)
+    found = [_entries(recorder, part) for part in (one, other)]
+    if found[0] is None or found[1] is None:
+        return False
+    (root, entries), (other_root, other_entries) = found
+    same = recorder.number(root) == recorder.number(other_root)
+    return same and entries.shape == other_entries.shape and torch.equal(entries, other_entries)
+
+
+def _entries(recorder: Recorder, part: Part) -> tuple[Tensor, Tensor] | None:
+    """The tensor that the source of a part is a rearrangement of, and which of its entries the tokens are.
+
+    None where the tokens are not the rows of the source, as before a convolution.
+    """
+    rows = part.source.flatten(0, -2) if part.source.dim() > 1 else part.source
+    if part.source.dim() < 2 or int(part.rows.max()) >= len(rows) or rows.shape[-1] != part.tokens.shape[-1]:
+        return None
+    if not torch.equal(rows[part.rows].reshape(part.tokens.shape).to(part.tokens), part.tokens):
+        return None
+    root, chain = recorder.walk(part.source, MOVES)
+    entries = torch.arange(root.numel(), dtype=torch.int64, device=root.device).reshape(root.shape)
+    return root, reindex(chain, entries).flatten(0, -2)[part.rows]
 
 
 def _how_related(recorder: Recorder, query: Part, other: Part) -> str:
