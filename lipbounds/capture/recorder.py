@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses as dc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]  # not in the stubs
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -50,7 +51,7 @@ class Recorder(Runner, TorchFunctionMode):
         super().__init__(model)
         self.listener: Listener | None = None
         self.written: Function | None = None
-        self._uses: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._uses: MutableMapping[Tensor, list[weakref.ref[Tensor]]] = WeakIdKeyDictionary()
         self._in_storage: dict[int, list[weakref.ref[Tensor]]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -91,7 +92,7 @@ class Recorder(Runner, TorchFunctionMode):
                 pick = position if isinstance(result, tuple | list) else None
                 step = classify(func, args, kwargs, output, pick, self)
                 self._add(output, func, step, inputs, self._number(func, args, kwargs, output, pick))
-        if func in ops.ADD and self.listener is not None:
+        if func in ops.ADD and self.listener is not None and isinstance(result, Tensor):
             self.listener.added(result)
         return result
 
@@ -154,7 +155,7 @@ class Recorder(Runner, TorchFunctionMode):
         """Take note of a call inside a transform of torch.func, whose tensors are not those that come out of it."""
         if func in ops.SOFTMAX | ops.FUSED_ATTENTION | ops.MULTI_HEAD_ATTENTION:
             raise transform_error(self.module)
-        inside = [torch._C._functorch.get_unwrapped(t) if is_transformed(t) else t for t in given]
+        inside = [_functorch.get_unwrapped(t) if is_transformed(t) else t for t in given]
         self._hidden += [origin for origin in map(self.origin, inside) if origin is not None and origin.floating]
 
     # -- changes in place ---------------------------------------------------------------------------------------
@@ -214,7 +215,7 @@ class Recorder(Runner, TorchFunctionMode):
 
 def is_transformed(tensor: Tensor) -> bool:
     """Whether `tensor` lives inside a transform of torch.func."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return _functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def dict_version(before: list[tuple[Tensor, int]], tensor: Tensor) -> int:
