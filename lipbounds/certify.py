@@ -23,7 +23,7 @@ from __future__ import annotations
 import dataclasses as dc
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -32,6 +32,7 @@ from torch import Tensor
 from lipbounds.compose.attack import smallest_margin
 from lipbounds.compose.joint import JointNetwork
 from lipbounds.compose.network import network_bound
+from lipbounds.compose.same_model import check_same
 from lipbounds.compose.taylor import TaylorMargin, taylor_radius
 from lipbounds.errors import InvalidInput, LipboundsError, Unsupported
 from lipbounds.lazy import make_callable
@@ -42,6 +43,7 @@ from lipbounds.targets.layers import Layer, Linear, Sequence
 
 MARGIN_SLACK = 1e-9  # of the size of the logits, for `joint` and `product`
 QUICK = 8e6  # floats in one value of a Taylor model: about seconds per input, and less than a gigabyte
+UNIT = "the input of the network, as passed"
 PRECISION = 1e-3  # the search ends when the radius cannot be larger by more than this share
 Method = Literal["taylor", "joint", "product"]
 
@@ -51,7 +53,8 @@ class Certificate:
     """Certified radii of a batch of inputs.
 
     Args:
-        radius: proved l2 radius of each input; 0 where the prediction is wrong, or nothing was proved.
+        radius: proved l2 radius of each input, in `unit`; 0 where the prediction is wrong, or nothing was proved.
+        unit: of the radius: what `x` holds, such as pixels or normalised pixels; nothing is rescaled.
         correct: whether the prediction is the label.
         prediction: class of the largest logit.
         margin: smallest margin to another class; negative where the prediction is wrong.
@@ -62,6 +65,7 @@ class Certificate:
     """
 
     radius: Float[Tensor, " batch"]
+    unit: str
     correct: Tensor
     prediction: Int[Tensor, " batch"]
     margin: Float[Tensor, " batch"]
@@ -83,6 +87,8 @@ def certify(
     x: Float[Tensor, "batch ..."],
     labels: Int[Tensor, " batch"],
     *,
+    model: Callable[..., Any] | None = None,
+    unit: str = UNIT,
     method: Method | None = None,
     largest: float = 10.0,
     steps: int = 20,
@@ -99,6 +105,10 @@ def certify(
         network: a classifier whose output is one token with a logit a feature, such as an adapter returns.
         x: inputs, one batch dimension.
         labels: the right classes.
+        model: the classifier that the network stands for, a module or a callable that takes `x`; the certificate is
+            refused unless logits and derivatives agree at `x` (lipbounds.compose.same_model). Without it the
+            certificate is about the network alone.
+        unit: what one step of an entry of `x` means, such as "pixels in [0, 1]"; the certificate names it.
         method: `taylor`, with the Taylor models of lipbounds.compose.taylor: the largest radii, for networks and inputs
             of a few thousand numbers; `joint`, with the dense Jacobian of lipbounds.compose.joint, for small networks;
             `product`, with the product of norms of lipbounds.compose.network_bound, for any. By default `taylor`, or
@@ -112,7 +122,7 @@ def certify(
 
     Raises:
         InvalidInput: shapes do not fit, a label is no class, fewer than two classes, an option out of range.
-        Unsupported: the network is too large for the method, or has a layer that it does not know.
+        Unsupported: the network is too large for the method, or has a layer that it does not know; it is not `model`.
         LipboundsError: `check` found another class in a certified ball: a fault of this library.
     """
     _check(x, labels, method, largest, steps)
@@ -128,6 +138,8 @@ def certify(
     logits = output.squeeze(1)
     if not bool(((labels >= 0) & (labels < logits.shape[1])).all()):
         raise InvalidInput(f"labels must be between 0 and {logits.shape[1] - 1}, got {labels.min()} to {labels.max()}.")
+    if model is not None:
+        check_same(network, model, x)
     method = _fitting(network, x[0]) if method is None else method
     radii, slopes = [], []
     for image, row, label in zip(x, logits, labels.tolist(), strict=True):
@@ -140,6 +152,7 @@ def certify(
     prediction = logits.argmax(1)
     return Certificate(
         radius=torch.tensor(radii, dtype=x.dtype, device=x.device),
+        unit=unit,
         correct=prediction == labels,
         prediction=prediction,
         margin=chosen.squeeze(1) - others,

@@ -1,4 +1,4 @@
-"""`transformers.ViTModel` from pixels to the class token."""
+"""`transformers.ViTModel` from normalised pixels to the class token."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from lipbounds.targets.layers import Layer, Linear, Patches, Pool, Positions, Se
 def vit_network(model: ViTModel, images: Float[Tensor, "batch channels height width"]) -> Sequence:
     """The model in float64 as a network, from images to the class token after the last normalisation.
 
+    The network takes what the model takes: pixels after the mean and the standard deviation of the image processor.
+    Its constants and radii are in that unit; `lipbounds.adapters.pixels.network_of_pixels` turns them into pixels.
+
     Args:
         model: the model.
-        images: where the network is compared with the model.
+        images: normalised, where the network is compared with the model.
 
     Raises:
         InvalidInput: another model.
