@@ -73,6 +73,16 @@ class Certificate:
     method: Method
     attacked: Float[Tensor, " batch"] | None = None
 
+    @property
+    def rounding(self) -> str:
+        """How the rounding of the forward pass is covered: by proof, or by an allowance that is none."""
+        if self.method == "taylor":
+            return "proved: the rounding of every value is bounded and carried"
+        return (
+            f"allowance, not proved: {MARGIN_SLACK:g} of the logits is taken off every margin, and the inputs of inner "
+            "layers count as exact"
+        )
+
     def accuracy(self, radius: float) -> float:
         """Share of the inputs that are classified right all over the ball of that radius.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses as dc
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -227,7 +228,7 @@ def _tokens(block: Attention, plan: Plan, notes: list[str]) -> Iterator[Numbers]
     yield Numbers(tokens=[dc.replace(lower, value=value) for value in values])
 
 
-def _evaluated(names: Sequence[str], block: Attention, notes: list[str], **radius: float) -> list[list[Number]]:
+def _evaluated(names: Sequence[str], block: Attention, notes: list[str], **radius: Any) -> list[list[Number]]:
     found = []
     for name in names:
         try:

@@ -131,7 +131,7 @@ def _runs(inputs: Sequence[ModelInput] | Tensor) -> list[ModelInput]:
 
 
 def _chosen(found: Captured, layers: Sequence[int]) -> list[CapturedAttention]:
-    if not found:
+    if len(found) == 0:
         more = f" ({len(found.skipped) - 1} others: see lipbounds.capture)" if len(found.skipped) > 1 else ""
         raise Unsupported(f"{found.skipped[0].reason}{more}")
     indices = {one.index for one in found} | {one.index for one in found.skipped}

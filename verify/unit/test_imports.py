@@ -23,6 +23,7 @@ OWN = {
         "lipbounds.bound_spec",
         "lipbounds.lazy",
         "lipbounds.claims",
+        "lipbounds.devices",
         "lipbounds.errors",
         "lipbounds.registry",
         "lipbounds.rounding",
