@@ -14,7 +14,7 @@ from bench.engine.store import Store
 from bench.tests.samples import environment_line, record, records_at, spec, tiny_block, tiny_case, tiny_model
 from bench.tightness import task as tightness
 from bench.tightness.aggregate import aggregate
-from bench.tightness.scopes import WITHIN
+from bench.tightness.scopes import WITHIN, violations
 from bench.tightness.tables import headline, report
 from bench.workloads.radii import RELATIVE, radii
 from lipbounds import registry
@@ -258,3 +258,17 @@ def test_a_refuted_formula_about_other_blocks_is_listed_without_numbers() -> Non
     unmeasured = tables_of(record("below", 2.0, "lower"), record("false", 1.0, norm="linf"), refuted=("false",))
     assert "nothing measures its norm" in report(unmeasured)
     assert "## Refuted" not in report(tables_of(record("below", 2.0, "lower")))
+
+
+@pytest.mark.parametrize(
+    ("excess", "here", "elsewhere"), [(1e-12, True, False), (5e-6, True, False), (2e-5, True, True)]
+)
+def test_numbers_of_two_machines_may_differ_by_the_rounding_of_a_forward_pass(
+    excess: float, here: bool, elsewhere: bool
+) -> None:
+    lower = record("below", 1.0 + excess, "lower")
+    for place, violated in (("here", here), ("again", here), ("elsewhere", elsewhere)):
+        found = violations(
+            [record("paper.bound", 1.0, environment=place), lower], {"here": "a", "again": "a", "elsewhere": "b"}
+        )
+        assert bool(found) is violated

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses as dc
 import math
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from statistics import fmean, median
 from typing import Any
 
@@ -68,6 +68,7 @@ def aggregate(
         methods |= line.get("methods", {})
         descriptions |= line.get("models", {})
     names = {record.question.bound for group in by_model.values() for record in group}
+    machines = {name: _machine(line.get("environment", {})) for name, line in environments.items()}
     return {
         "schema_version": AGGREGATES_VERSION,
         "command": command,
@@ -75,12 +76,18 @@ def aggregate(
         "environments": [line.get("environment", {}) for line in lines],
         "methods": {name: methods[name] for name in sorted(names - refuted.keys())},
         "models": {
-            name: _model(group, refuted.keys()) | {"description": descriptions[name]}
+            name: _model(group, refuted.keys(), machines) | {"description": descriptions[name]}
             for name, group in by_model.items()
         },
         "refuted": refuted,
         "problems": problems or {},
     }
+
+
+def _machine(environment: dict[str, Any]) -> Hashable:
+    """What the last bits of a forward pass depend on."""
+    packages = environment.get("packages", {})
+    return environment.get("cpu"), packages.get("torch"), environment.get("platform"), environment.get("threads")
 
 
 def references(records: Iterable[Record]) -> dict[BlockId, Reference]:
@@ -101,7 +108,7 @@ def references(records: Iterable[Record]) -> dict[BlockId, Reference]:
     return found
 
 
-def _model(records: list[Record], refuted: Collection[str]) -> dict[str, Any]:
+def _model(records: list[Record], refuted: Collection[str], machines: Mapping[str, Hashable]) -> dict[str, Any]:
     standing = [record for record in records if record.value is not None and record.question.bound not in refuted]
     answered = [record for record in standing if (record.question.norm, record.scope) == ("l2", "point")]
     found = references(answered)
@@ -131,7 +138,7 @@ def _model(records: list[Record], refuted: Collection[str]) -> dict[str, Any]:
         "not_answered": _not_answered(records),
         "sets": sets(standing),
         "refuted": refutations(records, refuted),
-        "violations": violations(standing),
+        "violations": violations(standing, machines),
     }
 
 

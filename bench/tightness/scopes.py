@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -25,6 +25,9 @@ WITHIN = {
     "compact": ("point", "compact"),
     "global": ("point", "change", "ball", "compact", "global"),
 }
+# How far, relatively, the norm of a block captured on one machine may be from that of the same block captured on
+# another one: the tokens differ by the rounding of a forward pass in float32. Differences up to 3e-7 were seen.
+OTHER_MACHINE = 1e-5
 BlockId = tuple[int, str]  # layer and input
 
 
@@ -119,15 +122,23 @@ def _compared(promises: list[Record], measured: dict[BlockId, list[Record]]) -> 
     return {"references": dict(Counter(names.values())), "methods": rows}
 
 
-def violations(answered: Iterable[Record]) -> list[dict[str, Any]]:
+def violations(answered: Iterable[Record], machines: Mapping[str, Hashable]) -> list[dict[str, Any]]:
     """Upper bounds below a lower bound of the same constant, or of a smaller one: one of the two is wrong.
+
+    Two machines capture blocks that differ by the rounding of the model's forward pass. Where the two numbers are of
+    different machines, only what is below by more than `OTHER_MACHINE` is a violation.
 
     Args:
         answered: records of one model with a value, of standing methods.
+        machines: what tells machines apart, by the id of the environment of a record.
     """
     found = []
     for record, lower in _pairs(answered):
-        if lower is not None and not (record.value or 0.0) >= (lower.value or 0.0):  # `not >=`: nan is a violation
+        if lower is None:
+            continue
+        same = machines.get(record.environment) == machines.get(lower.environment)
+        room = 1.0 if same else 1 + OTHER_MACHINE
+        if not (record.value or 0.0) * room >= (lower.value or 0.0):  # `not >=`: nan is a violation
             place = {"layer": record.question.layer, "input": record.question.input, "scope": record.scope}
             names = {"bound": record.question.bound, "kind": record.kind, "lower_bound": lower.question.bound}
             found.append({**place, **names, "value": record.value, "reached": lower.value})

@@ -11,6 +11,7 @@ from tabulate import tabulate
 from bench.engine.machine import describe
 from bench.pages.formatting import KIND_TITLES, cell, figure, length_words, module_words, summary_words, table
 from bench.tightness.scope_tables import refuted_section, set_sections
+from bench.tightness.scopes import OTHER_MACHINE
 from lipbounds.claims import KINDS, SCOPES
 
 
@@ -43,6 +44,11 @@ def report(aggregates: Aggregates) -> str:
     parts += [*set_sections(aggregates), *refuted_section(aggregates)]
     parts += ["## What gave no number", *_not_answered(aggregates)]
     parts += ["## Environment", *[f"- {describe(state)}" for state in aggregates["environments"]]]
+    if len(aggregates["environments"]) > 1:
+        parts.append(
+            "Machines differ by the rounding of the model's forward pass, so by the last digits of the blocks that are "
+            f"bounded. A bound is held against a lower bound of another machine with a room of {OTHER_MACHINE:g}."
+        )
     return "\n\n".join(parts).replace("\n\n- ", "\n- ") + "\n"
 
 
