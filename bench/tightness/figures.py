@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,15 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from bench.pages.colours import COLOURS
+from bench.pages.colours import GREY, family_colour
 from bench.pages.figure_files import save
-from bench.pages.formatting import module_words, summary_words
+from bench.pages.formatting import module_words
 
 
 DASHES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
 MARKERS = "os^Dv*"
+THE_PAPER = ("yudin2025.biased", "yudin2025.theorem3")
+BOLD = (*THE_PAPER, "sharp")
 Aggregates = dict[str, Any]
 Style = dict[str, Any]
 
@@ -55,13 +56,14 @@ def draw(aggregates: Aggregates, folder: Path, name: str = "tightness") -> list[
 
 
 def method_styles(aggregates: Aggregates) -> dict[str, Style]:
-    """The looks of the upper bounds: one colour a paper, one dash and marker a variant; probable ones black and dotted.
+    """The looks of the upper bounds: one colour per family, one dash and marker per variant; probable ones dotted.
+
+    The bound of the paper and `sharp` are bold; other softmax norms in the place of g_1 are ablations, and grey.
 
     Args:
         aggregates: what `bench.tightness.aggregate.aggregate` returned.
     """
     styles: dict[str, Style] = {}
-    papers: dict[str, int] = {}
     variants: dict[str, int] = {}
     for name, method in aggregates["methods"].items():
         if (method["norm"], method["scope"]) != ("l2", "point"):
@@ -70,13 +72,13 @@ def method_styles(aggregates: Aggregates) -> dict[str, Style]:
             styles[name] = {"color": "black", "linestyle": ":", "marker": "", "linewidth": 1.6}
         elif method["kind"] == "proved":
             paper = name.split(".")[0]
-            number = papers.setdefault(paper, len(papers)) % len(COLOURS)
             variant = variants[paper] = variants.get(paper, -1) + 1
+            is_ablation = paper == "yudin2025" and name not in THE_PAPER
             styles[name] = {
-                "color": COLOURS[number],
+                "color": GREY if is_ablation else family_colour(name),
                 "linestyle": DASHES[variant % len(DASHES)],
                 "marker": MARKERS[variant % len(MARKERS)],
-                "linewidth": 1.8,
+                "linewidth": 3.0 if name in BOLD else 1.6,
                 "markersize": 4.5,
             }
     return styles
@@ -135,24 +137,25 @@ def _panel(axes: Axes, name: str, aggregates: Aggregates, styles: dict[str, Styl
 
 
 def _labels(axes: Axes, name: str, aggregates: Aggregates, styles: dict[str, Style]) -> None:
-    """The name of each method in words at the right end of its line, moved apart where lines are close."""
+    """The name of each method at the right end of its line, as in the tables, moved apart where lines are close."""
     model, methods = aggregates["models"][name], aggregates["methods"]
     last = model["per_layer"][-1]["median"]
     entries = [(1.0, "the truth", "black")]
     for method in _shown(model, styles):
         if 0 < last.get(method, 0) < math.inf:
-            words = summary_words(methods[method]["summary"])
-            prefix = "" if methods[method]["kind"] == "proved" else f"{methods[method]['kind']}: "
-            entries.append((last[method], prefix + words, styles[method]["color"]))
+            kind = "" if methods[method]["kind"] == "proved" else f" ({methods[method]['kind']})"
+            note = " (the paper)" if method in THE_PAPER else ""
+            entries.append((last[method], method + kind + note, styles[method]["color"]))
     entries.sort()
     lowest, highest = (math.log10(limit) for limit in axes.get_ylim())
     heights = [(math.log10(value) - lowest) / (highest - lowest) for value, _, _ in entries]
-    for (_, words, colour), height, placed in zip(entries, heights, spread(heights, 0.062), strict=True):
+    for (_, words, colour), height, placed in zip(entries, heights, spread(heights, 0.05), strict=True):
         axes.plot([1.01, 1.05], [height, placed], color=colour, lw=0.7, transform=axes.transAxes, clip_on=False)
         axes.text(
             1.06,
             placed,
-            textwrap.fill(words, 44, max_lines=2, placeholder=" …"),
+            words,
             transform=axes.transAxes,
-            **{"color": colour, "fontsize": 8, "verticalalignment": "center", "linespacing": 0.95},
+            **{"color": "#222222", "fontsize": 9, "verticalalignment": "center"},
+            fontweight="bold" if words.split(" ")[0] in BOLD else "normal",
         )
