@@ -1,4 +1,4 @@
-// Formulas are rendered in the reader's browser; without a network they stay readable as LaTeX.
+// Formulas are rendered in the reader's browser by KaTeX, which is part of the site: no network is needed.
 document$.subscribe(({ body }) => {
   if (typeof renderMathInElement === "function") {
     renderMathInElement(body, {
