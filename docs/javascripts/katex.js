@@ -1,4 +1,4 @@
-// Formulas are rendered in the reader's browser by KaTeX, which is part of the site: no network is needed.
+// Formulas are rendered in the reader's browser by the copy of KaTeX in this site; without scripts they stay readable.
 document$.subscribe(({ body }) => {
   if (typeof renderMathInElement === "function") {
     renderMathInElement(body, {
