@@ -128,7 +128,9 @@ def _reader(content: Any) -> Callable[[Any], Results] | None:
     if isinstance(content, dict) and {"models", "whole"} <= content.keys():
         return _certified
     if isinstance(content, dict) and {"inputs", "words", "lipbounds"} <= content.keys():
-        return _report if content.get("schema_version") == SCHEMA_VERSION else None
+        from lipbounds.report.schema import SCHEMA_VERSION as REPORT_VERSION
+
+        return _report if content.get("schema_version") == REPORT_VERSION else None
     return None
 
 

@@ -112,7 +112,7 @@ def certify_smoothed(
         radii.append(sigma * _quantile(probability))
         predictions.append(prediction)
         lower.append(probability)
-    prediction = torch.tensor(predictions, device=x.device)
+    prediction = torch.tensor(predictions, dtype=torch.int64, device=x.device)
     radius = torch.tensor(radii, dtype=torch.float64, device=x.device)
     correct = (prediction == labels.to(x.device)) & (radius > 0)
     return SmoothedCertificate(
@@ -136,13 +136,13 @@ def clopper_pearson(hits: int, samples: int, delta: float) -> float:
     """
     if hits == 0:
         return 0.0
-    counts = torch.arange(hits, samples + 1, dtype=torch.float64)
-    total = torch.tensor(float(samples), dtype=torch.float64)
+    counts = torch.arange(hits, samples + 1, dtype=torch.float64, device="cpu")
+    total = torch.tensor(float(samples), dtype=torch.float64, device="cpu")
     choose = torch.lgamma(total + 1) - torch.lgamma(counts + 1) - torch.lgamma(total - counts + 1)
     low, high = 0.0, hits / samples
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        p = torch.tensor(middle, dtype=torch.float64)
+        p = torch.tensor(middle, dtype=torch.float64, device="cpu")
         terms = choose + counts * p.log() + (total - counts) * torch.log1p(-p) if middle < 1 else counts * 0
         tail = float(torch.logsumexp(terms, 0).exp()) * (1 + TAIL_SLACK)
         low, high = (middle, high) if tail <= delta else (low, middle)
@@ -170,7 +170,7 @@ def _quantile(probability: float) -> float:
     """Phi^-1, rounded down; 0 for probabilities of at most 1/2."""
     if probability <= 0.5:
         return 0.0
-    value = float(torch.special.ndtri(torch.tensor(probability, dtype=torch.float64)))
+    value = float(torch.special.ndtri(torch.tensor(probability, dtype=torch.float64, device="cpu")))
     return max(value * (1 - QUANTILE_SLACK), 0.0)
 
 

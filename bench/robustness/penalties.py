@@ -62,7 +62,7 @@ def jacobian(model: nn.Module, images: Tensor, generator: torch.Generator) -> tu
 def sharp(model: nn.Module, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Mean logarithm of `sharp_fast`, a bound of the local Lipschitz constant, over blocks and the first images."""
     bound = registry.get("sharp_fast")
-    values = [bound(found.attention).value.log().mean() for found in capture(model, images[:SHARP_IMAGES])]
+    values = [bound(found.attention, grad=True).value.log().mean() for found in capture(model, images[:SHARP_IMAGES])]
     return model(images), torch.stack(values).mean()
 
 

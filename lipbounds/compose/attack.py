@@ -30,7 +30,7 @@ def smallest_margin(
     for start in range(starts):
         move = torch.zeros_like(x)
         if start:
-            move = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
+            move = torch.randn(x.shape, generator=generator, dtype=torch.float64, device="cpu").to(x)
         for step in range(steps + 1):
             move = _inside(move, radius) if step or start == 0 else _onto(move, radius)
             point = (x + move).detach().requires_grad_()

@@ -96,9 +96,13 @@ def posterior_upper(
     factor = None if within is None else within * within
     runs = _run(operator, steps, seed, limit, factor)
     found = [_largest_eigenvalue(run, limit) for run in runs]
-    ritz, upper = (torch.tensor(column, dtype=torch.float64).to(operator.device) for column in zip(*found, strict=True))
+    ritz, upper = (
+        torch.tensor(column, dtype=torch.float64, device=operator.device) for column in zip(*found, strict=True)
+    )
     ritz, upper = (squares.reshape(operator.batch_shape).sqrt() for squares in (ritz, upper))
-    made = torch.tensor([len(alphas) for alphas, _ in runs], dtype=torch.float64).reshape(operator.batch_shape)
+    made = torch.tensor([len(alphas) for alphas, _ in runs], dtype=torch.float64, device="cpu").reshape(
+        operator.batch_shape
+    )
     raised = upper * (1 + 16 * len(runs[0][0]) * operator.size * UNIT_ROUNDOFF)
     value = inflate(raised + 3 * operator.norm_error(), 16) * operator.scale
     terms = {
@@ -117,7 +121,7 @@ def _run(operator: JacobianOperator, steps: int, seed: int, limit: Decimal, fact
     vector = sphere(batch, size, generator, operator.device)
     basis = vector.new_zeros(*batch, steps, size)
     alphas, betas = vector.new_zeros(steps, *batch), vector.new_zeros(steps, *batch)
-    ended = torch.full(batch, steps, device=vector.device)
+    ended = torch.full(batch, steps, dtype=torch.int64, device=vector.device)
     largest = vector.new_zeros(batch)
     made = steps
     for k in range(steps):
@@ -153,8 +157,8 @@ def _coefficients(alphas: Tensor, betas: Tensor, ended: Tensor) -> list[Coeffici
 def _ritz_value(run: Coefficients) -> float:
     """theta, rounded up."""
     alphas, betas = run
-    matrix = torch.diag(torch.tensor(alphas, dtype=torch.float64))
-    coupled = torch.tensor(betas[:-1], dtype=torch.float64)
+    matrix = torch.diag(torch.tensor(alphas, dtype=torch.float64, device="cpu"))
+    coupled = torch.tensor(betas[:-1], dtype=torch.float64, device="cpu")
     matrix = matrix + torch.diag(coupled, 1) + torch.diag(coupled, -1)
     size = float(matrix.abs().sum(-1).amax())
     return float(eigen.largest_eigenvalue(matrix)) + 16 * len(alphas) * UNIT_ROUNDOFF * size

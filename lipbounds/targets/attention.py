@@ -362,6 +362,7 @@ class Attention(Target):
 
     def function(self) -> Callable[[Tensor], Tensor]:
         """The block as a plain function of its moving input, without validation, for automatic differentiation."""
+        mask = self.mask  # made here: what is cached inside a transform of torch.func does not outlive it
 
         def call(moving: Tensor) -> Tensor:
             x = self.x if self.moves == "memory" else moving
@@ -369,7 +370,7 @@ class Attention(Target):
             queries = rotate(normalise(project(x, self.w_q, self.b_q), self.query_norm), self.query_rotation)
             keys = rotate(normalise(project(source, self.w_k, self.b_k), self.key_norm), self.key_rotation)
             logits = self.scale_value * queries @ keys.mT
-            logits = logits if self.mask is None else logits + self.mask
+            logits = logits if mask is None else logits + mask
             output = merge_heads(logits.softmax(-1) @ project(source, self.w_v, self.b_v), self.w_o)
             return output if self.b_o is None else output + self.b_o[..., None, :]
 

@@ -16,7 +16,7 @@ import torch
 from lipbounds.errors import InvalidInput
 
 
-_NAME = "_versions"
+VERSIONS = "_versions"  # where a block keeps them
 
 
 def remember(target: Any) -> None:
@@ -26,7 +26,7 @@ def remember(target: Any) -> None:
         target: a block whose tensors are fields.
     """
     versions = {name: _version(value) for name, value in _tensors(target).items()}
-    target.__dict__[_NAME] = versions
+    target.__dict__[VERSIONS] = versions
 
 
 def check_frozen(target: Any) -> None:
@@ -38,7 +38,7 @@ def check_frozen(target: Any) -> None:
     Raises:
         InvalidInput: a tensor has changed.
     """
-    known = target.__dict__.get(_NAME, {})
+    known = target.__dict__.get(VERSIONS, {})
     for name, value in _tensors(target).items():
         if name in known and _version(value) != known[name]:
             raise InvalidInput(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lipbounds.claims import Feature
+from lipbounds.targets.frozen import VERSIONS, remember
 
 
 class Target:
@@ -24,6 +25,14 @@ class Target:
             if value is not None and value is not False:
                 parts.append(f"{field.name}={_shape(value)}")
         return f"{type(self).__name__}({', '.join(parts)}, {str(self.dtype).removeprefix('torch.')})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the counters of changes, which mean nothing in another process."""
+        return {name: value for name, value in vars(self).items() if name != VERSIONS}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        remember(self)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -158,7 +158,7 @@ def test_values_in_the_dtype_of_the_network_are_rounded_up(dtype: torch.dtype) -
 def test_autolip_has_the_gradient_of_the_norms() -> None:
     weights = tuple(weight.requires_grad_() for weight in network(5, 3, 4, 2).weights)
     torch.autograd.gradcheck(
-        lambda *w: autolip(Mlp(x=torch.zeros(3, dtype=torch.float64), weights=w)).value, weights, atol=1e-6
+        lambda *w: autolip(Mlp(x=torch.zeros(3, dtype=torch.float64), weights=w), grad=True).value, weights, atol=1e-6
     )
 
 

@@ -164,7 +164,11 @@ WRONG: dict[str, BoundSpec] = {
     "permutation": on(L2Attention, lambda block: L2(block).value * (1 + block.x[..., 0, 0].sigmoid())),
     "batch": on(L2Attention, lambda block: L2(block).value.amax().expand(block.batch_shape)),
     "dtype": on(L2Attention, lambda block: L2(block).value * (2 if block.dtype == torch.bfloat16 else 1)),
-    "gradient": on(L2Attention, lambda block: L2(block.replace(w_q=2 * block.w_q - block.w_q.detach())).value),
+    "gradient": on(
+        L2Attention, lambda block: L2(block.replace(w_q=2 * block.w_q - block.w_q.detach()), grad=True).value
+    ),
+    "deterministic": on(L2Attention, lambda block: L2(block).value * (1 + torch.rand((), dtype=block.dtype))),
+    "surroundings": on(L2Attention, lambda block: L2(block).value * (1 + (torch.get_default_dtype() != torch.float32))),
 }
 
 

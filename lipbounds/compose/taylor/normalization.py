@@ -49,7 +49,9 @@ class Normalize(Operation):
         sigma = (v.square().mean(-1, keepdim=True) + epsilon).sqrt()
         self._length = norm_upper(v)  # of the floats; the exact token is within `_off` of them
         self._off = off.squeeze(-1)
-        lowest = self._smallest_sigma(torch.zeros(1, *self._length.shape).to(v))[0].unsqueeze(-1)
+        lowest = self._smallest_sigma(torch.zeros(1, *self._length.shape, dtype=v.dtype, device=v.device))[0].unsqueeze(
+            -1
+        )
         z = v / sigma
         if not bool(z.isfinite().all()):
             raise Unsupported(f"method='taylor' needs tokens with a deviation before a normalisation, at {name}.")
