@@ -309,7 +309,7 @@ def whole_model(name: str, device: torch.device = CPU) -> tuple[Sequence, Tensor
         from lipbounds.models.minilm import load_minilm
 
         model, tokenizer = load_minilm()
-        model = model.to(device)
+        model.to(device)  # pyright: ignore[reportArgumentType]  # transformers decorates it
         tokens = tokenizer(SENTENCE, return_tensors="pt")["input_ids"].to(device)
         with torch.no_grad():
             x = model.get_input_embeddings()(tokens).double()

@@ -139,11 +139,12 @@ class Record:
         """
         try:
             numbers = {name: float(answer[name]) for name in ("value", "radius", "relative_radius") if name in answer}
-            parts = {
+            parts: dict[str, Any] = {
                 name: {term: float(value) for term, value in answer.get(name, {}).items()}
                 for name in ("terms", "details")
             }
-            record = cls(question=Question(**asked), environment=environment, **(answer | numbers | parts))
+            fields: dict[str, Any] = {**answer, **numbers, **parts}
+            record = cls(question=Question(**asked), environment=environment, **fields)
             record._check_types()
         except (TypeError, ValueError, AttributeError, OverflowError) as error:
             raise RecordError(

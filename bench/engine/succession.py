@@ -26,7 +26,10 @@ def following(store: Store, asked: Question) -> Record | None:
     known = [record for record in found if record is not None and record.status == "ok" and record.value is not None]
     if not known or len(known) < len(named):
         return None
-    values = {f"{name}, version {version}": record.value for (name, version), record in zip(named, known, strict=True)}
+    values = {
+        f"{name}, version {version}": float(record.value or 0.0)
+        for (name, version), record in zip(named, known, strict=True)
+    }
     return dc.replace(
         known[0],
         question=asked,

@@ -138,7 +138,7 @@ def what_it_computes(classifier: LoadedClassifier) -> dict[str, Any]:
     Args:
         classifier: the model.
     """
-    config = getattr(getattr(classifier.module, "model", None), "config", None)
+    config: Any = getattr(getattr(classifier.module, "model", None), "config", None)
     settings = config.to_dict() if hasattr(config, "to_dict") else {}
     settings.pop("_name_or_path", None)
     own = {

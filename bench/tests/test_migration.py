@@ -25,6 +25,7 @@ ANSWERS = ("value", "terms", "details", "seconds", "status", "error", "tokens", 
 def migrated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
     for path in OLD.iterdir():
         shutil.copy(path, tmp_path)
+    before: dict[str, bytes] = {}
     for _ in range(2):  # the second time there is nothing to do
         before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
         assert program.main(["migrate", "--results", str(tmp_path)]) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses as dc
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from bench.tests.samples import record
 from lipbounds import registry
 
 
-def versioned(bound: str, version: int, value: float | None = 2.0, **fields: object) -> Record:
+def versioned(bound: str, version: int, value: float | None = 2.0, **fields: Any) -> Record:
     made = record(bound, value, **fields)
     return dc.replace(made, question=dc.replace(made.question, bound_version=version))
 

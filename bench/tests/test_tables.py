@@ -292,7 +292,8 @@ def few_methods(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def bench(*arguments: str, **options: Any) -> int:
-    return command_line.main(list(arguments), **({"models": [tiny_model()]} | options))
+    given: dict[str, Any] = {"models": [tiny_model()], **options}
+    return command_line.main(list(arguments), **given)
 
 
 @pytest.mark.usefixtures("few_methods")

@@ -327,7 +327,8 @@ def _random_block(heads: int, seed: int, spread: float) -> tuple[str, Attention]
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(RANDOM_TOKENS, RANDOM_WIDTH, generator=generator, dtype=torch.float64)
     weights = _random_weights(heads)
-    return f"logit spread {spread:g}", Attention(x=x, **(weights | {"w_q": weights["w_q"] * spread}))
+    turned: dict[str, Any] = {**weights, "w_q": weights["w_q"] * spread}
+    return f"logit spread {spread:g}", Attention(x=x, **turned)
 
 
 def _random(heads: int, count: int) -> Iterator[Case]:

@@ -70,7 +70,7 @@ def activation(name: str) -> Pointwise:
     return Pointwise(ACTIVATION_NAMES[name])
 
 
-def prepared(model: Model, kind: type, adapter: str, *args: Any, **kwargs: Any) -> tuple[Any, list[AttentionLayer]]:
+def prepared(model: nn.Module, kind: type, adapter: str, *args: Any, **kwargs: Any) -> tuple[Any, list[AttentionLayer]]:
     """A copy of the model in float64, and its attention layers at the inputs.
 
     Args:

@@ -191,10 +191,10 @@ def _same(recorder: Recorder, one: Part, other: Part) -> bool:
     """Whether two parts are made of the same tokens: not of equal ones, but of the same function of the same input."""
     if recorder.number(one.source) == recorder.number(other.source):
         return one.rows.shape == other.rows.shape and torch.equal(one.rows, other.rows)
-    found = [_entries(recorder, part) for part in (one, other)]
-    if found[0] is None or found[1] is None:
+    found, other_found = _entries(recorder, one), _entries(recorder, other)
+    if found is None or other_found is None:
         return False
-    (root, entries), (other_root, other_entries) = found
+    (root, entries), (other_root, other_entries) = found, other_found
     same = recorder.number(root) == recorder.number(other_root)
     return same and entries.shape == other_entries.shape and torch.equal(entries, other_entries)
 

@@ -178,7 +178,7 @@ class Comparison:
             LipboundsError: pandas is not installed.
         """
         try:
-            import pandas
+            import pandas  # pyright: ignore[reportMissingImports]  # only where a caller asks for a frame
         except ModuleNotFoundError as error:
             raise LipboundsError("to_pandas needs pandas, which is not installed; run `pip install pandas`.") from error
         return pandas.DataFrame(self.records())

@@ -15,7 +15,7 @@ from torch import Tensor
 from lipbounds.errors import Unsupported
 
 
-SOLVER_ERROR = torch.linalg.LinAlgError
+SOLVER_ERROR = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]  # it is documented
 
 
 def largest_eigenvalue(matrix: Float[Tensor, "*batch size size"]) -> Float[Tensor, "*batch"]:

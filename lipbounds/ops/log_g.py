@@ -106,7 +106,7 @@ def _split(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 def _is_transformed(tensor: Tensor) -> bool:
     """Whether torch.func (grad, vmap) looks through this tensor: then it has no memory that NumPy could read."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _at(top: Tensor, rank: Tensor) -> Tensor:

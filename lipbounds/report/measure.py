@@ -131,10 +131,11 @@ def _runs(inputs: Sequence[ModelInput] | Tensor) -> list[ModelInput]:
 
 
 def _chosen(found: Captured, layers: Sequence[int]) -> list[CapturedAttention]:
+    skipped = list(found.skipped)
     if len(found) == 0:
-        more = f" ({len(found.skipped) - 1} others: see lipbounds.capture)" if len(found.skipped) > 1 else ""
-        raise Unsupported(f"{found.skipped[0].reason}{more}")
-    indices = {one.index for one in found} | {one.index for one in found.skipped}
+        more = f" ({len(skipped) - 1} others: see lipbounds.capture)" if len(skipped) > 1 else ""
+        raise Unsupported(f"{skipped[0].reason}{more}")
+    indices = {one.index for one in found} | {one.index for one in skipped}
     missing = sorted(set(layers) - indices)
     if missing:
         raise InvalidInput(f"layers must be among 0 to {len(indices) - 1}, the attention calls found, got {missing}.")

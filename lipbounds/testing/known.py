@@ -30,6 +30,7 @@ import math
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,7 +110,7 @@ def _in_turn(tokens: int) -> Tensor:
     return _float([[1.0], [-1.0]]).repeat((tokens + 1) // 2, 1)[:tokens]
 
 
-def _weights(query: float, key: float = 1.0, value: float = V) -> dict[str, Tensor]:
+def _weights(query: float, key: float = 1.0, value: float = V) -> dict[str, Any]:
     """Of one head on one feature."""
     entries = {"w_q": query, "w_k": key, "w_v": value, "w_o": 1.0}
     return {name: _float([[entry]]).unsqueeze(0) for name, entry in entries.items()}

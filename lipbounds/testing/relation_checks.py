@@ -122,6 +122,8 @@ def scaling(spec: BoundSpec, block: Attention, radius: float | None = None, seed
     }
     changes = {name: getattr(block, name) * f for name, f in factors.items() if getattr(block, name) is not None}
     if block.norm_eps is not None:
+        assert block.query_norm_weight is not None  # checked at construction
+        assert block.key_norm_weight is not None
         changes |= {"w_k": block.w_k * (a / keys), "norm_eps": block.norm_eps * a * a}
         changes |= {} if block.b_k is None else {"b_k": block.b_k * a}
         changes |= {"query_norm_weight": block.query_norm_weight * a, "key_norm_weight": block.key_norm_weight / a}

@@ -41,7 +41,7 @@ def blocks(spec: BoundSpec, seconds: float) -> Iterator[tuple[Attention, float |
         spec: the bound.
         seconds: of processor time that a longer sink may take, by that of the one before.
     """
-    heads, biases = (2 if "heads" in spec.supports else 1), (BIASES if "biases" in spec.supports else ())
+    heads, biases = (2 if "heads" in spec.supports else 1), frozenset(BIASES if "biases" in spec.supports else ())
     recipe = Recipe(seed=3, n=4, dim=4, heads=heads, head_dim=2, value_dim=2, out_dim=4, spread=2.0, biases=biases)
     ordinary = build(recipe).to(torch.float32)
     yield ordinary, radius_for(spec, ordinary)
