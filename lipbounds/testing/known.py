@@ -142,7 +142,8 @@ def _sink(tokens: int) -> tuple[Attention, float]:
     x = _float([[1.0, 0.0, 0.0]]).repeat(tokens, 1)
     x[0, 1] = 1.0
     rows = {"w_q": [[1.0], [0.0], [0.0]], "w_k": [[0.0], [SINK], [0.0]], "w_v": [[0.0], [0.0], [V]], "w_o": [[1.0]]}
-    block = Attention(x=x, **{name: _float(row).unsqueeze(0) for name, row in rows.items()}, scale=1.0)
+    weights: dict[str, Any] = {name: _float(row).unsqueeze(0) for name, row in rows.items()}
+    block = Attention(x=x, **weights, scale=1.0)
     return block, V * math.sqrt(tokens)
 
 
@@ -167,7 +168,7 @@ def _rank_one(tokens: int) -> tuple[Attention, float]:
 
 def _dead_head(tokens: int) -> tuple[Attention, float]:
     living, dead = _weights(A), _weights(2.0, value=0.0)
-    both = {name: torch.cat([living[name], dead[name]]) for name in living}
+    both: dict[str, Any] = {name: torch.cat([living[name], dead[name]]) for name in living}
     return Attention(x=_in_turn(tokens), **both, scale=1.0), two_values_norm(A, V)
 
 
