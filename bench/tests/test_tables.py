@@ -255,8 +255,8 @@ def test_the_figure_is_the_same_for_the_same_numbers(aggregates: dict[str, Any],
     assert first == second
     assert sorted(first) == ["tightness.png", "tightness.svg"]
     text = first["tightness.svg"].decode()
-    assert "Summary of paper.bound" in text
-    assert "Summary of below" not in text
+    assert ">paper.bound</text>" in text  # the names of the tables
+    assert ">below</text>" not in text
 
 
 # -- README ----------------------------------------------------------------------------------------------------------
