@@ -46,8 +46,8 @@ def command(
     import torch
 
     from lipbounds.capture import capture
+    from lipbounds.comparison.ground_truth import cost
     from lipbounds.comparison.measure import compare_runs
-    from lipbounds.comparison.truth import cost
     from lipbounds.models.loading import load_model
 
     for path in (latex, csv, figure):

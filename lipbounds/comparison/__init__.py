@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from lipbounds.comparison.ground_truth import truth as truth
 from lipbounds.comparison.measure import compare as compare
 from lipbounds.comparison.table import Comparison as Comparison
 from lipbounds.comparison.table import Row as Row
-from lipbounds.comparison.truth import truth as truth
 from lipbounds.lazy import submodules
 
 

@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 import lipbounds
 from lipbounds import Comparison, InvalidInput
 from lipbounds.cli.app import app
+from lipbounds.comparison.ground_truth import chosen, cost
 from lipbounds.comparison.measure import compare_runs
 from lipbounds.comparison.table import Row
-from lipbounds.comparison.truth import chosen, cost
 from lipbounds.difference import compare as difference
 from lipbounds.errors import LipboundsError
 from lipbounds.results import read_results

@@ -20,7 +20,7 @@ from lipbounds.registry import registry
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 DOTTED = re.compile(r"(?<![\w./-])lipbounds(?:\.[A-Za-z_]\w*)+")
-NO_NAMES = {"lipbounds.bounds.acme.half"}  # of an example
+NO_NAMES = {"lipbounds.bounds.acme.half", "lipbounds.bounds.NAME"}  # of examples
 FROM_A_BARE_IMPORT = """
 import sys
 import lipbounds

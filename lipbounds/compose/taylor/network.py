@@ -62,9 +62,14 @@ class Walk:
             if wanted is not None and _by_token(layer):
                 value = _only(value, wanted)
             value = self._apply(path, layer, value, wanted)
-            if needs_rounding(value):
-                value = self._add(Rounded(self._name(path, "rounding"), value))
+            name = self._name(path, "rounding")
+            if self.rounds(name, value):
+                value = self._add(Rounded(name, value))
         return value if read is None else _only(value, read)
+
+    def rounds(self, name: str, value: Value) -> bool:
+        """Whether the rounding of the value becomes an operation of its own, by this name."""
+        return needs_rounding(value)
 
     def _apply(self, path: str, layer: Layer, value: Value, read: int | None) -> Value:
         if isinstance(layer, Sequence | Residual):
