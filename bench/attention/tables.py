@@ -31,6 +31,7 @@ from bench.attention.links import (
     whole_network,
 )
 from bench.pages.formatting import figure, table
+from bench.pages.page import bullets, folded, page
 
 
 HEADS_SHOWN = ("minilm", "digits-vit")
@@ -47,19 +48,27 @@ def report(data: Data, command: str, records_path: str, environment: str) -> str
     """
     chains = {name: links(data, name) for name in data["models"]}
     measures = {name: factors(data, name) for name in data["models"]}
+    told = statements(data, chains, measures)
     parts = [
         "# Attention distributions, local constants and perturbations",
+        told[0],
+        "![g_1 against the true constant, and perturbations](attention_scatter.png)",
+        "By how much: the median in the third of the inputs with the largest mean g_1 over that in the third with the "
+        "smallest, mean over layers, and its 95 % interval. 1 is no difference. `holds`: the interval is on the "
+        "claimed side of 1; `the opposite`: on the other side; `not seen`: 1 is inside.",
+        _links(measures, neutral=1.0),
+        "![attention maps and, to the right of each, g_1 of their rows](attention_maps.png)",
         f"Made by `{command}` from `{records_path}`; nothing here is written by hand.",
         "The explanation under test, as the notes of this project take it from Yudin et al. 2025: rows of attention "
         "with a small g_1 = p_(1) (1 - p_(1) + p_(2)) give small local Lipschitz constants, and these make a model "
         "harder to fool. Here it is tested across inputs, at fixed weights; whether training with the penalty JaSMin "
         "lowers constants and helps robustness is another question, which `python -m bench robustness` is about.",
         "## What was found",
-        "Spearman's correlation with its 95 % interval. Factor: median in the third of the inputs with the largest "
-        "mean g_1 over that in the third with the smallest.",
-        "\n".join(f"- {line}" for line in statements(data, chains, measures)),
-        "![attention maps beside g_1 of their rows](attention_maps.png)",
-        "![g_1 against the true constant, and perturbations](attention_scatter.png)",
+        folded(
+            "All findings, with their numbers",
+            "Spearman's correlation with its 95 % interval. Factor: as in the table above.",
+            bullets(told[1:]),
+        ),
         "## The explanation, link by link",
         "Spearman's correlation and its 95 % interval. `holds`: the interval is on the claimed side of 0; `the "
         "opposite`: on the other side; `not seen`: 0 is inside. Claimed are positive correlations, but negative ones "
@@ -67,17 +76,14 @@ def report(data: Data, command: str, records_path: str, environment: str) -> str
         "rows of a block, g_1 being the mean over heads. Length held fixed: partial correlation given the number of "
         "tokens. Images: geometric mean over layers. Of twenty such "
         "intervals one misses its truth by chance.",
-        _links(chains),
-        "By how much: the median in the third of the inputs with the largest mean g_1 over that in the third with the "
-        "smallest, mean over layers. 1 is no difference.",
-        _links(measures, neutral=1.0),
+        folded("All links", _links(chains)),
         "## What a block's numbers say about its true constant",
+        _METHODS,
     ]
-    for title, statistic in CORRELATIONS.items():
-        parts += [f"### {title}", _predictors(data, statistic)]
-    parts += [_METHODS, *_attacks(data), "## Attention maps", "![histograms by layer](attention_statistics.png)"]
+    parts += [folded(title, _predictors(data, statistic)) for title, statistic in CORRELATIONS.items()]
+    parts += [*_attacks(data), "## Attention maps", "![histograms by layer](attention_statistics.png)"]
     parts += [part for name, model in data["models"].items() for part in _layers(name, model)]
-    return "\n\n".join([*parts, "## Environment", f"- {environment}"]) + "\n"
+    return page([*parts, "## Environment", f"- {environment}"])
 
 
 CORRELATIONS: dict[str, Statistic] = {
@@ -148,7 +154,7 @@ def _attacks(data: Data) -> list[str]:
                 f"{len(distances)} images, {attack['wrong']} left out. Distances: median "
                 f"{figure(float(np.median(distances)))}, smallest {figure(min(distances))}, largest "
                 f"{figure(max(distances))}. Spearman's correlation with the distance over images:",
-                _by_layer(found, broadcast),
+                folded("By layer", _by_layer(found, broadcast)),
                 table(
                     ["of the whole network", "correlation"],
                     [[words, interval(value)] for words, value in whole_network(attack, norm).items()],
@@ -179,9 +185,10 @@ def _layers(name: str, model: Data) -> list[str]:
     ]
     title = f"### {name}"
     about = f"{model['description']}. {len(model['inputs'])} inputs; means over rows, heads and inputs."
-    parts = [title, about, table(["layer", *columns], rows)]
+    parts = [title, about, folded("By layer", table(["layer", *columns], rows))]
     if name in HEADS_SHOWN:
-        parts += ["Per head, means over rows and inputs, the largest g_1 too being a mean over inputs:", _heads(model)]
+        per_head = "Means over rows and inputs; the largest g_1, too, is a mean over inputs."
+        parts += [folded("By head", per_head, _heads(model))]
     return parts
 
 

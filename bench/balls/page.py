@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,21 +17,27 @@ from matplotlib.axes import Axes
 from bench.balls.task import LOWER, REFERENCES, UPPERS
 from bench.engine.machine import describe
 from bench.engine.records import Record
-from bench.pages.colours import COLOURS
+from bench.pages.colours import COLOURS, family_colour
 from bench.pages.figure_files import save
 from bench.pages.formatting import figure, module_words, table
+from bench.pages.page import bullets, folded
+from bench.pages.page import page as joined
 
 
-# In the order of the legend: what a curve is, its key in the rows, its look.
+PAPER = "yudin2025_ball.biased"
+# In the order of the legend: the name of a bound, its key in the rows, its look.
 CURVES = (
-    ("least of the four (sharp_ball)", "sharp_ball", {"color": COLOURS[1], "linewidth": 2.6}),
-    ("Taylor, second order", "taylor", {"color": COLOURS[5], "linestyle": (0, (3, 1)), "marker": "v"}),
-    ("centre plus deviation", "deviation", {"color": COLOURS[2], "linestyle": "--", "marker": "o"}),
-    ("three joint parts", "direct", {"color": COLOURS[4], "linestyle": "-.", "marker": "s"}),
-    ("Theorem 3 over the ball", "theorem_3", {"color": COLOURS[0], "linestyle": ":", "marker": "^"}),
-    ("Hu et al. 2024, corrected", "hu2024.ball", {"color": COLOURS[3], "linestyle": (0, (6, 1, 1, 1)), "marker": "D"}),
+    ("sharp_ball", "sharp_ball", {"color": family_colour("sharp_ball"), "linewidth": 3.0}),
+    ("sharp_ball.taylor", "taylor", {"color": COLOURS[5], "linestyle": (0, (3, 1)), "marker": "v"}),
+    ("sharp_ball.deviation", "deviation", {"color": COLOURS[2], "linestyle": "--", "marker": "o"}),
+    ("sharp_ball.direct", "direct", {"color": COLOURS[4], "linestyle": "-.", "marker": "s"}),
+    (PAPER, "theorem_3", {"color": family_colour(PAPER), "linewidth": 2.4, "marker": "^"}),
+    ("hu2024.ball", "hu2024.ball", {"color": COLOURS[3], "linestyle": (0, (6, 1, 1, 1)), "marker": "D"}),
 )
-DRAWN = 100.0  # a bound so many times above the least one is left out of the figure: it would flatten the others
+BOLD = ("sharp_ball", PAPER)
+HEADLINE = ("sharp_ball", "theorem_3", "hu2024.ball")
+SHOWN = ("minilm", "digits-vit", "small-one-hot")  # one block of each, that with the most tokens
+DRAWN = 200.0  # the top of the figure: what is further above the truth is left out, it would flatten the others
 Row = dict[str, Any]
 
 
@@ -81,21 +86,50 @@ def page(found: dict[str, list[Row]], command: str, records_path: str, environme
     """
     parts = [
         "# Balls: bounds on a ball over its radius",
-        f"Made by `{command}` from `{records_path}`.",
         *([f"**Violations**: {'; '.join(wrong)}."] if (wrong := violations(found)) else []),
-        "Multiples of the largest norm of the Jacobian that gradient ascent in the ball found, a lower bound of the "
-        "truth: a bound is *at most* so many times above it. The radius is in the Frobenius norm of the input. "
-        "`sharp_ball` is the least of the four columns after it; its centre is the exact norm up to 2**22 entries of "
-        "the Jacobian, and what the Gram blocks of `sharp` give for longer inputs. All bounds are proved, on the ball, "
-        "in l2; ascent is a lower bound. The figure leaves out what is more than 100 times above the least bound.",
-        "Columns marked 'quoted' were not measured here: they are quoted from the project's theory page, made there "
-        "by other programs on other random blocks of the same kind, and are multiples of the norm at the centre.",
-        "![curves](balls.png)",
+        "![Bounds on a ball, as multiples of what gradient ascent reached, over the radius](balls.png)",
+        "Every number is a multiple of the largest norm of the Jacobian that gradient ascent in the ball found. That "
+        "is a lower bound of the truth, so a bound is *at most* so many times above it. All bounds are proved, on the "
+        "ball, in the norm l2; the radius is in the Frobenius norm of the input. "
+        f"`{PAPER}` is Theorem 3 of the paper over the ball. The figure leaves out what is above {DRAWN:g}.",
+        _headline(found),
+        "`sharp_ball` is the least of four bounds: the Taylor expansion of second order (`sharp_ball.taylor`), the "
+        "norm at the centre plus the largest deviation from it (`sharp_ball.deviation`), three joint parts over the "
+        f"ball (`sharp_ball.direct`), and `{PAPER}`. The norm at its centre is exact up to 2**22 entries of the "
+        "Jacobian, and from the Gram blocks of `sharp` for longer inputs.",
+        f"Made by `{command}` from `{records_path}`; nothing here is written by hand.",
+        "## All blocks",
+        "Columns marked 'quoted' were not measured here. They come from other programs on other random blocks of the "
+        "same kind, and are multiples of the norm at the centre.",
     ]
-    for title, rows in found.items():
-        parts += [f"## {title}", _table(title, rows)]
-    parts += ["## Environment", *[f"- {describe(state)}" for state in environments]]
-    return "\n\n".join(parts).replace("\n\n- ", "\n- ") + "\n"
+    parts += [folded(title, _table(title, rows)) for title, rows in found.items()]
+    return joined([*parts, "## Environment", bullets(describe(state) for state in environments)])
+
+
+def _headline(found: dict[str, list[Row]]) -> str:
+    """The blocks of the figure at all radii, and of each bound the multiple of what ascent reached."""
+    curves = [(words, key) for words, key, _ in CURVES if key in HEADLINE]
+    lines = [
+        [title, f"{row['radius']:g}", *(figure(row[key] / row[LOWER] if key in row else None) for _, key in curves)]
+        for title in _shown(found)
+        for row in found[title]
+        if row["radius"] and row.get(LOWER)
+    ]
+    return table(["block", "radius", *(f"`{words}`" for words, _ in curves)], lines)
+
+
+def _shown(found: dict[str, list[Row]]) -> list[str]:
+    """The blocks of the figure: of each chosen model the last one of those with the most tokens."""
+    chosen = []
+    for name in SHOWN:
+        titles = [title for title in found if title.split(",")[0].split(" (")[0] == name]
+        if titles:
+            chosen.append(max(titles, key=_tokens))
+    return chosen or list(found)[: len(SHOWN)]
+
+
+def _tokens(title: str) -> int:
+    return int(title.rpartition("(")[2].split(" ")[0])
 
 
 def _table(title: str, rows: list[Row]) -> str:
@@ -104,7 +138,7 @@ def _table(title: str, rows: list[Row]) -> str:
     titles = [
         "radius",
         "ascent",
-        *(words for words, _, _ in CURVES),
+        *(f"`{words}`" for words, _, _ in CURVES),
         *(f"{words}, quoted, over the centre" for words in references),
     ]
     centre = next((row[UPPERS[0]] for row in rows if row["radius"] == 0 and UPPERS[0] in row), None)
@@ -128,39 +162,38 @@ def draw(found: dict[str, list[Row]], folder: Path, name: str = "balls") -> list
         folder: where the files go.
         name: of the files, without ending.
     """
-    titles = list(found)
-    columns = min(3, len(titles))
-    height = math.ceil(len(titles) / columns)
+    titles = _shown(found)
     # Fixed ids and no date: the same numbers give the same bytes.
-    with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none", "font.size": 9}):
-        canvas, axes = plt.subplots(height, columns, figsize=(4.2 * columns, 3.3 * height), dpi=150, squeeze=False)
-        for place, title in zip(axes.flat, titles, strict=False):
-            _panel(place, title, found[title])
-        for place in list(axes.flat)[len(titles) :]:
-            place.axis("off")
-        handles, labels = axes.flat[0].get_legend_handles_labels()
-        canvas.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=3, frameon=False)
+    with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none", "font.size": 10}):
+        canvas, panels = plt.subplots(
+            1, len(titles), figsize=(4.2 * len(titles), 4.2), dpi=150, squeeze=False, sharey=True
+        )
+        for axes, title in zip(panels[0], titles, strict=True):
+            _panel(axes, title, found[title])
+        panels[0][0].set_ylabel("times what gradient ascent reached")
+        handles, labels = panels[0][0].get_legend_handles_labels()
+        words = [f"{label} (the paper)" if label == PAPER else label for label in labels]
+        legend = canvas.legend(
+            handles, words, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=4, frameon=False, labelcolor="#222222"
+        )
+        for text, label in zip(legend.get_texts(), labels, strict=True):
+            text.set_fontweight("bold" if label in BOLD else "normal")
         canvas.tight_layout()
         paths = save(canvas, folder, name)
         plt.close(canvas)
     return paths
 
 
-def _drawn(row: Row, key: str) -> bool:
-    return key in row and row[key] <= DRAWN * row.get(UPPERS[0], math.inf)
-
-
 def _panel(axes: Axes, title: str, rows: Sequence[Row]) -> None:
     """One block: the radius against every curve."""
     for words, key, look in CURVES:
-        points = [(row["radius"], row[key]) for row in rows if row["radius"] and _drawn(row, key)]
-        if points:
-            looks: dict[str, Any] = {"markersize": 3.5, "linewidth": 1.3} | look
-            axes.plot(*zip(*points, strict=True), label=words, **looks)
-    reached = [(row["radius"], row[LOWER]) for row in rows if row["radius"] and LOWER in row]
-    if reached:
-        axes.plot(*zip(*reached, strict=True), color="black", marker="v", markersize=3.5, label="reached by ascent")
-    axes.set(xscale="log", yscale="log", xlabel="radius of the ball", ylabel="Lipschitz constant on it")
-    axes.set_title(title, loc="left", fontsize=9)
+        found = [(row["radius"], row[key] / row[LOWER]) for row in rows if row.get(LOWER) and key in row]
+        points = [(radius, ratio) for radius, ratio in found if radius and ratio <= DRAWN]
+        looks: dict[str, Any] = {"markersize": 4, "linewidth": 1.4} | look
+        axes.plot(*zip(*points, strict=True) if points else ([], []), label=words, **looks)
+    axes.axhline(1, color="black", linewidth=1)
+    axes.set(xscale="log", yscale="log", xlabel="radius of the ball", ylim=(0.9, DRAWN))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} x")
+    axes.set_title(title, loc="left", fontsize=10)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)

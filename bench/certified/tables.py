@@ -16,6 +16,7 @@ from matplotlib.ticker import NullFormatter
 
 from bench.pages.figure_files import save
 from bench.pages.formatting import figure, table
+from bench.pages.page import folded, page
 
 
 Data = dict[str, Any]
@@ -32,16 +33,30 @@ def report(data: Data, command: str, environment: str) -> str:
     """
     parts = [
         "# Certified radii, and bounds of whole models",
-        f"Made by `{command}`; nothing here is written by hand.",
+        "![Certified and robust accuracy over the radius](certified.png)",
         "Certified accuracy: the share of test images that are classified right and for which it is proved that no "
         "image within the radius (Euclidean norm of the pixels) has another class. Robust accuracy: the share that "
         "AutoAttack-standard (l2) leaves right on the images that were attacked. Proved numbers are below the truth, "
         "what an attack leaves is above it.",
+        *([_headline(data["models"])] if data["models"] else []),
+        f"Made by `{command}`; nothing here is written by hand.",
     ]
     parts += [part for name, model in data["models"].items() for part in _classifier(name, model)]
-    parts += ["## Whole models at a point", _whole(data["whole"])]
-    parts += [part for name, row in data["whole"].items() for part in (f"### {name}, layer by layer", _layers(row))]
-    return "\n\n".join([*parts, "## Environment", f"- {environment}"]) + "\n"
+    parts += ["## Whole models at a point", *_whole(data["whole"])]
+    parts += [folded(f"{name}, layer by layer", _layers(row)) for name, row in data["whole"].items()]
+    return page([*parts, "## Environment", f"- {environment}"])
+
+
+def _headline(models: Data) -> str:
+    body = []
+    for name, model in models.items():
+        rows = model["certificates"]
+        radii = [row["radius"] for row in rows if row["correct"]]
+        products = [row["product_radius"] for row in rows if row["correct"]]
+        shown = [figure(median(values)) if values else "-" for values in (radii, products)]
+        body.append([f"{TITLES.get(name, name)} (`{name}`)", len(rows), len(radii), *shown])
+    titles = ["classifier", "images", "classified right", "certified radius, median (proved)"]
+    return table([*titles, "by the product of norms, median (proved)"], body)
 
 
 def _classifier(name: str, model: Data) -> list[str]:
@@ -57,7 +72,7 @@ def _classifier(name: str, model: Data) -> list[str]:
         f"{len(rows)} images, {len(radii)} of them classified right. Certified radius of those: median "
         f"{figure(median(radii))}, smallest {figure(min(radii))}, largest {figure(max(radii))}; with the product of "
         f"norms instead of the joint Jacobian: median {figure(median(products))}. "
-        f"Seconds an image, both: median {figure(median(row['seconds'] for row in rows))}."
+        f"Seconds per image for both together: median {figure(median(row['seconds'] for row in rows))}."
     )
     titles = ["radius", "certified accuracy", "robust accuracy (AutoAttack)", "images"]
     return [f"## {TITLES.get(name, name)} (`{name}`)", summary, table(titles, [row[:4] for row in body])]
@@ -67,7 +82,7 @@ def _share(rows: list[Data], radius: float) -> float:
     return sum(row["correct"] and row["radius"] >= radius for row in rows) / len(rows)
 
 
-def _whole(models: Data) -> str:
+def _whole(models: Data) -> list[str]:
     rows = [
         [
             name,
@@ -83,7 +98,7 @@ def _whole(models: Data) -> str:
     )
     titles = ["model", "product (proved)", "joint (proved)", "constant (probable)", "reached (lower)"]
     titles += ["product / constant", "product / reached"]
-    return f"{caption}\n\n{table(titles, rows)}"
+    return [caption, table(titles, rows)]
 
 
 def _layers(row: Data) -> str:

@@ -7,6 +7,7 @@ from statistics import median
 from typing import Any
 
 from bench.gpu.steps import Step
+from bench.pages.formatting import table
 
 
 def page(steps: Sequence[Step], found: dict[tuple[str, str], dict[str, Any]], here: dict[str, Any]) -> str:
@@ -30,37 +31,28 @@ def page(steps: Sequence[Step], found: dict[tuple[str, str], dict[str, Any]], he
         "how far the resident set rose.",
     ]
     for part in dict.fromkeys(step.part for step in steps):
-        lines += ["", f"## {part.capitalize()}", "", *HEADS[part]]
-        for step in steps:
-            if step.part == part:
-                lines.append(_line(step, found.get((part, step.name))))
+        rows = [_row(step, found.get((part, step.name))) for step in steps if step.part == part]
+        lines += ["", f"## {part.capitalize()}", "", table(HEADS[part], rows)]
     return "\n".join(lines) + "\n"
 
 
 NOT_TOLD = ("part", "name", "place", "passed", "seconds_in_all")
 HEADS = {
-    "checks": ["| check | result |", "|---|---|"],
-    "speed": ["| bound and block | cost in forward passes | seconds | MB, forward pass |", "|---|---|---|---|"],
-    "long maps": ["| function | cost in fused attention | seconds | MB | TFLOP/s |", "|---|---|---|---|---|"],
-    "tightness": [
-        "| model | blocks | bound by the lower bound of Lanczos: median (largest), at a point, float64 |",
-        "|---|---|---|",
-    ],
+    "checks": ["check", "result"],
+    "speed": ["bound and block", "cost in forward passes", "seconds", "MB, forward pass"],
+    "long maps": ["function", "cost in fused attention", "seconds", "MB", "TFLOP/s"],
+    "tightness": ["model", "blocks", "bound by the lower bound of Lanczos: median (largest), at a point, float64"],
 }
 
 
-def _line(step: Step, result: dict[str, Any] | None) -> str:
-    columns = HEADS[step.part][0].count("|") - 2
+def _row(step: Step, result: dict[str, Any] | None) -> list[str]:
+    rest = [""] * (len(HEADS[step.part]) - 2)
     if result is None:
-        return _row(step.name, "not reached", *[""] * (columns - 1))
+        return [step.name, "not reached", *rest]
     trouble = result.get("skipped") or result.get("error")
     if trouble:
-        return _row(step.name, f"{'skipped' if 'skipped' in result else 'failed'}: {trouble}", *[""] * (columns - 1))
-    return _row(step.name, *CELLS[step.part](result))
-
-
-def _row(*cells: str) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        return [step.name, f"{'skipped' if 'skipped' in result else 'failed'}: {trouble}", *rest]
+    return [step.name, *CELLS[step.part](result)]
 
 
 def _check(result: dict[str, Any]) -> list[str]:

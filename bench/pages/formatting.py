@@ -61,11 +61,17 @@ def length_words(row: dict[str, Any]) -> str:
     return " to ".join(str(count) for count in dict.fromkeys(row["tokens"]))
 
 
-def cell(text: str) -> str:
-    """Text that fits a cell of a table."""
-    return " ".join(text.split()).replace("|", "\\|")
-
-
 def table(titles: list[str], rows: list[list[Any]]) -> str:
-    """A table in Markdown."""
-    return tabulate(rows, titles, tablefmt="github", disable_numparse=True)
+    """A table in Markdown; the one place where text is made to fit a cell.
+
+    Args:
+        titles: of the columns.
+        rows: texts or numbers; line breaks and runs of spaces in a text become one space.
+    """
+    return tabulate(
+        [[_cell(value) for value in row] for row in rows], map(_cell, titles), tablefmt="github", disable_numparse=True
+    )
+
+
+def _cell(value: Any) -> Any:
+    return " ".join(value.split()).replace("|", "\\|") if isinstance(value, str) else value

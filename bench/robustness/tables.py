@@ -7,6 +7,7 @@ from statistics import mean, median
 from typing import Any
 
 from bench.pages.formatting import figure, table
+from bench.pages.page import bullets, folded, page
 from bench.robustness.measures import BOUNDS
 from bench.robustness.settings import (
     CHOICE_EPS,
@@ -39,18 +40,17 @@ def report(data: Data, summary: Data, command: str) -> str:
     """
     count = len(data["seeds"])
     made = (
-        f"Digits ViTs, {data['epochs']} epochs, {count} seed{'s' if count > 1 else ''} a setting, the first "
+        f"Digits ViTs, {data['epochs']} epochs, {count} seed{'s' if count > 1 else ''} per setting, the first "
         f"{data['images']} test images (blocks: the first {data['blocks']}), pixels in [0, 1]."
     )
     parts = [
         "# Robust accuracy with and without penalties",
-        f"Made by `{command}`; nothing here is written by hand. What is done, and why: [docs](../docs/robustness.md).",
+        "![Robust accuracy over the radius](robustness.png)",
+        _findings(data, summary),
         made,
         _headline(data, summary),
         LEGEND,
-        "![Robust accuracy against the radius](robustness.png)",
-        "## What holds",
-        _findings(data, summary),
+        f"Made by `{command}`; nothing here is written by hand. What is done, and why: [docs](../docs/robustness.md).",
         "## Compared with the reference",
         "Paired t-tests over seeds, two-sided; p is corrected by Holm's rule over all tests of its table. "
         "Wilcoxon's test, which with five seeds cannot fall below 0.06, is not used. Accuracies differ by points, "
@@ -63,15 +63,15 @@ def report(data: Data, summary: Data, command: str) -> str:
         f"Validation images only, seed {CHOICE_SEED}, which is not among those reported: of the weights whose "
         "validation accuracy is at most one point below that of the reference setting, the one with the best accuracy "
         f"under PGD-{CHOICE_STEPS} (l_inf, {CHOICE_EPS:g}).",
-        _choices(data),
+        folded("Weights that were tried", _choices(data)),
         "## By attack",
-        _attacks(data, summary),
+        folded("Accuracy under each attack", _attacks(data, summary)),
         "## By layer",
-        _layers(data),
+        folded("Constants and g_1 by layer", _layers(data)),
         "## Environment",
-        "\n".join(f"- {line}" for line in data["environments"]),
+        bullets(data["environments"]),
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return page(parts)
 
 
 def _radii(data: Data) -> list[tuple[str, float]]:
@@ -112,7 +112,7 @@ def _findings(data: Data, summary: Data) -> str:
             f"robust accuracy {_said(robust)}",
             f"local constants and g_1 {_said(constant)}",
         ]
-        lines.append(f"- **{title}**, beside {other}: {'; '.join(parts)}.")
+        lines.append(f"- **{title}** compared with {other}: {'; '.join(parts)}.")
     return "\n".join(lines)
 
 

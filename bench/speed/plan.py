@@ -93,7 +93,7 @@ class Target:
 TARGETS = (
     Target(title="Theorem 3 with biases", method="yudin2025.biased", limit=1.3),
     Target(title="the same, weights met for the first time", method="yudin2025.biased", kept=False),
-    Target(title="the same, beside a forward pass in float64", method="yudin2025.biased", shape=WIDE_VIT),
+    Target(title="the same, in units of a forward pass in float64", method="yudin2025.biased", shape=WIDE_VIT),
     Target(title="Theorem 3 on a ball", method="yudin2025_ball.biased", limit=5.0),
     Target(
         title="Lanczos certificate, 60 steps",

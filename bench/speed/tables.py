@@ -11,23 +11,26 @@ import matplotlib as mpl
 mpl.use("Agg")
 
 import matplotlib.pyplot as plt
+from matplotlib.artist import Artist
 
+from bench.pages.colours import BOLD, THE_PAPER, family_colour
 from bench.pages.figure_files import save
 from bench.pages.formatting import figure, table
+from bench.pages.page import folded, page
 from bench.speed.timing import exponent
 
 
 Data = dict[str, Any]
 AXES = {"tokens": "n", "width": "D", "heads": "H", "batch": "batch"}
-DRAWN = {
-    "yudin2025.biased": ("#0072B2", "o"),
-    "centred.products": ("#56B4E9", "s"),
-    "covariance.exact": ("#009E73", "^"),
-    "yudin2025_ball.biased": ("#CC79A7", "v"),
-    "sharp_fast": ("#D55E00", "D"),
-    "sharp": ("#E69F00", "P"),
-    "lanczos_certificate": ("#000000", "x"),
-    "exact": ("#888888", "+"),
+DRAWN: dict[str, dict[str, Any]] = {  # markers; the scope of a ball is dashed
+    "yudin2025.biased": {"marker": "o", "linewidth": 2.6},
+    "sharp": {"marker": "P", "linewidth": 2.6},
+    "sharp_fast": {"marker": "D"},
+    "centred.products": {"marker": "s"},
+    "covariance.exact": {"marker": "^"},
+    "yudin2025_ball.biased": {"marker": "v", "linestyle": "--"},
+    "lanczos_certificate": {"marker": "x", "color": "black", "linestyle": ":"},
+    "exact": {"marker": "+"},
 }
 
 
@@ -40,9 +43,8 @@ def report(data: Data, command: str, environment: str) -> str:
         environment: of this run, in a line.
     """
     here = data["place"]
-    parts = [
-        "# Speed",
-        f"Made by `{command}`; nothing here is written by hand.",
+    targets = _targets(data["targets"]) if data["targets"] else []
+    how = (
         f"Measured on {here['hardware']} with {here['threads']} "
         f"{'thread' if here['threads'] == 1 else 'threads'}. A cost is "
         + (
@@ -50,34 +52,50 @@ def report(data: Data, command: str, environment: str) -> str:
             if here["device"] == "cpu"
             else "time between events on the card"
         )
-        + "; a ratio is the cost of a bound by that of one forward pass of the same block in its own dtype, in turns "
-        "in the same process: the median, and in brackets the quartiles. Bounds are evaluated in float64 whatever the "
-        "dtype of the block. Norms of weights are kept from one input to the next (`keep_weight_norms`) unless said "
-        "otherwise. Memory is the highest point of a call above where it began ("
+        + "; a ratio is the cost of a bound over that of one forward pass of the same block in its own dtype. The two "
+        "are measured in turns in the same process; given are the median and, in brackets, the quartiles. Bounds are "
+        "evaluated in float64 whatever the dtype of the block. Norms of weights are kept from one input to the next "
+        "(`keep_weight_norms`) unless said otherwise. Memory is the highest point of a call above where it began ("
         + ("resident set of the process, by Linux" if here["device"] == "cpu" else "allocated by torch on the device")
-        + "); below one or two MB it is noise. Blocks are random: n tokens, width D, H heads of width D/H.",
+        + "); below one or two MB it is noise. Blocks are random: n tokens, width D, H heads of width D/H."
+    )
+    parts = [
+        "# Speed",
+        "![Cost in forward passes, seconds and memory over the number of tokens](speed.png)",
+        *targets,
+        how,
+        f"Made by `{command}`; nothing here is written by hand.",
+        "## Growth",
+        *_growth(data),
+        "## Long maps",
+        *_streamed(data["streamed"]),
+        "## Not measured further",
+        *_stopped(data),
+        *("## Environment", f"- {environment}"),
     ]
-    if data["targets"]:
-        parts += ["## Targets on a block of ViT-B/16", _targets(data["targets"])]
-    parts += ["## Growth", _growth(data), "## Long maps", _streamed(data["streamed"])]
-    parts += ["## Not measured further", _stopped(data), "## Environment", f"- {environment}"]
-    return "\n\n".join(parts) + "\n"
+    return page(parts)
 
 
 def _ratio(answer: Data) -> str:
     if "error" in answer:
-        return answer["error"].replace("|", "/")
+        return answer["error"]
     low, median, high = answer["ratio"]
     many = "" if answer["repeats"] == 1 else f" [{figure(low)}, {figure(high)}]"
     return f"{figure(median)}{many}"
 
 
-def _targets(targets: list[Data]) -> str:
+def _targets(targets: list[Data]) -> list[str]:
     caption = (
         "n = 197, D = 768, 12 heads, float32, with biases: all 12 layers of the encoder have this shape, so the ratio "
         "of one is that of all. A training step is forward, backward and SGD on one image."
     )
-    return f"{caption}\n\n{table(['what', 'name', 'target', 'ratio', 'met', 'seconds'], target_rows(targets))}"
+    rows = target_rows(targets)
+    aims = [row for row in rows if row[4] != "-"]
+    missed = [f"{row[1]} ({row[3].split(' ')[0]}, target {row[2]})" for row in aims if row[4] == "missed"]
+    met = len(aims) - len(missed)
+    told = f"Of {len(aims)} targets for a block of ViT-B/16, {met} {'is' if met == 1 else 'are'} met."
+    told += f" Missed: {', '.join(missed)}." if missed else ""
+    return [told, caption, table(["what", "name", "target", "ratio", "met", "seconds"], rows)]
 
 
 def target_rows(targets: list[Data]) -> list[list[str]]:
@@ -115,7 +133,7 @@ def methods(data: Data) -> list[str]:
     return list(dict.fromkeys(row["method"] for row in data["rows"]))
 
 
-def _growth(data: Data) -> str:
+def _growth(data: Data) -> list[str]:
     rows = []
     for method in methods(data):
         ratios = _points(data, method, "tokens", "ratio")
@@ -131,12 +149,13 @@ def _growth(data: Data) -> str:
         rows.append(line)
     caption = (
         "Ratio at n = 64 (D = 64, 2 heads) and at the largest n that was measured, memory there in MB, and the growth "
-        "exponents of the cost: the slope of log cost over the last four sizes at most, in brackets the smallest and "
-        "largest slope between neighbours; - for fewer than three sizes. Small blocks cost what Python costs: there "
-        "exponents are small. The last columns are the cost for a block of that dtype by that for float32."
+        "exponents of the cost: the slope of the logarithm of the cost over at most the last four sizes, and in "
+        "brackets the smallest and the largest slope between neighbouring sizes. A dash: fewer than three sizes were "
+        "measured. On small blocks the cost is mostly that of Python, so exponents are small there. The last columns "
+        "are the cost for a block of that dtype over the cost for float32."
     )
     titles = ["method", "ratio at n = 64", "ratio at largest n", "MB", *(f"in {name}" for name in AXES.values())]
-    return f"{caption}\n\n{table([*titles, 'float64', 'bfloat16'], rows)}"
+    return [caption, folded("All methods", table([*titles, "float64", "bfloat16"], rows))]
 
 
 def _exponent(points: list[tuple[Any, float]]) -> str:
@@ -147,7 +166,7 @@ def _exponent(points: list[tuple[Any, float]]) -> str:
     return f"{fitted['slope']:.1f} [{low:.1f}, {high:.1f}] to {fitted['sizes'][1]}"
 
 
-def _streamed(streamed: list[Data]) -> str:
+def _streamed(streamed: list[Data]) -> list[str]:
     rows = []
     for row in streamed:
         answer = row["answer"]
@@ -158,12 +177,12 @@ def _streamed(streamed: list[Data]) -> str:
         "One head of width 64, float32 queries and keys, evaluated in float64; the ratio is to "
         "`scaled_dot_product_attention` with the same queries and keys."
     )
-    return f"{caption}\n\n{table(['n', 'what', 'ratio', 'seconds', 'MB'], rows)}"
+    return [caption, table(["n", "what", "ratio", "seconds", "MB"], rows)]
 
 
-def _stopped(data: Data) -> str:
+def _stopped(data: Data) -> list[str]:
     if not data["stopped"]:
-        return "Everything was measured at every size."
+        return ["Everything was measured at every size."]
     found: dict[str, list[str]] = {}
     for row in data["stopped"]:
         answer = row["answer"]
@@ -173,8 +192,8 @@ def _stopped(data: Data) -> str:
         f"A method that took more than {data['limit']:g} s ({data['patience']:g} s for some, against n) is not "
         "measured at the next size of that axis. Where each stopped:"
     )
-    rows = [[f"`{name}`", "; ".join(places).replace("|", "/")] for name, places in found.items()]
-    return f"{caption}\n\n{table(['method', 'last sizes'], rows)}"
+    rows = [[f"`{name}`", "; ".join(places)] for name, places in found.items()]
+    return [caption, folded("Last sizes by method", table(["method", "last sizes"], rows))]
 
 
 def draw(data: Data, folder: Path) -> list[Path]:
@@ -187,11 +206,13 @@ def draw(data: Data, folder: Path) -> list[Path]:
     panels = (("ratio", "cost, in forward passes"), ("cost", "seconds"), ("megabytes", "peak memory, MB"))
     with mpl.rc_context({"svg.hashsalt": "speed", "svg.fonttype": "none", "font.size": 10}):
         canvas, all_axes = plt.subplots(1, len(panels), figsize=(14, 4.4), dpi=150)
+        handles: dict[str, Artist] = {}  # of all panels: not every method has its memory measured
         for axes, (key, title) in zip(all_axes, panels, strict=True):
-            for method, (color, marker) in DRAWN.items():
+            for method, look in DRAWN.items():
                 points = [(size, value) for size, value in _points(data, method, "tokens", key) if value > 0]
                 if points:
-                    axes.plot(*zip(*points, strict=True), color=color, marker=marker, label=method, markersize=5)
+                    looks: dict[str, Any] = {"color": family_colour(method), "linewidth": 1.4, "markersize": 5} | look
+                    (handles[method],) = axes.plot(*zip(*points, strict=True), label=method, **looks)
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
             axes.set_xlabel("tokens n (D = 64, 2 heads)")
@@ -199,7 +220,15 @@ def draw(data: Data, folder: Path) -> list[Path]:
             axes.grid(color="#dddddd", linewidth=0.6)
             axes.spines[["top", "right"]].set_visible(False)
         all_axes[0].axhline(1.0, color="#888888", linewidth=0.8, linestyle="--")
-        all_axes[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8, frameon=False)
+        listed = [name for name in DRAWN if name in handles]
+        legend = all_axes[-1].legend(
+            [handles[name] for name in listed],
+            [f"{name} (the paper)" if name == THE_PAPER else name for name in listed],
+            **{"loc": "center left", "bbox_to_anchor": (1.02, 0.5), "fontsize": 9, "frameon": False},
+            labelcolor="#222222",
+        )
+        for words in legend.get_texts():
+            words.set_fontweight("bold" if words.get_text().split(" ")[0] in BOLD else "normal")
         canvas.tight_layout()
         paths = save(canvas, folder, "speed")
         plt.close(canvas)

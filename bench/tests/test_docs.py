@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import lipbounds.bounds
+from bench.pages.formatting import table
 from lipbounds import registry
 
 
@@ -16,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 IN_NAVIGATION = re.findall(r"[\w/]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2])
+WRITTEN = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *(ROOT / "results").glob("*.md")])
 PARTS = ("Statement", "Proof", "Assumptions", "Where it is tight", "Measured")
 
 
@@ -62,3 +64,40 @@ def test_links_between_pages_hold_in_the_repository(page: str) -> None:
 def test_the_site_needs_neither_torch_nor_this_package() -> None:
     imports = re.findall(r"^(?:from|import) (\w+)", (DOCS / "hooks.py").read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert not {"torch", "lipbounds", "bench", "verify"} & set(imports)
+
+
+@pytest.mark.parametrize("path", WRITTEN, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_rows_of_a_table_have_one_width_and_lists_a_blank_line(path: Path) -> None:
+    assert faults_of_layout(path.read_text(encoding="utf-8")) == []
+
+
+def faults_of_layout(text: str) -> list[str]:
+    """Rows with more or fewer cells than the first of their table, and lists that begin inside a paragraph."""
+    faults, width, before, is_code = [], None, "", False
+    for line in text.splitlines():
+        is_code ^= line.lstrip().startswith("```")
+        is_row = line.startswith("|") and not is_code
+        cells = len(re.findall(r"(?<!\\)\|", line))
+        if is_row and cells != (width or cells):
+            faults.append(f"{cells - 1} cells and not {(width or cells) - 1}: {line[:80]}")
+        width = (width or cells) if is_row else None
+        if not is_code and _is_item(line) and before and not _is_item(before) and not before.startswith(" "):
+            faults.append(f"a list without a blank line before it: {line[:80]}")
+        before = line
+    return faults
+
+
+def _is_item(line: str) -> bool:
+    return re.match(r"(- |\d+\. )", line) is not None
+
+
+def test_text_is_made_to_fit_its_cell() -> None:
+    page = table(["|x|", "count"], [["|f(y) - f(z)| <=\n  L |y - z|", 3], ["`a|b`", None]])
+    assert faults_of_layout(page) == []
+    assert "\\|f(y) - f(z)\\| <= L \\|y - z\\|" in page
+
+
+def test_what_is_wrong_with_a_layout_is_found() -> None:
+    assert len(faults_of_layout("| a |\n|---|\n| |b| |")) == 1
+    assert len(faults_of_layout("text:\n- item\n- item")) == 1
+    assert faults_of_layout("text:\n\n- item\n  more\n- item\n\n```\na\n- b\n| a\n| b |\n```") == []

@@ -17,8 +17,9 @@ from bench.pages.formatting import figure, summary_words
 from bench.tests.samples import environment_line, record, records_at, tiny_model
 from bench.tightness import features, readme
 from bench.tightness.aggregate import aggregate, ratio
+from bench.tightness.answer import findings, sentences
 from bench.tightness.figures import draw, spread
-from bench.tightness.tables import findings, headline, report
+from bench.tightness.tables import headline, report
 from lipbounds import registry
 
 
@@ -169,6 +170,23 @@ def test_ratios_by_length_share_a_class_up_to_each_power_of_two() -> None:
     assert "| 3 to 4   | 2        | 3.00" in report(found)
     (sentence,) = findings(found, "tiny", "paper.bound")
     assert "is 3.00 at 3 to 4, 15.0 at 5 to 8 tokens" in sentence
+
+
+def test_the_page_begins_with_the_figure_the_answer_and_the_headline() -> None:
+    values = {"exact": 2.0, "sharp": 3.0, "yudin2025.biased": 12.0}
+    found = aggregate(
+        [record(name, value) for name, value in values.items()],
+        {"here": environment_line(*values)},
+        **{"command": "", "records_path": ""},
+    )
+    nearest, paper, sound = sentences(found)
+    assert nearest.endswith("is `sharp` on tiny (1.500 times).")  # `exact` is the truth here
+    assert "6.00 times the true constant on tiny (4.00 times the nearest one)" in paper
+    assert sound.startswith("In 3 evaluations of upper bounds")
+    first = report(found).split("\n## ")[0]
+    assert first.index("(tightness.png)") < first.index(nearest) < first.index("| `yudin2025.biased`")
+    wrong = tables_of(record("paper.bound", 1.0), record("below", 1.5, "lower"))
+    assert not any("none was below" in sentence for sentence in sentences(wrong))
 
 
 def test_one_length_gets_no_table_by_length(aggregates: dict[str, Any]) -> None:

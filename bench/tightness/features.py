@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.pages.formatting import cell, table
+from bench.pages.formatting import table
 from lipbounds.claims import FEATURES, KINDS, NORMS, SCOPES
 from lipbounds.registry import BoundSpec
 from lipbounds.targets.attention import Attention
@@ -110,7 +110,7 @@ def _row(spec: BoundSpec) -> list[str]:
     claim = spec.claim
     covered = ["yes" if feature in spec.supports else "-" for feature in FEATURES]
     promise = [claim.kind, claim.scope, claim.norm, *covered]
-    return [f"`{spec.name}`", *promise, differentiable(spec), spec.cost, cell(str(spec.source))]
+    return [f"`{spec.name}`", *promise, differentiable(spec), spec.cost, str(spec.source)]
 
 
 def _meanings(title: str, meanings: dict[Any, str]) -> str:

@@ -15,15 +15,14 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from bench.pages.colours import GREY, family_colour
+from bench.pages.colours import BOLD, GREY, THE_PAPER, family_colour
 from bench.pages.figure_files import save
 from bench.pages.formatting import module_words
 
 
 DASHES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
 MARKERS = "os^Dv*"
-THE_PAPER = ("yudin2025.biased", "yudin2025.theorem3")
-BOLD = (*THE_PAPER, "sharp")
+OF_THE_PAPER = (THE_PAPER, "yudin2025.theorem3")
 Aggregates = dict[str, Any]
 Style = dict[str, Any]
 
@@ -73,7 +72,7 @@ def method_styles(aggregates: Aggregates) -> dict[str, Style]:
         elif method["kind"] == "proved":
             paper = name.split(".")[0]
             variant = variants[paper] = variants.get(paper, -1) + 1
-            is_ablation = paper == "yudin2025" and name not in THE_PAPER
+            is_ablation = paper == "yudin2025" and name not in OF_THE_PAPER
             styles[name] = {
                 "color": GREY if is_ablation else family_colour(name),
                 "linestyle": DASHES[variant % len(DASHES)],
@@ -144,7 +143,7 @@ def _labels(axes: Axes, name: str, aggregates: Aggregates, styles: dict[str, Sty
     for method in _shown(model, styles):
         if 0 < last.get(method, 0) < math.inf:
             kind = "" if methods[method]["kind"] == "proved" else f" ({methods[method]['kind']})"
-            note = " (the paper)" if method in THE_PAPER else ""
+            note = " (the paper)" if method in OF_THE_PAPER else ""
             entries.append((last[method], method + kind + note, styles[method]["color"]))
     entries.sort()
     lowest, highest = (math.log10(limit) for limit in axes.get_ylim())

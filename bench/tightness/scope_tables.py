@@ -5,7 +5,8 @@ from __future__ import annotations
 from itertools import groupby
 from typing import Any, cast
 
-from bench.pages.formatting import KIND_TITLES, cell, figure, summary_words, table
+from bench.pages.formatting import KIND_TITLES, figure, summary_words, table
+from bench.pages.page import folded
 from bench.tightness.scopes import UPPER_KINDS
 from bench.workloads.radii import INPUTS, SEARCHED_INPUTS
 from lipbounds.claims import NORMS, SCOPES, Norm, Scope
@@ -59,7 +60,7 @@ def _section(scope: str, norm: str, entries: list[tuple[str, Row]], aggregates: 
             parts += [
                 f"### {title}, scope `{scope}`, norm `{norm}`",
                 _caption(kind, bool(references)),
-                table(["model", "method", "blocks", *columns], rows),
+                folded("By model and method", table(["model", "method", "blocks", *columns], rows)),
             ]
     return parts
 
@@ -118,7 +119,7 @@ def refuted_section(aggregates: Aggregates) -> list[str]:
         [
             f"`{name}`",
             summary_words(formula["summary"]),
-            cell(formula["source"]),
+            formula["source"],
             f"{formula['scope']}, {formula['norm']}, {formula['target']}",
             *_seen(name, aggregates),
         ]

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Any
 
 from tabulate import tabulate
 
 from bench.engine.machine import describe
-from bench.pages.formatting import KIND_TITLES, cell, figure, length_words, module_words, summary_words, table
+from bench.pages.formatting import KIND_TITLES, figure, length_words, module_words, summary_words, table
+from bench.pages.page import bullets, folded, page
+from bench.tightness.answer import TRAINED, sentences
 from bench.tightness.scope_tables import refuted_section, set_sections
 from bench.tightness.scopes import OTHER_MACHINE
 from lipbounds.claims import KINDS, SCOPES
 
 
-HEADLINE_MODELS = ("minilm", "minilm-without-biases", "digits-vit")
 Aggregates = dict[str, Any]
 Row = dict[str, Any]
 
@@ -28,13 +29,16 @@ def report(aggregates: Aggregates) -> str:
     """
     parts = [
         "# Tightness: how far above the true local Lipschitz constant each bound is",
-        f"Made by `{aggregates['command']}` from `{aggregates['records']}`; nothing here is written by hand.",
         *_violations(aggregates),
-        _explanation(aggregates),
-        "## Methods",
-        _methods(aggregates),
-        "## In one table",
-        headline(aggregates, list(aggregates["models"])),
+        "![How many times above the truth each bound is, layer by layer](tightness.png)",
+        bullets(sentences(aggregates)),
+        headline(aggregates),
+        f"Made by `{aggregates['command']}` from `{aggregates['records']}`; nothing here is written by hand. What each "
+        "bound promises is in [a table of its own](bounds.md).",
+        "## How to read the numbers",
+        folded("Ratios, references, kinds, scopes", *_explanation(aggregates)),
+        "## All models in one table",
+        folded("Proved upper bounds at a point, in the norm l2", headline(aggregates, list(aggregates["models"]))),
         "The sections up to the gain are about the scope `point` in the norm `l2`; other scopes and norms follow in "
         "sections of their own.",
     ]
@@ -42,14 +46,15 @@ def report(aggregates: Aggregates) -> str:
         parts += _model(name, model, aggregates)
     parts += ["## What the attention distribution gains", *_gain(aggregates)]
     parts += [*set_sections(aggregates), *refuted_section(aggregates)]
+    parts += ["## Methods", folded("What was evaluated", _methods(aggregates))]
     parts += ["## What gave no number", *_not_answered(aggregates)]
-    parts += ["## Environment", *[f"- {describe(state)}" for state in aggregates["environments"]]]
+    parts += ["## Environment", bullets(describe(state) for state in aggregates["environments"])]
     if len(aggregates["environments"]) > 1:
         parts.append(
             "Machines differ by the rounding of the model's forward pass, so by the last digits of the blocks that are "
             f"bounded. A bound is held against a lower bound of another machine with a room of {OTHER_MACHINE:g}."
         )
-    return "\n\n".join(parts).replace("\n\n- ", "\n- ") + "\n"
+    return page(parts)
 
 
 def headline(aggregates: Aggregates, models: list[str] | None = None, bounds: Collection[str] | None = None) -> str:
@@ -60,7 +65,7 @@ def headline(aggregates: Aggregates, models: list[str] | None = None, bounds: Co
         models: the columns; by default the trained models.
         bounds: the rows; all if None, or if none of them is there.
     """
-    chosen = models or [name for name in HEADLINE_MODELS if name in aggregates["models"]] or list(aggregates["models"])
+    chosen = models or [name for name in TRAINED if name in aggregates["models"]] or list(aggregates["models"])
     cells: dict[str, dict[str, Row]] = {}
     for name in chosen:
         for row in aggregates["models"][name]["overall"]:
@@ -105,17 +110,17 @@ def _median_and_worst(row: Row | None, blocks: int) -> str:
     return f"{figure(row['median'])} ({figure(row['worst'])}{sample})"
 
 
-def _explanation(aggregates: Aggregates) -> str:
+def _explanation(aggregates: Aggregates) -> list[str]:
     scopes = sorted({row["scope"] for model in aggregates["models"].values() for row in model["overall"]})
-    kinds = "".join(f"- {kind}: {meaning}.\n" for kind, meaning in KINDS.items())
-    return (
+    return [
         "Unless a section says otherwise, every number is a ratio: the value of a method over the reference at the "
         "same attention block and the same input. The norm is the Euclidean one of all entries (Frobenius), on both "
-        "sides. The reference is `exact`, the norm of the dense Jacobian, at small blocks and the largest lower "
+        "sides. The reference is `exact`, the norm of the dense Jacobian, at small blocks, and the largest lower "
         "bound, mostly from `lanczos`, at large ones; each section says which, and how far it can be from the truth. "
-        "Kinds are never ranked in one table:\n\n"
-        f"{kinds}\n" + "\n".join(f"Scope `{scope}`: {SCOPES[scope]}." for scope in scopes)
-    )
+        "Kinds are never ranked in one table:",
+        bullets(f"{kind}: {meaning}." for kind, meaning in KINDS.items()),
+        *(f"Scope `{scope}`: {SCOPES[scope]}." for scope in scopes),
+    ]
 
 
 def _methods(aggregates: Aggregates) -> str:
@@ -138,6 +143,7 @@ def _model(name: str, model: Row, aggregates: Aggregates) -> list[str]:
         f"{model['description']}; {model['layers']} layers, {model['inputs']} inputs, {tokens} tokens. Reference: "
         f"{used or 'none'}.{_bracket(model)}",
     ]
+    details = []
     for kind, title in KIND_TITLES.items():
         rows = [row for row in model["overall"] if row["kind"] == kind]
         if not rows:
@@ -146,14 +152,14 @@ def _model(name: str, model: Row, aggregates: Aggregates) -> list[str]:
             [f"`{r['bound']}`", *(figure(r[c]) for c in ("median", "worst", "best")), r["count"], r["kind"], r["scope"]]
             for r in rows
         ]
-        parts += [
+        details += [
             f"### {title} on {name}",
             table(["method", "median ratio", "worst", "best", "blocks", "kind", "scope"], body),
             _per_layer(model["per_layer"], [row["bound"] for row in rows]),
         ]
         if kind == "proved" and len(model["per_length"]) > 1:
-            parts.append(_per_length(model["per_length"], [row["bound"] for row in rows]))
-    return parts
+            details.append(_per_length(model["per_length"], [row["bound"] for row in rows]))
+    return [*parts, folded(f"All bounds on {name}, overall and layer by layer", *details)] if details else parts
 
 
 def _per_layer(rows: list[Row], names: list[str]) -> str:
@@ -169,65 +175,38 @@ def _per_length(rows: list[Row], names: list[str]) -> str:
     return "Median ratio by length of the input:\n\n" + table(["tokens", "inputs", *(f"`{n}`" for n in names)], body)
 
 
-def findings(aggregates: Aggregates, model: str, bound: str) -> list[str]:
-    """What the tables say of one bound on one model, in two sentences: the gain of g_1, and the length of the input.
-
-    Args:
-        aggregates: what `bench.tightness.aggregate.aggregate` returned.
-        model: its name.
-        bound: of a family in `bench.tightness.aggregate.GAIN_FAMILIES`.
-    """
-    found = aggregates["models"].get(model, {"gain": [], "per_length": []})
-    sentences = []
-    gain = [row for row in found["gain"] if row["bound"] == bound]
-    if gain:
-        with_g_1 = _span(row["half_over_g_1"] for row in gain)
-        with_exact = _span(row["g_1_over_exact"] for row in gain)
-        sentences.append(
-            f"What the attention distribution gains on {model}: with g_1 of its rows `{bound}` is {with_g_1} times "
-            "smaller than with the constant 1/2 (medians of the layers); the exact softmax norm would make it "
-            f"{with_exact} times smaller still."
-        )
-    lengths = [row for row in found["per_length"] if bound in row["median"]]
-    if len(lengths) > 1:
-        listed = ", ".join(f"{figure(row['median'][bound])} at {length_words(row)}" for row in lengths)
-        sentences.append(f"By length of the input, the median ratio of `{bound}` on {model} is {listed} tokens.")
-    return sentences
-
-
-def _span(values: Iterable[float]) -> str:
-    listed = sorted(values)
-    return f"{figure(listed[0])} to {figure(listed[-1])}"
-
-
 def _gain(aggregates: Aggregates) -> list[str]:
     parts = [
         "The same bound with four values for the norm of the softmax Jacobian: 1, the constant 1/2, the paper's g_1 of "
         "the attention rows, and the exact norm. Each gain is the median over inputs of one bound over another. The "
         "last columns are the largest value over the rows of an attention map, averaged over heads and inputs."
     ]
+    details = []
     columns = ["one_over_half", "half_over_g_1", "half_over_exact", "g_1_over_exact", "g_1", "exact_norm"]
     titles = ["1 over 1/2", "1/2 over g_1", "1/2 over exact", "g_1 over exact", "largest g_1", "largest exact norm"]
     for name, model in aggregates["models"].items():
         for bound in dict.fromkeys(row["bound"] for row in model["gain"]):
             rows = [row for row in model["gain"] if row["bound"] == bound]
             body = [[module_words(row), *(figure(row[column]) for column in columns)] for row in rows]
-            parts += [f"`{bound}` on {name}:", table(["layer", *titles], body)]
-    return parts if len(parts) > 1 else ["The bounds of the paper gave no numbers here."]
+            details += [f"`{bound}` on {name}:", table(["layer", *titles], body)]
+    if not details:
+        return ["The bounds of the paper gave no numbers here."]
+    return [*parts, folded("Gains by model, bound and layer", *details)]
 
 
 def _not_answered(aggregates: Aggregates) -> list[str]:
     rows = [
-        [name, f"`{row['bound']}`", row["status"], row["count"], cell(row["error"])]
+        [name, f"`{row['bound']}`", row["status"], row["count"], row["error"]]
         for name, model in aggregates["models"].items()
         for row in model["not_answered"]
     ]
-    parts = [
-        table(["model", "method", "status", "blocks", "reason"], rows) if rows else "Every evaluation gave a number."
-    ]
+    reasons = table(["model", "method", "status", "blocks", "reason"], rows)
+    parts = [folded(f"{len(rows)} reasons", reasons) if rows else "Every evaluation gave a number."]
     unmeasured = {name: m["unmeasured"] for name, m in aggregates["models"].items() if m["unmeasured"]}
     parts += [f"{count} blocks of {name} have no reference and are in no table." for name, count in unmeasured.items()]
-    return parts + [f"**{name} is incomplete**: {cell(reason)}" for name, reason in aggregates["problems"].items()]
+    return parts + [
+        f"**{name} is incomplete**: {' '.join(reason.split())}" for name, reason in aggregates["problems"].items()
+    ]
 
 
 def _violations(aggregates: Aggregates) -> list[str]:

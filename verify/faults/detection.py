@@ -78,36 +78,51 @@ def _report(record: dict[str, Any]) -> str:
     lines = [
         "# Planted faults: what the verifier catches",
         "",
-        f"**{len(caught)} of {len(faults)} faults caught**, {sum(bool(row['caught_by']) for row in subtle)} of "
-        f"{len(subtle)} subtle ones; {len(survived)} of {len(controls)} sound bounds survive (a false alarm is a bug).",
+        "Each fault is a wrong bound that somebody could write in good faith: a right one with one mistake planted in "
+        "it. The verifier gets it like any other bound and does not know about the mistake.",
         "",
-        "By check: " + ", ".join(f"{check} {count}" for check, count in checks.most_common()) + ".",
+        f"**{len(caught)} of {len(faults)} faults are caught**, among them "
+        f"{sum(bool(row['caught_by']) for row in subtle)} of {len(subtle)} subtle ones. {len(survived)} of "
+        f"{len(controls)} sound bounds survive; one that did not would be a false alarm, and a bug of the verifier.",
         "",
-        f"Command: `{record['command']}`, {record['seconds']:.0f} s in all. Environment: "
-        + ", ".join(f"{key} {value}" for key, value in record["environment"].items())
-        + ".",
+        "## Checks",
         "",
-        f"Order: `value`, `tight`, `falsify` (ascent) for {SHORT_SECONDS:.0f} s, the other checks in the order of",
-        f"`lipbounds.testing.contract.CHECKS`; for what survives `falsify` for {record['falsify_seconds']:.0f} s and",
-        f"`value` with {DEEPER} times as many blocks. At most {record['max_examples']} blocks a check, seed "
-        f"{record['seed']}, no shrinking.",
-        "Examples: blocks that the catching check tried until the failure (for `falsify`: starting points), and in",
-        "brackets those tried before it by others. Seconds: for all of it, wall time and CPU time; others used the",
-        "machine, too.",
-        "",
-        "| fault | what is wrong | subtle | caught by | examples | seconds | CPU |",
-        "|---|---|---|---|---:|---:|---:|",
-        *(_line(row) for row in faults),
+        *_table(["check", "faults that it was the first to catch"], [[n, str(c)] for n, c in checks.most_common()]),
         "",
         "## Escaped",
         "",
         *([f"- {row['name']}: {row['what']}" for row in faults if not row["caught_by"]] or ["None."]),
         "",
+        "## How it was measured",
+        "",
+        f"Made by `{record['command']}` in {record['seconds']:.0f} s. Environment: "
+        + ", ".join(f"{key} {value}" for key, value in record["environment"].items())
+        + ".",
+        "",
+        f"The checks run in this order: `value`, `tight`, `falsify` (gradient ascent) for {SHORT_SECONDS:.0f} s, then "
+        "the others in the order of `lipbounds.testing.contract.CHECKS`. For what survives all of them, `falsify` runs "
+        f"for {record['falsify_seconds']:.0f} s and `value` with {DEEPER} times as many blocks. A check tries at most "
+        f"{record['max_examples']} blocks; the seed is {record['seed']}; blocks are not shrunk.",
+        "",
+        "Examples: the blocks that the catching check tried until it failed (for `falsify`: its starting points), and "
+        "in brackets the blocks that other checks tried before it. Seconds: of the whole search, by the clock and in "
+        "processor time; other programs ran on the machine at the same time.",
+        "",
+        "## All faults",
+        "",
+        '<details markdown="1">',
+        f"<summary>{len(faults)} faults, and what catches each</summary>",
+        "",
+        *_table(
+            ["fault", "what is wrong", "subtle", "caught by", "examples", "seconds", "CPU"],
+            [_fault(row) for row in faults],
+        ),
+        "",
+        "</details>",
+        "",
         "## Sound bounds that must survive",
         "",
-        "| bound | what it is | outcome | examples | seconds | CPU |",
-        "|---|---|---|---:|---:|---:|",
-        *(_control_line(row) for row in controls),
+        *_table(["bound", "what it is", "outcome", "examples", "seconds", "CPU"], [_control(row) for row in controls]),
         "",
         "## Not expressible yet",
         "",
@@ -116,17 +131,22 @@ def _report(record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _line(row: dict[str, Any]) -> str:
-    what = row["what"].replace("|", "\\|")
+def _table(titles: list[str], rows: list[list[str]]) -> list[str]:
+    lines = [titles, ["---"] * len(titles), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
+def _fault(row: dict[str, Any]) -> list[str]:
     examples = f"{row['examples']} ({row['before']})" if row["before"] else f"{row['examples']}"
-    subtle = "yes" if row["subtle"] else ""
-    caught_by = row["caught_by"] or "**escaped**"
-    return f"| {row['name']} | {what} | {subtle} | {caught_by} | {examples} | {row['seconds']:.1f} | {row['cpu']:.1f} |"
+    return [
+        *(row["name"], row["what"], "yes" if row["subtle"] else "", row["caught_by"] or "**escaped**", examples),
+        *(f"{row['seconds']:.1f}", f"{row['cpu']:.1f}"),
+    ]
 
 
-def _control_line(row: dict[str, Any]) -> str:
+def _control(row: dict[str, Any]) -> list[str]:
     outcome = row["caught_by"] or "survives"
-    return f"| {row['name']} | {row['what']} | {outcome} | {row['before']} | {row['seconds']:.1f} | {row['cpu']:.1f} |"
+    return [row["name"], row["what"], outcome, f"{row['before']}", f"{row['seconds']:.1f}", f"{row['cpu']:.1f}"]
 
 
 if __name__ == "__main__":
