@@ -182,7 +182,7 @@ def test_the_page_begins_with_the_figure_the_answer_and_the_headline() -> None:
     nearest, paper, sound = sentences(found)
     assert nearest.endswith("is `sharp` on tiny (1.500 times).")  # `exact` is the truth here
     assert "6.00 times the true constant on tiny (4.00 times the nearest one)" in paper
-    assert sound.startswith("In 3 evaluations of upper bounds")
+    assert sound.startswith("In 2 evaluations of upper bounds at a point, on 1 model, none")
     first = report(found).split("\n## ")[0]
     assert first.index("(tightness.png)") < first.index(nearest) < first.index("| `yudin2025.biased`")
     wrong = tables_of(record("paper.bound", 1.0), record("below", 1.5, "lower"))

@@ -27,9 +27,8 @@ def sentences(aggregates: Aggregates) -> list[str]:
 
 
 def _proved(model: Row) -> dict[str, float]:
-    """The medians of the proved bounds at a point, without what served as the truth."""
-    rows = [row for row in model["overall"] if row["kind"] == "proved" and row["bound"] not in model["references"]]
-    return {row["bound"]: row["median"] for row in rows if row["scope"] == "point"}
+    """The medians of the proved bounds at a point; what served as the truth is not among them."""
+    return {row["bound"]: row["median"] for row in model["overall"] if row["kind"] == "proved"}
 
 
 def _tightest(proved: dict[str, dict[str, float]]) -> str:
@@ -90,6 +89,7 @@ def _sound(aggregates: Aggregates) -> str:
     if not upper:
         return ""
     return (
-        f"In {sum(row['count'] for row in upper):,} evaluations of upper bounds at a point, on {len(models)} models, "
+        f"In {sum(row['count'] for row in upper):,} evaluations of upper bounds at a point, on {len(models)} "
+        f"{'model' if len(models) == 1 else 'models'}, "
         "none was below a lower bound of the same block."
     )
