@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lipbounds.claims import FEATURES, SCOPE_WORDS, BoundResult, Claim, Feature, Source, check_result
 from lipbounds.derivatives.rounding.range import check_range
+from lipbounds.devices import checked_together
 from lipbounds.errors import InvalidInput, UnsupportedAttention
 from lipbounds.targets.attention import Attention
 from lipbounds.targets.frozen import check_frozen
@@ -121,9 +122,10 @@ class BoundSpec:
         self._check_block(block)
         block = block if grad else block.detached
         self._check_call(block, radius, options)
-        output = self.compute(block, *((radius,) if self.needs_radius else ()), **options)
-        value, parts = output if isinstance(output, tuple) else (output, {})
-        check_result(self.name, value, block.batch_shape)
+        with checked_together():
+            output = self.compute(block, *((radius,) if self.needs_radius else ()), **options)
+            value, parts = output if isinstance(output, tuple) else (output, {})
+            check_result(self.name, value, block.batch_shape)
         terms = {key: part for key, part in parts.items() if not key.startswith("detail.")}
         details = {key.removeprefix("detail."): part for key, part in parts.items() if key not in terms}
         delta = {**self.defaults, **options}.get("delta") if self.claim.kind == "probable" else None

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lipbounds.devices import refuse
 from lipbounds.errors import InvalidInput
 
 
@@ -207,8 +208,11 @@ def check_result(name: str, value: Tensor, batch_shape: torch.Size) -> None:
             f"{name} must return one value per batch item, shape {tuple(batch_shape)}, got {tuple(value.shape)}; "
             "reduce over heads, rows and features inside the bound."
         )
-    if bool(value.isnan().any()):
-        raise InvalidInput(
-            f"{name} returned NaN for {int(value.isnan().sum())} of {value.numel()} batch items; "
-            "the weights or inputs are too large for its arithmetic: rescale them."
-        )
+    refuse((value.isnan(), lambda: _not_a_number(name, value)))
+
+
+def _not_a_number(name: str, value: Tensor) -> InvalidInput:
+    return InvalidInput(
+        f"{name} returned NaN for {int(value.isnan().sum())} of {value.numel()} batch items; "
+        "the weights or inputs are too large for its arithmetic: rescale them."
+    )

@@ -1,11 +1,62 @@
-"""Devices by their names, and questions to them."""
+"""Devices by their names, and questions to them: whatever is read from a device makes the host wait for it."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
 from lipbounds.errors import InvalidInput
+
+
+Check = tuple[Tensor, Callable[[], Exception]]  # what must be nowhere True, and the error if it is
+_together: ContextVar[list[Check] | None] = ContextVar("checks read together", default=None)
+
+
+def refuse(*checks: Check) -> None:
+    """Raise the error of the first check with an entry that is True; inside of `checked_together`, at its end.
+
+    Args:
+        *checks: booleans, all on one device, each with what makes its error.
+    """
+    waiting = _together.get()
+    if waiting is not None:
+        waiting.extend(checks)
+        return
+    for (_, error), wrong in zip(checks, answers(*(wrong for wrong, _ in checks)), strict=True):
+        if wrong:
+            raise error()
+
+
+@contextmanager
+def checked_together() -> Iterator[None]:
+    """Inside, what `refuse` is asked waits; all is read from the device at once at the end.
+
+    Numbers computed from input that is to be refused are of no use, and never leave: its error is raised before, also
+    where the computation fails because of it.
+    """
+    checks: list[Check] = []
+    token = _together.set(checks)
+    try:
+        yield
+    except Exception as failure:
+        _together.reset(token)
+        try:
+            refuse(*checks)
+        except Exception as cause:
+            raise cause from failure
+        raise
+    else:
+        _together.reset(token)
+        refuse(*checks)
+
+
+def waits_for(tensor: Tensor) -> bool:
+    """Whether reading a number of the tensor makes the host wait for another device."""
+    return tensor.device.type != "cpu"
 
 
 def answers(*questions: Tensor) -> list[bool]:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lipbounds.devices import answers
+from lipbounds.devices import refuse
 from lipbounds.errors import InvalidInput
 from lipbounds.rounding import EXP_ULPS
 
@@ -66,12 +66,10 @@ def rows_from_logits(logits: Float[Tensor, "*batch n"]) -> Rows:
     _check_float("logits", logits)
     working = logits.to(torch.float64)
     largest = working.amax(-1, keepdim=True).detach()
-    odd, masked = answers(~(largest < torch.inf), largest.isneginf())  # NaN is larger than everything
-    if odd:
-        raise InvalidInput("logits must be finite or -inf, got NaN or +inf; check the queries and keys.")
-    if masked:
-        count = int(largest.isneginf().sum())
-        raise InvalidInput(f"every row needs a finite logit, got {count} fully masked rows; drop those rows.")
+    refuse(
+        (~(largest < torch.inf), _odd_logits),  # NaN is larger than everything
+        (largest.isneginf(), lambda: _masked(int(largest.isneginf().sum()))),
+    )
     shifted = working - largest
     with torch.no_grad():  # the rounding error of the subtraction, exactly (Knuth's two-sum)
         virtual = shifted - working
@@ -91,13 +89,24 @@ def rows_from_probabilities(probabilities: Float[Tensor, "*batch n"]) -> Rows:
     working = probabilities.to(torch.float64)
     tolerance = (probabilities.shape[-1] + 32) * torch.finfo(probabilities.dtype).eps
     off = (working.sum(-1) - 1).abs()
-    negative, unequal = answers(~(probabilities >= 0), off > tolerance)
-    if negative:
-        raise InvalidInput("probabilities must be >= 0 and not NaN; pass logits to the *_from_logits function instead.")
-    if unequal:
-        worst = off.max().item()
-        raise InvalidInput(f"each row of probabilities must sum to 1, got a row off by {worst:.3g}; normalise it.")
+    refuse((~(probabilities >= 0), _negative), (off > tolerance, lambda: _unequal(off.max().item())))
     return Rows(working, 0)
+
+
+def _odd_logits() -> InvalidInput:
+    return InvalidInput("logits must be finite or -inf, got NaN or +inf; check the queries and keys.")
+
+
+def _masked(count: int) -> InvalidInput:
+    return InvalidInput(f"every row needs a finite logit, got {count} fully masked rows; drop those rows.")
+
+
+def _negative() -> InvalidInput:
+    return InvalidInput("probabilities must be >= 0 and not NaN; pass logits to the *_from_logits function instead.")
+
+
+def _unequal(worst: float) -> InvalidInput:
+    return InvalidInput(f"each row of probabilities must sum to 1, got a row off by {worst:.3g}; normalise it.")
 
 
 def _check_float(name: str, tensor: Tensor) -> None:

@@ -4,6 +4,9 @@ For A >= 0 and any vector v > 0, Collatz (1942) and Wielandt (1950): ||A||^2 <= 
 whatever v is, so v comes from the power method, whose ratio falls at every step. |A v|^2 / |v|^2 is a lower bound:
 where the two have met, the number is the norm; elsewhere the Gram matrix is taken apart, as for any other matrix.
 Proof and rounding: docs/functions.md, section 6.
+
+On a device of its own nobody asks whether they have met, which would make the host wait: small matrices are taken apart
+in any case, and larger ones get the upper bound after all the steps.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from lipbounds.devices import waits_for
 from lipbounds.ops.spectral import spectral_norm_upper
 from lipbounds.rounding import inflate
 
@@ -25,19 +29,23 @@ MET = 1e-11  # relative distance of upper and lower bound, and so of the vector 
 def nonnegative_norm_upper(matrix: Float[Tensor, "*batch rows cols"]) -> Float[Tensor, "*batch"]:
     """Spectral norm of a float64 matrix of non-negative entries, rounded up; differentiable.
 
-    Within a relative 2e-11 of the norm, and the rounding of sums. O(rows cols) where the power method gets there, else
-    as `spectral_norm_upper`.
+    Within a relative 2e-11 of the norm, and the rounding of sums; on a device of its own, for 256 rows and columns or
+    more, above it by what the power method has left after 72 steps. O(rows cols) where the power method gets there,
+    else as `spectral_norm_upper`.
 
     Args:
         matrix: finite entries, >= 0, of at most about 1: attention maps.
     """
+    waits = waits_for(matrix)
+    if waits and min(matrix.shape[-2:]) < LARGE:
+        return spectral_norm_upper(matrix)
     with torch.no_grad():
         vector, upper, met = _power(matrix.detach())
-    if not bool(met.any()):
+    if not waits and not bool(met.any()):
         return spectral_norm_upper(matrix)
     stretch = (vector @ matrix.mT).norm(dim=(-2, -1)) / vector.norm(dim=(-2, -1))
     value = upper + (stretch - stretch.detach())
-    if bool(met.all()):
+    if waits or bool(met.all()):
         return value
     # Only those matrices that need it are taken apart.
     exact = torch.zeros_like(value).masked_scatter(~met, spectral_norm_upper(matrix[~met]))
@@ -56,7 +64,7 @@ def _power(
         image = vector @ matrix.mT
         again = image @ matrix
         upper, met = _bracket(vector, image, again, seen)
-        if bool(met.all()):
+        if not waits_for(met) and bool(met.all()):
             break
         largest = again.amax(-1, keepdim=True)
         vector = torch.where(again > 0, again / largest.clamp(min=SMALLEST_NORMAL), vector)

@@ -16,8 +16,6 @@ Numerics, for all functions here: float64 inside; relative slack of the order n 
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -157,8 +155,9 @@ def _balanced_mass(rows: Rows) -> Tensor:
     if rows.length > ENUMERATED_LENGTH:
         return torch.full_like(rows.weights[..., 0], 0.25)
     # A subset and its complement have the same product: the last entry may stay outside.
-    signs = [(*choice, 0.0) for choice in itertools.product((0.0, 1.0), repeat=rows.length - 1)]
-    subsets = torch.tensor(signs, dtype=torch.float64, device=rows.weights.device)
+    device = rows.weights.device
+    numbers = torch.arange(2 ** (rows.length - 1), device=device).unsqueeze(-1)
+    subsets = (numbers.bitwise_right_shift(torch.arange(rows.length, device=device)) & 1).double()
     inside = rows.weights @ subsets.mT
     outside = rows.weights @ (1 - subsets).mT
     # Both readings of "1 - mass", as for g_k.

@@ -22,11 +22,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lipbounds.devices import waits_for
 from lipbounds.ops.eigen import basis_and_triangle, eigen, largest_eigenvalue, triangle
 from lipbounds.rounding import UNIT_ROUNDOFF, gamma, inflate
 
 
-SMALLEST_SCALE = 2.0**-300  # of a product that is taken as computed: what underflow took off it is far below rounding
+# Of a product that is taken as computed: what underflow takes off an entry, 2^-1022 a term, is far below its rounding.
+SMALLEST_SCALE = 2.0**-900
 
 
 def spectral_norm_upper(matrix: Float[Tensor, "*batch rows cols"]) -> Float[Tensor, "*batch"]:
@@ -154,11 +156,15 @@ def root(squares: Tensor) -> Tensor:
 
 
 def _relative(computed: Tensor | None, parts: Sequence[Factor]) -> Tensor | None:
-    """A product divided by the scales of its factors; None where it may have lost digits to underflow."""
+    """A product divided by the scales of its factors; where it may have lost digits to underflow None, or, on a device
+    of its own, which is not asked, infinity."""
     if computed is None:
         return None
     scale = _product([part.scale for part in parts])
-    return computed.detach() / scale if bool((scale > SMALLEST_SCALE).all()) else None
+    kept = scale > SMALLEST_SCALE
+    if waits_for(scale):
+        return torch.where(kept, computed.detach() / scale, torch.inf)
+    return computed.detach() / scale if bool(kept.all()) else None
 
 
 def _scaled_norm(parts: Sequence[Factor], before_last: Tensor | None, whole: Tensor | None) -> Tensor:

@@ -1,14 +1,17 @@
-"""How often the host waits for the device: once to check a block, once before a bound and once after it."""
+"""How often the host waits for the device: once to check a block, once before its first bound, once after each."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from lipbounds import Attention, BoundSpec, Claim, Source
-from lipbounds.devices import answers
+from lipbounds import Attention, BoundSpec, Claim, Source, registry
+from lipbounds.devices import Check, answers, checked_together, refuse
+from lipbounds.errors import InvalidInput
+from lipbounds.ops.eigen import largest_eigenvalue
 from lipbounds.testing import synchronisations
 from verify.device.blocks import BLOCKS, DEVICE
+from verify.device.test_methods import blocks_of
 
 
 ATTENTION = [name for name, block in BLOCKS.items() if isinstance(block, Attention)]
@@ -39,6 +42,58 @@ def test_a_bound_is_checked_in_one_wait_before_it_and_one_after(name: str) -> No
     with synchronisations() as seen:
         NOTHING(block)
     assert len(seen) == 2, seen
+
+
+FORMULAS = [
+    pytest.param(spec, blocks_of(spec)[-1], id=f"{spec.name}, {blocks_of(spec)[-1]}")
+    for spec in registry.standing()
+    if spec.role == "bound" and spec.claim.scope == "point"
+]
+
+
+@pytest.mark.usefixtures("as_a_user_runs_it")
+@pytest.mark.parametrize(("spec", "name"), FORMULAS)
+def test_a_bound_at_a_point_makes_the_host_wait_twice(spec: BoundSpec, name: str) -> None:
+    block = BLOCKS[name].to("pretend")
+    with synchronisations() as seen:
+        spec(block)
+    assert len(seen) <= 2, seen
+    with synchronisations() as seen:
+        spec(block)
+    assert len(seen) <= 1, seen
+
+
+def test_the_largest_eigenvalue_is_found_without_a_wait() -> None:
+    factors = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    factors[1] *= 1e-150
+    gram = torch.cat([factors @ factors.mT, torch.eye(5).double().expand(2, -1, -1)])
+    gram[-1] = 0
+    there, expected = gram.to(DEVICE), torch.linalg.eigvalsh(gram)[..., -1]
+    with synchronisations() as seen:
+        found = largest_eigenvalue(there)
+    assert not seen
+    assert bool((found.cpu() >= expected * (1 - 1e-14)).all())
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-12, atol=0)
+
+
+def test_checks_are_read_together() -> None:
+    x = torch.tensor([1.0, -1.0, 2.0], device=DEVICE)
+    with synchronisations() as seen, checked_together():
+        refuse((x > 2, lambda: InvalidInput("too large")), (x < -1, lambda: InvalidInput("too small")))
+        refuse((x.isnan(), lambda: InvalidInput("no number")))
+    assert len(seen) == 1
+    with pytest.raises(InvalidInput, match="too small"):
+        fail_after((x > 2, lambda: InvalidInput("too large")), (x < 0, lambda: InvalidInput("too small")))
+    with pytest.raises(ArithmeticError):
+        fail_after((x > 2, lambda: InvalidInput("too large")))
+    with pytest.raises(InvalidInput, match="too large"):
+        refuse((x > 1, lambda: InvalidInput("too large")))
+
+
+@checked_together()
+def fail_after(*checks: Check) -> None:
+    refuse(*checks)
+    raise ArithmeticError("what bad input led to, or something else")
 
 
 def test_questions_are_answered_together() -> None:

@@ -22,6 +22,7 @@ SMALLEST = 2.0**-200
 # A bias may be as small as it likes: beside it stands a product with a weight.
 TENSORS = {"x": 2, "memory": 2, "w_q": 3, "w_k": 3, "w_v": 3, "w_o": 3}
 TENSORS |= {"query_norm_weight": 2, "key_norm_weight": 2}
+FOUND = "_out_of_range"  # where a block keeps the answer
 BIASES = {"b_q": 2, "b_k": 2, "b_v": 2}
 
 
@@ -35,16 +36,15 @@ def check_range(block: Attention, name: str) -> None:
     Raises:
         InvalidInput: the largest entry of a tensor, in a batch item, is above 2^200, or below 2^-200 without being 0.
     """
-    sizes = dict(_largest(block))
-    outside = {field: _outside(field, largest) for field, largest in sizes.items()}
-    for (field, bad), found in zip(outside.items(), answers(*outside.values()), strict=True):
-        if found:
-            got = sizes[field][bad].reshape(-1)[0].item()
-            raise InvalidInput(
-                f"{field} must be 0 or have a largest entry between {SMALLEST:.1e} and {LARGEST:.1e} in size for "
-                f"{name}, got {got:.3g}: products of such numbers leave float64. Multiply x by "
-                "a power of two and w_q, w_k and w_v by its inverse, or w_v by one and w_o by its inverse."
-            )
+    found = block.__dict__.get(FOUND)  # blocks are frozen: one question for all bounds
+    if found is None:
+        found = block.__dict__[FOUND] = _out_of_range(block)
+    for field, got in found.items():
+        raise InvalidInput(
+            f"{field} must be 0 or have a largest entry between {SMALLEST:.1e} and {LARGEST:.1e} in size for "
+            f"{name}, got {got:.3g}: products of such numbers leave float64. Multiply x by "
+            "a power of two and w_q, w_k and w_v by its inverse, or w_v by one and w_o by its inverse."
+        )
     for field in ("scale", "norm_eps"):
         number = abs(getattr(block, field) or 0.0)
         if number > LARGEST or 0 < number < SMALLEST:
@@ -52,6 +52,14 @@ def check_range(block: Attention, name: str) -> None:
                 f"{field} must be 0 or between {SMALLEST:.1e} and {LARGEST:.1e} in size for {name}, got {number:.3g}; "
                 "scale the weights instead."
             )
+
+
+def _out_of_range(block: Attention) -> dict[str, float]:
+    """The tensors whose largest entry is out of range, with that of the first batch item that is."""
+    sizes = dict(_largest(block))
+    outside = {field: _outside(field, largest) for field, largest in sizes.items()}
+    found = dict(zip(outside, answers(*outside.values()), strict=True))
+    return {field: sizes[field][bad].reshape(-1)[0].item() for field, bad in outside.items() if found[field]}
 
 
 def _outside(field: str, largest: Tensor) -> Tensor:
