@@ -21,9 +21,10 @@ Windows of an image: |unfold(x)|^2 counts every pixel as often as it is in a win
 times along each axis, so the norm is at most sqrt(c), and 1 where windows do not overlap. Then a convolution followed
 by nothing else has the exact norm of its matrix.
 
-Numerics: float64, every bound of a layer rounded up. The forward pass that gives the input of each layer, and the
-weights folded into others, are computed in float64 and taken as exact, as `lipbounds.targets.network.Network` takes the
-arithmetic of its function.
+Numerics: float64, every bound of a layer rounded up. On a ball, the rounding of the forward pass is part of the radii
+(lipbounds.compose.running_error): a bound holds over the inputs that reach a layer in real arithmetic. What folding
+does to weights is in the bound of the layer (lipbounds.compose.folding). At a point, the input of each layer, as
+computed in float64, counts as exact, as `lipbounds.targets.network.Network` takes the arithmetic of its function.
 """
 
 from __future__ import annotations

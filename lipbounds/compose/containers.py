@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses as dc
 import math
 
 import torch
@@ -19,12 +20,13 @@ from lipbounds.compose.propagated_set import (
     times,
     total_norm,
 )
-from lipbounds.compose.rewrite import flat, rewritten
+from lipbounds.compose.rewrite import FoldedLinear, flat, rewritten
+from lipbounds.compose.running_error import lost_by
 from lipbounds.errors import InvalidInput
 from lipbounds.ops.enclosure import Enclosure, matrix, only_norm, plus, then
 from lipbounds.ops.spectral import vector_norm
-from lipbounds.rounding import inflate, product
-from lipbounds.targets.layers import Layer, Pool, Residual, Sequence
+from lipbounds.rounding import UNIT_ROUNDOFF, inflate, product
+from lipbounds.targets.layers import Layer, Linear, Pool, Residual, Sequence
 
 
 def sequence_step(
@@ -39,28 +41,31 @@ def sequence_step(
         log: where the account goes.
         depth: of the layers in the tree.
     """
-    start, here = reach, reach
+    start = here = reach if reach.lost is None else dc.replace(reach, lost=torch.zeros_like(reach.radius))
     closed: Tensor | None = None  # bound of everything up to the last layer that mixes tokens
     run: Enclosure | None = None  # the layers after it, token by token
-    run_start = reach
+    run_start = start
     for path, layer in rewritten(flat(layers)):
         before = here
         if isinstance(layer, Pool):
             closed, run, run_start, here = _pooled(layer, closed, run, run_start, here)
+            norm = torch.ones_like(start.radius)
             own = torch.full_like(start.radius, 1.0 if layer.how != "mean" else before.x.shape[-2] ** -0.5)
         else:
             if isinstance(layer, Residual):
                 step = _residual_step(path, layer, here, rules, log, depth)
             else:
                 step = leaf_step(layer, here, rules)
-            own = total_norm(step) if step.own is None else step.own
+            norm = total_norm(step)
+            own = norm if step.own is None else step.own
             here = step.reach
             if step.per_token:
                 run = step.jacobians if run is None else then(run, step.jacobians)
             else:
-                closed = times(_joint(closed, run, start.radius), total_norm(step))
+                closed = times(_joint(closed, run, start.radius), norm)
                 run, run_start = None, here
         joint = _joint(closed, run, start.radius)
+        here = _rounded(layer, before, here, norm)
         here = _tightened(here, inflate(product(joint, start.radius), 2), run, run_start)
         log.append(
             LayerBound(
@@ -85,16 +90,34 @@ def _joint(closed: Tensor | None, run: Enclosure | None, like: Tensor) -> Tensor
     return times(total, run.norm.amax(-1))
 
 
+def _rounded(layer: Layer, before: PropagatedSet, here: PropagatedSet, norm: Tensor) -> PropagatedSet:
+    """The set behind a layer with what the rounding of its forward pass adds.
+
+    Args:
+        layer: the layer.
+        before: in front of it.
+        here: behind it; of a residual, with the rounding inside its body in `lost`.
+        norm: of its Jacobian.
+    """
+    if before.lost is None:
+        return here
+    dimensions = 3 if before.tokens is None else 2
+    own = lost_by(layer, before.x, here.x, dimensions) if here.lost is None else here.lost
+    return dc.replace(here.grown(own), lost=inflate(product(norm, before.lost) + own, 4))
+
+
 def _tightened(here: PropagatedSet, radius: Tensor, run: Enclosure | None, run_start: PropagatedSet) -> PropagatedSet:
     """The smaller of what was found layer by layer and for the sequence so far; never more than both allow."""
-    radius = torch.minimum(here.radius, radius)
+    lost = torch.zeros_like(radius) if here.lost is None else here.lost
+    radius = torch.minimum(here.radius, inflate(radius + lost, 2))
     tokens = here.tokens
     if tokens is not None:
         if run is not None and run_start.tokens is not None:
-            tokens = torch.minimum(tokens, inflate(product(run.norm, run_start.tokens), 2))
+            behind = inflate(product(run.norm, run_start.tokens) + lost.unsqueeze(-1), 4)
+            tokens = torch.minimum(tokens, behind)
         tokens = torch.minimum(tokens, radius.unsqueeze(-1))
         radius = torch.minimum(radius, inflate(vector_norm(tokens), tokens.shape[-1] + 4))
-    return PropagatedSet(here.x, radius, tokens)
+    return dc.replace(here, radius=radius, tokens=tokens)
 
 
 def _pooled(
@@ -138,8 +161,8 @@ def _residual_step(
             f"the body of a residual must keep the shape of its input, got {tuple(y.shape)} and "
             f"{tuple(body.reach.x.shape)} at {path or 'the network'}."
         )
-    y = y + body.reach.x
-    skip = identity(reach) if layer.skip is None else matrix(layer.skip.weight, reach.token_radii)
+    through, y = y, y + body.reach.x
+    skip = identity(reach) if layer.skip is None else _skip(layer.skip, reach)
     if body.per_token:
         step = per_token(plus(skip, body.jacobians), reach, y)
     else:
@@ -148,4 +171,19 @@ def _residual_step(
     apart = inflate(product(skip.norm, reach.token_radii) + body.reach.token_radii, 4)
     tokens = torch.minimum(step.reach.token_radii, apart)
     whole = inflate(product(skip.norm.amax(-1), reach.radius) + body.reach.radius, 4)
-    return Step(step.jacobians, step.per_token, PropagatedSet(y, torch.minimum(step.reach.radius, whole), tokens))
+    after = PropagatedSet(y, torch.minimum(step.reach.radius, whole), tokens, lost=None)
+    if body.reach.lost is not None:
+        lost = body.reach.lost if layer.skip is None else body.reach.lost + lost_by(layer.skip, reach.x, through, 2)
+        sizes = (through.abs() + body.reach.x.abs()).flatten(-2).norm(dim=-1)
+        after = dc.replace(after, lost=inflate(lost + 2 * UNIT_ROUNDOFF * sizes, 16))
+    return Step(step.jacobians, step.per_token, after)
+
+
+def _skip(layer: Linear, reach: PropagatedSet) -> Enclosure:
+    """The matrix of a skip connection; with what it lost if it was folded."""
+    skip = matrix(layer.weight, reach.token_radii)
+    if not isinstance(layer, FoldedLinear):
+        return skip
+    assert skip.deviation is not None
+    lost = inflate(layer.lost.square().sum().sqrt(), layer.lost.numel() + 8)
+    return dc.replace(skip, deviation=skip.deviation + lost)

@@ -19,7 +19,9 @@ least of eps H (compose.curvature), what `sharp_ball.taylor` and `sharp_ball.dev
 and the sum of the norm at the centre and a registered bound on the ball.
 
 Rounding: products of dense matrices are off by gamma(k + 2) times Frobenius norms, which is added to a_l and to the
-rows; the Jacobian of attention by what lipbounds.estimators bounds. The forward pass is taken as exact, as in compose.
+rows; the Jacobian of attention by what lipbounds.estimators bounds, and by what folded weights lost. The computed
+centre of layer l is within t_l of the exact one, t_{l+1} = (||B_l|| + e_l) t_l + n_l with n_l the rounding of layer l
+at the computed centre (lipbounds.compose.running_error), and S_{l-1} eps + t_l is the radius of what reaches it.
 """
 
 from __future__ import annotations
@@ -34,9 +36,11 @@ from torch import Tensor
 from lipbounds.bounds.sharp_ball import jacobian_change
 from lipbounds.compose.containers import sequence_step
 from lipbounds.compose.curvature import curvature, supports_curvature
+from lipbounds.compose.folding import folding_change
 from lipbounds.compose.network import attention_specs, starting_set
 from lipbounds.compose.propagated_set import PropagatedSet, Rules, Step, norm_over_tokens
-from lipbounds.compose.rewrite import flat, rewritten
+from lipbounds.compose.rewrite import FoldedLinear, flat, rewritten
+from lipbounds.compose.running_error import lost_by
 from lipbounds.errors import InvalidInput, Unsupported
 from lipbounds.estimators._operator import JacobianOperator
 from lipbounds.estimators.exact import jacobian
@@ -64,6 +68,7 @@ class _Stage:
     so_far_norm: Float[Tensor, ""]
     token_norms: Float[Tensor, " n"]  # of the rows of each output token in C_l
     so_far_rounding: Float[Tensor, ""]
+    lost: Float[Tensor, ""]  # n_l, how far the computed output is from that of the layer at x
     attention: _AttentionStage | None = None
 
 
@@ -73,6 +78,7 @@ class _AttentionStage:
     Jacobian."""
 
     before: list[tuple[str, Layer]]
+    layer: AttentionLayer
     block: Attention
     norm: Float[Tensor, ""]
     rounding: Float[Tensor, ""]
@@ -89,6 +95,7 @@ class JointBound:
         radii: what reaches each layer, with its path.
         norms: S_l, bounds on everything up to each layer.
         deviations: e_l.
+        lost: how far the computed output is from the exact one at the input, at most, in l2.
     """
 
     norm: Float[Tensor, ""]
@@ -96,6 +103,7 @@ class JointBound:
     radii: tuple[tuple[str, float], ...]
     norms: tuple[float, ...]
     deviations: tuple[float, ...]
+    lost: Float[Tensor, ""]
 
 
 class JointNetwork:
@@ -157,6 +165,7 @@ class JointNetwork:
             so_far_norm=spectral_norm_upper(so_far),
             token_norms=spectral_norm_upper(rows),
             so_far_rounding=never_nan(rounding * (1 + 1e-9)),
+            lost=lost_by(layer, x, y, 3 if isinstance(layer, Patches) else 2),
             attention=attention,
         )
 
@@ -182,16 +191,20 @@ class JointNetwork:
         own = jacobian(block)
         operator = JacobianOperator(block)
         matrix, skip = own @ inner, torch.zeros_like(own[:, :0])
+        skip_lost = own.new_zeros(())
         if isinstance(layer, Residual):
             skip = _block_diagonal(None if layer.skip is None else layer.skip.weight, x)
             matrix = matrix + skip
+            if isinstance(layer.skip, FoldedLinear):
+                skip_lost = 2 * math.sqrt(x.shape[-2]) * layer.skip.lost.norm()
         sizes = own.norm() * inner.norm() + skip.norm() + matrix.norm()
         stage = _AttentionStage(
             before=before,
+            layer=attention,
             block=block,
             norm=spectral_norm_upper(own),
             rounding=operator.norm_error() * operator.scale,
-            forming=4 * gamma(own.shape[1] + 16) * sizes,
+            forming=4 * gamma(own.shape[1] + 16) * sizes + skip_lost,
         )
         return stage, matrix
 
@@ -210,14 +223,17 @@ class JointNetwork:
             raise InvalidInput(f"radius must be finite and >= 0, got radius={radius}.")
         start = self._start.radius
         norm, apart = torch.ones_like(start), torch.zeros_like(start)  # S_{l-1} and a_{l-1}
+        lost = torch.zeros_like(start)  # t_l
         tokens: Tensor | None = None if self._start.tokens is None else torch.ones_like(self._start.tokens)
         norms, deviations, radii, moved = [], [], [], []
         for stage in self._stages:
             # A ball of radius 0 stays a point however steep the layers are, hence `product`, not infinity times 0.
             reach = PropagatedSet(stage.x, product(norm, radius), None if tokens is None else product(tokens, radius))
+            reach = dc.replace(reach.grown(lost), lost=torch.zeros_like(lost))
             # NaN is infinity less or times something (a normalisation that may collapse): no bound is known.
             deviation, change = (never_nan(found) for found in self._change(stage, reach, norm, tokens))
             apart = never_nan(inflate(stage.norm * apart + change, 8))
+            lost = never_nan(inflate(product(stage.norm + deviation, lost) + stage.lost, 8))
             total = apart + stage.so_far_rounding
             through = never_nan((stage.norm + deviation) * norm)
             norm = torch.minimum(inflate(stage.so_far_norm + total, 4), inflate(through, 4))
@@ -232,6 +248,7 @@ class JointNetwork:
             radii=tuple(radii),
             norms=tuple(norms),
             deviations=tuple(deviations),
+            lost=lost,
         )
 
     def _rows(self, moved: Float[Tensor, " layers"], rows: Tensor | None) -> Float[Tensor, " count"]:
@@ -277,7 +294,8 @@ class JointNetwork:
             if not step.per_token or step.jacobians.deviation is None:
                 raise Unsupported("what stands before attention in a residual must act on tokens one by one.")
             inner, gain, reach = step.jacobians.deviation, step.jacobians.norm, step.reach
-        turn = self._turn(attention, float(reach.radius)) + attention.rounding
+        folding = folding_change(attention.layer, attention.block.x, reach.radius)
+        turn = self._turn(attention, float(reach.radius)) + attention.rounding + folding
         deviation, change = (
             product(attention.norm, norm_over_tokens(inner, each, whole))
             + product(turn, norm_over_tokens(gain, each, whole))

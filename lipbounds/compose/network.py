@@ -31,10 +31,15 @@ class NetworkBound:
     Args:
         result: value, kind and scope.
         layers: in the order in which they act; the parts of a residual come before it.
+        output: of the network at its input, as computed layer by layer in float64.
+        lost: on a ball, how far `output` is from its exact value, at most; None at a point, where the inputs of the
+            layers, as computed, count as exact.
     """
 
     result: BoundResult
     layers: tuple[LayerBound, ...]
+    output: Float[Tensor, "*batch n dim"]
+    lost: Float[Tensor, "*batch"] | None
 
     @property
     def value(self) -> Float[Tensor, "*batch"]:
@@ -75,7 +80,7 @@ def network_bound(
     delta = rules.failures(wide) if "probable" in kinds else None
     claim = Claim(kind="probable" if "probable" in kinds else "proved", scope="ball" if radius else "point")
     result = BoundResult(name="network_bound", value=value, claim=claim, radius=radius if radius else None, delta=delta)
-    return NetworkBound(result=result, layers=tuple(log))
+    return NetworkBound(result=result, layers=tuple(log), output=step.reach.x, lost=step.reach.lost)
 
 
 def attention_specs(names: str | tuple[str, ...] | None, *, on_ball: bool) -> tuple[BoundSpec, ...]:
@@ -119,4 +124,4 @@ def starting_set(network: Layer, x: Tensor, radius: float) -> PropagatedSet:
         raise InvalidInput(f"x must hold finite {kind} and not be empty, got shape {tuple(x.shape)}.")
     radii = x.new_full(x.shape[: x.dim() - dimensions], radius)
     tokens = None if images else radii.unsqueeze(-1).expand(x.shape[:-1]).clone()
-    return PropagatedSet(x, radii, tokens)
+    return PropagatedSet(x, radii, tokens, lost=None if radius == 0 else torch.zeros_like(radii))

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lipbounds.compose.folding import folding_change
 from lipbounds.compose.propagated_set import PropagatedSet, Rules, Step, identity, mixing, per_token
 from lipbounds.compose.rewrite import FeedForward
 from lipbounds.errors import InvalidInput
@@ -55,7 +56,8 @@ def leaf_step(layer: Layer, reach: PropagatedSet, rules: Rules) -> Step:
     if isinstance(layer, Positions):
         return _positions_step(layer, reach, y)
     if isinstance(layer, AttentionLayer):
-        return mixing(_attention_norm(layer.block, reach, rules), reach, y)
+        off = folding_change(layer, reach.x, reach.radius)
+        return mixing(inflate(_attention_norm(layer.block, reach, rules) + off, 2), reach, y)
     if isinstance(layer, Linear):
         return per_token(matrix(layer.weight, reach.token_radii[..., :1]), reach, y)
     if isinstance(layer, Pointwise):
@@ -160,14 +162,18 @@ def _attention_norm(block: Attention, reach: PropagatedSet, rules: Rules) -> Flo
             continue
         each = [
             spec(item, radius=radius, grad=True).value if radius < math.inf else reach.radius.new_tensor(math.inf)
-            for item, radius in zip(_items(block), reach.radius.flatten().tolist(), strict=True)
+            for item, radius in zip(block_items(block), reach.radius.flatten().tolist(), strict=True)
         ]
         values.append(torch.stack(each).view(reach.radius.shape))
     return torch.stack(values).amin(0)
 
 
-def _items(block: Attention) -> list[Attention]:
-    """The batch items of a block, each without batch dimensions."""
+def block_items(block: Attention) -> list[Attention]:
+    """The batch items of a block, each without batch dimensions.
+
+    Args:
+        block: its own input has all of them.
+    """
     trailing = {"x": 2, "w_q": 3, "w_k": 3, "w_v": 3, "w_o": 3, "b_q": 2, "b_k": 2, "b_v": 2, "b_o": 1}
     trailing |= {"query_rotation": 3, "key_rotation": 3, "logit_bias": 3}
     trailing |= {"query_norm_weight": 2, "key_norm_weight": 2}

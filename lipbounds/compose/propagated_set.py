@@ -60,15 +60,29 @@ class Rules:
 class PropagatedSet:
     """The inputs that can reach a layer: |X - x|_F <= radius, and every token i within tokens_i of that of x.
 
+    x is what the forward pass computed, and X is exact: the radii hold the rounding of the forward pass too.
+
     Args:
         x: the centre.
         radius: one a batch item.
         tokens: one a token; None for images.
+        lost: how far x is, at most, from the exact image of the centre that the sequence started with; None: not
+            followed, and x counts as exact.
     """
 
     x: Tensor
     radius: Float[Tensor, "*batch"]
     tokens: Float[Tensor, "*batch n"] | None = None
+    lost: Float[Tensor, "*batch"] | None = None
+
+    def grown(self, by: Float[Tensor, "*batch"]) -> PropagatedSet:
+        """The set with all radii larger by what rounding moved the centre.
+
+        Args:
+            by: how far.
+        """
+        tokens = None if self.tokens is None else inflate(self.tokens + by.unsqueeze(-1), 2)
+        return dc.replace(self, radius=inflate(self.radius + by, 2), tokens=tokens)
 
     @property
     def token_radii(self) -> Float[Tensor, "*batch n"]:

@@ -206,6 +206,21 @@ def test_masks_and_biases() -> None:
         check_model(network, draw(2, 2), radius)
 
 
+@pytest.mark.usefixtures("as_a_user_runs_it")
+@pytest.mark.parametrize("over", ["head", "all_heads"])
+def test_rotary_positions_and_norms_of_queries_and_keys(over: Any) -> None:
+    draw = Draw(4)
+    angles = draw(3, 1)
+    rotation = torch.stack([angles.cos(), angles.sin()], -2)
+    fields = {"query_rotation": rotation, "key_rotation": rotation, "norm_eps": 0.1, "norm_over": over}
+    fields |= {"query_norm_weight": draw(2, 2), "key_norm_weight": draw(2, 2)}
+    layers = (attention(draw, 3, 4, scale=1.0, **fields), Residual(attention(draw, 3, 4, scale=0.5, **fields)))
+    for pool in ("first", "last"):
+        network = Sequence((Residual(layers[0]), layers[1], Pool(pool), Linear(draw(2, 4))))
+        for radius in (0.01, 0.3):
+            check_model(network, draw(3, 4), radius)
+
+
 def test_the_second_order_is_the_hessian() -> None:
     draw = Draw(5)
     network, x = model(draw, "gelu", pool="first"), draw(1, 4, 4)

@@ -48,7 +48,7 @@ class Bilinear(Operation):
         by_left = {k: p.times(y, torch.matmul, terms) for k, p in left.parts.items() if k != CENTRE}
         by_right = {k: p.times(x, lambda t, c: c @ t, terms) for k, p in right.parts.items() if k != CENTRE}
         parts = {CENTRE: x.times(y, torch.matmul, terms)} | together(by_left, by_right)
-        self.output = Value(parts).with_outputs(name) if self.moves else Value(parts)
+        self.output = Value(parts).with_outputs(name) if self._both_move else Value(parts)
         self._crossed: Tensor | None = None
 
     def measure(self, ranges: Ranges) -> Range:
@@ -81,7 +81,7 @@ class Bilinear(Operation):
         return inflate(ranges.per_radius(ranges.radii.square(), self._crossed), 4)
 
     @property
-    def moves(self) -> bool:
+    def _both_move(self) -> bool:
         """Whether both factors move; otherwise the product is linear, and there is no remainder.
 
         Coefficients that are exactly 0 keep an error of TINY and what was multiplied to it; nothing else is that small.

@@ -64,6 +64,11 @@ class Value:
         """T_s, by the names of the operations."""
         return {name: part for name, part in self.parts.items() if name not in (CENTRE, INPUT)}
 
+    @property
+    def moves(self) -> bool:
+        """Whether anything of it depends on the input; a value of a centre alone is a running error analysis."""
+        return self.parts.keys() != {CENTRE}
+
     def each(self, change: Callable[[Coefficient], Coefficient]) -> Value:
         """The same linear change of every coefficient.
 
@@ -99,11 +104,13 @@ class Value:
         return Value(together(self.parts, other.parts))
 
     def with_outputs(self, name: str) -> Value:
-        """The value with the remainder of the operation that made it.
+        """The value with the remainder of the operation that made it; unchanged if it does not move.
 
         Args:
             name: of the operation.
         """
+        if not self.moves:
+            return self
         shape = self.centre.shape
         identity = torch.eye(shape.numel(), dtype=self.centre.dtype, device=self.centre.device)
         return self.with_term(name, exact(identity.reshape(-1, *shape)))

@@ -9,17 +9,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lipbounds.compose.rewrite import flat
+from lipbounds.compose.rewrite import FeedForward, FoldedAttention, FoldedLinear, flat
 from lipbounds.compose.taylor.bilinear import Bilinear
-from lipbounds.compose.taylor.coefficient import Coefficient
+from lipbounds.compose.taylor.coefficient import Coefficient, Map
 from lipbounds.compose.taylor.model import CENTRE, Value
 from lipbounds.compose.taylor.normalization import Normalize
 from lipbounds.compose.taylor.operation import Operation
-from lipbounds.compose.taylor.pointwise import pointwise
+from lipbounds.compose.taylor.pointwise import activated, pointwise
 from lipbounds.compose.taylor.rounded import Rounded, needs_rounding
 from lipbounds.compose.taylor.softmax import Softmax
 from lipbounds.errors import Unsupported
-from lipbounds.targets.attention import Attention
+from lipbounds.rounding import inflate
 from lipbounds.targets.layers import (
     AttentionLayer,
     Flatten,
@@ -33,6 +33,8 @@ from lipbounds.targets.layers import (
     Residual,
     Sequence,
 )
+from lipbounds.targets.rms_norm import RmsNorm
+from lipbounds.targets.rotary import rotate, rotate_sizes
 
 
 LARGEST_VALUE = 5e8  # floats in all coefficients of one value
@@ -79,10 +81,12 @@ class Walk:
                 return inner
             skip = value if read is None else _only(value, read)
             return (skip if layer.skip is None else _linear(layer.skip, skip)).plus(inner)
+        if isinstance(layer, FeedForward):
+            return self.through([(path, part) for part in (layer.first, layer.activation, layer.second)], value, read)
         if isinstance(layer, Linear):
             return _linear(layer, value)
         if isinstance(layer, AttentionLayer):
-            return self._attend(path, layer.block, value, read)
+            return self._attend(path, layer, value, read)
         if isinstance(layer, Pointwise):
             return value if layer.activation == "identity" else self._activate(path, layer.activation, value)
         if isinstance(layer, Normalization):
@@ -100,6 +104,8 @@ class Walk:
         return name if name not in taken else f"{name}.{len(taken)}"
 
     def _activate(self, path: str, activation: str, value: Value) -> Value:
+        if not value.moves:
+            return Value({CENTRE: activated(activation, value)})
         return self._add(pointwise(self._name(path), activation, value))
 
     def _normalize(self, path: str, layer: Normalization, value: Value) -> Value:
@@ -109,17 +115,22 @@ class Walk:
             value = value.summed(lambda t: t * weight, lambda t: t * weight.abs(), 2)
         return value.shifted(layer.bias)
 
-    def _attend(self, path: str, block: Attention, value: Value, read: int | None) -> Value:
-        if block.features & {"qk_norm", "rotary"} or block.w_q.dim() != 3:
-            raise Unsupported(
-                f"method='taylor' has no rule for attention with QK-norm, rotary positions or batched weights, at "
-                f"{path}; use method='joint' or 'product'."
-            )
+    def _attend(self, path: str, layer: AttentionLayer, value: Value, read: int | None) -> Value:
+        block, lost = layer.block, layer.lost if isinstance(layer, FoldedAttention) else {}
+        if block.w_q.dim() != 3:
+            raise Unsupported(f"there is no Taylor model of attention with batched weights, at {path}.")
         count = value.centre.shape[-2]
         queries = value if read is None else _only(value, read)
-        q = _projected(queries, block.w_q, block.b_q).summed(*_scaled(block.scale_value), 1)
-        k, v = _projected(value, block.w_k, block.b_k), _projected(value, block.w_v, block.b_v)
+        q, k, v = (
+            _projected(tokens, getattr(block, f"w_{name}"), getattr(block, f"b_{name}"), lost, name)
+            for tokens, name in ((queries, "q"), (value, "k"), (value, "v"))
+        )
         _check_size(k, path, self._largest)
+        q = self._normalised(self._name(path, "query norm"), q, block.query_norm)
+        k = self._normalised(self._name(path, "key norm"), k, block.key_norm)
+        rotation = block.query_rotation
+        q = _turned(q, rotation if rotation is None or read is None else rotation[..., [read], :, :])
+        q, k = q.summed(*_scaled(block.scale_value), 1), _turned(k, block.key_rotation)
         logits = self._add(Bilinear(self._name(path, "logits"), q, k.arranged(lambda t: t.mT)))
         visible = None
         if block.mask is not None:
@@ -134,6 +145,21 @@ class Walk:
         weight = block.w_o.flatten(0, 1)
         out = merged.summed(lambda t: t @ weight, lambda t: t @ weight.abs(), len(weight) + 2)
         return out.shifted(block.b_o)
+
+    def _normalised(self, name: str, heads: Value, norm: RmsNorm | None) -> Value:
+        """QK-norm: every head of a token, or all heads of a token, as one token of a normalisation."""
+        if norm is None:
+            return heads
+        shape, weight = heads.centre.shape, norm.per_token
+        if norm.over == "head":
+            rows = heads.arranged(lambda t: t.flatten(-3, -2))
+            unit = self._add(Normalize(name, rows, norm.eps, centred=False))
+            unit = unit.arranged(lambda t: t.unflatten(-2, shape[:2]))
+        else:
+            rows = heads.arranged(lambda t: t.transpose(-3, -2).flatten(-2))
+            unit = self._add(Normalize(name, rows, norm.eps, centred=False))
+            unit = unit.arranged(lambda t: t.unflatten(-1, (shape[0], shape[2])).transpose(-3, -2))
+        return unit.summed(lambda t: t * weight, lambda t: t * weight.abs(), 2)
 
 
 def _read_after(layers: Named, read: int | None) -> list[int | None]:
@@ -162,10 +188,38 @@ def _only(value: Value, row: int) -> Value:
 def _linear(layer: Linear, value: Value) -> Value:
     weight = layer.weight.mT
     summed = value.summed(lambda t: t @ weight, lambda t: t @ weight.abs(), len(weight) + 2)
+    if isinstance(layer, FoldedLinear):
+        off = layer.lost.mT
+        summed = _known_up_to(summed, value, lambda t: t @ off, len(off))
     return summed.shifted(layer.bias)
 
 
-def _projected(value: Value, weights: Tensor, bias: Tensor | None) -> Value:
+def _known_up_to(output: Value, given: Value, spread: Map, terms: int) -> Value:
+    """The output of a linear map whose weights are known up to an error.
+
+    Args:
+        output: with the weights as they are.
+        given: the input of the map.
+        spread: the map with the errors of its weights in place of the weights.
+        terms: of its sums.
+    """
+    parts = {
+        key: Coefficient(
+            part.matrix, inflate(part.error + spread(given.parts[key].sizes.unsqueeze(0)).squeeze(0), terms + 8)
+        )
+        for key, part in output.parts.items()
+    }
+    return Value(parts)
+
+
+def _turned(heads: Value, rotation: Tensor | None) -> Value:
+    """Rotary positions."""
+    if rotation is None:
+        return heads
+    return heads.summed(lambda t: rotate(t, rotation), lambda t: rotate_sizes(t, rotation), 3)
+
+
+def _projected(value: Value, weights: Tensor, bias: Tensor | None, lost: dict[str, Tensor], name: str) -> Value:
     heads, dim, width = weights.shape
     joined = weights.transpose(0, 1).reshape(dim, heads * width)
 
@@ -173,7 +227,15 @@ def _projected(value: Value, weights: Tensor, bias: Tensor | None) -> Value:
         return t.unflatten(-1, (heads, width)).transpose(-3, -2)
 
     summed = value.summed(lambda t: split(t @ joined), lambda t: split(t @ joined.abs()), dim + 2)
-    return summed.shifted(None if bias is None else bias.unsqueeze(-2))
+    if f"w_{name}" in lost:
+        off = lost[f"w_{name}"].transpose(0, 1).reshape(dim, heads * width)
+        summed = _known_up_to(summed, value, lambda t: split(t @ off), dim)
+    summed = summed.shifted(None if bias is None else bias.unsqueeze(-2))
+    if f"b_{name}" in lost:
+        centre = summed.parts[CENTRE]
+        error = inflate(centre.error + lost[f"b_{name}"].unsqueeze(-2), 2)
+        summed = Value(summed.parts | {CENTRE: Coefficient(centre.matrix, error)})
+    return summed
 
 
 def _scaled(factor: float):

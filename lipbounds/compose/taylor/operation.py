@@ -36,8 +36,8 @@ class Operation(abc.ABC):
 
     @property
     def moves(self) -> bool:
-        """Whether there is a remainder at all."""
-        return True
+        """Whether there is a remainder: not where the input of the operation does not move."""
+        return self.name in self.output.parts
 
     @abc.abstractmethod
     def measure(self, ranges: Ranges) -> Range:

@@ -59,4 +59,4 @@ class Rounded(Operation):
 
 def needs_rounding(value: Value) -> bool:
     """Whether the errors have grown so far that a term of their own pays for itself."""
-    return bool(value.centre_error.amax() > LARGEST_ERROR * value.centre.abs().amax())
+    return value.moves and bool(value.centre_error.amax() > LARGEST_ERROR * value.centre.abs().amax())

@@ -89,7 +89,8 @@ class Softmax(Operation):
         moving = Value({k: p.arranged(lambda t: t * self._visible) for k, p in logits.parts.items() if k != CENTRE})
         self.centred = moving.each(self._centred)
         parts = {k: p.times(self.map, torch.mul, 2) for k, p in self.centred.parts.items()}
-        self.output = Value({CENTRE: self.map} | parts).with_term(name, self._columns())
+        output = Value({CENTRE: self.map} | parts)
+        self.output = output.with_term(name, self._columns()) if output.moves else output
         self._grams: tuple[Tensor, Tensor] | None = None
 
     def _centred(self, part: Coefficient) -> Coefficient:
