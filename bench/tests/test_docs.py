@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import pkgutil
 import re
+import sys
 from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -61,9 +66,41 @@ def test_links_between_pages_hold_in_the_repository(page: str) -> None:
     assert [link for link in missing if Path(link).name not in made_later] == []
 
 
-def test_the_site_needs_neither_torch_nor_this_package() -> None:
-    imports = re.findall(r"^(?:from|import) (\w+)", (DOCS / "hooks.py").read_text(encoding="utf-8"), flags=re.MULTILINE)
+@pytest.mark.parametrize("name", ["hooks", "leaderboard"])
+def test_the_site_needs_neither_torch_nor_this_package(name: str) -> None:
+    imports = re.findall(
+        r"^(?:from|import) (\w+)", (DOCS / f"{name}.py").read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
     assert not {"torch", "lipbounds", "bench", "verify"} & set(imports)
+
+
+@pytest.fixture
+def leaderboard(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The hook, without mkdocs, which is not in the environment of the tests."""
+    for name in ("mkdocs", "mkdocs.config", "mkdocs.config.defaults", "mkdocs.structure", "mkdocs.structure.files"):
+        monkeypatch.setitem(sys.modules, name, MagicMock())
+    spec = importlib.util.spec_from_file_location("leaderboard", DOCS / "leaderboard.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_leaderboard_has_every_ratio_of_the_records_and_each_with_its_promise(leaderboard: Any) -> None:
+    aggregates = json.loads((ROOT / "results" / "tightness.json").read_text(encoding="utf-8"))
+    rows = leaderboard.rows(aggregates)
+    models = aggregates["models"].values()
+    at_point = sum(len(model["overall"]) for model in models)
+    on_sets = sum(row["ratio"] is not None for model in models for entry in model["sets"] for row in entry["methods"])
+    assert len(rows) == at_point + on_sets
+    (sharp,) = [row for row in rows if (row["bound"], row["model"]) == ("sharp", "minilm")]
+    (given,) = [row for row in aggregates["models"]["minilm"]["overall"] if row["bound"] == "sharp"]
+    assert (sharp["median"], sharp["worst"], sharp["kind"]) == (given["median"], given["worst"], "proved")
+    assert [row["median"] for row in rows] == sorted(row["median"] for row in rows)
+    table = leaderboard._table([{**sharp, "source": "<script>"}])
+    assert table.count("<td") == len(leaderboard.COLUMNS)
+    assert "<script>" not in table
 
 
 @pytest.mark.parametrize("path", WRITTEN, ids=lambda path: path.relative_to(ROOT).as_posix())
