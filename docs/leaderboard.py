@@ -21,11 +21,16 @@ hide:
 
 # Leaderboard
 
-Every method on every model of the benchmark. **Median** and **worst** are multiples of the largest lower bound of the true constant that was measured, over layers and inputs. A bound with ratio 1 is exact. Choose one kind, one scope and one norm before you compare: numbers of different kinds, scopes or norms promise different things. The radius is that of the set, as a multiple of the norm of the tokens. Click on the title of a column to sort by it.
+Every method on every model of the benchmark. **Median** and **worst** are multiples of the largest lower bound of the
+true constant that was measured, over layers and inputs. A bound with ratio 1 is exact. Choose one kind, one scope and
+one norm before you compare: numbers of different kinds, scopes or norms promise different things. The radius is that
+of the set, as a multiple of the norm of the tokens. Click on the title of a column to sort by it.
 
 {table}
 
-The numbers, with what each method promises, are on the pages [tightness](tightness.md) and [what each bound promises](bounds.md). A new bound comes into this table when the benchmark has run with it: [add a bound](../add_a_bound.md).
+The numbers, with what each method promises, are on the pages [tightness](tightness.md) and [what each bound
+promises](bounds.md). A new bound comes into this table when the benchmark has run with it: [add a
+bound](../add_a_bound.md).
 """
 
 
