@@ -45,8 +45,8 @@ def pages(found: Shown, folder: Path) -> Written:
     text = tables.report(data, found.page.data["command"], found.store.path.name, machines)
     write_atomically(folder / "attention.md", text.encode())
     certificates = file_of(found.store.path.parent, "certified").entries.values()
-    troubles = attention.violations(data, [entry.flat for entry in certificates])
-    return Written(paths=[folder / "attention.md", *figures.draw(data, folder)], troubles=troubles)
+    failures = attention.violations(data, [entry.flat for entry in certificates])
+    return Written(paths=[folder / "attention.md", *figures.draw(data, folder)], failures=failures)
 
 
 def migrated(old: Old) -> Showing:

@@ -7,6 +7,7 @@ each layer and pooled, so that layers that differ as a whole count for nothing. 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -44,7 +45,8 @@ class Estimate(NamedTuple):
 def spearman_within(x: np.ndarray, y: np.ndarray, drawn: np.ndarray) -> np.ndarray:
     """Spearman's correlation within layers, pooled."""
     counts = _counts(drawn)
-    return _pooled(_ranks(x, counts), _ranks(y, counts), counts)
+    left, right = _centred_ranks(x, counts), _centred_ranks(y, counts)
+    return _quotient(*(_moment(counts, *pair) for pair in ((left, right), (left, left), (right, right))))
 
 
 def spearman_within_given(z: np.ndarray) -> Statistic:
@@ -63,7 +65,9 @@ def spearman_within_given(z: np.ndarray) -> Statistic:
 
 def pearson_logs_within(x: np.ndarray, y: np.ndarray, drawn: np.ndarray) -> np.ndarray:
     """Pearson's correlation of logarithms within layers, pooled."""
-    return _pooled(np.log(x), np.log(y), _counts(drawn))
+    counts = _counts(drawn)
+    left, right = (of - of.mean(-1, keepdims=True) for of in (np.log(x), np.log(y)))
+    return _quotient(*(_covariance(counts, *pair) for pair in ((left, right), (left, left), (right, right))))
 
 
 def spearman_across(x: np.ndarray, y: np.ndarray, drawn: np.ndarray) -> np.ndarray:
@@ -106,10 +110,16 @@ def estimate(statistic: Statistic, x: np.ndarray, y: np.ndarray) -> Estimate:
         value = float(statistic(x, y, np.arange(inputs)[None])[0]) if inputs > 2 else float("nan")
         if inputs < FEWEST_INPUTS:
             return Estimate(value, float("nan"), float("nan"))
-        values = statistic(x, y, np.random.default_rng(SEED).integers(inputs, size=(REPLICATES, inputs)))
+        values = statistic(x, y, _samples(inputs))
     tail = (1 - LEVEL) / 2
     low, high = np.nanquantile(values, [tail, 1 - tail]) if np.isfinite(values).any() else (np.nan, np.nan)
     return Estimate(value, float(low), float(high))
+
+
+@functools.cache
+def _samples(inputs: int) -> np.ndarray:
+    """The bootstrap samples, the same at each call: `[samples, inputs]`."""
+    return np.random.default_rng(SEED).integers(inputs, size=(REPLICATES, inputs))
 
 
 def _all_layers(drawn: np.ndarray, layers: int) -> np.ndarray:
@@ -124,29 +134,40 @@ def _counts(drawn: np.ndarray) -> np.ndarray:
     return np.bincount(places.ravel(), minlength=drawn.size).reshape(samples, inputs).astype(float)
 
 
-def _ranks(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Ranks of each input within its sample, ties at their mean: `[layers, samples, inputs]`."""
-    found = np.empty((len(values), *counts.shape))
-    for layer, of in enumerate(values):
-        distinct, group = np.unique(of, return_inverse=True)
-        sizes = counts @ (group[:, None] == np.arange(len(distinct)))
-        found[layer] = (np.cumsum(sizes, -1) - sizes + (sizes + 1) / 2)[:, group]
-    return found
+def _centred_ranks(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Twice the distances of ranks to their mean within each sample, ties at their mean: `[layers, samples, inputs]`.
+
+    The rank of input i is half of the sum of sign(x_i - x_j) over the sample, up to a constant: integers, and exact.
+    """
+    layers, inputs = values.shape
+    signs = np.sign(values[:, None, :] - values[:, :, None])  # [layers, j, i]
+    ranks = counts.astype(np.float32) @ signs.transpose(1, 0, 2).reshape(inputs, -1).astype(np.float32)
+    return ranks.reshape(len(counts), layers, inputs).transpose(1, 0, 2)
 
 
-def _pooled(x: np.ndarray, y: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Correlation of what is centred in each layer of each sample; NaN where nothing but rounding varies.
+def _moment(counts: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Sum of the products over layers and inputs of each sample; of integers, and exact.
 
     Args:
-        x: `[layers, samples, inputs]`, or `[layers, inputs]` if it is alike in all samples.
-        y: likewise.
         counts: `[samples, inputs]`.
+        left: `[layers, samples, inputs]`.
+        right: likewise.
     """
-    centred = []
-    for values in (x, y):
-        values = values if values.ndim == 3 else values[:, None]
-        centred.append(values - (counts * values).sum(-1, keepdims=True) / counts.sum(-1)[:, None])
-    left, right = centred
-    both, first, second = ((counts * product).sum((0, -1)) for product in (left * right, left**2, right**2))
+    return np.einsum("si,lsi,lsi->s", counts, left, right)
+
+
+def _covariance(counts: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Sum over layers of the covariance within each sample, times the number of inputs.
+
+    Args:
+        counts: `[samples, inputs]`.
+        left: `[layers, inputs]`, centred in each layer.
+        right: likewise.
+    """
+    return (counts @ (left * right).T - (counts @ left.T) * (counts @ right.T) / counts.shape[-1]).sum(-1)
+
+
+def _quotient(both: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Correlations from a covariance and two variances; NaN where nothing but rounding varies."""
     varies = (first > 1e-20) & (second > 1e-20)
     return np.where(varies, both / np.sqrt(np.where(varies, first * second, 1.0)), np.nan)

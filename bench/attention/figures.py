@@ -21,7 +21,7 @@ from bench.attention.correlation import estimate, spearman_within
 from bench.attention.links import MEAN, Data, arrays, attacked, over_layers
 from bench.attention.maps import BINS, HISTOGRAMS
 from bench.pages.colours import COLOURS
-from bench.pages.figure_files import save
+from bench.pages.figure_files import arrange, save
 
 
 MAPS, STATISTICS, SCATTER = "attention_maps", "attention_statistics", "attention_scatter"
@@ -104,7 +104,7 @@ def _statistics(data: Data) -> Figure:
     canvas.suptitle(
         "How many rows of attention have which value (all heads and inputs)", x=0.01, ha="left", fontsize=11
     )
-    canvas.tight_layout()
+    arrange(canvas)
     return canvas
 
 
@@ -147,7 +147,7 @@ def _scatter(data: Data) -> Figure:
         axes.legend(fontsize=8, frameon=False)
         axes.set(xlabel="margin over slope (linear model)", ylabel="perturbation that fools it, l2")
         axes.set_title(_title(f"{name}: margin over slope and what fools\nan image", first, distances[:1]), **_LEFT)
-    canvas.tight_layout()
+    arrange(canvas)
     return canvas
 
 

@@ -37,6 +37,8 @@ DESCRIPTIONS = {
 }
 CONSTANT, WHOLE = "true constant", "the norm of the whole Jacobian"
 AT_LENGTH = ", length held fixed"
+MODELS_KEPT = 8
+_MADE: list[tuple[Data, Arrays]] = []  # of the last models: tables and figures ask for the same arrays
 PARTS = {"constant": CONSTANT, "mixing": "mixing part", "softmax": "softmax part"}
 
 
@@ -58,22 +60,32 @@ def arrays(model: Data) -> Arrays:
     """Each number of the blocks of a model as an array `[layers, inputs]`: descriptions, parts, bounds, tokens.
 
     Args:
-        model: an entry of `models` of what `bench.attention.task.run` returned.
+        model: an entry of `models` of what `bench.attention.task.run` returned; it stays as it is.
     """
-    inputs = [answer["layers"] for answer in model["inputs"]]
-
-    def gather(value: Any) -> np.ndarray:
-        return np.array([[value(layer) for layer in layers] for layers in inputs], dtype=float).T
-
-    found = {
-        words: gather(lambda layer, key=key, of=np.max if words == LARGEST else np.mean: of(layer["heads"][key]))
-        for words, key in DESCRIPTIONS.items()
-    }
-    found |= {words: gather(lambda layer, key=key: layer[key]) for key, words in PARTS.items()}
-    found["tokens"] = gather(lambda layer: layer["tokens"])
-    everywhere = set.intersection(*(set(layer["bounds"]) for layers in inputs for layer in layers))
-    found |= {name: gather(lambda layer, name=name: layer["bounds"][name]) for name in sorted(everywhere)}
+    for known, found in _MADE:
+        if known is model:
+            return found
+    found = _arrays(model)
+    del _MADE[:-MODELS_KEPT]
+    _MADE.append((model, found))
     return found
+
+
+def _arrays(model: Data) -> Arrays:
+    blocks = [layer for answer in model["inputs"] for layer in answer["layers"]]
+    inputs = len(model["inputs"])
+
+    def gather(values: list[float]) -> np.ndarray:
+        return np.array(values, dtype=float).reshape(inputs, -1).T
+
+    found = {}
+    for words, key in DESCRIPTIONS.items():
+        heads = [np.array(layer["heads"][key]) for layer in blocks]
+        found[words] = gather([of.max() if words == LARGEST else of.mean() for of in heads])
+    found |= {words: gather([layer[key] for layer in blocks]) for key, words in PARTS.items()}
+    found["tokens"] = gather([layer["tokens"] for layer in blocks])
+    everywhere = set.intersection(*(set(layer["bounds"]) for layer in blocks))
+    return found | {name: gather([layer["bounds"][name] for layer in blocks]) for name in sorted(everywhere)}
 
 
 def bound_names(found: Arrays) -> list[str]:

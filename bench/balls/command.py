@@ -50,7 +50,7 @@ def pages(found: Shown, folder: Path) -> Written:
     write_atomically(path, text.encode())
     failed = [record for record in records if record.status in ("failed", "timeout")]
     wrong = [*balls.violations(blocks), *(f"{record.question.bound}: {record.error}" for record in failed)]
-    return Written(paths=[path, *balls.draw(blocks, folder)], troubles=wrong)
+    return Written(paths=[path, *balls.draw(blocks, folder)], failures=wrong)
 
 
 def migrated(old: Old) -> Showing:

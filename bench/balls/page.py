@@ -18,8 +18,9 @@ from bench.balls.task import LOWER, REFERENCES, UPPERS
 from bench.engine.machine import describe
 from bench.engine.records import Record
 from bench.pages.colours import COLOURS, family_colour
-from bench.pages.figure_files import save
+from bench.pages.figure_files import arrange, save
 from bench.pages.formatting import figure, module_words, table
+from bench.pages.log_axes import log_scale
 from bench.pages.page import bullets, folded
 from bench.pages.page import page as joined
 
@@ -178,7 +179,7 @@ def draw(found: dict[str, list[Row]], folder: Path, name: str = "balls") -> list
         )
         for text, label in zip(legend.get_texts(), labels, strict=True):
             text.set_fontweight("bold" if label in BOLD else "normal")
-        canvas.tight_layout()
+        arrange(canvas)
         paths = save(canvas, folder, name)
         plt.close(canvas)
     return paths
@@ -192,7 +193,9 @@ def _panel(axes: Axes, title: str, rows: Sequence[Row]) -> None:
         looks: dict[str, Any] = {"markersize": 4, "linewidth": 1.4} | look
         axes.plot(*zip(*points, strict=True) if points else ([], []), label=words, **looks)
     axes.axhline(1, color="black", linewidth=1)
-    axes.set(xscale="log", yscale="log", xlabel="radius of the ball", ylim=(0.9, DRAWN))
+    axes.set(xlabel="radius of the ball", ylim=(0.9, DRAWN))
+    for axis in (axes.xaxis, axes.yaxis):
+        log_scale(axis)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} x")
     axes.set_title(title, loc="left", fontsize=10)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)

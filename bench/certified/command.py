@@ -38,7 +38,7 @@ def pages(found: Shown, folder: Path) -> Written:
     data = certified.shown(found)
     machines = "\n- ".join(map(describe, found.states))
     written = write_page(folder, "certified", tables.report(data, found.page.data["command"], machines), data)
-    return Written(paths=[*written, *tables.draw(data, folder)], troubles=certified.violations(data))
+    return Written(paths=[*written, *tables.draw(data, folder)], failures=certified.violations(data))
 
 
 def migrated(old: Old) -> Showing:

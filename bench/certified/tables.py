@@ -12,10 +12,10 @@ import matplotlib as mpl
 mpl.use("Agg")
 
 import matplotlib.pyplot as plt
-from matplotlib.ticker import NullFormatter
 
-from bench.pages.figure_files import save
+from bench.pages.figure_files import arrange, save
 from bench.pages.formatting import figure, table
+from bench.pages.log_axes import log_scale
 from bench.pages.page import folded, page
 
 
@@ -142,8 +142,7 @@ def draw(data: Data, folder: Path) -> list[Path]:
             if attacked:
                 axes.plot(*zip(*attacked, strict=True), color="#D55E00", marker="o", label="AutoAttack leaves")
             if decades:
-                axes.set_xscale("log")
-                axes.xaxis.set_minor_formatter(NullFormatter())
+                log_scale(axes.xaxis)
             axes.set_ylim(-0.02, 1.02)
             axes.set_xlabel("radius, l2 norm of the pixels")
             axes.set_title(f"{TITLES.get(name, name)}\n{len(rows)} images", loc="left", fontsize=10)
@@ -151,7 +150,7 @@ def draw(data: Data, folder: Path) -> list[Path]:
             axes.spines[["top", "right"]].set_visible(False)
             axes.legend(loc="lower left", fontsize=8, frameon=False)
             axes.set_ylabel("accuracy")
-        canvas.tight_layout()
+        arrange(canvas)
         paths = save(canvas, folder, "certified")
         plt.close(canvas)
     return paths

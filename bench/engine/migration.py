@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench.engine.options import STANDARD, command_of_page, shown
 from bench.engine.records import SCHEMA_VERSION, RecordError
-from bench.engine.store_file import Contents, Entry, Page, content_of, parsed, with_infinities
+from bench.engine.store_file import Entry, Page, ResultsFile, content_of, parsed, with_infinities
 from bench.workloads.hashes import VERSIONED, versions
 from bench.workloads.radii import LARGEST, MEDIAN, ONE
 from lipbounds.files import write_atomically
@@ -49,7 +49,7 @@ class Old:
     path: Path
     lines: list[Line] = dc.field(default_factory=list)
     environments: dict[str, Line] = dc.field(default_factory=dict)
-    new: Contents = dc.field(default_factory=Contents)
+    new: ResultsFile = dc.field(default_factory=ResultsFile)
 
     def add(self, question: Line, answer: Line, environment: str = "") -> Entry:
         """Take in an answer.
@@ -122,7 +122,7 @@ def migrate(task: Task, results: Path) -> int:
     if keys:
         data = {"command": command_of_page(task.name), "profile": STANDARD, "name": "", **found.data}
         old.new.pages[STANDARD] = Page(keys=keys, data=data)
-    lines = old.new.all_lines(Contents())
+    lines = old.new.all_lines(ResultsFile())
     write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
     print(f"{shown(path)}: {len(old.lines)} lines of version {OLD_VERSION} are now {len(old.new.entries)} answers.")
     return 0

@@ -83,13 +83,13 @@ def progress_bar(pieces: int) -> Iterator[Callable[[str], None]]:
         progress.update(task, completed=pieces + 1, description="done")
 
 
-def told(made: str, paths: Iterable[Path], troubles: Iterable[str]) -> int:
+def told(made: str, paths: Iterable[Path], failures: Iterable[str]) -> int:
     """Say what was made and written, and on stderr what is wrong; 1 if something is."""
     print(made)
     written = ", ".join(shown(path) for path in paths)
     if written:
         print(f"Written: {written}")
-    troubles = list(troubles)
-    for trouble in troubles:
-        print(trouble, file=sys.stderr)
-    return 1 if troubles else 0
+    failures = list(failures)
+    for failure in failures:
+        print(failure, file=sys.stderr)
+    return 1 if failures else 0

@@ -37,9 +37,9 @@ def render(
         statuses = []
         try:
             for number in range(len(tasks)):
-                status, said, troubles = running[number].result()
+                status, said, complaints = running[number].result()
                 sys.stdout.write(said)
-                sys.stderr.write(troubles)
+                sys.stderr.write(complaints)
                 statuses.append(status)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -63,7 +63,7 @@ def _prepare(tasks: Sequence[Task], options: argparse.Namespace) -> None:
 def _rendered(number: int) -> tuple[int, str, str]:
     """The status of a task, and what it printed on stdout and stderr."""
     tasks, options = _shared
-    said, troubles = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(troubles):
+    said, complaints = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(complaints):
         status = tasks[number].render(options)
-    return status, said.getvalue(), troubles.getvalue()
+    return status, said.getvalue(), complaints.getvalue()

@@ -25,7 +25,7 @@ from typing import Any
 
 from bench.engine.machine import environment
 from bench.engine.records import Record, RecordError, content_hash
-from bench.engine.store_file import Contents, Entry, Page, read
+from bench.engine.store_file import Entry, Page, ResultsFile, read
 from lipbounds.files import write_atomically
 
 
@@ -219,7 +219,7 @@ class Store:
         """Rewrite the file without what a later line replaces and environments no entry names, if there is such."""
         if not self._contents.superfluous:
             return
-        kept = Contents()
+        kept = ResultsFile()
         lines = self._contents.all_lines(kept)
         with _told(self.path):
             write_atomically(self.path.resolve(), "".join(f"{line}\n" for line in lines).encode())

@@ -73,7 +73,7 @@ class Page:
 
 
 @dc.dataclass
-class Contents:
+class ResultsFile:
     """What a file of results holds.
 
     Args:
@@ -176,7 +176,7 @@ class Contents:
         self.pages[place] = page
         return [_line({"record": "page", "name": place, "keys": page.keys, "data": page.data})]
 
-    def all_lines(self, kept: Contents) -> list[str]:
+    def all_lines(self, kept: ResultsFile) -> list[str]:
         """All lines of a file that holds this and nothing superfluous.
 
         Args:
@@ -196,7 +196,7 @@ class Contents:
         return lines
 
 
-def read(path: Path) -> Contents:
+def read(path: Path) -> ResultsFile:
     """Read a file of results; a torn last line is left out and counted.
 
     Args:
@@ -206,7 +206,7 @@ def read(path: Path) -> Contents:
         RecordError: it is no regular file or cannot be read; a line is of another schema version, was edited, or is
             none, but for the last one.
     """
-    contents = Contents()
+    held = ResultsFile()
     lines = content_of(path).splitlines(keepends=True)
     for number, line in enumerate(lines, 1):
         fields = parsed(line)
@@ -216,14 +216,14 @@ def read(path: Path) -> Contents:
             _check_digest(line, fields, place)
             if isinstance(fields.get("answer"), dict) and any(name in line for name in INFINITE):
                 fields["answer"] = with_infinities(fields["answer"])
-            contents.add(fields, place)
+            held.add(fields, place)
         elif number == len(lines) and not line.endswith(b"\n"):
-            contents.torn = len(line)
+            held.torn = len(line)
         else:
             raise RecordError(
                 f"line {number} of {path} must be a JSON object, got {line[:60]!r}; restore the file or delete it."
             )
-    return contents
+    return held
 
 
 def content_of(path: Path) -> bytes:

@@ -36,11 +36,11 @@ class Written:
 
     Args:
         paths: of pages and figures.
-        troubles: what is wrong with the numbers: violations of bounds, failures.
+        failures: what is wrong with the numbers: violations of bounds, failures.
     """
 
     paths: list[Path]
-    troubles: list[str] = dc.field(default_factory=list)
+    failures: list[str] = dc.field(default_factory=list)
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ class Task:
             store.compact()
             written = self.pages(Shown(store, page), folder_of(options))
         made = f"{store.made} answers made, {store.reused} taken from {shown(store.path)}."
-        return told(made, written.paths, written.troubles)
+        return told(made, written.paths, written.failures)
 
     def render(self, options: argparse.Namespace) -> int:
         """Write the page again from the records alone; returns 1 if something is wrong with the numbers.
@@ -101,7 +101,7 @@ class Task:
         statuses = []
         for page in chosen:
             written = self.pages(Shown(store, page), folder_of(options))
-            statuses.append(told(f"{self.name}: {len(page.keys)} answers.", written.paths, written.troubles))
+            statuses.append(told(f"{self.name}: {len(page.keys)} answers.", written.paths, written.failures))
         return max(statuses)
 
 

@@ -13,7 +13,7 @@ mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 
-from bench.pages.figure_files import save
+from bench.pages.figure_files import arrange, save
 from bench.pages.formatting import figure, table
 from bench.robustness.figures import COLOURS, MARKERS, NORM_TITLES, STYLE
 from bench.robustness.measures import BOUNDS
@@ -107,7 +107,7 @@ def draw(data: Data, folder: Path, name: str) -> list[Path]:
             axes.grid(color="#dddddd", linewidth=0.6)
             axes.spines[["top", "right"]].set_visible(False)
         panels[0][0].legend(fontsize=8, frameon=False)
-        canvas.tight_layout()
+        arrange(canvas)
         paths = save(canvas, folder, name)
         plt.close(canvas)
     return paths

@@ -15,7 +15,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.pages.figure_files import save
+from bench.pages.figure_files import arrange, save
+from bench.pages.log_axes import log_scale
 from bench.robustness.settings import BASELINE
 from bench.robustness.summary import measure_name
 
@@ -43,7 +44,7 @@ def draw(data: Data, summary: Data, folder: Path) -> list[Path]:
             ("robustness_constants", _dots(data)),
             ("robustness_g1", _histograms(data)),
         ):
-            canvas.tight_layout()
+            arrange(canvas)
             paths += save(canvas, folder, name)
             plt.close(canvas)
     return paths
@@ -94,7 +95,7 @@ def _dots(data: Data) -> Figure:
                 linestyle="none",
                 label=setting["title"],
             )
-        axes.set_xscale("log")
+        log_scale(axes.xaxis)
         axes.set_xlabel("local Lipschitz constant of the network, median over images")
         axes.set_ylabel(f"robust accuracy at {norm} {radii[0]:g}, %")
         _plain(axes)

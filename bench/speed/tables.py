@@ -14,8 +14,9 @@ import matplotlib.pyplot as plt
 from matplotlib.artist import Artist
 
 from bench.pages.colours import BOLD, THE_PAPER, family_colour
-from bench.pages.figure_files import save
+from bench.pages.figure_files import arrange, save
 from bench.pages.formatting import figure, table
+from bench.pages.log_axes import log_scale
 from bench.pages.page import folded, page
 from bench.speed.timing import exponent
 
@@ -213,8 +214,8 @@ def draw(data: Data, folder: Path) -> list[Path]:
                 if points:
                     looks: dict[str, Any] = {"color": family_colour(method), "linewidth": 1.4, "markersize": 5} | look
                     (handles[method],) = axes.plot(*zip(*points, strict=True), label=method, **looks)
-            axes.set_xscale("log", base=2)
-            axes.set_yscale("log")
+            log_scale(axes.xaxis, base=2)
+            log_scale(axes.yaxis)
             axes.set_xlabel("tokens n (D = 64, 2 heads)")
             axes.set_title(title, loc="left", fontsize=10)
             axes.grid(color="#dddddd", linewidth=0.6)
@@ -229,7 +230,7 @@ def draw(data: Data, folder: Path) -> list[Path]:
         )
         for words in legend.get_texts():
             words.set_fontweight("bold" if words.get_text().split(" ")[0] in BOLD else "normal")
-        canvas.tight_layout()
+        arrange(canvas)
         paths = save(canvas, folder, "speed")
         plt.close(canvas)
     return paths

@@ -47,10 +47,10 @@ def side_by_side(make: Make, baseline: Make, *, repeats: int, enough: float, dev
         pairs.append((seconds_of(make(), device), seconds_of(baseline(), device)))
         spent += sum(seconds.cost(device) for seconds in pairs[-1])
     return {
-        "seconds": spread([own.wall for own, _ in pairs]),
-        "baseline_seconds": spread([base.wall for _, base in pairs]),
-        "cost": spread([own.cost(device) for own, _ in pairs]),
-        "ratio": spread([own.cost(device) / base.cost(device) for own, base in pairs]),
+        "seconds": quartiles([own.wall for own, _ in pairs]),
+        "baseline_seconds": quartiles([base.wall for _, base in pairs]),
+        "cost": quartiles([own.cost(device) for own, _ in pairs]),
+        "ratio": quartiles([own.cost(device) / base.cost(device) for own, base in pairs]),
         "repeats": len(pairs),
         **noted(before, card(device)),
     }
@@ -102,7 +102,7 @@ def _events(device: torch.device) -> tuple[Any, Any]:
     return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
 
-def spread(values: Sequence[float]) -> list[float]:
+def quartiles(values: Sequence[float]) -> list[float]:
     """Lower quartile, median and upper quartile.
 
     Args:

@@ -16,7 +16,7 @@ from bench.speed import card, timing
 from bench.speed import tables as speed_tables
 from bench.speed import task as speed
 from bench.speed.plan import PROFILES, Profile, Shape, Target
-from bench.speed.timing import exponent, peak_memory, side_by_side, spread
+from bench.speed.timing import exponent, peak_memory, quartiles, side_by_side
 
 
 CPU = torch.device("cpu")
@@ -113,8 +113,8 @@ def test_a_slow_call_is_made_once() -> None:
 
 
 def test_spread_is_quartiles() -> None:
-    assert spread([3.0]) == [3.0, 3.0, 3.0]
-    assert spread([1.0, 2.0, 3.0, 4.0, 5.0]) == [2.0, 3.0, 4.0]
+    assert quartiles([3.0]) == [3.0, 3.0, 3.0]
+    assert quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == [2.0, 3.0, 4.0]
 
 
 @pytest.mark.skipif(not timing.CLEAR.exists(), reason="the peak of the resident set is reset by Linux alone")

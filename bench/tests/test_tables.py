@@ -18,7 +18,7 @@ from bench.tests.samples import environment_line, record, records_at, tiny_model
 from bench.tightness import features, readme
 from bench.tightness.aggregate import aggregate, ratio
 from bench.tightness.answer import findings, sentences
-from bench.tightness.figures import draw, spread
+from bench.tightness.figures import draw, space_out
 from bench.tightness.tables import headline, report
 from lipbounds import registry
 
@@ -263,7 +263,7 @@ def test_a_summary_is_cut_to_its_first_clause(summary: str, words: str) -> None:
 
 
 def test_labels_are_moved_apart_and_keep_their_order() -> None:
-    placed = spread([0.0, 0.01, 0.02, 0.5], 0.1)
+    placed = space_out([0.0, 0.01, 0.02, 0.5], 0.1)
     assert placed == pytest.approx([-0.09, 0.01, 0.11, 0.5])
 
 

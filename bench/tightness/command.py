@@ -71,7 +71,7 @@ def pages(found: Shown, folder: Path) -> Written:
     )
     paths = write(aggregates, folder)
     print(tables.short(aggregates))
-    return Written(paths=paths, troubles=[*_troubles(aggregates)])
+    return Written(paths=paths, failures=[*_failures(aggregates)])
 
 
 def migrated(old: Old) -> Showing:
@@ -111,7 +111,7 @@ def write(aggregates: dict[str, Any], folder: Path) -> list[Path]:
     return [page, data, declared, *figures.draw(aggregates, folder)]
 
 
-def _troubles(aggregates: dict[str, Any]) -> Iterator[str]:
+def _failures(aggregates: dict[str, Any]) -> Iterator[str]:
     """What failed or is refuted."""
     yield from (f"{name} is incomplete: {reason}" for name, reason in aggregates["problems"].items())
     for name, model in aggregates["models"].items():

@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from bench.pages.colours import BOLD, GREY, THE_PAPER, family_colour
 from bench.pages.figure_files import save
 from bench.pages.formatting import module_words
+from bench.pages.log_axes import log_scale
 
 
 DASHES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
@@ -83,7 +84,7 @@ def method_styles(aggregates: Aggregates) -> dict[str, Style]:
     return styles
 
 
-def spread(positions: Sequence[float], gap: float) -> list[float]:
+def space_out(positions: Sequence[float], gap: float) -> list[float]:
     """Positions moved as little as a simple rule allows so that neighbours are at least `gap` apart, in the same order.
 
     Args:
@@ -124,7 +125,7 @@ def _panel(axes: Axes, name: str, aggregates: Aggregates, styles: dict[str, Styl
         medians = [row["median"].get(method, math.nan) for row in layers]
         axes.plot(range(len(layers)), medians, **styles[method])
     axes.axhline(1, color="black", linewidth=1)
-    axes.set_yscale("log")
+    log_scale(axes.yaxis)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f} x" if value >= 1 else f"{value:g} x")
     axes.set_xticks(range(len(layers)), [module_words(row) for row in layers])
     axes.set_xlim(-0.2, len(layers) - 0.8)
@@ -148,7 +149,7 @@ def _labels(axes: Axes, name: str, aggregates: Aggregates, styles: dict[str, Sty
     entries.sort()
     lowest, highest = (math.log10(limit) for limit in axes.get_ylim())
     heights = [(math.log10(value) - lowest) / (highest - lowest) for value, _, _ in entries]
-    for (_, words, colour), height, placed in zip(entries, heights, spread(heights, 0.05), strict=True):
+    for (_, words, colour), height, placed in zip(entries, heights, space_out(heights, 0.05), strict=True):
         axes.plot([1.01, 1.05], [height, placed], color=colour, lw=0.7, transform=axes.transAxes, clip_on=False)
         axes.text(
             1.06,

@@ -21,11 +21,11 @@ from lipbounds.claims import Claim, Source
 from lipbounds.derivatives.first.covariance import centred_keys
 from lipbounds.derivatives.logit_changes import (
     change_by_keys,
+    key_lipschitz,
     key_norm,
-    key_reach,
     mapped_product_norm,
+    query_lipschitz,
     query_norm,
-    query_reach,
 )
 from lipbounds.derivatives.norms import combine_heads, largest_softmax_norm, map_norm
 from lipbounds.derivatives.token_maps import query_maps
@@ -67,9 +67,9 @@ def weights(block: Attention) -> tuple[Tensor, Terms]:
     wide = block.double
     change = torch.zeros_like(wide.logits[..., 0, 0])
     if wide.query_moves:
-        change = change + query_reach(wide) * key_norm(wide)
+        change = change + query_lipschitz(wide) * key_norm(wide)
     if wide.memory_moves:
-        change = change + key_reach(wide) * query_norm(wide)
+        change = change + key_lipschitz(wide) * query_norm(wide)
     return _finish(block, inflate(change, 4))
 
 

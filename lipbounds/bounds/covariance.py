@@ -26,7 +26,7 @@ from lipbounds.derivatives.first.covariance import (
     row_covariance,
     row_variance,
 )
-from lipbounds.derivatives.logit_changes import key_reach
+from lipbounds.derivatives.logit_changes import key_lipschitz
 from lipbounds.derivatives.norms import combine_heads, map_norm
 from lipbounds.derivatives.rounding.logits import query_error
 from lipbounds.derivatives.token_maps import query_maps
@@ -54,8 +54,8 @@ def exact(block: Attention) -> tuple[Tensor, Terms]:
         cross, error = row_covariance(wide, values, centred_keys(wide))
         query_part = scale * _query_norms(wide, cross, error).amax(-1)
     if wide.memory_moves:
-        spread, error = row_covariance(wide, values, values)
-        key_part = _key_part(wide, spectral_norm_upper(spread) + error)
+        covariance, error = row_covariance(wide, values, values)
+        key_part = _key_part(wide, spectral_norm_upper(covariance) + error)
         mixing = spectral_norm_upper(wide.w_v) * map_norm(wide)
     return _finish(block, mixing, query_part, key_part)
 
@@ -100,17 +100,17 @@ def _query_norms(
     return norms + size * length * inflate(maps.error, cross.shape[-2] + 32).unsqueeze(-1)
 
 
-def _key_part(block: Attention, spreads: Float[Tensor, "*batch heads n"]) -> Float[Tensor, "*batch heads"]:
+def _key_part(block: Attention, variances: Float[Tensor, "*batch heads n"]) -> Float[Tensor, "*batch heads"]:
     """sqrt( max_j sum_i P_ij |u_i|^2 spread_i ), rounded up."""
     tokens, weights = block.query_factors
     size = tokens.norm(dim=-1) * (weights.norm(dim=(-2, -1)) * block.w_k.norm(dim=(-2, -1))).unsqueeze(-1)
     operations = 2 * (weights.shape[-2] + weights.shape[-1] + 4)
     if block.key_rotation is None and block.key_norm is None:
-        reach = (block.queries @ block.w_k.mT).norm(dim=-1) + gamma(operations) * size
+        logit_gradient = (block.queries @ block.w_k.mT).norm(dim=-1) + gamma(operations) * size
     else:
         length = inflate(block.queries.norm(dim=-1) + query_error(block), block.w_q.shape[-1] + 4)
-        reach = length * key_reach(block).unsqueeze(-1)
-    weighted = reach.square() * spreads
+        logit_gradient = length * key_lipschitz(block).unsqueeze(-1)
+    weighted = logit_gradient.square() * variances
     columns = (weighted.unsqueeze(-2) @ map_upper(block)).squeeze(-2)
     return abs(block.scale_value) * inflate(root(columns.amax(-1)), block.tokens + block.w_k.shape[-2] + 16)
 

@@ -47,8 +47,8 @@ def exact(block: Attention) -> tuple[Tensor, Terms]:
         queries = wide.w_q.mT.unsqueeze(-3)
         query_part = scale * (product_norm_upper(cross, queries) + error * queries.norm(dim=(-2, -1)))
     if wide.memory_moves:
-        spread, error = row_covariance(wide, values, values)
-        variance = spectral_norm_upper(spread) + error
+        covariance, error = row_covariance(wide, values, values)
+        variance = spectral_norm_upper(covariance) + error
         positive = variance > 0  # the root has gradient 0 at 0
         deviation = torch.where(positive, torch.where(positive, variance, 1.0).sqrt(), 0.0)
         key_part = scale * row_norms_upper(*wide.query_factors, wide.w_k.mT) * deviation

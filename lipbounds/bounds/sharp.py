@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from lipbounds.claims import Claim, Source
+from lipbounds.derivatives.first.differential_parts import differential_parts
 from lipbounds.derivatives.first.gram_norm import gram_norm, has_gram_norm, has_rows_norm, rows_norm
 from lipbounds.derivatives.first.joint_heads import joint_query, stacked_key
 from lipbounds.derivatives.first.overlap_parts import OverlapParts
-from lipbounds.derivatives.first.three_parts import three_parts
 from lipbounds.registry import Terms, bound
 from lipbounds.rounding import cast_up, inflate
 from lipbounds.targets.attention import Attention
@@ -48,7 +48,7 @@ def sharp(block: Attention) -> tuple[Tensor, Terms]:
     small = _is_small(wide)
     value, _ = _parts(wide, with_rows=small)
     if not small:
-        mixing, query, key = three_parts(wide)
+        mixing, query, key = differential_parts(wide)
         value = torch.minimum(value, mixing + query + key)
     terms = {"detail.parts": value}
     if has_gram_norm(wide):
@@ -81,7 +81,7 @@ def _parts(block: Attention, *, with_rows: bool) -> tuple[Tensor, Terms]:
     parts = OverlapParts(block)
     mixing = query = key = memory = parts.nothing
     if with_rows:
-        mixing, query, key = three_parts(block)
+        mixing, query, key = differential_parts(block)
     if block.query_moves:
         own = torch.minimum(parts.query, joint_query(parts))
         query = torch.minimum(query, own) if with_rows else own

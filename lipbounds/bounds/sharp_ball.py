@@ -21,12 +21,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.claims import Claim, Feature, Source
-from lipbounds.derivatives.ball.first import BallParts, Centre
+from lipbounds.derivatives.ball.first import BallDerivatives, Centre
 from lipbounds.derivatives.ball.logits import theorem_3_on_ball
-from lipbounds.derivatives.ball.third import BallThird
+from lipbounds.derivatives.ball.third import BallThirdDerivative
 from lipbounds.derivatives.first.dense import dense_norm, jacobian_entries
+from lipbounds.derivatives.first.differential_parts import differential_parts
 from lipbounds.derivatives.first.gram_norm import gram_norm, has_gram_norm
-from lipbounds.derivatives.first.three_parts import three_parts
 from lipbounds.derivatives.rounding.range import check_range
 from lipbounds.derivatives.second.norm import second_norm, second_work
 from lipbounds.derivatives.second.rows import rows_work, second_norm_by_rows
@@ -58,7 +58,7 @@ Parts = dict[str, Tensor]
 )
 def direct(block: Attention, radius: float) -> tuple[Tensor, Terms]:
     """Mixing, query and key part of all heads jointly, each bounded over the ball."""
-    parts = BallParts(Centre(block.double), radius).first()
+    parts = BallDerivatives(Centre(block.double), radius).first()
     return _finish(block, _total(block, parts), parts)
 
 
@@ -168,7 +168,7 @@ class _Balls:
         entries = block.logits.numel() * max(block.w_q.shape[-1], block.w_v.shape[-1])
         groups = [radii] if radii.numel() * entries <= TOGETHER else [*radii.split(1)]
         centre = Centre(block)
-        self.groups = [BallThird(centre, group) for group in groups]
+        self.groups = [BallThirdDerivative(centre, group) for group in groups]
 
     @cached_property
     def first(self) -> tuple[Parts, Parts]:
@@ -181,7 +181,7 @@ class _Balls:
         """Rates of change of the parts at the centre."""
         return {name: rates[0] for name, rates in self.groups[0].second().items()}
 
-    def above(self, terms: Callable[[BallThird], Parts]) -> Parts:
+    def above(self, terms: Callable[[BallThirdDerivative], Parts]) -> Parts:
         """What is asked for of the balls above radius 0."""
         groups = self.groups if len(self.groups) == 1 else self.groups[1:]
         found = [terms(group) for group in groups]
@@ -192,7 +192,7 @@ def _centre_norm(balls: _Balls, dense: int) -> Tensor:
     """The norm of the Jacobian at the centre."""
     if jacobian_entries(balls.block) <= dense:
         return dense_norm(balls.block)
-    mixing, query, key = three_parts(balls.block)
+    mixing, query, key = differential_parts(balls.block)
     fast = {"mixing": mixing, "query_part": query, "key_part": key}
     value = torch.minimum(_total(balls.block, balls.first[0]), _total(balls.block, fast))
     if balls.large or not has_gram_norm(balls.block):
@@ -207,7 +207,7 @@ def _deviation(balls: _Balls, centre: Tensor) -> Parts:
         return parts
     there, here = balls.first
     steps = balls.radii[1:] - balls.radii[:-1]
-    for name, rates in balls.above(BallThird.second).items():
+    for name, rates in balls.above(BallThirdDerivative.second).items():
         moved = inflate((steps * rates).sum(0), 16)
         parts[name] = torch.minimum(_known(moved), _known(here[name] + there[name]))
     return parts
@@ -226,7 +226,7 @@ def _taylor(balls: _Balls, centre: Tensor) -> Parts:
     inner, outer = balls.radii[:-1], balls.radii[1:]
     # ((eps - r_(k-1))^2 - (eps - r_k)^2) / 2 without cancellation
     weights = (outer - inner) * (2 * balls.radius - outer - inner) / 2
-    parts["third"] = inflate((weights * _sum(balls.above(BallThird.third))).sum(0), 32)
+    parts["third"] = inflate((weights * _sum(balls.above(BallThirdDerivative.third))).sum(0), 32)
     return parts
 
 

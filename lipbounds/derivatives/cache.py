@@ -22,14 +22,14 @@ def cached_per_block(function: Callable[[Attention], Tensor]) -> Callable[[Atten
     found: weakref.WeakKeyDictionary[Attention, Tensor] = weakref.WeakKeyDictionary()
 
     @functools.wraps(function)
-    def once(block: Attention) -> Tensor:
+    def cached(block: Attention) -> Tensor:
         if torch.is_grad_enabled() and is_tracked(block):
             return function(block)
         if block not in found:
             found[block] = function(block)
         return found[block]
 
-    return once
+    return cached
 
 
 def is_tracked(block: Attention) -> bool:

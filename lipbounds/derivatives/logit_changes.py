@@ -83,28 +83,28 @@ def key_norm(block: Attention) -> Float[Tensor, "*batch heads"]:
     return product_norm_upper(*block.key_factors) if plain else _rows_norm(block.keys, key_error(block))
 
 
-def query_reach(block: Attention) -> Float[Tensor, "*out heads"]:
+def query_lipschitz(block: Attention) -> Float[Tensor, "*out heads"]:
     """max_i ||T_i W_Q^T||, at most the norms of the two: how far a query moves with its token.
 
     Args:
         block: in float64.
     """
-    return _reach(
+    return _token_lipschitz(
         block.weight_norms.queries, None if block.query_norm is None else query_maps(block), block.query_rotation
     )
 
 
-def key_reach(block: Attention) -> Float[Tensor, "*out heads"]:
+def key_lipschitz(block: Attention) -> Float[Tensor, "*out heads"]:
     """max_j ||T_j W_K^T||, at most the norms of the two: how far a key moves with its token.
 
     Args:
         block: in float64.
     """
     maps = None if block.key_norm is None else key_maps(block)
-    return _reach(block.weight_norms.keys, maps, block.key_rotation)
+    return _token_lipschitz(block.weight_norms.keys, maps, block.key_rotation)
 
 
-def _reach(weights: Tensor, maps: TokenMaps | None, rotation: Tensor | None) -> Tensor:
+def _token_lipschitz(weights: Tensor, maps: TokenMaps | None, rotation: Tensor | None) -> Tensor:
     if maps is not None:
         return maps.weights_norm * maps.norm
     return weights * rotation_norm(rotation, weights)

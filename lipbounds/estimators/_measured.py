@@ -18,7 +18,7 @@ from lipbounds.rounding import gamma, inflate
 CHUNK_ENTRIES = 2**22  # of the largest tensor made for the points that are treated at once
 
 
-def points_at_once(ball: Ball) -> int:
+def points_per_chunk(ball: Ball) -> int:
     """How many points fit into bounded memory."""
     return max(1, CHUNK_ENTRIES // JacobianOperator(ball.block).entries_per_direction)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lipbounds.claims import Claim, Source
 from lipbounds.estimators._ball import Ball
-from lipbounds.estimators._measured import jacobian_norms, points_at_once, quotients
+from lipbounds.estimators._measured import jacobian_norms, points_per_chunk, quotients
 from lipbounds.estimators._options import check_count, check_seed
 from lipbounds.registry import bound
 from lipbounds.rounding import cast_down
@@ -52,7 +52,7 @@ def random_pairs(block: Attention, radius: float, *, samples: int = 32, seed: in
     best = ball.block.x.new_zeros(block.batch_shape)
     if ball.is_point:
         return best.to(block.dtype)
-    chunk = points_at_once(ball)
+    chunk = points_per_chunk(ball)
     for start in range(0, samples, chunk):
         count = min(chunk, samples - start)
         first, second = ball.points(ball.uniform_steps(2 * count)).chunk(2)
@@ -98,7 +98,7 @@ def random_jacobians(block: Attention, radius: float, *, samples: int = 8, steps
 def sampled_norms(ball: Ball, samples: int, steps: int, seed: int) -> Tensor:
     """Lower bounds on the Jacobian norms at the centre and at `samples` - 1 random points, in chunks of them."""
     samples = 1 if ball.is_point else samples
-    chunk, norms = points_at_once(ball), []
+    chunk, norms = points_per_chunk(ball), []
     for start in range(0, samples, chunk):
         moves = ball.uniform_steps(min(chunk, samples - start))
         if start == 0:

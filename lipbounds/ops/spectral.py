@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lipbounds.devices import waits_for
 from lipbounds.ops.eigen import basis_and_triangle, eigen, largest_eigenvalue, triangle
+from lipbounds.ops.shapes import broadcast_shape
 from lipbounds.rounding import UNIT_ROUNDOFF, gamma, inflate
 
 
@@ -224,7 +225,7 @@ def _shrunk_side(parts: Sequence[Factor]) -> tuple[bool, bool]:
     smallest = min(rows, cols, first, last)
     if smallest in (rows, cols):
         return False, False
-    items = math.prod(torch.broadcast_shapes(*(part.matrix.shape[:-2] for part in parts)))
+    items = math.prod(broadcast_shape(part.matrix.shape[:-2] for part in parts))
     if last == smallest:
         return _pays(parts[0].matrix, rows, first, smallest, items), True
     return True, _pays(parts[-1].matrix, cols, last, smallest, items)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lipbounds.devices import answers
 from lipbounds.errors import InvalidInput
-from lipbounds.targets._shapes import broadcast_shape
+from lipbounds.ops.shapes import broadcast_shape
 from lipbounds.targets.rms_norm import NORM_OVER
 
 

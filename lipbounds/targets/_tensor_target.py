@@ -11,9 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.errors import InvalidInput
+from lipbounds.ops.shapes import broadcast_shape
 from lipbounds.targets._attention_checks import FLOAT_DTYPES, check_finite
-from lipbounds.targets._shapes import broadcast_shape
-from lipbounds.targets.frozen import remember
+from lipbounds.targets.frozen import record_versions
 from lipbounds.targets.target import Target
 
 
@@ -85,7 +85,7 @@ def check_tensors(block: TensorTarget) -> None:
         shapes = {name: tuple(shape) for name, shape in leading.items() if shape}
         raise InvalidInput(f"leading batch dimensions must broadcast against each other, got {shapes}.") from None
     check_finite(block.tensors)
-    remember(block)
+    record_versions(block)
 
 
 def check_shapes(block: TensorTarget, expected: dict[str, tuple[int, ...]]) -> None:

@@ -27,9 +27,9 @@ from torch import Tensor
 
 from lipbounds.claims import Feature
 from lipbounds.devices import answers
+from lipbounds.ops.shapes import broadcast_shape
 from lipbounds.targets._attention_checks import TRAILING, check_attention, expand_groups
-from lipbounds.targets._shapes import broadcast_shape
-from lipbounds.targets.frozen import remember
+from lipbounds.targets.frozen import record_versions
 from lipbounds.targets.projection import affine_factors, merge_heads, project, project_heads
 from lipbounds.targets.rms_norm import NormOver, RmsNorm, normalise
 from lipbounds.targets.rotary import rotate, rotate_back
@@ -106,7 +106,7 @@ class Attention(Target):
             object.__setattr__(self, "scale", self.w_q.shape[-1] ** -0.5)
         for name in ("w_k", "w_v", "b_k", "b_v", "key_norm_weight"):
             object.__setattr__(self, name, expand_groups(self, name))
-        remember(self)
+        record_versions(self)
 
     # -- what it is ---------------------------------------------------------------------------------------------
 

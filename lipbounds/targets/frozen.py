@@ -19,7 +19,7 @@ from lipbounds.errors import InvalidInput
 VERSIONS = "_versions"  # where a block keeps them
 
 
-def remember(target: Any) -> None:
+def record_versions(target: Any) -> None:
     """Note how often each tensor of a new block has been changed in place.
 
     Args:
@@ -33,7 +33,7 @@ def check_frozen(target: Any) -> None:
     """Refuse a block one of whose tensors was changed in place after the block was made.
 
     Args:
-        target: any block; one that was not remembered passes.
+        target: any block; one whose versions were not recorded passes.
 
     Raises:
         InvalidInput: a tensor has changed.

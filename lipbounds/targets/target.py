@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lipbounds.claims import Feature
-from lipbounds.targets.frozen import VERSIONS, remember
+from lipbounds.targets.frozen import VERSIONS, record_versions
 
 
 class Target:
@@ -32,7 +32,7 @@ class Target:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        remember(self)
+        record_versions(self)
 
     @property
     def dtype(self) -> torch.dtype:

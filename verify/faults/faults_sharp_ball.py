@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lipbounds.derivatives.ball.first import BallParts, Centre
+from lipbounds.derivatives.ball.first import BallDerivatives, Centre
 from lipbounds.derivatives.ball.suprema import Maps
 from lipbounds.derivatives.first.dense import dense_norm
 from lipbounds.rounding import cast_up
@@ -17,7 +17,7 @@ from verify.faults.fault import planted
 
 
 Shells = tuple[float, ...]
-Part = type[BallParts]
+Part = type[BallDerivatives]
 
 
 def direct(parts: Part, block: Attention, radius: float) -> Tensor:
@@ -49,17 +49,17 @@ def _cast(block: Attention, value: Tensor | float) -> Tensor:
 def _without(name: str) -> Part:
     """A part that does not change over the ball."""
 
-    class Fixed(BallParts):
+    class Fixed(BallDerivatives):
         def second(self) -> dict[str, Tensor]:
             return {key: part * (key != name) for key, part in super().second().items()}
 
     return Fixed
 
 
-def _with_maps(change: Callable[[BallParts, Maps], Maps]) -> Part:
+def _with_maps(change: Callable[[BallDerivatives, Maps], Maps]) -> Part:
     """Suprema of the maps replaced."""
 
-    class Changed(BallParts):
+    class Changed(BallDerivatives):
         def __init__(self, centre: Centre, radius: float) -> None:
             super().__init__(centre, radius)
             self.maps = change(self, self.maps)
@@ -73,13 +73,13 @@ def _with_maps(change: Callable[[BallParts, Maps], Maps]) -> Part:
 @planted(scope="ball")
 def rate_at_the_centre(block: Attention, radius: float) -> Tensor:
     """eps times the rate of change at the centre, as though the second derivative were constant in the ball."""
-    return deviation(BallParts, block, radius, shells=(1.0,), inner=True)
+    return deviation(BallDerivatives, block, radius, shells=(1.0,), inner=True)
 
 
 @planted(scope="ball")
 def second_power_of_the_radius(block: Attention, radius: float) -> Tensor:
     """The deviation is taken to be of second order, eps^2 times the rate, as at a stationary point."""
-    found, centre = deviation(BallParts, block.double, radius), dense_norm(block.double)
+    found, centre = deviation(BallDerivatives, block.double, radius), dense_norm(block.double)
     return _cast(block, centre + radius * (found - centre))
 
 
@@ -94,7 +94,7 @@ def capped_by_the_part_at_the_centre(block: Attention, radius: float) -> Tensor:
     """A part is said to change by no more than its size at the centre, where it may be near 0: one-hot rows."""
     wide = block.double
     centre = Centre(wide)
-    there, rates = BallParts(centre, 0.0).first(), BallParts(centre, radius).second()
+    there, rates = BallDerivatives(centre, 0.0).first(), BallDerivatives(centre, radius).second()
     moved = [torch.minimum(radius * rates[name], part) for name, part in there.items()]
     return _cast(block, dense_norm(wide) + sum(moved))
 
@@ -109,7 +109,7 @@ def maps_at_their_lower_ends(block: Attention, radius: float) -> Tensor:
 @planted(scope="ball", subtle=True)
 def maps_at_the_centre(block: Attention, radius: float) -> Tensor:
     """P at the centre in place of its supremum, everything else over the ball."""
-    centre = _with_maps(lambda parts, maps: BallParts(parts.centre, 0.0).maps)
+    centre = _with_maps(lambda parts, maps: BallDerivatives(parts.centre, 0.0).maps)
     return direct(centre, block, radius)
 
 
@@ -122,4 +122,4 @@ def centre_by_power_iteration(block: Attention, radius: float) -> Tensor:
         vector = wide.vjp(wide.jvp(vector))
         vector = vector / vector.flatten(-2).norm(dim=-1)[..., None, None].clamp(min=1e-300)
     found = wide.jvp(vector).flatten(-2).norm(dim=-1)
-    return _cast(block, found + deviation(BallParts, wide, radius) - dense_norm(wide))
+    return _cast(block, found + deviation(BallDerivatives, wide, radius) - dense_norm(wide))

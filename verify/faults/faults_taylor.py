@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lipbounds.derivatives.ball.first import Centre
-from lipbounds.derivatives.ball.third import BallThird
+from lipbounds.derivatives.ball.third import BallThirdDerivative
 from lipbounds.derivatives.first.dense import dense_norm
 from lipbounds.derivatives.second import norm as attention_second
 from lipbounds.derivatives.second.gram_blocks import factors_of
@@ -37,7 +37,7 @@ def taylor(
     wide = block.double
     value = dense_norm(wide)
     if radius:
-        third = sum(BallThird(Centre(wide), radius if outer else 0.0).third().values())
+        third = sum(BallThirdDerivative(Centre(wide), radius if outer else 0.0).third().values())
         value = value + radius * second(wide) + weight * radius**2 * third
     value = (value * (1 + 1e-12)).nan_to_num(nan=torch.inf, posinf=torch.inf)
     return cast_up(value.expand(block.batch_shape), block.dtype)

@@ -160,7 +160,7 @@ def test_points_in_small_chunks_are_as_good(monkeypatch: pytest.MonkeyPatch) -> 
     block = random_block(1, x=draw(2, 4, 6))
     before = {spec.name: spec(block, 0.5).value for spec in (random_pairs, random_jacobians)}
     monkeypatch.setattr(_measured, "CHUNK_ENTRIES", 1000)
-    assert _measured.points_at_once(Ball(block, 0.5, 0)) == 10
+    assert _measured.points_per_chunk(Ball(block, 0.5, 0)) == 10
     for name, value in before.items():
         torch.testing.assert_close(get(name)(block, 0.5).value, value, rtol=0.5, atol=0)
 

@@ -62,7 +62,7 @@ def test_two_keys_in_closed_form_is_the_sum_over_pairs() -> None:
     for i in range(5):
         kept = torch.arange(5) != i
         rows = slice(i, i + 1)
-        maps, spread = factors.maps[:, rows] * kept, factors.spread[:, rows] * kept[:, None]
+        maps, spread = factors.maps[:, rows] * kept, factors.deviations[:, rows] * kept[:, None]
         found, size = _two_keys(factors, maps, spread, rows)
         pairs = [(j, k) for j in range(5) for k in range(5) if j != k and i not in (j, k)]
         products, sizes = pair_products(block, factors, i, *torch.tensor(pairs).T)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from lipbounds.targets._shapes import broadcast_shape
+from lipbounds.ops.shapes import broadcast_shape
 
 
 SHAPES = st.lists(st.lists(st.sampled_from((0, 1, 2, 3)), max_size=3).map(tuple), max_size=4)

@@ -10,11 +10,10 @@ import torch
 import lipbounds
 from lipbounds import Attention
 from lipbounds.derivatives.first import gram_norm as module
+from lipbounds.derivatives.first.differential_parts import differential_parts, key_part, mixing_part, query_part
 from lipbounds.derivatives.first.gram_blocks import RowProducts
 from lipbounds.derivatives.first.gram_norm import gram_norm
 from lipbounds.derivatives.first.rows import jacobian_rows
-from lipbounds.derivatives.first.three_parts import key_part, mixing_part, query_part
-from lipbounds.derivatives.first.three_parts import three_parts as three_parts_upper
 from lipbounds.ops.schatten import schatten_norm_upper
 from lipbounds.rounding import inflate
 from verify.unit.blocks import random_block, true_norm
@@ -249,7 +248,7 @@ def test_sharp_is_the_least_of_its_forms(monkeypatch: pytest.MonkeyPatch, small:
     monkeypatch.setattr("lipbounds.bounds.sharp.SMALL", small)
     for seed in range(20):
         block = random_block(seed, n=5, causal=seed % 2 == 0)
-        third = min(float(sum(three_parts_upper(block))), float(gram_norm(block)))
+        third = min(float(sum(differential_parts(block))), float(gram_norm(block)))
         found, fast = (lipbounds.get(name)(block).value.item() for name in ("sharp", "sharp_fast"))
         assert found == min(inflate(torch.tensor(third, dtype=torch.float64), 8).item(), fast)
 

@@ -10,14 +10,14 @@ import torch
 import lipbounds
 from lipbounds import Attention
 from lipbounds.bounds import sharp_ball
-from lipbounds.derivatives.ball.first import BallParts, Centre
+from lipbounds.derivatives.ball.first import BallDerivatives, Centre
 from lipbounds.derivatives.ball.rows import joint_norms
-from lipbounds.derivatives.ball.suprema import reach
-from lipbounds.derivatives.ball.third import BallThird
+from lipbounds.derivatives.ball.suprema import logit_gradient_moment
+from lipbounds.derivatives.ball.third import BallThirdDerivative
 from lipbounds.derivatives.first import dense as attention_dense
 from lipbounds.derivatives.first import gram_norm as attention_gram_norm
 from lipbounds.derivatives.first.dense import dense_norm
-from lipbounds.derivatives.first.three_parts import three_parts
+from lipbounds.derivatives.first.differential_parts import differential_parts
 from lipbounds.errors import UnsupportedAttention
 from lipbounds.ops.interval import softmax_interval, variance_interval_upper
 from lipbounds.testing.contract import CHECKS
@@ -164,7 +164,9 @@ def test_a_centre_too_large_to_form_is_bounded_at_the_point(
 ) -> None:
     if not gram:
         monkeypatch.setattr(attention_gram_norm, "GRAM_WORK", (0,))
-    known = torch.minimum(DIRECT(block, 0.0).value, sum(three_parts(block), torch.zeros((), dtype=torch.float64)))
+    known = torch.minimum(
+        DIRECT(block, 0.0).value, sum(differential_parts(block), torch.zeros((), dtype=torch.float64))
+    )
     known = torch.minimum(known, attention_gram_norm.gram_norm(block)) if gram else known
     for spec in (DEVIATION, TAYLOR):
         found = spec(block, 0.01, dense=1)
@@ -232,7 +234,7 @@ def test_variance_near_one_does_not_cancel() -> None:
 @pytest.mark.usefixtures("as_a_user_runs_it")  # a search: the other tests keep the shape checks
 @pytest.mark.parametrize("radius", [0.0, 0.1, 1.0])
 def test_spreads_and_reach_hold_in_the_ball(block: Attention, radius: float) -> None:
-    parts = BallParts(Centre(block), radius)
+    parts = BallDerivatives(Centre(block), radius)
     parts.second()
     tightest = 0.0
     for moved in in_ball(block, radius * (1 - 1e-9), 60) if radius else [block]:
@@ -253,7 +255,7 @@ def test_spreads_and_reach_hold_in_the_ball(block: Attention, radius: float) -> 
             queries = (moved.scale_value * moved.queries @ moved.w_k.mT).movedim(0, -2)  # n x heads x D
             weights = parts.maps.pairs.movedim(0, -1)  # n x m x heads
             gram = torch.einsum("ijh,iha,ihb->ijab", weights, queries, queries)
-            allowed = reach(parts.centre.queries, parts._query_radius, parts.maps.pairs)
+            allowed = logit_gradient_moment(parts.centre.queries, parts._query_radius, parts.maps.pairs)
             assert (torch.linalg.matrix_norm(gram, 2) <= allowed).all()
     assert tightest > 0.2 or block.source_input.shape[-2] == 1
 
@@ -261,7 +263,7 @@ def test_spreads_and_reach_hold_in_the_ball(block: Attention, radius: float) -> 
 def test_the_variance_of_a_row_is_within_its_pairs() -> None:
     """J(P) <= diag(pairs) in the Loewner order; not with the least of two diagonals in each entry, nor with half."""
     block = small_block(0, 6, 8, 2, 6.0)
-    p, pairs = block.probabilities, BallParts(Centre(block), 0.0).maps.pairs
+    p, pairs = block.probabilities, BallDerivatives(Centre(block), 0.0).maps.pairs
     jacobian = torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)
     assert (p.amax(-1) > 0.6).any()
     assert (p.amax(-1) < 0.5).any()
@@ -275,7 +277,7 @@ def test_the_variance_of_a_row_is_within_its_pairs() -> None:
 @pytest.mark.parametrize("radius", [0.0, 0.2])
 def test_parts_are_above_the_differentials(block: Attention, radius: float) -> None:
     """The norm of J and of its derivative in a direction, at points of the ball, by automatic differentiation."""
-    parts = BallParts(Centre(block), radius)
+    parts = BallDerivatives(Centre(block), radius)
     first, second = sum(parts.first().values()), sum(parts.second().values())
     generator = torch.Generator().manual_seed(0)
     slope = 0.0
@@ -320,9 +322,9 @@ def test_joint_norms_are_above_the_joint_form() -> None:
 def test_several_balls_at_once_get_the_numbers_of_each(block: Attention, batched: bool) -> None:
     block = block.at(torch.stack([block.moving_input, 0.5 * block.moving_input])) if batched else block
     radii, centre = torch.tensor([0.0, 0.1, 0.7], dtype=torch.float64), Centre(block)
-    together = BallThird(centre, radii)
-    for parts in (BallThird.first, BallThird.second, BallThird.third):
-        alone = [parts(BallThird(centre, radius)) for radius in radii.tolist()]
+    together = BallThirdDerivative(centre, radii)
+    for parts in (BallThirdDerivative.first, BallThirdDerivative.second, BallThirdDerivative.third):
+        alone = [parts(BallThirdDerivative(centre, radius)) for radius in radii.tolist()]
         for name, part in parts(together).items():
             assert part.shape[0] == len(radii)
             each = torch.stack([one[name] for one in alone])

@@ -88,7 +88,7 @@ def test_heads_jointly_are_the_dense_norms(case: str) -> None:
     reach = block.scale_value * block.queries @ block.w_k.mT
     key = torch.einsum("hiaj,hib->iajb", through_output, reach).flatten(2).flatten(0, 1)
     assert spectral(key) * (1 - 1e-12) <= stacked_key(parts)
-    rows = (parts.reach * parts.grams.values.unit.unsqueeze(-1)).unsqueeze(-1) * reach
+    rows = (parts.softmax_value_norm * parts.grams.values.unit.unsqueeze(-1)).unsqueeze(-1) * reach
     stacked = spectral(rows.flatten(0, 1)) * block.weight_norms.factors("w_o").jointly
     torch.testing.assert_close(stacked_key(parts), stacked, rtol=1e-5, atol=1e-5)
 

@@ -13,8 +13,8 @@ from torch.linalg import vector_norm
 import lipbounds
 from lipbounds import Attention
 from lipbounds.bounds import sharp_ball
-from lipbounds.derivatives.ball.first import BallParts, Centre
-from lipbounds.derivatives.ball.third import BallThird
+from lipbounds.derivatives.ball.first import BallDerivatives, Centre
+from lipbounds.derivatives.ball.third import BallThirdDerivative
 from lipbounds.derivatives.second import norm as attention_second
 from lipbounds.derivatives.second.norm import second_norm
 from lipbounds.derivatives.second.rows import second_norm_by_rows
@@ -76,7 +76,7 @@ def test_second_norm_is_above_and_near_the_flattened_norm(block: Attention) -> N
 @pytest.mark.parametrize("gain", [1.0, 12.0])
 def test_second_norm_far_below_the_sum_of_rates(gain: float) -> None:
     block = small_block(0, 6, 12, 3, gain)
-    rates = sum(BallParts(Centre(block), 0.0).second().values())
+    rates = sum(BallDerivatives(Centre(block), 0.0).second().values())
     allowed = second_norm(block)
     assert max(derivative_norms(block, 2)) <= allowed < 0.35 * rates
 
@@ -127,7 +127,7 @@ def test_second_norm_carries_a_gradient(norm: Norm, name: str) -> None:
 @pytest.mark.usefixtures("as_a_user_runs_it")  # a search: the other tests keep the shape checks
 @pytest.mark.parametrize("radius", [0.0, 0.2])
 def test_third_is_above_the_third_differential_in_the_ball(block: Attention, radius: float) -> None:
-    allowed = sum(BallThird(Centre(block), radius).third().values())
+    allowed = sum(BallThirdDerivative(Centre(block), radius).third().values())
     for moved in in_ball(block, radius * (1 - 1e-9), 3) if radius else [block]:
         for seed in (0, 1):
             assert max(derivative_norms(moved, 3, seed)) <= allowed
@@ -189,7 +189,7 @@ def test_the_terms_are_the_third_differential() -> None:
 def test_every_term_is_above_what_a_climb_reaches(gain: float, radius: float) -> None:
     """Each alone: in the sum a term that were too small could hide behind the others."""
     block = small_block(1, 4, 6, 2, gain)
-    allowed = BallThird(Centre(block), radius).third()
+    allowed = BallThirdDerivative(Centre(block), radius).third()
     names, limits = list(allowed), torch.stack([*allowed.values()]).unsqueeze(-1)
     generator = torch.Generator().manual_seed(2)
     tightest = torch.zeros_like(limits)
@@ -212,7 +212,7 @@ def test_third_is_of_the_size_of_the_third_differential() -> None:
     """A term that were a hundred times too large would hide a wrong one."""
     for case in ("self", "query", "memory"):
         block = random_block(7, n=3, **CASES[case])
-        allowed = sum(BallThird(Centre(block), 0.0).third().values())
+        allowed = sum(BallThirdDerivative(Centre(block), 0.0).third().values())
         assert max(derivative_norms(block, 3)) > 0.02 * allowed, case
 
 
@@ -221,7 +221,7 @@ def test_third_is_of_the_size_of_the_third_differential() -> None:
 
 def test_the_remainder_is_the_integral_of_the_third(monkeypatch: pytest.MonkeyPatch, block: Attention) -> None:
     """With a third differential of 1 everywhere it is eps^2 / 2, whatever the shells."""
-    monkeypatch.setattr(BallThird, "third", lambda self: {"one": torch.ones_like(self.radius)})
+    monkeypatch.setattr(BallThirdDerivative, "third", lambda self: {"one": torch.ones_like(self.radius)})
     for radius in (1e-3, 0.7):
         found = TAYLOR(block, radius).details["third"]
         torch.testing.assert_close(found, torch.full_like(found, radius**2 / 2), rtol=1e-12, atol=0)
@@ -234,7 +234,7 @@ def test_where_the_second_differential_is_too_large_the_rates_take_over(
     monkeypatch.setattr(sharp_ball, "PAIRS_WORK", 0.0)
     monkeypatch.setattr(sharp_ball, "SECOND_WORK", 0.0)
     without = TAYLOR(block, 0.1)
-    rates = sum(BallParts(Centre(block), 0.0).second().values())
+    rates = sum(BallDerivatives(Centre(block), 0.0).second().values())
     torch.testing.assert_close(without.details["second"], 0.1 * rates, rtol=1e-9, atol=0)
     assert without.value >= found.value * (1 - 1e-12)
     whole = lipbounds.get("sharp_ball")(block, 0.1)

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from lipbounds.derivatives.ball.rows import Queries, Rows, joint_norms, key_rows, query_rows, value_rows
 from lipbounds.derivatives.ball.suprema import (
+    DeviationBound,
     Maps,
-    Spread,
-    Spreads,
+    RowDeviations,
     balance,
     head_sizes,
+    logit_gradient_moment,
     maps_on_ball,
-    reach,
     rounding_of_maps,
 )
 from lipbounds.ops.spectral import root, spectral_norm_upper, vector_norm
@@ -49,7 +49,7 @@ class Centre:
             self.query_shares = (self.even, balance(sizes, self.queries.sizes))
 
 
-class BallParts:
+class BallDerivatives:
     """Bounds of the parts on a ball; each property is an upper bound of what its name says.
 
     Args:
@@ -67,9 +67,9 @@ class BallParts:
         self._operations = sum(self.block.logits.shape[-2:]) + 32
         self._prepared = False
         self.maps: Maps = maps_on_ball(self.block, self.radius)
-        self._values = Spreads(self.block, centre.values, self.maps, self._memory_radius)
+        self._values = RowDeviations(self.block, centre.values, self.maps, self._memory_radius)
         if self.block.query_moves:
-            self._keys = Spreads(self.block, centre.keys, self.maps, self._memory_radius)
+            self._keys = RowDeviations(self.block, centre.keys, self.maps, self._memory_radius)
 
     # -- the first differential ---------------------------------------------------------------------------------
 
@@ -84,7 +84,7 @@ class BallParts:
         if self.block.memory_moves:
             products = [
                 (rows.square().unsqueeze(-1) * reached).sum(-2).amax(-1)
-                for rows, reached in zip(self._value_rows, self._reached, strict=True)
+                for rows, reached in zip(self._value_rows, self._logit_gradient_moments, strict=True)
             ]
             parts["key_part"] = root(torch.minimum(*products))
         return {name: inflate(part, self._operations) for name, part in parts.items()}
@@ -116,7 +116,9 @@ class BallParts:
         parts = {}
         if self.block.memory_moves:
             parts["mixing"] = sum(changes.values())
-            parts["key_part"] = changes["keys"] + root(self._reach(self._farthest).square().sum(-2).amax(-1))
+            parts["key_part"] = changes["keys"] + root(
+                self._logit_gradient_moment(self._farthest).square().sum(-2).amax(-1)
+            )
         if self.block.query_moves:
             parts["query_part"] = self._two_queries
         if self.block.moves == "self":
@@ -132,7 +134,7 @@ class BallParts:
         if self.block.query_moves:
             changes["queries"] = (self._om.joint(self.centre.even) * root(norms.amax(-2))).amax(-1)
         if self.block.memory_moves:
-            changes["keys"] = root(self._reach(norms.unsqueeze(-1)).sum(-2).amax(-1))
+            changes["keys"] = root(self._logit_gradient_moment(norms.unsqueeze(-1)).sum(-2).amax(-1))
         return changes
 
     @cached_property
@@ -149,23 +151,23 @@ class BallParts:
 
     @cached_property
     def _query_and_key(self) -> Tensor:
-        pairs = zip(self._crossed_rows, self._reached, strict=True)
+        pairs = zip(self._crossed_rows, self._logit_gradient_moments, strict=True)
         return torch.minimum(*((crossed.unsqueeze(-1) * root(reached)).amax((-2, -1)) for crossed, reached in pairs))
 
     # -- what they share ----------------------------------------------------------------------------------------
 
     @cached_property
-    def _om(self) -> Spread:
+    def _om(self) -> DeviationBound:
         return self._keys.plain
 
     @cached_property
-    def _sg(self) -> Spread:
+    def _sg(self) -> DeviationBound:
         return self._values.plain
 
     @cached_property
-    def _reached(self) -> list[Float[Tensor, "*#batch n m"]]:
+    def _logit_gradient_moments(self) -> list[Float[Tensor, "*#batch n m"]]:
         """L_ij(c) of the shares of queries."""
-        return [self._reach(c.unsqueeze(-1)) for c in self.centre.query_shares]
+        return [self._logit_gradient_moment(c.unsqueeze(-1)) for c in self.centre.query_shares]
 
     @cached_property
     def _value_rows(self) -> list[Float[Tensor, "*#batch n"]]:
@@ -184,19 +186,19 @@ class BallParts:
         if self._prepared:
             return
         self._prepared = True
-        reach = torch.zeros_like(self.maps.softmax_norm)
+        logit_deviation = torch.zeros_like(self.maps.softmax_norm)
         if self.block.query_moves:
             norm = self.centre.keys.factor_norm.unsqueeze(-1)
-            reach = reach + norm * self._om.alone() + root(self._om.total) * self._om.error
+            logit_deviation = logit_deviation + norm * self._om.alone() + root(self._om.total) * self._om.error
         if self.block.memory_moves:
             queries = self.centre.queries
             moved = (self._query_radius.unsqueeze(-1) * queries.change + queries.error).unsqueeze(-1)
-            reach = reach + (queries.sizes + moved) * root(self.maps.pairs.amax(-1))
-        reach = inflate(self.radius[..., None, None] * reach, self._operations)
+            logit_deviation = logit_deviation + (queries.sizes + moved) * root(self.maps.pairs.amax(-1))
+        logit_deviation = inflate(self.radius[..., None, None] * logit_deviation, self._operations)
         rounding = rounding_of_maps(self.block)
-        self._values.move(reach, rounding)
+        self._values.move(logit_deviation, rounding)
         if self.block.query_moves:
-            self._keys.move(reach, rounding)
+            self._keys.move(logit_deviation, rounding)
 
     @cached_property
     def _farthest(self) -> Float[Tensor, "*#batch heads n 1"]:
@@ -210,8 +212,8 @@ class BallParts:
         apart = (weights * keys.change.square()[..., None, None]).sum(-3)
         return torch.minimum(apart, weights.amax(-3) * keys.joint_change.square()[..., None, None])
 
-    def _reach(self, factors: Float[Tensor, "*#batch heads n one"]) -> Float[Tensor, "*#batch n m"]:
-        return reach(self.centre.queries, self._query_radius, self.maps.pairs * factors)
+    def _logit_gradient_moment(self, factors: Float[Tensor, "*#batch heads n one"]) -> Float[Tensor, "*#batch n m"]:
+        return logit_gradient_moment(self.centre.queries, self._query_radius, self.maps.pairs * factors)
 
 
 def _frobenius(entries: Float[Tensor, "*#batch heads n m"]) -> Float[Tensor, "*#batch"]:

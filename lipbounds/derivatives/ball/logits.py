@@ -17,6 +17,7 @@ from lipbounds.derivatives.rounding.logits import logit_error
 from lipbounds.ops._rows import SMALLEST_NORMAL
 from lipbounds.ops.interval import SoftmaxInterval, g_interval_upper, softmax_interval
 from lipbounds.ops.nonnegative import nonnegative_norm_upper
+from lipbounds.ops.shapes import broadcast_shape
 from lipbounds.rounding import gamma, inflate, product
 from lipbounds.targets.attention import Attention
 
@@ -68,7 +69,7 @@ def logit_radius(block: Attention, radius: float | Float[Tensor, "*#batch"]) -> 
         together = eps * (by_query + by_key).norm(dim=-1).unsqueeze(-1) + curvature * eps * eps
         change = apart + torch.diag_embed(together.squeeze(-1) - apart.diagonal(dim1=-2, dim2=-1))
     rounded = abs(block.scale_value) * (change + eps * _size_error(block)) * (1 + SIZE_SLACK)
-    shape = torch.broadcast_shapes(rounded.shape, block.logits.shape)
+    shape = broadcast_shape((rounded.shape, block.logits.shape))
     return rounded.expand(shape) + logit_error(block).unsqueeze(-1)
 
 

@@ -1,9 +1,10 @@
-"""Suprema over a ball of the joint spread of keys, values and queries of all heads of a block, rounded up.
+"""Suprema over a ball of the joint deviation of keys, values and queries of all heads of a block, rounded up.
 
-- spread: sup over |b| = 1 of sqrt( sum_hj t_hij <w'_hj - c_hi, b>^2 ) for weights t_hij >= P'_hij f_hij: it bounds
+- deviation: sup over |b| = 1 of sqrt( sum_hj t_hij <w'_hj - c_hi, b>^2 ) for weights t_hij >= P'_hij f_hij: it bounds
   covariances;
 - shift: how far the mean of a row moves; far: how far one key is from the mean of its row;
-- reach: the largest eigenvalue of sum_h t_hij u'_hi u'_hi^T: it bounds variances of the logits by the keys.
+- moment of the gradients of the logits: the largest eigenvalue of sum_h t_hij u'_hi u'_hi^T, which bounds variances of
+  the logits by the keys.
 
 Symbols and proof: docs/derivatives.md, sections 1 and 6.
 """
@@ -76,17 +77,17 @@ def _away(block: Attention, interval: SoftmaxInterval) -> Tensor:
 
 
 @dc.dataclass(frozen=True, slots=True)
-class Spread:
-    """What bounds a weighted spread of all heads, before it is known how much each head counts.
+class DeviationBound:
+    """What bounds a weighted deviation of all heads, before it is known how much each head counts.
 
     Args:
-        rows: whose spread it is.
+        rows: whose deviation it is.
         radius: of the ball, 0 where the tokens of these rows do not move.
         heads: norm of the weighted z of each head at the centre.
         largest: weight in each row of the map.
         total: sum of the weights of each row.
         error: of a row w' less the mean or constant taken off.
-        shift: of the mean of z where the spread feels it, else None.
+        shift: of the mean of z where the deviation feels it, else None.
     """
 
     rows: Rows
@@ -98,7 +99,7 @@ class Spread:
     shift: Float[Tensor, "*#batch heads n"] | None
 
     def joint(self, share: Float[Tensor, "*#batch heads n"]) -> Float[Tensor, "*#batch n"]:
-        """The spread of all heads with weights t_hij times the share of head h.
+        """The deviation of all heads with weights t_hij times the share of head h.
 
         Args:
             share: > 0, of each head in each row.
@@ -114,7 +115,7 @@ class Spread:
         return inflate(value, heads.shape[-2] + 32)
 
     def alone(self) -> Float[Tensor, "*#batch heads n"]:
-        """The spread of z of each head, without the errors of rows."""
+        """The deviation of z of each head, without the errors of rows."""
         change = self.radius.unsqueeze(-1) * self.rows.reduced_change
         value = self.heads + change.unsqueeze(-1) * root(self.largest)
         if self.shift is not None:
@@ -127,7 +128,7 @@ class Spread:
         return torch.minimum(self.rows.joint.unsqueeze(-1) * heads.amax(-2), apart)
 
 
-class Spreads:
+class RowDeviations:
     """Rows of keys or values on the ball of the given radius, seen from the mean of each row of the map at the centre.
 
     Args:
@@ -143,13 +144,15 @@ class Spreads:
         self._operations = 2 * sum(self._away.shape[-2:]) + 32
         self._error = (rows.error + radius.unsqueeze(-1) * rows.change_error).unsqueeze(-1)
         self._error = self._error + torch.zeros_like(maps.upper[..., 0])
-        self.plain = self._spread(maps.upper, self._error, None)
+        self.plain = self._bound(maps.upper, self._error, None)
 
-    def move(self, reach: Float[Tensor, "*#batch heads n"], rounding: Float[Tensor, "*#batch heads n m"]) -> None:
+    def move(
+        self, logit_deviation: Float[Tensor, "*#batch heads n"], rounding: Float[Tensor, "*#batch heads n m"]
+    ) -> None:
         """Find how far means and rows are from where they were: `shift`, `far`.
 
         Args:
-            reach: bound on sqrt(Var_hi(S)) over the ball, S how far the logits move.
+            logit_deviation: bound on sqrt(Var_hi(S)) over the ball, S how far the logits move.
             rounding: of the maps at the centre.
         """
         distance = inflate(vector_norm(self._away), self._operations)
@@ -157,28 +160,28 @@ class Spreads:
         lost = 8 * gamma(self._operations) * self.rows.reduced.detach().norm(dim=-1).amax(-1)
         own = (self.radius.unsqueeze(-1) * self.rows.reduced_change + lost).unsqueeze(-1)
         by_entries = (self.maps.away * distance).sum(-1)
-        by_rate = (rounding * distance).sum(-1) + reach * self.plain.alone()
+        by_rate = (rounding * distance).sum(-1) + logit_deviation * self.plain.alone()
         self.shift = inflate(torch.minimum(by_entries, by_rate) + own, self._operations)
-        self._error_of_mean = (2 + reach) * self._error
+        self._error_of_mean = (2 + logit_deviation) * self._error
         far = self.rows.factor_norm[..., None, None] * (distance + (own + self.shift).unsqueeze(-1))
         self.far = inflate(far + self._error_of_mean.unsqueeze(-1), 8)
 
-    def weighted(self, factors: Float[Tensor, "*#batch heads n m"]) -> Spread:
-        """The spread of the rows less their mean in the ball, weighted by P' f; after `move`.
+    def weighted(self, factors: Float[Tensor, "*#batch heads n m"]) -> DeviationBound:
+        """The deviation of the rows less their mean in the ball, weighted by P' f; after `move`.
 
         Args:
             factors: f >= 0.
         """
-        return self._spread(self.maps.upper * factors, self._error_of_mean, self.shift)
+        return self._bound(self.maps.upper * factors, self._error_of_mean, self.shift)
 
-    def _spread(self, weights: Tensor, error: Tensor, shift: Tensor | None) -> Spread:
+    def _bound(self, weights: Tensor, error: Tensor, shift: Tensor | None) -> DeviationBound:
         heads = inflate(spectral_norm_upper(root(weights).unsqueeze(-1) * self._away), self._operations)
         largest, total = weights.amax(-1), inflate(weights.sum(-1), self._operations)
-        return Spread(self.rows, self.radius, heads, largest, total, error, shift)
+        return DeviationBound(self.rows, self.radius, heads, largest, total, error, shift)
 
 
 def head_sizes(block: Attention, rows: Rows) -> Float[Tensor, "*#batch heads n"]:
-    """About the spread of the rows of each head at the centre, rounded to no side: to weigh heads against each other.
+    """Estimate of the deviation of the rows of each head at the centre, without rounding: a weight of heads.
 
     Args:
         block: in float64.
@@ -204,7 +207,7 @@ def balance(first: Float[Tensor, "*#batch heads n"], second: Float[Tensor, "*#ba
     return sizes[0] / sizes[1]
 
 
-def reach(
+def logit_gradient_moment(
     queries: Queries, radius: Float[Tensor, "*#batch"], weights: Float[Tensor, "*#batch heads n m"]
 ) -> Float[Tensor, "*#batch n m"]:
     """Upper bound of the norm of sum_h t_hij u'_hi u'_hi^T over the ball.

@@ -14,13 +14,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lipbounds.derivatives.ball.first import BallParts
-from lipbounds.derivatives.ball.suprema import Spread
+from lipbounds.derivatives.ball.first import BallDerivatives
+from lipbounds.derivatives.ball.suprema import DeviationBound
 from lipbounds.ops.spectral import root
 from lipbounds.rounding import inflate
 
 
-class BallThird(BallParts):
+class BallThirdDerivative(BallDerivatives):
     """The parts on a ball, and the third differential there."""
 
     def third(self) -> dict[str, Float[Tensor, "*#batch"]]:
@@ -37,16 +37,20 @@ class BallThird(BallParts):
 
     def _by_keys(self) -> dict[str, Tensor]:
         size = self._query_size
-        twice = self._reach(2 * self._norms * size.square())
+        twice = self._logit_gradient_moment(2 * self._norms * size.square())
         terms = {"values_key_key": 3 * self._mixing_weight * root(twice.sum(-2).amax(-1))}
         by_deviation = torch.minimum(
             *(
-                root((rows.square().unsqueeze(-1) * self._reach(_up(c) * 4 * size.pow(4))).sum(-2).amax(-1))
+                root(
+                    (rows.square().unsqueeze(-1) * self._logit_gradient_moment(_up(c) * 4 * size.pow(4)))
+                    .sum(-2)
+                    .amax(-1)
+                )
                 for rows, c in zip(self._value_rows, self.centre.query_shares, strict=True)
             )
         )
         values = self._deviation(self._values.plain).unsqueeze(-1)
-        by_distance = self._reach((2**0.5 * self._farthest + 3 * 0.5**0.5 * values) * size)
+        by_distance = self._logit_gradient_moment((2**0.5 * self._farthest + 3 * 0.5**0.5 * values) * size)
         by_distance = root(by_distance.square().sum(-2).amax(-1))
         return terms | {"key_key_key": torch.minimum(by_deviation, by_distance)}
 
@@ -66,7 +70,7 @@ class BallThird(BallParts):
         own = self._keys.weighted(far.square()).joint(norms.squeeze(-1)).amax(-1)
         terms = {"values_logits": 6 * weight * root(_largest(self._turned(norms)))}
         terms["values_query_query"] = 3 * weight * own
-        terms["values_query_key"] = 6 * weight * root(_largest(self._reach(norms * farthest.square())))
+        terms["values_query_key"] = 6 * weight * root(_largest(self._logit_gradient_moment(norms * farthest.square())))
         terms["logits_query"] = 6 * torch.minimum(
             *(
                 self._crossed(rows, self._turned(_up(c)))
@@ -84,12 +88,12 @@ class BallThird(BallParts):
         terms["query_query_key"] = 3 * torch.minimum(
             *(
                 self._crossed(once.joint(1 / c), reached)
-                for c, reached in zip(self.centre.query_shares, self._reached, strict=True)
+                for c, reached in zip(self.centre.query_shares, self._logit_gradient_moments, strict=True)
             )
         )
         both = self._values.weighted((far + deviation).square())
         terms["query_key_key"] = 3 * self._least(
-            lambda c: self._crossed(both.joint(1 / c), self._reach(_up(c) * twice))
+            lambda c: self._crossed(both.joint(1 / c), self._logit_gradient_moment(_up(c) * twice))
         )
         return terms
 
@@ -112,10 +116,10 @@ class BallThird(BallParts):
         moved = self._query_radius.unsqueeze(-1) * queries.change + queries.error
         return inflate(queries.sizes + moved.unsqueeze(-1), 8).unsqueeze(-1)
 
-    def _deviation(self, spread: Spread) -> Float[Tensor, "*#batch heads n"]:
+    def _deviation(self, deviation: DeviationBound) -> Float[Tensor, "*#batch heads n"]:
         """Largest ||Cov_hi||^(1/2), of keys or values of one head."""
-        norm = spread.rows.factor_norm.unsqueeze(-1)
-        return inflate(norm * spread.alone() + root(spread.total) * spread.error, 8)
+        norm = deviation.rows.factor_norm.unsqueeze(-1)
+        return inflate(norm * deviation.alone() + root(deviation.total) * deviation.error, 8)
 
     def _least(self, of_shares: Callable[[Tensor], Tensor]) -> Tensor:
         return torch.minimum(*(of_shares(c) for c in self.centre.query_shares))

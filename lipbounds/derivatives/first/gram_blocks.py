@@ -27,10 +27,10 @@ class RowProducts:
         self.output = rows.w_o.flatten(-3, -2)
         self.kept = None if squares_only or rows.maps is None or rows.query is None else self._turn(slice(None))
         if rows.maps is not None:
-            assert rows.reach is not None
+            assert rows.logit_gradient is not None
             # (W_V^h)^T W_V^g as [*, h, v, g, w], and (W_V^h)^T u_gk as [*, k, h, v, g].
             self.values = torch.einsum("...hav,...gaw->...hvgw", rows.w_v, rows.w_v)
-            self.reached = torch.einsum("...hav,...gka->...khvg", rows.w_v, rows.reach)
+            self.projected_gradients = torch.einsum("...hav,...gka->...khvg", rows.w_v, rows.logit_gradient)
 
     def __call__(self, i: int, start: int, stop: int) -> Float[Tensor, "*batch count out_dim out_dim"]:
         """The products of row i with the rows start, ..., stop - 1.
@@ -66,29 +66,34 @@ class RowProducts:
         return core + self._query_square(i, others) if others.start <= i < others.stop else core
 
     def _memory_part(self, i: int, others: slice) -> Tensor:
-        maps, spread, reach = self.rows.maps, self.rows.spread, self.rows.reach
+        maps, deviations, logit_gradient = self.rows.maps, self.rows.deviations, self.rows.logit_gradient
         assert maps is not None
-        assert spread is not None
-        assert reach is not None
+        assert deviations is not None
+        assert logit_gradient is not None
         map_i, maps_k = maps[..., i, :], maps[..., others, :]
-        spread_i, spread_k = spread[..., i, :, :, :], spread[..., others, :, :, :]
+        deviations_i, deviations_k = deviations[..., i, :, :, :], deviations[..., others, :, :, :]
         overlap = torch.einsum("...hj,...gkj->...khg", map_i, maps_k)
         core = overlap.unsqueeze(-2).unsqueeze(-1) * self.values.unsqueeze(-5)
-        alike = torch.einsum("...ha,...gka->...khg", reach[..., i, :], reach[..., others, :])
-        second = spread_i.flatten(-2).mT.unsqueeze(-3) @ spread_k.flatten(-2)
-        second = second.unflatten(-2, spread.shape[-2:]).unflatten(-1, spread.shape[-2:])
+        alike = torch.einsum("...ha,...gka->...khg", logit_gradient[..., i, :], logit_gradient[..., others, :])
+        second = deviations_i.flatten(-2).mT.unsqueeze(-3) @ deviations_k.flatten(-2)
+        second = second.unflatten(-2, deviations.shape[-2:]).unflatten(-1, deviations.shape[-2:])
         core = torch.addcmul(core, alike.unsqueeze(-2).unsqueeze(-1), second)
-        mean_k = torch.einsum("...hj,...kjgw->...khgw", map_i, spread_k)
-        core = torch.addcmul(core, self.reached[..., others, :, :, :].unsqueeze(-1), mean_k.unsqueeze(-3))
-        mean_i = torch.einsum("...jhv,...gkj->...khvg", spread_i, maps_k)
-        reached_i = self.reached[..., i, :, :, :].movedim(-1, -3)  # [*, h, g, w]
+        mean_k = torch.einsum("...hj,...kjgw->...khgw", map_i, deviations_k)
+        core = torch.addcmul(core, self.projected_gradients[..., others, :, :, :].unsqueeze(-1), mean_k.unsqueeze(-3))
+        mean_i = torch.einsum("...jhv,...gkj->...khvg", deviations_i, maps_k)
+        reached_i = self.projected_gradients[..., i, :, :, :].movedim(-1, -3)  # [*, h, g, w]
         return torch.addcmul(core, mean_i.unsqueeze(-1), reached_i.unsqueeze(-3).unsqueeze(-5))
 
     def _add_query_part(self, core: Tensor, i: int, others: slice) -> Tensor:
-        maps, spread, reach, query = self.rows.maps, self.rows.spread, self.rows.reach, self.rows.query
+        maps, deviations, logit_gradient, query = (
+            self.rows.maps,
+            self.rows.deviations,
+            self.rows.logit_gradient,
+            self.rows.query,
+        )
         assert maps is not None
-        assert spread is not None
-        assert reach is not None
+        assert deviations is not None
+        assert logit_gradient is not None
         assert query is not None
         query_i, query_k = query[..., i, :, :], query[..., others, :, :]
         # Z_hi times the part of row k at input i, then the part of row i at input k times Z_gk^T.
@@ -97,12 +102,12 @@ class RowProducts:
         )  # [*, h, v, g, w] of Z_hi W_V^g
         at_i = maps[..., others, i].mT.unsqueeze(-2).unsqueeze(-2).unsqueeze(-1)  # [*, k, 1, 1, g, 1]
         core = torch.addcmul(core, turned_i.unsqueeze(-5), at_i)
-        met = torch.einsum("...hva,...gka->...khvg", query_i, reach[..., others, :])
-        core = torch.addcmul(core, met.unsqueeze(-1), spread[..., others, i, :, :].unsqueeze(-3).unsqueeze(-3))
+        met = torch.einsum("...hva,...gka->...khvg", query_i, logit_gradient[..., others, :])
+        core = torch.addcmul(core, met.unsqueeze(-1), deviations[..., others, i, :, :].unsqueeze(-3).unsqueeze(-3))
         at_k = maps[..., i, others].mT.unsqueeze(-1).unsqueeze(-1).unsqueeze(-1)  # [*, k, h, 1, 1, 1]
         core = torch.addcmul(core, at_k, self._turned(others))
-        met = torch.einsum("...gkwa,...ha->...khgw", query_k, reach[..., i, :])
-        return torch.addcmul(core, spread[..., i, others, :, :].unsqueeze(-1).unsqueeze(-1), met.unsqueeze(-3))
+        met = torch.einsum("...gkwa,...ha->...khgw", query_k, logit_gradient[..., i, :])
+        return torch.addcmul(core, deviations[..., i, others, :, :].unsqueeze(-1).unsqueeze(-1), met.unsqueeze(-3))
 
     def _query_square(self, i: int, others: slice) -> Tensor:
         query = self.rows.query

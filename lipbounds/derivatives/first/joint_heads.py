@@ -65,8 +65,8 @@ def stacked_key(parts: OverlapParts) -> Float[Tensor, "*batch"]:
     block = parts.block
     unit = parts.grams.values.unit
     common = power_of_two(unit.unsqueeze(-1))[..., 0]
-    reach = parts.reach * (unit / common).unsqueeze(-1)
-    rows = reach.unsqueeze(-1) * block.queries
+    softmax_value_norm = parts.softmax_value_norm * (unit / common).unsqueeze(-1)
+    rows = softmax_value_norm.unsqueeze(-1) * block.queries
     scale = power_of_two(rows.detach().flatten(-3, -2))[..., 0, 0]
     rows = rows / scale[..., None, None, None]
     by_key = power_of_two(block.w_k.detach().flatten(-3, -2))
@@ -79,7 +79,7 @@ def stacked_key(parts: OverlapParts) -> Float[Tensor, "*batch"]:
         operations = block.tokens + sum(w_k.shape[-2:]) + block.heads * w_k.shape[-1] + 32
         width = gram.shape[-1]
         slack = (2 * gamma(operations + 8) + 16 * width * UNIT_ROUNDOFF) * size.square()
-        length = vector_norm(query_error(block) * reach) / scale.unsqueeze(-1)
+        length = vector_norm(query_error(block) * softmax_value_norm) / scale.unsqueeze(-1)
         off = inflate((length * lengths).sum(-1), operations)
     largest = largest_eigenvalue((gram + gram.mT) / 2)
     found = product(inflate(root(largest + slack) + off, operations), scale * by_key[..., 0, 0] * common[..., 0])

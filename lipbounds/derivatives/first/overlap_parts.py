@@ -77,7 +77,7 @@ class OverlapParts:
         return split_mixing(self.block, self.norms)
 
     @cached_property
-    def reach(self) -> Float[Tensor, "*batch heads n"]:
+    def softmax_value_norm(self) -> Float[Tensor, "*batch heads n"]:
         """a_hi >= ||V'^T J_hi||, in the units of V'."""
         by_variance = root(self.softmax) * root(self.grams.largest_variance())
         return inflate(torch.minimum(self.softmax * self.grams.values.norm.unsqueeze(-1), by_variance), 8)
@@ -85,7 +85,7 @@ class OverlapParts:
     @cached_property
     def key(self) -> Float[Tensor, "*batch"]:
         """||T3||; of a block whose memory moves."""
-        return self._key_part(self.reach)
+        return self._key_part(self.softmax_value_norm)
 
     def memory(self, mixing: Float[Tensor, "*batch"], key: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
         """||T1 + T3|| from norms of both, with the direction f apart.
@@ -106,10 +106,10 @@ class OverlapParts:
         side = _side(block, self.norms, "w_k", block.key_norm, block.key_rotation)
         return side, through(block.queries, query_error(block).amax(-1), side[0])
 
-    def _key_part(self, reach: Float[Tensor, "*batch heads n"]) -> Float[Tensor, "*batch"]:
+    def _key_part(self, softmax_value_norm: Float[Tensor, "*batch heads n"]) -> Float[Tensor, "*batch"]:
         side, queries = self._keys
         unit = abs(self.block.scale_value) * self.grams.values.unit * queries.unit
-        return _over_heads(self.norms, side, product(_weighted(reach, queries), unit))
+        return _over_heads(self.norms, side, product(_weighted(softmax_value_norm, queries), unit))
 
 
 def _weighted(weights: Float[Tensor, "*batch heads n"], queries: HeadRows) -> Float[Tensor, "*batch heads"]:

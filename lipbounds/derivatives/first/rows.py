@@ -36,8 +36,8 @@ class Rows:
         w_o: output weights, scaled; the Jacobian is `unit` times what these give.
         unit: power of two.
         maps: P, divided by `scale`.
-        spread: x_hij, not divided.
-        reach: u_hi, divided by `scale`.
+        deviations: x_hij, not divided.
+        logit_gradient: u_hi, divided by `scale`.
         query: Z_hi, divided by `scale`.
         scale: power of two of each row, of the order of its size.
         size: bound on the computed row, divided by `scale`.
@@ -48,8 +48,8 @@ class Rows:
     w_o: Float[Tensor, "*weights heads value_dim out_dim"]
     unit: Float[Tensor, "*weights"]
     maps: Float[Tensor, "*batch heads n m"] | None
-    spread: Float[Tensor, "*batch n m heads value_dim"] | None
-    reach: Float[Tensor, "*batch heads n dim"] | None
+    deviations: Float[Tensor, "*batch n m heads value_dim"] | None
+    logit_gradient: Float[Tensor, "*batch heads n dim"] | None
     query: Float[Tensor, "*batch heads n value_dim query_dim"] | None
     scale: Float[Tensor, "*batch n"]
     size: Float[Tensor, "*batch n"]
@@ -66,19 +66,19 @@ def jacobian_rows(block: Attention) -> Rows:
     output = w_o.detach().norm(dim=(-2, -1)).unsqueeze(-1)
     values = centred_projection(block.source_input, w_v)
     size = error = torch.zeros_like(block.logits[..., 0].detach())
-    maps = spread = reach = query = None
+    maps = deviations = logit_gradient = query = None
     if block.memory_moves:
         maps = block.probabilities
         by_head = values.rows.unsqueeze(-3) - (maps @ values.rows).unsqueeze(-2)
-        spread = (maps.unsqueeze(-1) * by_head).movedim(-4, -2).contiguous()
-        reach = block.scale_value * block.queries @ block.w_k.mT
+        deviations = (maps.unsqueeze(-1) * by_head).movedim(-4, -2).contiguous()
+        logit_gradient = block.scale_value * block.queries @ block.w_k.mT
         with torch.no_grad():
             through = w_v.norm(dim=(-2, -1)).unsqueeze(-1)
-            spread_size, reach_size = spread.norm(dim=(-3, -1)).mT, reach.norm(dim=-1)
-            off = reach_error(block)
-            size = size + maps.norm(dim=-1) * through + spread_size * reach_size
-            error = error + map_error(block) * through + spread_size * off
-            error = error + spread_error(block, values) * (reach_size + off)
+            deviations_size, logit_gradient_size = deviations.norm(dim=(-3, -1)).mT, logit_gradient.norm(dim=-1)
+            off = logit_gradient_error(block)
+            size = size + maps.norm(dim=-1) * through + deviations_size * logit_gradient_size
+            error = error + map_error(block) * through + deviations_size * off
+            error = error + deviation_error(block, values) * (logit_gradient_size + off)
     if block.query_moves:
         cross, cross_error = row_covariance(block, values, centred_keys(block))
         query = block.scale_value * cross @ block.w_q.mT.unsqueeze(-3)
@@ -96,8 +96,8 @@ def jacobian_rows(block: Attention) -> Rows:
         w_o=w_o,
         unit=unit,
         maps=None if maps is None else maps / per_head,
-        spread=spread,
-        reach=None if reach is None else reach / per_head,
+        deviations=deviations,
+        logit_gradient=None if logit_gradient is None else logit_gradient / per_head,
         query=None if query is None else query / per_head.unsqueeze(-1),
         scale=scale,
         size=size / scale,
@@ -106,7 +106,7 @@ def jacobian_rows(block: Attention) -> Rows:
 
 
 @torch.no_grad()
-def reach_error(block: Attention) -> Float[Tensor, "*batch heads n"]:
+def logit_gradient_error(block: Attention) -> Float[Tensor, "*batch heads n"]:
     """How far a computed u_hi can be from the exact one; without a gradient.
 
     Args:
@@ -119,7 +119,7 @@ def reach_error(block: Attention) -> Float[Tensor, "*batch heads n"]:
 
 
 @torch.no_grad()
-def spread_error(block: Attention, values: CentredRows) -> Float[Tensor, "*batch heads n"]:
+def deviation_error(block: Attention, values: CentredRows) -> Float[Tensor, "*batch heads n"]:
     """How far the computed x_hij of a row can be from the exact ones, in sum over j; without a gradient.
 
     Args:

@@ -20,7 +20,7 @@ from lipbounds.derivatives.first.covariance import (
     map_error,
     row_covariance,
 )
-from lipbounds.derivatives.first.rows import reach_error, scaled_weights, spread_error
+from lipbounds.derivatives.first.rows import deviation_error, logit_gradient_error, scaled_weights
 from lipbounds.ops.spectral import power_of_two
 from lipbounds.rounding import gamma, inflate
 from lipbounds.targets.attention import Attention
@@ -34,25 +34,25 @@ class Factors:
         w_v: value weights, scaled.
         output: output weights of all heads on top of each other, scaled.
         unit: of the result.
-        reach: u_hi.
+        logit_gradient: u_hi.
         to_query: s W_Q.
         to_key: W_K.
         maps: P.
-        spread: x_hij.
+        deviations: x_hij.
         away: k_hj less its mean.
         cross: Cov_hi(V, K).
-        units: powers of two: of `reach`, `to_query`, `to_key`, and of the largest row.
+        units: powers of two: of `logit_gradient`, `to_query`, `to_key`, and of the largest row.
         error: of a block of a row, output weights included.
     """
 
     w_v: Float[Tensor, "*#batch heads dim value_dim"]
     output: Float[Tensor, "*#batch inner out_dim"]
     unit: Float[Tensor, "*#batch"]
-    reach: Float[Tensor, "*#batch heads n dim"]
+    logit_gradient: Float[Tensor, "*#batch heads n dim"]
     to_query: Float[Tensor, "*#batch heads query_dim head_dim"]
     to_key: Float[Tensor, "*#batch heads memory_dim head_dim"]
     maps: Float[Tensor, "*#batch heads n m"]
-    spread: Float[Tensor, "*#batch heads n m value_dim"]
+    deviations: Float[Tensor, "*#batch heads n m value_dim"]
     away: Float[Tensor, "*#batch heads n m head_dim"]
     cross: Float[Tensor, "*#batch heads n value_dim head_dim"]
     units: tuple[Tensor, Tensor, Tensor, Tensor]
@@ -71,28 +71,28 @@ def factors_of(block: Attention) -> Factors:
     cross, cross_error = row_covariance(block, values, keys)
     apart = values.rows.unsqueeze(-3) - (maps @ values.rows).unsqueeze(-2)
     away = keys.rows.unsqueeze(-3) - (maps @ keys.rows).unsqueeze(-2)
-    reach = block.scale_value * block.queries @ block.w_k.mT
+    logit_gradient = block.scale_value * block.queries @ block.w_k.mT
     to_query = block.scale_value * block.w_q
-    size, error = _sizes(block, values, keys, w_v, reach, cross, cross_error)
+    size, error = _sizes(block, values, keys, w_v, logit_gradient, cross, cross_error)
     with torch.no_grad():
         output = w_o.norm(dim=(-2, -1)).unsqueeze(-1)
         operations = block.heads + 8
         size, error = inflate((output * size).sum(-2), operations), inflate((output * error).sum(-2), operations)
         largest = power_of_two((size + error).unsqueeze(-1))[..., 0, 0]
-        units = tuple(_unit(t) for t in (reach, to_query, block.w_k))
-    reach_unit, query_unit, key_unit = units
+        units = tuple(_unit(t) for t in (logit_gradient, to_query, block.w_k))
+    logit_gradient_unit, query_unit, key_unit = units
     return Factors(
         w_v=w_v,
         output=w_o.flatten(-3, -2),
         unit=unit * largest,
-        reach=reach / _wide(reach_unit, 3),
+        logit_gradient=logit_gradient / _wide(logit_gradient_unit, 3),
         to_query=to_query / _wide(query_unit, 3),
         to_key=block.w_k / _wide(key_unit, 3),
         maps=maps,
-        spread=maps.unsqueeze(-1) * apart,
+        deviations=maps.unsqueeze(-1) * apart,
         away=away,
         cross=cross,
-        units=(reach_unit, query_unit, key_unit, largest),
+        units=(logit_gradient_unit, query_unit, key_unit, largest),
         error=error / largest.unsqueeze(-1),
     )
 
@@ -103,7 +103,7 @@ def _sizes(
     values: CentredRows,
     keys: CentredRows,
     w_v: Tensor,
-    reach: Tensor,
+    logit_gradient: Tensor,
     cross: Tensor,
     cross_error: Tensor,
 ) -> tuple[Float[Tensor, "*#batch heads n"], Float[Tensor, "*#batch heads n"]]:
@@ -113,22 +113,22 @@ def _sizes(
     to_key = block.w_k.norm(dim=(-2, -1)).unsqueeze(-1)
     value, key = values.size.unsqueeze(-1), to_query * keys.size.unsqueeze(-1)
     value, key = 2 * value, 2 * key  # less the mean of a row instead of that of all keys
-    off = reach_error(block)
-    query = reach.norm(dim=-1) + off
+    off = logit_gradient_error(block)
+    query = logit_gradient.norm(dim=-1) + off
     moment = to_query * cross.norm(dim=(-2, -1))
-    maps, spread, turned = map_error(block), spread_error(block, values), to_query * spread_error(block, keys)
+    maps, deviations, turned = map_error(block), deviation_error(block, values), to_query * deviation_error(block, keys)
     size = lost = torch.zeros_like(query)
     if block.memory_moves:
         size = size + 2 * through * query + 3 * value * query.square()
         lost = lost + 2 * through * (2 * maps * query + off) + 6 * off * value * query
-        lost = lost + (3 * spread + 2 * maps * value) * query.square()
+        lost = lost + (3 * deviations + 2 * maps * value) * query.square()
     if block.query_moves:
         size = size + value * key.square()
-        lost = lost + spread * key.square() + 2 * value * key * turned
+        lost = lost + deviations * key.square() + 2 * value * key * turned
     if block.moves == "self":
         size = size + 2 * through * key + 2 * value * to_query * to_key + (2 * value * key + 2 * moment) * query
-        lost = lost + 2 * through * turned + 2 * spread * to_query * to_key + off * (2 * value * key + 2 * moment)
-        lost = lost + 2 * (spread * key + value * turned + maps * moment + to_query * cross_error) * query
+        lost = lost + 2 * through * turned + 2 * deviations * to_query * to_key + off * (2 * value * key + 2 * moment)
+        lost = lost + 2 * (deviations * key + value * turned + maps * moment + to_query * cross_error) * query
     operations = 2 * (sum(block.w_q.shape[-2:]) + sum(w_v.shape[-2:]) + block.w_k.shape[-2] + block.logits.shape[-1])
     return size, 2 * lost + gamma(operations + 64) * size  # twice: products of two errors
 
@@ -153,15 +153,15 @@ def pair_products(
         first: numbers of the tokens j; where one of the two is i and the query moves, it is this one.
         second: numbers of the tokens l.
     """
-    reach_unit, query_unit, key_unit, size = factors.units
+    logit_gradient_unit, query_unit, key_unit, size = factors.units
     same = (first == second).to(factors.maps.dtype)
     p_j, p_l = factors.maps[..., i, first], factors.maps[..., i, second]  # heads x pairs
-    x_j, x_l = factors.spread[..., i, first, :], factors.spread[..., i, second, :]
-    u = factors.reach[..., i, :]
-    weight = _wide(reach_unit / size, 2) * p_j * (same - p_l)
+    x_j, x_l = factors.deviations[..., i, first, :], factors.deviations[..., i, second, :]
+    u = factors.logit_gradient[..., i, :]
+    weight = _wide(logit_gradient_unit / size, 2) * p_j * (same - p_l)
     left = right = (weight.unsqueeze(-1) * u.unsqueeze(-2)).movedim(-3, -2)  # pairs x heads x D
     z = same.unsqueeze(-1) * x_j - p_j.unsqueeze(-1) * x_l - p_l.unsqueeze(-1) * x_j
-    z = _wide(reach_unit * (reach_unit / size), 3) * z
+    z = _wide(logit_gradient_unit * (logit_gradient_unit / size), 3) * z
     turned = (z.unsqueeze(-1) * u[..., None, None, :]).movedim(-4, -3)  # pairs x heads x v x D
     if not block.query_moves:
         return _products(factors, left, right, turned, u), _size(factors, left, right, turned, u)
@@ -172,7 +172,7 @@ def pair_products(
     left = left + (own > 0).to(keys.dtype)[:, None, None] * keys
     right = right + (own > 1).to(keys.dtype)[:, None, None] * keys
     moments = x_l.unsqueeze(-1) * away.unsqueeze(-2) - p_l[..., None, None] * factors.cross[..., i, :, :].unsqueeze(-3)
-    moments = _wide(query_unit * (reach_unit / size), 4) * moments @ factors.to_query.mT.unsqueeze(-3)
+    moments = _wide(query_unit * (logit_gradient_unit / size), 4) * moments @ factors.to_query.mT.unsqueeze(-3)
     turned = turned + own[:, None, None, None] * moments.movedim(-4, -3)
     crossed = _wide(query_unit * (key_unit / size), 3) * own.unsqueeze(-1) * x_l
     crossed = crossed.movedim(-3, -2)  # pairs x heads x v
@@ -209,8 +209,8 @@ def own_size(factors: Factors, i: int) -> Float[Tensor, "*#batch heads"]:
         factors: of the block; its query moves.
         i: number of an output token.
     """
-    spread, keys = _own(factors, i)
-    return (spread.norm(dim=-1) * keys.square().sum(-1)).sum(-1)
+    deviations, keys = _own(factors, i)
+    return (deviations.norm(dim=-1) * keys.square().sum(-1)).sum(-1)
 
 
 def twice(half: Float[Tensor, "*#batch heads v heads w"]) -> Tensor:
@@ -259,9 +259,9 @@ def _with_logits(
     found = torch.einsum("...khgd,...hvgd->...khvg", left_q, seen_k)
     found = found + torch.einsum("...khgd,...hvgd->...khvg", right_k, seen_q)
     half = found.unsqueeze(-1) * crossed[..., None, None, :, :]
-    reach_k = torch.einsum("...had,...ga->...hgd", to_key, u)
+    gradient_k = torch.einsum("...had,...ga->...hgd", to_key, u)
     turned_q = torch.einsum("...kgwa,...had->...khgwd", turned, to_query)
-    found = torch.einsum("...khgwd,...hgd->...khgw", turned_q, reach_k)
+    found = torch.einsum("...khgwd,...hgd->...khgw", turned_q, gradient_k)
     half = half + crossed[..., None, None] * found.unsqueeze(-3)
     queries = torch.einsum("...had,...gae->...hgde", to_query, to_query)
     keys = torch.einsum("...had,...gae->...hgde", to_key, to_key)
@@ -276,15 +276,15 @@ def own_square(factors: Factors, i: int) -> Float[Tensor, "*#batch heads v heads
         factors: of the block; its query moves.
         i: number of an output token.
     """
-    spread, keys = _own(factors, i)
+    deviations, keys = _own(factors, i)
     inner = torch.einsum("...hpa,...gqa->...hpgq", keys, keys).square()
-    return torch.einsum("...hpv,...hpgq,...gqw->...hvgw", spread, inner, spread)
+    return torch.einsum("...hpv,...hpgq,...gqw->...hvgw", deviations, inner, deviations)
 
 
 def _own(factors: Factors, i: int) -> tuple[Float[Tensor, "*#batch heads m v"], Float[Tensor, "*#batch heads m dim"]]:
     _, query_unit, _, size = factors.units
-    spread = _wide(query_unit * (query_unit / size), 3) * factors.spread[..., i, :, :]
-    return spread, factors.away[..., i, :, :] @ factors.to_query.mT
+    deviations = _wide(query_unit * (query_unit / size), 3) * factors.deviations[..., i, :, :]
+    return deviations, factors.away[..., i, :, :] @ factors.to_query.mT
 
 
 def _own_products(
@@ -297,14 +297,14 @@ def _own_products(
     crossed: Float[Tensor, "*#batch heads v"],
 ) -> Float[Tensor, "*#batch heads v heads w"]:
     """Of sum_p x_ip < w~_ip, . >^2 with the other four, of the pair (i, i)."""
-    spread, keys = _own(factors, i)
+    deviations, keys = _own(factors, i)
     by_value = torch.einsum("...hpa,...gaw->...hpgw", keys, factors.w_v)
     sides = torch.einsum("...hpa,...ga->...hpg", keys, left + right)
     found = sides.unsqueeze(-1) * by_value
-    by_reach = torch.einsum("...hpa,...ga->...hpg", keys, u)
-    found = found + by_reach.unsqueeze(-1) * torch.einsum("...hpa,...gwa->...hpgw", keys, turned)
+    by_gradient = torch.einsum("...hpa,...ga->...hpg", keys, u)
+    found = found + by_gradient.unsqueeze(-1) * torch.einsum("...hpa,...gwa->...hpgw", keys, turned)
     by_query = torch.einsum("...hpa,...gad->...hpgd", keys, factors.to_query)
     by_key = torch.einsum("...hpa,...gad->...hpgd", keys, factors.to_key)
     logits = (by_query * by_key).sum(-1)
     found = found + logits.unsqueeze(-1) * crossed[..., None, None, :, :]
-    return twice(torch.einsum("...hpv,...hpgw->...hvgw", spread, found))
+    return twice(torch.einsum("...hpv,...hpgw->...hvgw", deviations, found))

@@ -101,13 +101,13 @@ def two_keys(block: Attention, factors: Factors) -> Float[Tensor, "*#batch n"]:
     kept = torch.ones(n, m, dtype=factors.maps.dtype, device=block.device)
     if block.query_moves:
         kept = kept - torch.eye(n, dtype=kept.dtype, device=block.device)
-    maps, spread = factors.maps * kept, factors.spread * kept.unsqueeze(-1)
+    maps, deviations = factors.maps * kept, factors.deviations * kept.unsqueeze(-1)
     chunk = chunk_of(factors)
     error = inflate((m * max(m - 1, 0)) ** 0.5 * factors.error, 8)
     found = [
         gram_norms(
             factors,
-            *_two_keys(factors, maps[..., k : k + chunk, :], spread[..., k : k + chunk, :, :], slice(k, k + chunk)),
+            *_two_keys(factors, maps[..., k : k + chunk, :], deviations[..., k : k + chunk, :, :], slice(k, k + chunk)),
             error[..., k : k + chunk],
         )
         for k in range(0, n, chunk)
@@ -118,25 +118,25 @@ def two_keys(block: Attention, factors: Factors) -> Float[Tensor, "*#batch n"]:
 def _two_keys(
     factors: Factors,
     maps: Float[Tensor, "*#batch heads i m"],
-    spread: Float[Tensor, "*#batch heads i m v"],
+    deviations: Float[Tensor, "*#batch heads i m v"],
     rows: slice,
 ) -> tuple[Float[Tensor, "*#batch i heads v heads w"], Float[Tensor, "*#batch i heads"]]:
     """Sums of B_ijl B_ijl^T over pairs of different keys of some rows, divided by the square of `size`; their sizes."""
-    reach_unit, _, _, size = factors.units
-    weight = (reach_unit / size)[..., None, None, None]
-    spread = (reach_unit * (reach_unit / size))[..., None, None, None, None] * spread
-    u = factors.reach[..., rows, :]
+    logit_gradient_unit, _, _, size = factors.units
+    weight = (logit_gradient_unit / size)[..., None, None, None]
+    deviations = (logit_gradient_unit * (logit_gradient_unit / size))[..., None, None, None, None] * deviations
+    u = factors.logit_gradient[..., rows, :]
     inner = torch.einsum("...hia,...gia->...ihg", u, u)
     seen = torch.einsum("...hav,...gia->...ihvg", factors.w_v, u)
     values = torch.einsum("...hav,...gaw->...hvgw", factors.w_v, factors.w_v).unsqueeze(-5)
-    weighted = maps.unsqueeze(-1) * spread
+    weighted = maps.unsqueeze(-1) * deviations
 
     alike = torch.einsum("...him,...gim->...ihg", maps, maps)
     kappa = weight.square() * (alike.square() - torch.einsum("...him,...gim->...ihg", maps.square(), maps.square()))
-    met = torch.einsum("...gim,...himv->...ighv", maps, spread)
+    met = torch.einsum("...gim,...himv->...ighv", maps, deviations)
     lost = torch.einsum("...him,...gimw->...ihgw", maps.square(), weighted)
     lambda_ = 2 * (alike.unsqueeze(-1) * met - lost)
-    mu = alike[..., :, None, :, None] * torch.einsum("...himv,...gimw->...ihvgw", spread, spread)
+    mu = alike[..., :, None, :, None] * torch.einsum("...himv,...gimw->...ihvgw", deviations, deviations)
     mu = mu + met.transpose(-3, -2).transpose(-2, -1).unsqueeze(-1) * met.unsqueeze(-3)
     mu = 2 * mu - 4 * torch.einsum("...himv,...gimw->...ihvgw", weighted, weighted)
 
@@ -144,13 +144,13 @@ def _two_keys(
     crossed = seen.unsqueeze(-1) * seen.transpose(-3, -1).transpose(-2, -1).unsqueeze(-3)
     gram = 2 * kappa[..., :, None, :, None] * (wide * values + crossed)
     gram = gram + twice(2 * weight[..., None, None] * wide * seen.unsqueeze(-1) * lambda_.unsqueeze(-3))
-    return gram + wide.square() * mu, _size(factors, maps, spread, u, weight.squeeze(-1))
+    return gram + wide.square() * mu, _size(factors, maps, deviations, u, weight.squeeze(-1))
 
 
 @torch.no_grad()
-def _size(factors: Factors, maps: Tensor, spread: Tensor, u: Tensor, weight: Tensor) -> Tensor:
+def _size(factors: Factors, maps: Tensor, deviations: Tensor, u: Tensor, weight: Tensor) -> Tensor:
     """Of each row and head, what the products are made of, in absolute value."""
     squares, length = maps.square().sum(-1), u.norm(dim=-1)  # heads x rows
     values = factors.w_v.norm(dim=(-2, -1)).unsqueeze(-1)
-    size = weight * squares * length * values + squares.sqrt() * spread.norm(dim=(-2, -1)) * length.square()
+    size = weight * squares * length * values + squares.sqrt() * deviations.norm(dim=(-2, -1)) * length.square()
     return 3 * size.mT

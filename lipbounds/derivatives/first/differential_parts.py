@@ -19,7 +19,7 @@ from lipbounds.derivatives.first.covariance import (
     map_upper,
     row_covariance,
 )
-from lipbounds.derivatives.first.rows import reach_error, scaled_weights, spread_error
+from lipbounds.derivatives.first.rows import deviation_error, logit_gradient_error, scaled_weights
 from lipbounds.derivatives.norms import map_norm
 from lipbounds.ops.spectral import power_of_two, product_norm_upper, root, spectral_norm_upper, vector_norm
 from lipbounds.rounding import gamma, inflate
@@ -31,7 +31,9 @@ SAME = 1e-6  # relative; the roots of the rounding slack are below it
 CHUNK_ENTRIES = 2**22  # of the kernels of the rows that are made at a time
 
 
-def three_parts(block: Attention) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
+def differential_parts(
+    block: Attention,
+) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
     """Norms of T1, T2 and T3, rounded up; 0 for a part whose input does not move.
 
     Args:
@@ -105,21 +107,21 @@ def key_part(block: Attention) -> Float[Tensor, "*batch"]:
     """
     w_v, w_o, unit = scaled_weights(block)
     values = centred_projection(block.source_input, w_v)
-    reach = block.scale_value * block.queries @ block.w_k.mT
-    reach_size = vector_norm(reach) + reach_error(block)
+    logit_gradient = block.scale_value * block.queries @ block.w_k.mT
+    logit_gradient_size = vector_norm(logit_gradient) + logit_gradient_error(block)
     outputs = w_o.mT.unsqueeze(-3)
-    spread, error = row_covariance(block, values, values)
+    covariance, error = row_covariance(block, values, values)
     # ||W_O^hT Cov W_O^h|| as computed, and what its error adds.
-    through = _steady_norm(outputs, spread, outputs.mT)
+    through = _steady_norm(outputs, covariance, outputs.mT)
     through = through + error * w_o.square().sum((-2, -1)).unsqueeze(-1)
-    weighted = reach_size.square() * through
+    weighted = logit_gradient_size.square() * through
     columns = (weighted.unsqueeze(-2) @ map_upper(block)).squeeze(-2)
     by_head = root(columns.amax(-1)).sum(-1)
-    rows = _joint_rows(block, values.rows, w_o, reach)
+    rows = _joint_rows(block, values.rows, w_o, logit_gradient)
     with torch.no_grad():
         weight = w_o.norm(dim=(-2, -1)).unsqueeze(-1)
         own = map_upper(block).norm(dim=-1) * 2 * values.size.unsqueeze(-1)
-        off = weight * (spread_error(block, values) * reach_size + own * reach_error(block))
+        off = weight * (deviation_error(block, values) * logit_gradient_size + own * logit_gradient_error(block))
     jointly = vector_norm(rows + off.sum(-2))
     operations = block.tokens + block.logits.shape[-1] + sum(block.w_k.shape[-2:]) + block.heads + 64
     return inflate(_smaller(jointly, by_head), operations) * unit
@@ -179,14 +181,14 @@ def _squared_sum(cross: Tensor, w_o: Tensor, w_q: Tensor) -> Float[Tensor, "*bat
     return total
 
 
-def _joint_rows(block: Attention, values: Tensor, w_o: Tensor, reach: Tensor) -> Float[Tensor, "*batch n"]:
+def _joint_rows(block: Attention, values: Tensor, w_o: Tensor, logit_gradient: Tensor) -> Float[Tensor, "*batch n"]:
     """||T3_i T3_i^T||_F^(1/2) for every row i, for the factors as computed, rounded up."""
     outputs = w_o.flatten(-3, -2) @ w_o.flatten(-3, -2).mT
-    of_row = power_of_two(reach.detach().movedim(-3, -2))  # [*, n, 1, 1]
-    turned = reach.movedim(-3, -2) / of_row  # [*, n, h, D]
+    of_row = power_of_two(logit_gradient.detach().movedim(-3, -2))  # [*, n, 1, 1]
+    turned = logit_gradient.movedim(-3, -2) / of_row  # [*, n, h, D]
     maps = block.probabilities.movedim(-3, -2)  # [*, n, h, j]
     rows = values.movedim(-3, -2)  # [*, j, h, v]
-    operations = rows.shape[-3] + outputs.shape[-1] + w_o.shape[-1] + reach.shape[-1] + 16
+    operations = rows.shape[-3] + outputs.shape[-1] + w_o.shape[-1] + logit_gradient.shape[-1] + 16
     chunk = max(1, CHUNK_ENTRIES // (outputs.shape[-1] * max(outputs.shape[-1], rows.shape[-3])))
     squares = [
         _row_norms(maps[..., start : start + chunk, :, :], rows, turned[..., start : start + chunk, :, :], outputs, w_o,
@@ -210,14 +212,14 @@ def _row_norms(
         operations: roundings in an entry of S C.
     """
     means = torch.einsum("...chj,...jhv->...chv", maps, rows)
-    spread = maps.mT.unsqueeze(-1) * (rows.unsqueeze(-4) - means.unsqueeze(-3))  # [*, count, j, h, v]
+    deviations = maps.mT.unsqueeze(-1) * (rows.unsqueeze(-4) - means.unsqueeze(-3))  # [*, count, j, h, v]
     width = rows.shape[-1]
     alike = (turned @ turned.mT).repeat_interleave(width, -1).repeat_interleave(width, -2)
-    flat = spread.flatten(-2)
+    flat = deviations.flatten(-2)
     product = outputs.unsqueeze(-3) @ (alike * (flat.mT @ flat))
     squared = (product * product.mT).sum((-2, -1))
     with torch.no_grad():
-        length = (spread.norm(dim=(-3, -1)) * turned.norm(dim=-1)).square().sum(-1)
+        length = (deviations.norm(dim=(-3, -1)) * turned.norm(dim=-1)).square().sum(-1)
         error = 2 * gamma(operations) * length * w_o.square().sum((-3, -2, -1)).unsqueeze(-1)
         size = product.flatten(-2).norm(dim=-1)
         slack = 2 * gamma(product.shape[-1] ** 2 + 8) * size.square() + 2 * error * size + error.square()
