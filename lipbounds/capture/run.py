@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from lipbounds.capture.blocks import Captured, CrossMoves
 from lipbounds.capture.collector import Collector, OnUnsupported
 from lipbounds.capture.recorder import Recorder
 from lipbounds.capture.refusals import transform_error
+from lipbounds.capture.repeat import check_repeats
 from lipbounds.capture.steps import tensors_in
 from lipbounds.errors import InvalidInput, Unsupported
 
@@ -22,6 +24,7 @@ def capture(
     *args: Any,
     cross_moves: CrossMoves = "query",
     on_unsupported: OnUnsupported = "raise",
+    check: bool = False,
     **kwargs: Any,
 ) -> Captured:
     """The attention blocks of `model` at the given inputs, complete with weights, in the order of their calls.
@@ -39,6 +42,8 @@ def capture(
         cross_moves: the input that the Lipschitz constant of cross-attention is about, the other one being fixed.
         on_unsupported: `raise` for the first attention that `Attention` cannot express, or `skip` such attention and
             list it, with reasons, in `skipped` of the result.
+        check: also run the model twice more, at the same input and at one a little beside: each block must be what the
+            model computes there too (lipbounds.capture.repeat). It takes three times as long.
         **kwargs: its keyword inputs.
 
     Returns:
@@ -46,7 +51,8 @@ def capture(
         tensors are copied.
 
     Raises:
-        Unsupported: a block that `Attention` cannot express, such as one with capped logits, or no block at all.
+        Unsupported: a block that `Attention` cannot express, such as one with capped logits, or no block at all; with
+            `check=True`, a block that is not what the model computes when it is run again.
         InvalidInput: dropout that is active; a query that sees no key; inference mode.
     """
     if not isinstance(model, nn.Module):
@@ -71,7 +77,11 @@ def capture(
         if type(error).__module__.startswith("torch._dynamo"):  # flex_attention compiles what it runs
             raise transform_error(next(iter(recorder.just_left), ""), error.__traceback__) from error
         raise
-    return collector.result()
+    found = collector.result()
+    if check:
+        again = functools.partial(capture, model, cross_moves=cross_moves, on_unsupported=on_unsupported)
+        check_repeats(found, again, model, args, kwargs)
+    return found
 
 
 def _check_scripted(model: nn.Module) -> None:
