@@ -103,9 +103,9 @@ def _moved(
 ) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
     """The inputs with the first one moved, or those of a model that embeds it."""
     named = [*enumerate(args), *kwargs.items()]
-    first = next(((key, value) for key, value in named if isinstance(value, Tensor)), None)
-    if first is not None and first[1].is_floating_point():
-        key, value = first
+    tensors: list[tuple[int | str, Tensor]] = [(key, value) for key, value in named if isinstance(value, Tensor)]
+    if tensors and tensors[0][1].is_floating_point():
+        key, value = tensors[0]
         if isinstance(key, int):
             yield (*args[:key], _shifted(value), *args[key + 1 :]), kwargs
         else:
