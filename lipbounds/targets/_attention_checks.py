@@ -32,6 +32,8 @@ TRAILING = {
     "key_norm_weight": 2,
     "logit_bias": 3,
 }
+# Fields that the weights of one block are made of: they get one batch shape, which bounds may rely on.
+WEIGHTS = ("w_q", "w_k", "w_v", "w_o", "b_q", "b_k", "b_v", "b_o", "query_norm_weight", "key_norm_weight")
 ROTATIONS = ("query_rotation", "key_rotation")
 NORM_FIELDS = ("query_norm_weight", "key_norm_weight", "norm_eps", "norm_over")
 # |c^2 + s^2 - 1| of cosines and sines rounded to bfloat16 is at most 2^-7.9. A block in a wide dtype may hold floats of
@@ -97,6 +99,18 @@ def expand_groups(block: AttentionFields, name: str) -> Tensor | None:
     return (
         tensor.repeat_interleave(block.heads // tensor.shape[dim], dim) if tensor.shape[dim] != block.heads else tensor
     )
+
+
+def expand_batches(block: AttentionFields) -> dict[str, Tensor]:
+    """Those weights and biases that lack batch dimensions of the others, as views that have them."""
+    present = {name: tensor for name in WEIGHTS if (tensor := getattr(block, name)) is not None}
+    leading = {name: tensor.shape[: -TRAILING[name]] for name, tensor in present.items()}
+    common = broadcast_shape(leading.values())
+    return {
+        name: present[name].expand(*common, *present[name].shape[-TRAILING[name] :])
+        for name, shape in leading.items()
+        if shape != common
+    }
 
 
 def _check_types(present: dict[str, Tensor]) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor
 from lipbounds.claims import Feature
 from lipbounds.devices import answers
 from lipbounds.ops.shapes import broadcast_shape
-from lipbounds.targets._attention_checks import TRAILING, check_attention, expand_groups
+from lipbounds.targets._attention_checks import TRAILING, check_attention, expand_batches, expand_groups
 from lipbounds.targets.frozen import record_versions
 from lipbounds.targets.projection import affine_factors, merge_heads, project, project_heads
 from lipbounds.targets.rms_norm import NormOver, RmsNorm, normalise
@@ -79,25 +79,25 @@ class Attention(Target):
         InvalidInput: a shape, dtype or device does not fit; an entry is NaN or infinite; a query sees no key.
     """
 
-    x: Float[Tensor, "*batch n dim"]
-    w_q: Float[Tensor, "*weights heads dim head_dim"]
-    w_k: Float[Tensor, "*weights groups memory_dim head_dim"]
-    w_v: Float[Tensor, "*weights groups memory_dim value_dim"]
-    w_o: Float[Tensor, "*weights heads value_dim out_dim"]
-    b_q: Float[Tensor, "*weights heads head_dim"] | None = None
-    b_k: Float[Tensor, "*weights groups head_dim"] | None = None
-    b_v: Float[Tensor, "*weights groups value_dim"] | None = None
-    b_o: Float[Tensor, "*weights out_dim"] | None = None
-    query_rotation: Float[Tensor, "*rotary n 2 pairs"] | None = None
-    key_rotation: Float[Tensor, "*rotary m 2 pairs"] | None = None
-    query_norm_weight: Float[Tensor, "*weights heads head_dim"] | None = None
-    key_norm_weight: Float[Tensor, "*weights groups head_dim"] | None = None
+    x: Float[Tensor, "*#batch n dim"]
+    w_q: Float[Tensor, "*#weights heads dim head_dim"]
+    w_k: Float[Tensor, "*#weights groups memory_dim head_dim"]
+    w_v: Float[Tensor, "*#weights groups memory_dim value_dim"]
+    w_o: Float[Tensor, "*#weights heads value_dim out_dim"]
+    b_q: Float[Tensor, "*#weights heads head_dim"] | None = None
+    b_k: Float[Tensor, "*#weights groups head_dim"] | None = None
+    b_v: Float[Tensor, "*#weights groups value_dim"] | None = None
+    b_o: Float[Tensor, "*#weights out_dim"] | None = None
+    query_rotation: Float[Tensor, "*#rotary n 2 pairs"] | None = None
+    key_rotation: Float[Tensor, "*#rotary m 2 pairs"] | None = None
+    query_norm_weight: Float[Tensor, "*#weights heads head_dim"] | None = None
+    key_norm_weight: Float[Tensor, "*#weights groups head_dim"] | None = None
     norm_eps: float | None = None
     norm_over: NormOver | None = None
     scale: float | None = None
-    logit_bias: Float[Tensor, "*mask n m"] | None = None
+    logit_bias: Float[Tensor, "*#mask n m"] | None = None
     causal: bool = False
-    memory: Float[Tensor, "*memory m memory_dim"] | None = None
+    memory: Float[Tensor, "*#memory m memory_dim"] | None = None
     moves: Moves = "self"
 
     def __post_init__(self) -> None:
@@ -106,6 +106,8 @@ class Attention(Target):
             object.__setattr__(self, "scale", self.w_q.shape[-1] ** -0.5)
         for name in ("w_k", "w_v", "b_k", "b_v", "key_norm_weight"):
             object.__setattr__(self, name, expand_groups(self, name))
+        for name, tensor in expand_batches(self).items():
+            object.__setattr__(self, name, tensor)
         record_versions(self)
 
     # -- what it is ---------------------------------------------------------------------------------------------

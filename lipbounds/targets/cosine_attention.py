@@ -47,10 +47,10 @@ class CosineAttention(TensorTarget):
 
     trailing: ClassVar[dict[str, int]] = {"x": 2, "w_q": 2, "w_k": 2, "w_v": 2}
 
-    x: Float[Tensor, "*batch n dim"]
-    w_q: Float[Tensor, "*weights dim head_dim"]
-    w_k: Float[Tensor, "*weights dim head_dim"]
-    w_v: Float[Tensor, "*weights dim value_dim"]
+    x: Float[Tensor, "*#batch n dim"]
+    w_q: Float[Tensor, "*#weights dim head_dim"]
+    w_k: Float[Tensor, "*#weights dim head_dim"]
+    w_v: Float[Tensor, "*#weights dim value_dim"]
     scale: float = 1.0
     output_scale: float = 1.0
     eps: float

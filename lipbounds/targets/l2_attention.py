@@ -43,10 +43,10 @@ class L2Attention(TensorTarget):
 
     trailing: ClassVar[dict[str, int]] = {"x": 2, "w_q": 3, "w_v": 3, "w_o": 3}
 
-    x: Float[Tensor, "*batch n dim"]
-    w_q: Float[Tensor, "*weights heads dim head_dim"]
-    w_v: Float[Tensor, "*weights heads dim value_dim"]
-    w_o: Float[Tensor, "*weights heads value_dim out_dim"]
+    x: Float[Tensor, "*#batch n dim"]
+    w_q: Float[Tensor, "*#weights heads dim head_dim"]
+    w_v: Float[Tensor, "*#weights heads dim value_dim"]
+    w_o: Float[Tensor, "*#weights heads value_dim out_dim"]
 
     def __post_init__(self) -> None:
         check_tensors(self)

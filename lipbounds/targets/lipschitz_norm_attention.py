@@ -44,9 +44,9 @@ class LipschitzNormAttention(TensorTarget):
 
     trailing: ClassVar[dict[str, int]] = {"queries": 2, "keys": 2, "values": 2}
 
-    queries: Float[Tensor, "*batch m dim"]
-    keys: Float[Tensor, "*batch n dim"]
-    values: Float[Tensor, "*batch n value_dim"]
+    queries: Float[Tensor, "*#batch m dim"]
+    keys: Float[Tensor, "*#batch n dim"]
+    values: Float[Tensor, "*#batch n value_dim"]
 
     def __post_init__(self) -> None:
         check_tensors(self)
@@ -96,9 +96,9 @@ class LipschitzNormAttention(TensorTarget):
 
 
 def _largest_product(
-    queries: Float[Tensor, "*batch m dim"],
-    keys: Float[Tensor, "*batch n dim"],
-    values: Float[Tensor, "*batch n value_dim"],
+    queries: Float[Tensor, "*#batch m dim"],
+    keys: Float[Tensor, "*#batch n dim"],
+    values: Float[Tensor, "*#batch n value_dim"],
 ) -> Float[Tensor, "*batch"]:
     """max(u v, u w, v w)."""
     u, v, w = queries.flatten(-2).norm(dim=-1), keys.norm(dim=-1).amax(-1), values.norm(dim=-1).amax(-1)
