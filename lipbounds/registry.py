@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import get_args
 
 from torch import Tensor
@@ -31,6 +32,7 @@ class Registry:
     def __init__(self) -> None:
         self._specs: dict[str, BoundSpec] = {}
         self._loaded = False
+        self._broken: list[str] = []  # what is wrong with plug-ins that could not be loaded
 
     def add(self, spec: BoundSpec) -> BoundSpec:
         """Register `spec`; a name that is taken raises and names both owners."""
@@ -49,7 +51,8 @@ class Registry:
         if name not in self._specs:
             near = difflib.get_close_matches(name, self._specs, n=3, cutoff=0.5)
             hint = f"did you mean {near}?" if near else "lipbounds.select() lists all of them."
-            raise UnknownBound(f"no bound or estimator named {name!r}; {hint}")
+            broken = "".join(f" A plug-in is missing: {reason}" for reason in self._broken)
+            raise UnknownBound(f"no bound or estimator named {name!r}; {hint}{broken}")
         return self._specs[name]
 
     def __iter__(self) -> Iterator[BoundSpec]:
@@ -57,7 +60,7 @@ class Registry:
         return iter(sorted(self._specs.values(), key=lambda spec: spec.name))
 
     def _load(self) -> None:
-        """Import our own files, then the plug-ins; at the first use and never at import."""
+        """Import our own files, then the plug-ins; at the first use and never at import. A broken one is left out."""
         if self._loaded:
             return
         self._loaded = True
@@ -66,13 +69,26 @@ class Registry:
         if os.environ.get("LIPBOUNDS_NO_PLUGINS") == "1":
             return
         for entry in entry_points(group=ENTRY_POINT_GROUP):
-            spec = entry.load()
-            if not isinstance(spec, BoundSpec):
-                raise InvalidInput(
-                    f"entry point {entry.name!r} ({entry.value}) must name a BoundSpec, got {type(spec).__name__}; "
-                    "decorate the function with lipbounds.bound(...)."
+            before = dict(self._specs)
+            try:
+                self._add_plugin(entry)
+            except (Exception, SystemExit) as error:  # whatever a stranger's module does when it is imported
+                self._specs = before
+                said = " ".join(str(error).split())
+                self._broken.append(
+                    f"the entry point {entry.name!r} ({entry.value}) in the group {ENTRY_POINT_GROUP!r} could not be "
+                    f"loaded, {type(error).__name__}: {said} Repair or uninstall its package; all other bounds work."
                 )
-            self.add(spec)
+        for reason in self._broken:  # at the end: where warnings are errors, no bound is lost
+            warnings.warn(reason, RuntimeWarning, stacklevel=4)
+
+    def _add_plugin(self, entry: EntryPoint) -> None:
+        spec = entry.load()
+        if not isinstance(spec, BoundSpec):
+            raise InvalidInput(
+                f"it must name a BoundSpec, got {type(spec).__name__}; decorate the function with lipbounds.bound(...)."
+            )
+        self.add(spec)
 
 
 def _origin(spec: BoundSpec) -> str:
