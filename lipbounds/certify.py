@@ -39,6 +39,7 @@ from lipbounds.errors import InvalidInput, LipboundsError, Unsupported
 from lipbounds.lazy import make_callable
 from lipbounds.ops.spectral import vector_norm
 from lipbounds.rounding import UNIT_ROUNDOFF, inflate, product
+from lipbounds.targets.given import WHOLE, given_tensor
 from lipbounds.targets.layers import Layer, Linear, Sequence
 
 
@@ -91,8 +92,8 @@ class Certificate:
 
 def certify(
     network: Layer,
-    x: Float[Tensor, "batch ..."],
-    labels: Int[Tensor, " batch"],
+    x: Float[Tensor, "batch ..."] | Any,
+    labels: Int[Tensor, " batch"] | Any,
     *,
     model: Callable[..., Any] | None = None,
     unit: str = UNIT,
@@ -110,8 +111,8 @@ def certify(
 
     Args:
         network: a classifier whose output is one token with a logit a feature, such as an adapter returns.
-        x: inputs, one batch dimension.
-        labels: the right classes.
+        x: inputs, one batch dimension; a tensor, a NumPy array, or a list.
+        labels: the right classes; likewise.
         model: the classifier that the network stands for, a module or a callable that takes `x`; the certificate is
             refused unless logits and derivatives agree at `x` (lipbounds.compose.same_model). Without it the
             certificate is about the network alone.
@@ -132,15 +133,16 @@ def certify(
         Unsupported: the network is too large for the method, or has a layer that it does not know; it is not `model`.
         LipboundsError: `check` found another class in a certified ball: a fault of this library.
     """
-    _check(x, labels, method, largest, steps)
+    x, labels = given_tensor("x", x), given_tensor("labels", labels)
+    _check(network, x, labels, method, largest, steps)
     network = network.to(torch.float64)
-    x, labels = x.detach().to(torch.float64), labels.to(x.device)
-    with torch.no_grad():
-        output = network(x)
+    x, labels = x.detach().to(torch.float64), labels.to(x.device, torch.int64)
+    output = _output(network, x)
     if output.dim() != 3 or output.shape[1] != 1 or output.shape[2] < 2:
         raise InvalidInput(
             f"network must return one token of at least two logits an input, [batch, 1, classes], got "
-            f"{tuple(output.shape)}; end it with a Pool and a Linear."
+            f"{tuple(output.shape)}; end it with a Pool and a Linear, and give x a batch dimension (x[None] for one "
+            "input)."
         )
     logits = output.squeeze(1)
     if not bool(((labels >= 0) & (labels < logits.shape[1])).all()):
@@ -167,6 +169,18 @@ def certify(
         method=method,
         attacked=_attacked(network, x, labels, radii) if check else None,
     )
+
+
+def _output(network: Layer, x: Tensor) -> Tensor:
+    try:
+        with torch.no_grad():
+            return network(x)
+    except (RuntimeError, IndexError, ValueError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise InvalidInput(
+            f"network must run on x, float64 of shape {tuple(x.shape)}, got {type(error).__name__}: {reason}; pass "
+            "inputs of the shape that it was made for, with one batch dimension."
+        ) from error
 
 
 def _fitting(network: Layer, x: Tensor) -> Method:
@@ -277,14 +291,21 @@ def _product(
     return known
 
 
-def _check(x: Tensor, labels: Tensor, method: str | None, largest: float, steps: int) -> None:
+def _check(network: Layer, x: Tensor, labels: Tensor, method: str | None, largest: float, steps: int) -> None:
+    if not isinstance(network, Layer):
+        raise InvalidInput(
+            f"network must be made of layers of lipbounds.targets.layers, got {type(network).__name__}; build it with "
+            "an adapter (docs/howto/certify.md), and pass a torch module as model=."
+        )
     if method not in (None, "taylor", "joint", "product"):
         raise InvalidInput(f"method must be 'taylor', 'joint' or 'product', got method={method!r}.")
     if not 0 < largest < math.inf:
         raise InvalidInput(f"largest must be positive and finite, got largest={largest}.")
     if steps < 1:
         raise InvalidInput(f"steps must be at least 1, got steps={steps}.")
-    if labels.dtype not in (torch.int64, torch.int32) or labels.dim() != 1 or len(labels) != len(x):
+    if x.dim() < 1:
+        raise InvalidInput("x must hold one input or more along its first dimension, got a single number.")
+    if labels.dtype not in WHOLE or labels.dim() != 1 or len(labels) != len(x):
         raise InvalidInput(
             f"labels must be one integer an input, got {labels.dtype} of shape {tuple(labels.shape)} for "
             f"{len(x)} inputs."

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import dataclasses as dc
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from lipbounds.claims import Kind
 from lipbounds.errors import InvalidInput
+from lipbounds.targets.given import WHOLE, given_tensor
 
 
 MOST_SAMPLES = 1_000_000
@@ -73,8 +75,8 @@ class SmoothedCertificate:
 @torch.no_grad()
 def certify_smoothed(
     model: Callable[[Tensor], Tensor],
-    x: Float[Tensor, "batch ..."],
-    labels: Int[Tensor, " batch"],
+    x: Float[Tensor, "batch ..."] | Any,
+    labels: Int[Tensor, " batch"] | Any,
     *,
     sigma: float,
     samples: int = 10_000,
@@ -89,8 +91,8 @@ def certify_smoothed(
 
     Args:
         model: a batch of inputs to a batch of logits, such as a module in evaluation mode.
-        x: inputs, pixels or embeddings, one batch dimension.
-        labels: the right classes.
+        x: inputs, pixels or embeddings, one batch dimension; a tensor, a NumPy array, or a list.
+        labels: the right classes; likewise.
         sigma: standard deviation of the noise on every number of the input.
         samples: draws that are counted, for each input; at most a million.
         selection: draws that choose the class.
@@ -101,6 +103,7 @@ def certify_smoothed(
     Raises:
         InvalidInput: an option out of range, labels that do not fit, or logits that are no matrix.
     """
+    x, labels = given_tensor("x", x), given_tensor("labels", labels)
     _check(x, labels, sigma, samples, selection, delta, batch)
     generator = torch.Generator(device=x.device).manual_seed(seed)
     radii, predictions, lower = [], [], []
@@ -184,7 +187,7 @@ def _check(x: Tensor, labels: Tensor, sigma: float, samples: int, selection: int
         )
     if not 0 < delta < 1:
         raise InvalidInput(f"delta must be between 0 and 1, got delta={delta}.")
-    if labels.dtype not in (torch.int64, torch.int32) or labels.dim() != 1 or len(labels) != len(x):
+    if labels.dtype not in WHOLE or labels.dim() != 1 or len(labels) != len(x):
         raise InvalidInput(f"labels must be one integer per input, got {labels.dtype} of shape {tuple(labels.shape)}.")
     if len(x) == 0 or not x.dtype.is_floating_point or not bool(x.isfinite().all()):
         raise InvalidInput(f"x must hold at least one input of finite floats, got {x.dtype} of shape {tuple(x.shape)}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -16,6 +17,7 @@ from lipbounds.estimators._rayleigh import attained
 from lipbounds.estimators.lanczos import lanczos_upper
 from lipbounds.rounding import cast_down
 from lipbounds.targets.derivative_check import CAUSES, check_derivative
+from lipbounds.targets.given import given_tensor
 from lipbounds.targets.module_copy import module_copy
 from lipbounds.targets.network import Network, detached_call, plain_kernels
 
@@ -28,7 +30,7 @@ DTYPE_CAUSES = (
 
 def whole_model_constant(
     function: nn.Module | Callable[[Tensor], Tensor],
-    x: Float[Tensor, "..."],
+    x: Float[Tensor, "..."] | Any,
     *,
     batch_dims: int = 1,
     delta: float = 1e-9,
@@ -47,7 +49,7 @@ def whole_model_constant(
 
     Args:
         function: a module, which is copied to float64 and evaluation mode, or any callable that takes float64.
-        x: the input; evaluated in float64.
+        x: the input, a tensor, a NumPy array, or a list; evaluated in float64.
         batch_dims: number of its leading dimensions that are batch; each output item must depend on its own item alone.
         delta: allowed probability of failure for each batch item, above 0 and below 1.
         steps: Lanczos steps; up to that dimension the dense norm is returned.
@@ -58,6 +60,7 @@ def whole_model_constant(
         Unsupported: the function cannot be differentiated twice; its gradient is not its derivative, or it is another
             function in float64; two runs differ; a module cannot be copied, or its copy cannot run in float64.
     """
+    x = given_tensor("x", x)
     wide = module_copy(function, torch.float64) if isinstance(function, nn.Module) else function
     network = Network(wide, x.detach().double(), batch_dims=batch_dims)
     checked = _first_use(network)

@@ -13,6 +13,7 @@ from torch import Tensor
 from lipbounds.errors import InvalidInput
 from lipbounds.models.loading import LoadedModel
 from lipbounds.report.measure import ModelInput
+from lipbounds.targets.given import odd_kind
 
 
 SENTENCE = "The movie was surprisingly good, but the ending felt rushed."
@@ -201,14 +202,7 @@ def _tensor(path: Path) -> Tensor:
 
 def _odd(tensor: Tensor) -> str | None:
     """What is unusual about a tensor that no model takes as its input."""
-    kinds = {
-        "a nested one": tensor.is_nested,
-        f"one of layout {tensor.layout}": tensor.layout != torch.strided,
-        "one without numbers (device meta)": tensor.is_meta,
-        "a quantized one": tensor.is_quantized,
-        "complex numbers": tensor.is_complex(),
-    }
-    found = next((name for name, holds in kinds.items() if holds), None)
+    found = odd_kind(tensor)
     if found is None and not bool(tensor.isfinite().all()):
         return f"{int((~tensor.isfinite()).sum())} numbers that are not finite"
     return found

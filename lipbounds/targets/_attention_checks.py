@@ -10,6 +10,7 @@ from torch import Tensor
 from lipbounds.devices import answers
 from lipbounds.errors import InvalidInput
 from lipbounds.ops.shapes import broadcast_shape
+from lipbounds.targets.given import odd_kind
 from lipbounds.targets.rms_norm import NORM_OVER
 
 
@@ -117,6 +118,8 @@ def _check_types(present: dict[str, Tensor]) -> None:
     for name, tensor in present.items():
         if not isinstance(tensor, Tensor):
             raise InvalidInput(f"{name} must be a torch tensor, got {type(tensor).__name__}; use torch.as_tensor.")
+        if (odd := odd_kind(tensor)) is not None:
+            raise InvalidInput(f"{name} must be a plain tensor of real numbers, got {odd}; convert it.")
         if tensor.dtype not in FLOAT_DTYPES:
             allowed = [str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES]
             hint = "; turn a boolean mask into 0 and -inf" if name == "logit_bias" else ""

@@ -14,6 +14,7 @@ from lipbounds.errors import InvalidInput
 from lipbounds.ops.shapes import broadcast_shape
 from lipbounds.targets._attention_checks import FLOAT_DTYPES, check_finite
 from lipbounds.targets.frozen import record_versions
+from lipbounds.targets.given import odd_kind
 from lipbounds.targets.target import Target
 
 
@@ -106,6 +107,8 @@ def check_positive(**numbers: float) -> None:
 def _check_one(name: str, tensor: Tensor, dimensions: int) -> None:
     if not isinstance(tensor, Tensor):
         raise InvalidInput(f"{name} must be a torch tensor, got {type(tensor).__name__}; use torch.as_tensor.")
+    if (odd := odd_kind(tensor)) is not None:
+        raise InvalidInput(f"{name} must be a plain tensor of real numbers, got {odd}; convert it.")
     if tensor.dtype not in FLOAT_DTYPES:
         allowed = [str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES]
         raise InvalidInput(f"{name} must have one of the dtypes {allowed}, got {tensor.dtype}.")

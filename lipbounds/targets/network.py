@@ -51,7 +51,8 @@ class Network:
     """A torch function at one input, with products with its Jacobian.
 
     With `batch_dims` > 0 the leading dimensions hold independent items: output item i must depend on input item i
-    alone. That is assumed, not checked; it is false for batch normalisation in training mode.
+    alone. Products with random covectors check it; it is false for batch normalisation in training mode, and for an
+    input without a batch dimension.
 
     At the first use the function is run in the precision of `x` and of its weights, with gradients enabled, the plain
     attention kernels selected and the fast path of torch.nn off; both settings are restored, and the buffers of a
@@ -66,7 +67,8 @@ class Network:
 
     Raises:
         InvalidInput: `x` is not a finite, non-empty floating tensor, or `batch_dims` does not fit it; at the first
-            use: the output is not a finite floating tensor with the same batch dimensions, or is cut off from `x`.
+            use: the output is not a finite floating tensor with the same batch dimensions, or is cut off from `x`; an
+            item of the output depends on other items of `x`.
         Unsupported: at the first use: an operation of the function cannot be differentiated twice; its gradient is not
             its derivative; two runs at `x` differ, as with dropout in training mode.
     """
@@ -162,6 +164,7 @@ class Network:
                     "remove torch.no_grad() or detach() inside the function."
                 )
             _check_adjoint(x, y, u, pulled_back)
+            _check_items(x, y, self.batch_dims)
             generator = torch.Generator().manual_seed(1)
             v = torch.randn(x.shape, generator=generator, dtype=torch.float32, device=generator.device).to(x)
             checked = check_derivative(
@@ -261,8 +264,29 @@ def _check_output(y: Tensor, x: Tensor, batch_dims: int) -> None:
     if y.shape[:batch_dims] != x.shape[:batch_dims]:
         raise InvalidInput(
             f"the output must keep the batch dimensions {tuple(x.shape[:batch_dims])} of x, "
-            f"got shape {tuple(y.shape)}; lower batch_dims={batch_dims}, or return one output per item."
+            f"got shape {tuple(y.shape)}; give x a batch dimension (x[None] for one input), lower "
+            f"batch_dims={batch_dims}, or return one output per item."
         )
+
+
+def _check_items(x: Tensor, y: Tensor, batch_dims: int) -> None:
+    """Refuse a function in which one half of the items moves the outputs of the other half, in either direction."""
+    items = math.prod(x.shape[:batch_dims])
+    if items < 2:
+        return
+    generator = torch.Generator().manual_seed(2)
+    c = torch.randn(y.shape, generator=generator, dtype=torch.float32, device=generator.device).to(y)
+    first = torch.arange(items, device=x.device) < items // 2
+    for chosen in (first, ~first):
+        kept = chosen.reshape(x.shape[:batch_dims] + (1,) * (y.dim() - batch_dims))
+        moved = _gradient_or_zero(y, x, c * kept).double().reshape(items, -1)
+        inside, leaked = (torch.linalg.vector_norm(moved[part]) for part in (chosen, ~chosen))
+        if not bool(leaked <= 1e3 * torch.finfo(y.dtype).eps * inside):
+            raise InvalidInput(
+                f"each of the {items} items along the first {batch_dims} dimensions of x, of shape {tuple(x.shape)}, "
+                "must give its own output alone, got outputs that depend on other items; give x a batch dimension "
+                "(x[None] for one input), pass batch_dims=0 for one constant of all of x, or call model.eval()."
+            )
 
 
 def _check_adjoint(x: Tensor, y: Tensor, u: Tensor, pulled_back: Tensor) -> None:
