@@ -118,8 +118,6 @@ def _check_types(present: dict[str, Tensor]) -> None:
     for name, tensor in present.items():
         if not isinstance(tensor, Tensor):
             raise InvalidInput(f"{name} must be a torch tensor, got {type(tensor).__name__}; use torch.as_tensor.")
-        if (odd := odd_kind(tensor)) is not None:
-            raise InvalidInput(f"{name} must be a plain tensor of real numbers, got {odd}; convert it.")
         if tensor.dtype not in FLOAT_DTYPES:
             allowed = [str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES]
             hint = "; turn a boolean mask into 0 and -inf" if name == "logit_bias" else ""
@@ -139,6 +137,8 @@ def _check_types(present: dict[str, Tensor]) -> None:
             raise InvalidInput(
                 f"all tensors must be on one device, got x on {x.device} and {name} on {tensor.device}; move one."
             )
+        if (odd := odd_kind(tensor)) is not None:
+            raise InvalidInput(f"{name} must be a plain tensor of real numbers, got {odd}; convert it.")
 
 
 def _check_moves(block: AttentionFields) -> None:

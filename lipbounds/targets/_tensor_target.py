@@ -79,6 +79,8 @@ def check_tensors(block: TensorTarget) -> None:
                 f"all tensors must share one dtype and device, got {first} ({lead.dtype}, {lead.device}) and "
                 f"{name} ({tensor.dtype}, {tensor.device}); convert one."
             )
+        if (odd := odd_kind(tensor)) is not None:
+            raise InvalidInput(f"{name} must be a plain tensor of real numbers, got {odd}; convert it.")
     leading = {name: tensor.shape[: tensor.dim() - block.trailing[name]] for name, tensor in block.tensors.items()}
     try:
         broadcast_shape(leading.values())
@@ -107,8 +109,6 @@ def check_positive(**numbers: float) -> None:
 def _check_one(name: str, tensor: Tensor, dimensions: int) -> None:
     if not isinstance(tensor, Tensor):
         raise InvalidInput(f"{name} must be a torch tensor, got {type(tensor).__name__}; use torch.as_tensor.")
-    if (odd := odd_kind(tensor)) is not None:
-        raise InvalidInput(f"{name} must be a plain tensor of real numbers, got {odd}; convert it.")
     if tensor.dtype not in FLOAT_DTYPES:
         allowed = [str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES]
         raise InvalidInput(f"{name} must have one of the dtypes {allowed}, got {tensor.dtype}.")
