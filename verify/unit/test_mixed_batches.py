@@ -101,13 +101,13 @@ def test_one_field_alone_with_a_batch_dimension_gives_all_of_them_one(name: str)
 def test_weights_of_every_pair_of_batch_dimensions_get_a_common_one() -> None:
     given = fields(biases=True, norm=True)
     for one, other in permutations(WEIGHTS, 2):
-        changed = {one: repeated(one, given[one], (2, 1)), other: repeated(other, given[other], (3,))}
+        changed: dict[str, Any] = {one: repeated(one, given[one], (2, 1)), other: repeated(other, given[other], (3,))}
         block = Attention(**given | changed)
         leads = {getattr(block, name).shape[: -TRAILING[name]] for name in WEIGHTS}
         assert leads == {BATCH}, (one, other)
         torch.testing.assert_close(block.forward()[1, 2], batch_item(block, (1, 2)).forward())
         with pytest.raises(InvalidInput, match="leading batch dimensions must broadcast"):
-            Attention(**given | {one: repeated(one, given[one], (2,)), other: repeated(other, given[other], (3,))})
+            Attention(**changed | {one: changed[one].squeeze(1)} | {k: v for k, v in given.items() if k not in changed})
 
 
 @pytest.mark.parametrize("make", [l2_block, cosine_block, norm_block])
