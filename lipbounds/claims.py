@@ -16,7 +16,7 @@ from lipbounds.errors import InvalidInput
 Kind = Literal["proved", "probable", "estimate", "lower"]
 Scope = Literal["point", "ball", "change", "compact", "global"]
 Norm = Literal["l2", "linf", "token", "token_mean"]
-Feature = Literal["heads", "biases", "mask", "cross", "rotary", "qk_norm"]
+Feature = Literal["heads", "biases", "mask", "cross", "rotary", "qk_norm", "some_queries"]
 
 KINDS: dict[Kind, str] = {
     "proved": "an upper bound with a proof",
@@ -52,6 +52,7 @@ FEATURES: dict[Feature, str] = {
     "cross": "keys and values from another input than the queries",
     "rotary": "rotary positions: each query and key turned by an angle of its token",
     "qk_norm": "QK-norm: queries and keys divided by their root mean square",
+    "some_queries": "queries of some of the tokens only, such as the class token",
 }
 
 

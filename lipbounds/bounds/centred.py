@@ -39,7 +39,7 @@ from lipbounds.targets.attention import Attention
     name="centred.products",
     claim=Claim(kind="proved", scope="point", norm="l2"),
     source=Source(title="lipbounds", statement="centred form of Theorem 3 of Yudin et al. 2025, derived here (D1)"),
-    supports=("heads", "biases", "mask", "cross", "rotary", "qk_norm"),
+    supports=("heads", "biases", "mask", "cross", "rotary", "qk_norm", "some_queries"),
     cost="O(H n^2 (d + n) + H D d^2); with rotary positions or QK-norm also O(H n d^3), of all heads O(H^2 n d^2 D)",
     version=3,
 )
@@ -58,7 +58,7 @@ def products(block: Attention) -> tuple[Tensor, Terms]:
     name="centred.weights",
     claim=Claim(kind="proved", scope="point", norm="l2"),
     source=Source(title="lipbounds", statement="centred form with separate norms, derived here (D4)"),
-    supports=("heads", "biases", "mask", "cross", "rotary", "qk_norm"),
+    supports=("heads", "biases", "mask", "cross", "rotary", "qk_norm", "some_queries"),
     cost="O(H n^2 (d + n) + H D d^2)",
     version=3,
 )

@@ -40,7 +40,7 @@ from lipbounds.targets.attention import Attention
     name="covariance.exact",
     claim=Claim(kind="proved", scope="point", norm="l2"),
     source=Source(title="lipbounds", statement="covariance form, derived here (D2)"),
-    supports=("heads", "biases", "mask", "cross", "rotary", "qk_norm"),
+    supports=("heads", "biases", "mask", "cross", "rotary", "qk_norm", "some_queries"),
     cost="O(H n^2 d^2 + H n d^3); with QK-norm of all heads also O(H^2 n d^2 D)",
     version=3,
 )
@@ -64,7 +64,7 @@ def exact(block: Attention) -> tuple[Tensor, Terms]:
     name="covariance.trace",
     claim=Claim(kind="proved", scope="point", norm="l2"),
     source=Source(title="lipbounds", statement="trace form of the covariance bound, derived here (D3)"),
-    supports=("heads", "biases", "mask", "cross"),
+    supports=("heads", "biases", "mask", "cross", "some_queries"),
     cost="O(H n^2 + n D + H D d^2) beside the attention map",
     version=2,
 )

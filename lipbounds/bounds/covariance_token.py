@@ -33,7 +33,7 @@ from lipbounds.targets.attention import Attention
     name="covariance_token.exact",
     claim=Claim(kind="proved", scope="point", norm="token"),
     source=Source(title="lipbounds", statement="covariance form in the token norm, derived here (E2)"),
-    supports=("heads", "biases", "mask", "cross"),
+    supports=("heads", "biases", "mask", "cross", "some_queries"),
     cost="O(H n^2 d^2 + H n d^3)",
 )
 def exact(block: Attention) -> tuple[Tensor, Terms]:

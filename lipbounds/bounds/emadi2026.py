@@ -44,7 +44,7 @@ from lipbounds.targets.attention import Attention
         arxiv="2602.18849",
         statement="factor named in the abstract, attention bound derived here",
     ),
-    supports=("heads", "biases", "mask", "cross"),
+    supports=("heads", "biases", "mask", "cross", "some_queries"),
     cost="O(H n^2 + H n D d)",
 )
 def balanced_mass(block: Attention) -> tuple[Tensor, Terms]:

@@ -38,7 +38,7 @@ SMALL = 1e11  # multiplications and additions of (5), up to which `sharp_fast` e
     name="sharp",
     claim=Claim(kind="proved", scope="point", norm="l2"),
     source=Source(title="lipbounds", statement="norms of Gram blocks of the Jacobian, derived here"),
-    supports=("heads", "biases", "mask", "cross"),
+    supports=("heads", "biases", "mask", "cross", "some_queries"),
     cost="O(n^2 D^2 (D + n)) up to a size, then O(n D^3), then that of sharp_fast",
     version=4,
 )
@@ -65,7 +65,7 @@ def sharp(block: Attention) -> tuple[Tensor, Terms]:
     name="sharp_fast",
     claim=Claim(kind="proved", scope="point", norm="l2"),
     source=Source(title="lipbounds", statement="three parts of the differential with all heads, derived here"),
-    supports=("heads", "biases", "mask", "cross"),
+    supports=("heads", "biases", "mask", "cross", "some_queries"),
     cost="O(H^2 n^2 (n + d) + D^3); on small blocks also O(n D^2 (n + D) + n^2 H^4)",
     version=3,
 )

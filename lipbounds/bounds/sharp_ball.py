@@ -53,7 +53,7 @@ Parts = dict[str, Tensor]
     name="sharp_ball.direct",
     claim=CLAIM,
     source=Source(title="lipbounds", statement="three joint parts with suprema over a ball, derived here"),
-    supports=SUPPORTS,
+    supports=(*SUPPORTS, "some_queries"),
     cost="O(H n^2 (d^2 + H^2) + H D^3)",
 )
 def direct(block: Attention, radius: float) -> tuple[Tensor, Terms]:

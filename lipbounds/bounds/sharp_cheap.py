@@ -47,7 +47,7 @@ from lipbounds.targets.attention import Attention
     name="sharp_cheap",
     claim=Claim(kind="proved", scope="point", norm="l2"),
     source=Source(title="lipbounds", statement="three parts through overlaps of heads, derived here"),
-    supports=("heads", "biases", "mask", "cross", "rotary", "qk_norm"),
+    supports=("heads", "biases", "mask", "cross", "rotary", "qk_norm", "some_queries"),
     cost="O(H n^2 (n + d)) beside the attention maps; of the weights once O(H^2 D d^2 + H^3 d^3)",
 )
 def sharp_cheap(block: Attention) -> tuple[Tensor, Terms]:

@@ -105,7 +105,9 @@ def _declare(name: str, formula: Callable[..., tuple[Tensor, Terms]], factor: So
         name=f"yudin2025.{name}",
         claim=Claim(kind="proved", scope="point", norm="l2"),
         source=Source(title=PAPER, authors=AUTHORS, year=2025, arxiv="2507.07814", statement=statement),
-        supports=("heads", "mask") if literal else ("heads", "biases", "mask", "cross", "rotary", "qk_norm"),
+        supports=("heads", "mask", "some_queries")
+        if literal
+        else ("heads", "biases", "mask", "cross", "rotary", "qk_norm", "some_queries"),
         cost="O(H n^2 (d + n) + H D d^2)" if literal else WITH_MAPS,
         version=1 if literal else 2,
     )(compute)

@@ -27,7 +27,7 @@ from lipbounds.targets.attention import Attention
         arxiv="2507.07814",
         statement="proof of Theorem 3 over a ball, derived here",
     ),
-    supports=("heads", "biases", "mask", "cross"),
+    supports=("heads", "biases", "mask", "cross", "some_queries"),
     cost="O(H n^2 (d + n) + H n D d + H D d^2)",
     version=3,
 )

@@ -39,7 +39,7 @@ def change_by_keys(block: Attention) -> Float[Tensor, "*batch heads"]:
     """
     maps = key_maps(block)
     if maps is None:
-        tokens, norms = affine_tokens(block.x, block.b_q), block.weight_norms
+        tokens, norms = affine_tokens(block.query_input, block.b_q), block.weight_norms
         return product_norm_upper(tokens, norms.affine_queries, norms.key_factor, before_last=block.queries)
     return mapped_product_norm(block.queries, _total(query_error(block)), maps)
 

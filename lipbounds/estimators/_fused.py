@@ -46,7 +46,8 @@ class FusedOperator(JacobianOperator):
 
 def _is_plain(block: Attention) -> bool:
     turned = block.query_norm is not None or block.query_rotation is not None
-    return not turned and block.memory is None and block.w_q.dim() == 3
+    whole = block.memory is None and block.queries_at is None
+    return not turned and whole and block.w_q.dim() == 3
 
 
 class _Products:

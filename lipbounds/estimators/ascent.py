@@ -39,7 +39,7 @@ TINY = torch.finfo(torch.float64).tiny
     name="ascent_pairs",
     claim=Claim(kind="lower", scope="ball"),
     source=SOURCE,
-    supports=("heads", "biases", "mask", "cross", "rotary", "qk_norm"),
+    supports=("heads", "biases", "mask", "cross", "rotary", "qk_norm", "some_queries"),
     cost="O(r k H n (n + D) d), r restarts, k steps",
     role="estimator",
 )
@@ -82,7 +82,7 @@ def ascent_pairs(block: Attention, radius: float, *, steps: int = 15, restarts: 
     name="ascent_jacobians",
     claim=Claim(kind="lower", scope="ball"),
     source=SOURCE,
-    supports=("heads", "biases", "mask", "cross", "rotary", "qk_norm"),
+    supports=("heads", "biases", "mask", "cross", "rotary", "qk_norm", "some_queries"),
     cost="O(r k H n (n + D) d), r restarts, k steps",
     role="estimator",
 )

@@ -34,7 +34,7 @@ from lipbounds.targets.attention import Attention
         arxiv="1801.10578",
         statement="recollected, and adapted from gradient norms to the spectral norm of the Jacobian",
     ),
-    supports=("heads", "biases", "mask", "cross", "rotary", "qk_norm"),
+    supports=("heads", "biases", "mask", "cross", "rotary", "qk_norm", "some_queries"),
     cost="O(m k H n (n + D) d), m points, k Lanczos steps",
     role="estimator",
 )

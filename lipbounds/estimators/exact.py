@@ -62,7 +62,7 @@ def exact_norm(target: Target) -> Float[Tensor, "*batch"]:
         year=2006,
         statement="dense Jacobian, eigenvalue of its Gram matrix verified by a Cholesky factorisation",
     ),
-    supports=("heads", "biases", "mask", "cross", "rotary", "qk_norm"),
+    supports=("heads", "biases", "mask", "cross", "rotary", "qk_norm", "some_queries"),
     cost="O((n D)^3) time, O((n D)^2) memory",
     role="estimator",
     networks=True,

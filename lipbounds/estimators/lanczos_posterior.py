@@ -215,7 +215,7 @@ def _largest_eigenvalue(run: Coefficients, limit: Decimal) -> tuple[float, float
         title="lipbounds",
         statement="Bessel's inequality for Lanczos polynomials, derived here; after Hochstenbach 2013, J. Sci. Comput.",
     ),
-    supports=("heads", "biases", "mask", "cross", "rotary", "qk_norm"),
+    supports=("heads", "biases", "mask", "cross", "rotary", "qk_norm", "some_queries"),
     cost="O(k H n (n + D) d + k^2 n D), k steps",
     role="estimator",
 )

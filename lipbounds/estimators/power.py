@@ -52,7 +52,7 @@ def power_lower(target: Target, *, steps: int = 100, seed: int = 0) -> tuple[Flo
         year=1929,
         statement="power iteration with J^T J",
     ),
-    supports=("heads", "biases", "mask", "cross", "rotary", "qk_norm"),
+    supports=("heads", "biases", "mask", "cross", "rotary", "qk_norm", "some_queries"),
     cost="O(k H n (n + D) d), k steps",
     role="estimator",
     networks=True,

@@ -25,7 +25,7 @@ SOURCE = Source(title="lipbounds", statement="folklore: the supremum over a samp
     name="random_pairs",
     claim=Claim(kind="lower", scope="ball"),
     source=SOURCE,
-    supports=("heads", "biases", "mask", "cross", "rotary", "qk_norm"),
+    supports=("heads", "biases", "mask", "cross", "rotary", "qk_norm", "some_queries"),
     cost="O(m H n (n + D) d), m pairs",
     role="estimator",
 )
@@ -64,7 +64,7 @@ def random_pairs(block: Attention, radius: float, *, samples: int = 32, seed: in
     name="random_jacobians",
     claim=Claim(kind="lower", scope="ball"),
     source=SOURCE,
-    supports=("heads", "biases", "mask", "cross", "rotary", "qk_norm"),
+    supports=("heads", "biases", "mask", "cross", "rotary", "qk_norm", "some_queries"),
     cost="O(m k H n (n + D) d), m points, k Lanczos steps",
     role="estimator",
 )

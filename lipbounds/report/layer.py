@@ -61,7 +61,7 @@ class LayerWork:
         return LayerReport(
             layer=self.found.index,
             module=module if number == 0 else f"{module}, item {number + 1} of the batch",
-            queries=self._named(block.tokens),
+            queries=self._queries(block),
             keys=self._named(block.logits.shape[-1]),
             moving=self._named(block.moving_input.shape[-2]),
             features=tuple(sorted(block.features)),
@@ -74,6 +74,12 @@ class LayerWork:
             heads=_heads(block, numbers),
             notes=tuple(notes),
         )
+
+    def _queries(self, block: Attention) -> tuple[str, ...]:
+        if block.queries_at is None:
+            return self._named(block.tokens)
+        names = self._named(block.x.shape[-2])
+        return tuple(names[token] for token in block.queries_at.tolist())
 
     def _named(self, count: int) -> tuple[str, ...]:
         return self._labels if len(self._labels) == count else tuple(str(i) for i in range(count))

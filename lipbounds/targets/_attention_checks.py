@@ -73,6 +73,8 @@ class AttentionFields(Protocol):
     @property
     def causal(self) -> bool: ...
     @property
+    def queries_at(self) -> Tensor | None: ...
+    @property
     def heads(self) -> int: ...
     @property
     def tokens(self) -> int: ...
@@ -85,6 +87,7 @@ def check_attention(block: AttentionFields) -> bool:
     _check_types(present)
     _check_norm(block)
     _check_moves(block)
+    _check_queries(block)
     _check_shapes(block, present)
     _check_batches(present)
     _check_rotations(block)
@@ -155,6 +158,30 @@ def _check_moves(block: AttentionFields) -> None:
         raise InvalidInput(f"scale must be finite, got scale={block.scale}; leave it out for 1/sqrt(head width).")
 
 
+def _check_queries(block: AttentionFields) -> None:
+    """`queries_at` must name tokens of self-attention, each once."""
+    at = block.queries_at
+    if at is None:
+        return
+    if not isinstance(at, Tensor) or at.dtype != torch.int64 or at.dim() != 1 or not len(at):
+        got = f"{at.dtype} of shape {tuple(at.shape)}" if isinstance(at, Tensor) else type(at).__name__
+        raise InvalidInput(
+            f"queries_at must be a tensor of token numbers, int64 with one dimension and not empty, got {got}; "
+            "write torch.tensor([0]) for the first token."
+        )
+    if block.memory is not None:
+        raise InvalidInput("queries_at needs self-attention, got a memory; pass the tokens that have queries as x.")
+    if block.causal:
+        raise InvalidInput("queries_at needs causal=False; pass the rows of the mask as logit_bias (0 and -inf).")
+    if at.device != block.x.device:
+        raise InvalidInput(f"queries_at must be on the device of x, {block.x.device}, got {at.device}; move it.")
+    numbers, tokens = at.tolist(), block.x.shape[-2]
+    if len(set(numbers)) != len(numbers) or not all(0 <= number < tokens for number in numbers):
+        raise InvalidInput(
+            f"queries_at must name each token at most once, by numbers from 0 to {tokens - 1}, got {numbers[:20]}."
+        )
+
+
 def _check_norm(block: AttentionFields) -> None:
     given = {name: getattr(block, name) for name in NORM_FIELDS}
     missing = [name for name, value in given.items() if value is None]
@@ -179,8 +206,8 @@ def _check_shapes(block: AttentionFields, present: dict[str, Tensor]) -> None:
     groups, memory_dim, value_dim = block.w_v.shape[-3:]
     out_dim = block.w_o.shape[-1]
     source = block.x if block.memory is None else block.memory
-    n, m = block.x.shape[-2], source.shape[-2]
-    if 0 in (n, m, heads, groups, head_dim, value_dim, dim, memory_dim, out_dim):
+    n, m, tokens = block.tokens, source.shape[-2], block.x.shape[-2]
+    if 0 in (tokens, m, heads, groups, head_dim, value_dim, dim, memory_dim, out_dim):
         empty = {name: tuple(tensor.shape) for name, tensor in present.items() if tensor.numel() == 0}
         raise InvalidInput(f"need at least one token, head and feature, got the empty shapes {empty}.")
     if heads % groups:
@@ -188,7 +215,7 @@ def _check_shapes(block: AttentionFields, present: dict[str, Tensor]) -> None:
             f"the number of key-value heads must divide the number of query heads, got {groups} and {heads}."
         )
     expected = {
-        "x": (n, dim),
+        "x": (tokens, dim),
         "memory": (m, memory_dim),
         "w_q": (heads, dim, head_dim),
         "w_k": (groups, memory_dim, head_dim),
@@ -205,7 +232,7 @@ def _check_shapes(block: AttentionFields, present: dict[str, Tensor]) -> None:
         pairs = block.query_rotation.shape[-1]
         expected |= {"query_rotation": (n, 2, pairs), "key_rotation": (m, 2, pairs)}
     if block.memory is None:
-        expected["x"] = (n, memory_dim) if memory_dim != dim else (n, dim)
+        expected["x"] = (tokens, memory_dim) if memory_dim != dim else (tokens, dim)
     for name, shape in expected.items():
         if name in present and tuple(present[name].shape[-len(shape) :]) != shape:
             raise InvalidInput(

@@ -12,6 +12,8 @@
 | Q, K | `queries`, `keys` | rows N(x_i W_Q + b_Q) R_i^T and N(x_j W_K + b_K) R_j^T; H x n x d, H x m x d |
 | S, P | `logits`, `probabilities` | S = s Q K^T + B, P = row softmax of S; H x n x m |
 | Y | `forward()` | sum_h P_h V_h W_O^h + b_O, n x D |
+
+With `queries_at` only these tokens have queries, and an output: the rows of Q, P and Y are those of the tokens named.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lipbounds.claims import Feature
@@ -74,6 +76,9 @@ class Attention(Target):
         causal: hide the keys after each query; self-attention only (a rectangular mask has no single convention).
         memory: the tokens that give keys and values in cross-attention (or with a key-value cache); None: `x` does.
         moves: the input the Lipschitz constant is about: `self` (x, everywhere), or with a memory `query` or `memory`.
+        queries_at: the numbers of the tokens that have queries, in the order of the output; None: all. Self-attention
+            only, as in a layer that updates the class token alone. `query_rotation` and `logit_bias` then have a row
+            for each of these, and a causal mask is passed as `logit_bias`.
 
     Raises:
         InvalidInput: a shape, dtype or device does not fit; an entry is NaN or infinite; a query sees no key.
@@ -88,17 +93,18 @@ class Attention(Target):
     b_k: Float[Tensor, "*#weights groups head_dim"] | None = None
     b_v: Float[Tensor, "*#weights groups value_dim"] | None = None
     b_o: Float[Tensor, "*#weights out_dim"] | None = None
-    query_rotation: Float[Tensor, "*#rotary n 2 pairs"] | None = None
+    query_rotation: Float[Tensor, "*#rotary queries 2 pairs"] | None = None
     key_rotation: Float[Tensor, "*#rotary m 2 pairs"] | None = None
     query_norm_weight: Float[Tensor, "*#weights heads head_dim"] | None = None
     key_norm_weight: Float[Tensor, "*#weights groups head_dim"] | None = None
     norm_eps: float | None = None
     norm_over: NormOver | None = None
     scale: float | None = None
-    logit_bias: Float[Tensor, "*#mask n m"] | None = None
+    logit_bias: Float[Tensor, "*#mask queries m"] | None = None
     causal: bool = False
     memory: Float[Tensor, "*#memory m memory_dim"] | None = None
     moves: Moves = "self"
+    queries_at: Int[Tensor, " queries"] | None = None
 
     def __post_init__(self) -> None:
         self.__dict__["has_biases"] = check_attention(self)  # what `has_biases` keeps
@@ -120,7 +126,7 @@ class Attention(Target):
     @property
     def tokens(self) -> int:
         """Number of queries n."""
-        return self.x.shape[-2]
+        return self.x.shape[-2] if self.queries_at is None else len(self.queries_at)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -129,6 +135,22 @@ class Attention(Target):
     @property
     def device(self) -> torch.device:
         return self.x.device
+
+    @property
+    def query_input(self) -> Tensor:
+        """The tokens that give queries: `x`, or those of its rows that `queries_at` names."""
+        return self.of_queries(self.x)
+
+    def of_queries(self, rows: Tensor) -> Tensor:
+        """Those of the rows, one for each token of `x`, that belong to tokens with a query."""
+        return rows if self.queries_at is None else rows.index_select(-2, self.queries_at)
+
+    def to_tokens(self, rows: Tensor) -> Tensor:
+        """The transpose of `of_queries`: each row at its token, 0 at those without a query."""
+        if self.queries_at is None:
+            return rows
+        whole = rows.new_zeros(*rows.shape[:-2], self.x.shape[-2], rows.shape[-1])
+        return whole.index_copy(-2, self.queries_at, rows)
 
     @property
     def source_input(self) -> Tensor:
@@ -171,6 +193,8 @@ class Attention(Target):
             present.add("rotary")
         if self.query_norm_weight is not None:
             present.add("qk_norm")
+        if self.queries_at is not None:
+            present.add("some_queries")
         return frozenset(present)
 
     @cached_property
@@ -210,7 +234,7 @@ class Attention(Target):
     @cached_property
     def projected_queries(self) -> Float[Tensor, "*batch heads n head_dim"]:
         """X W_Q + b_Q: the queries before they are normalised and turned."""
-        return project_heads(self.x, self.w_q, self.b_q)
+        return project_heads(self.query_input, self.w_q, self.b_q)
 
     @cached_property
     def projected_keys(self) -> Float[Tensor, "*batch heads m head_dim"]:
@@ -243,7 +267,7 @@ class Attention(Target):
     @property
     def query_factors(self) -> tuple[Tensor, Tensor]:
         """Matrices of given floats whose product is Q before norm and rotation: what rounding analysis needs."""
-        return affine_factors(self.x, self.w_q, self.b_q)
+        return affine_factors(self.query_input, self.w_q, self.b_q)
 
     @property
     def key_factors(self) -> tuple[Tensor, Tensor]:
@@ -272,7 +296,7 @@ class Attention(Target):
         change = tangent.new_zeros(())
         logit_change = tangent.new_zeros(())
         if self.query_moves:
-            logit_change = logit_change + self._query_change(project(tangent, self.w_q)) @ self.keys.mT
+            logit_change = logit_change + self._query_change(project(self.of_queries(tangent), self.w_q)) @ self.keys.mT
         if self.memory_moves:
             logit_change = logit_change + self.queries @ self._key_change(project(tangent, self.w_k)).mT
             change = change + self.probabilities @ project(tangent, self.w_v)
@@ -288,7 +312,7 @@ class Attention(Target):
             by_query = rotate_back(logit_change @ self.keys, self.query_rotation)
             if self.query_norm is not None:
                 by_query = self.query_norm.vjp(self.projected_queries, by_query)
-            result = result + (by_query @ self.w_q.mT).sum(-3)
+            result = result + self.to_tokens((by_query @ self.w_q.mT).sum(-3))
         if self.memory_moves:
             by_key = rotate_back(logit_change.mT @ self.queries, self.key_rotation)
             if self.key_norm is not None:
@@ -327,6 +351,9 @@ class Attention(Target):
     def to(self, target: torch.dtype | torch.device | str) -> Attention:
         """The same block in another dtype or on another device."""
         fields = {field.name: getattr(self, field.name) for field in dc.fields(self)}
+        at = fields.pop("queries_at")
+        if at is not None and not isinstance(target, torch.dtype):
+            fields["queries_at"] = at
         return self.replace(**{name: value.to(target) for name, value in fields.items() if isinstance(value, Tensor)})
 
     @cached_property
@@ -369,6 +396,7 @@ class Attention(Target):
         def call(moving: Tensor) -> Tensor:
             x = self.x if self.moves == "memory" else moving
             source = moving if self.memory_moves else self.source_input
+            x = self.of_queries(x)
             queries = rotate(normalise(project(x, self.w_q, self.b_q), self.query_norm), self.query_rotation)
             keys = rotate(normalise(project(source, self.w_k, self.b_k), self.key_norm), self.key_rotation)
             logits = self.scale_value * queries @ keys.mT

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from lipbounds.errors import InvalidInput
+from lipbounds.errors import InvalidInput, Unsupported
 from lipbounds.ops.activations import ACTIVATIONS
 from lipbounds.ops.normalization import normalize
 from lipbounds.targets._attention_checks import FLOAT_DTYPES
@@ -175,6 +175,7 @@ class AttentionLayer(Layer):
 
     Raises:
         InvalidInput: the block has a memory: then its input is not the only one.
+        Unsupported: some tokens have no query, and hence no output.
     """
 
     block: Attention
@@ -182,6 +183,11 @@ class AttentionLayer(Layer):
     def __post_init__(self) -> None:
         if self.block.memory is not None:
             raise InvalidInput("block must be self-attention, got one with a memory; a network has one moving input.")
+        if self.block.queries_at is not None:
+            raise Unsupported(
+                "block must have a query for every token, got queries_at: no rule for networks is stated for fewer "
+                "output tokens than input tokens."
+            )
 
     def function(self) -> Callable[[Tensor], Tensor]:
         return self.block.function()

@@ -6,7 +6,7 @@ import math
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lipbounds.targets.attention import Attention
@@ -19,13 +19,50 @@ TRAILING |= {"query_rotation": 3, "key_rotation": 3, "query_norm_weight": 2, "ke
 
 def additive_mask(block: Attention) -> Float[Tensor, "*mask n m"]:
     """Logit bias and causal mask together in float64, with at least the axes of head, query and key."""
-    n = block.x.shape[-2]
-    m = n if block.memory is None else block.memory.shape[-2]
+    tokens = block.x.shape[-2]
+    n = tokens if block.queries_at is None else len(block.queries_at)
+    m = tokens if block.memory is None else block.memory.shape[-2]
     mask = torch.zeros(1, n, m, dtype=torch.float64, device=block.x.device)
     if block.causal:
         positions = torch.arange(n, device=block.x.device)
         mask = mask.masked_fill(positions.unsqueeze(-1) < positions, -math.inf)
     return mask if block.logit_bias is None else mask + block.logit_bias.detach().to(torch.float64)
+
+
+def of_some_tokens(block: Attention, at: Int[Tensor, " queries"]) -> Attention:
+    """The block of self-attention with queries of some of its tokens only.
+
+    Args:
+        block: in which every token has one.
+        at: the numbers of the tokens.
+    """
+    bias = additive_mask(block).to(block.dtype) if block.causal else block.logit_bias
+    if bias is not None:
+        bias = bias.expand(*bias.shape[:-2], *2 * bias.shape[-1:])[..., at, :]
+    rotation = block.query_rotation
+    rotation = None if rotation is None else rotation[..., at, :, :]
+    return block.replace(queries_at=at, logit_bias=bias, causal=False, query_rotation=rotation)
+
+
+def whole(block: Attention) -> Attention:
+    """The block in which every token has a query: the one with `queries_at` has some of its rows.
+
+    Args:
+        block: only its fields are read.
+    """
+    at = block.queries_at
+    if at is None:
+        return block
+    n, bias, rotation = block.x.shape[-2], block.logit_bias, block.query_rotation
+    if bias is not None:
+        bias = bias.expand(*bias.shape[:-2], len(at), n)
+        bias = bias.new_zeros(*bias.shape[:-2], n, n).index_copy(-2, at, bias)
+    if rotation is not None:
+        assert block.key_rotation is not None  # they go together
+        lead = torch.broadcast_shapes(rotation.shape[:-3], block.key_rotation.shape[:-3])
+        every = block.key_rotation.expand(*lead, *block.key_rotation.shape[-3:])
+        rotation = every.index_copy(-3, at, rotation.expand(*lead, *rotation.shape[-3:]))
+    return block.replace(queries_at=None, logit_bias=bias, query_rotation=rotation)
 
 
 def rotation_matrices(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lipbounds.errors import InvalidInput
 from lipbounds.targets.attention import Attention
+from lipbounds.testing._fields import whole
 from lipbounds.testing.oracles import additive_mask, jacobian, rotation_matrices
 
 
@@ -44,7 +45,9 @@ def jacobian_norm_extended(block: Attention) -> Decimal:
     top = torch.linalg.svd(dense / torch.where(size > 0, size, 1.0), full_matrices=False).Vh[0]
     with decimal.localcontext(CONTEXT):
         tangent = _exact(top.reshape(moving.shape))
-        return _length(_product(block, tangent)) / _length(tangent)
+        image = _product(whole(block), tangent)
+        image = image if block.queries_at is None else image[block.queries_at.tolist()]
+        return _length(image) / _length(tangent)
 
 
 def _product(block: Attention, tangent: Decimals) -> Decimals:

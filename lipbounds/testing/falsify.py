@@ -67,10 +67,12 @@ def falsify(
         progress: called with the steps done and the largest ratio so far.
 
     Raises:
-        InvalidInput: a bound of another kind or scope.
+        InvalidInput: a bound of another kind or scope; `some_queries` among the features.
         UnsupportedAttention: the bound makes no promise for the features.
     """
     wanted = frozenset(features)
+    if "some_queries" in wanted:
+        raise InvalidInput("features must not hold 'some_queries': the search has no such blocks; `verify` draws some.")
     setting = Setting(
         tokens=tokens,
         dim=dim,

@@ -44,7 +44,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.targets.attention import Attention
-from lipbounds.testing._fields import TRAILING
+from lipbounds.testing._fields import TRAILING, whole
 from lipbounds.testing._fields import additive_mask as additive_mask
 from lipbounds.testing._fields import batch_item as batch_item
 from lipbounds.testing._fields import rotation_matrices as rotation_matrices
@@ -62,6 +62,8 @@ def attention_output(block: Attention, moving: Float[Tensor, "*batch moving dim"
         block: only its fields are read.
         moving: replaces `x`, or `memory` where that is what moves.
     """
+    if block.queries_at is not None:
+        return attention_output(whole(block), moving)[..., block.queries_at, :]
     f = _double(block)
     moving = moving.to(torch.float64)
     queries_from = f["x"] if block.moves == "memory" else moving
@@ -80,6 +82,9 @@ def attention_output(block: Attention, moving: Float[Tensor, "*batch moving dim"
 
 def jacobian(block: Attention) -> Float[Tensor, "*batch outputs inputs"]:
     """Dense Jacobian of the flattened output by the flattened moving input, in float64, by the formulas above."""
+    if block.queries_at is not None:
+        rows = jacobian(whole(block)).unflatten(-2, (block.x.shape[-2], -1))
+        return rows[..., block.queries_at, :, :].flatten(-3, -2)
     return _assemble(_Parts.of(block), centre=-1.0)
 
 
@@ -106,6 +111,7 @@ def truth_slack(block: Attention) -> Float[Tensor, "*batch"]:
     Where queries and keys are normalised, an error of k moves r by at most mean(|k| |error|) r^2 of itself, to first
     order; a term holds up to nine r, for which 16 times that is taken.
     """
+    block = whole(block)  # whose Jacobian has those of a block with fewer queries among its rows
     parts = _Parts.of(block).absolute(block)
     turns = 1 if parts.shift is None else 3  # a rotation is one more sum over features, of queries and of keys
     operations = (

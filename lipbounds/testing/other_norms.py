@@ -38,7 +38,7 @@ def reached_norm(block: Attention, norm: Norm) -> tuple[Float[Tensor, "*batch"],
     if norm == "l2":
         return oracles.jacobian_norm(block), oracles.truth_slack(block)
     dense = oracles.jacobian(block)
-    m, n = block.moving_input.shape[-2], block.x.shape[-2]
+    m, n = block.moving_input.shape[-2], block.tokens
     if norm == "linf":
         value = dense.abs().sum(-1).amax(-1)
         return value, dense.shape[-1] ** 0.5 * oracles.truth_slack(block) + SUMS * value
@@ -85,7 +85,7 @@ def _output_slack(block: Attention) -> Float[Tensor, "*batch"]:
     operations = block.x.shape[-1] + memory.shape[-1] + memory.shape[-2] + block.w_q.shape[-1]
     operations += block.heads * block.w_v.shape[-1] + 32
     logits = abs(float(block.scale or 0.0)) * (
-        size(block.x, block.w_q, block.b_q) @ size(memory, block.w_k, block.b_k).mT
+        size(block.query_input, block.w_q, block.b_q) @ size(memory, block.w_k, block.b_k).mT
     )
     mask = oracles.additive_mask(block)
     hidden = mask.isneginf()

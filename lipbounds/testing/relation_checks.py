@@ -32,11 +32,14 @@ FAR = 2.0 ** (2 * EXPONENTS)
 def permutation(spec: BoundSpec, block: Attention, radius: float | None = None, seed: int = 0) -> None:
     """The order of tokens does not matter: queries and keys are permuted, and the logit bias with them."""
     generator = torch.Generator().manual_seed(seed)
-    queries = torch.randperm(block.tokens, generator=generator)
+    queries = torch.randperm(block.x.shape[-2], generator=generator)
     keys = queries if block.memory is None else torch.randperm(block.memory.shape[-2], generator=generator)
     changes: dict[str, Any] = {"x": block.x[..., queries, :]}
     if block.memory is not None:
         changes["memory"] = block.memory[..., keys, :]
+    if block.queries_at is not None:  # the tokens with a query stay in their order: so do rows of mask and rotation
+        changes["queries_at"] = queries.argsort()[block.queries_at]
+        queries = torch.arange(block.tokens)
     if block.query_rotation is not None and block.key_rotation is not None:  # a token keeps its position
         changes["query_rotation"] = block.query_rotation[..., queries, :, :]
         changes["key_rotation"] = block.key_rotation[..., keys, :, :]

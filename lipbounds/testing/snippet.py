@@ -30,7 +30,7 @@ _TRUTH = """claimed = spec(block{radius}).value.double().item()
 # that a query sees best: the differences are exact, and rows that are nearly one-hot lose no digits.
 x, memory = block.x.double(), {memory}.double()
 w_q, w_k, w_v, w_o = (weights.double() for weights in (block.w_q, block.w_k, block.w_v, block.w_o))
-mask = torch.zeros(block.heads, len(x), len(memory)).double(){mask}
+mask = torch.zeros(block.heads, block.tokens, len(memory)).double(){mask}
 scale = block.scale
 point = {point}.double()
 {functions}
@@ -100,6 +100,8 @@ def snippet(
     bias = "" if block.logit_bias is None else " + block.logit_bias.double()"
     future = " + torch.full((len(x), len(x)), -inf).double().triu(1)" if block.causal else ""
     moving = {"self": "moving, moving", "query": "moving, memory", "memory": "x, moving"}
+    if block.queries_at is not None:
+        moving["self"] = "moving[block.queries_at], moving"
     text = _TRUTH.format(
         **_logits(block),
         radius="" if radius is None else f", radius={radius!r}",

@@ -20,6 +20,7 @@ from lipbounds.claims import FEATURES, Feature
 from lipbounds.errors import InvalidInput
 from lipbounds.targets.attention import Attention
 from lipbounds.targets.rms_norm import NORM_OVER
+from lipbounds.testing._fields import of_some_tokens
 from lipbounds.testing.recipes import (
     BATCHED,
     BIASES,
@@ -84,6 +85,7 @@ _CROSS_MOVES = st.sampled_from(("memory", "query"))
 _UP_TO = {end: st.integers(1, end) for end in range(1, LARGEST + 1)}
 _HEADS = st.sampled_from((1, 1, 2, 2, 3, 4))
 _ROUNDED = st.sampled_from((True, False))
+_SOME_QUERIES = _mostly(False, [True], 7)
 _SEEDS = st.integers(0, 2**24)
 _BITS = st.integers(0, 2 ** len(BIASES) - 1)
 
@@ -161,10 +163,20 @@ def attention_blocks(
     """
     chosen = _checked(features, largest)
     generated = recipes(chosen, largest=largest, batches=batches, extreme=extreme, dtype=dtype).map(build)
-    if not extreme:
-        return generated
     families = {"small": small_blocks(chosen, dtype=dtype), "generated": generated}
-    return _FAMILIES.flatmap(families.__getitem__)
+    blocks = _FAMILIES.flatmap(families.__getitem__) if extreme else generated
+    if "some_queries" not in chosen:
+        return blocks
+    return _SOME_QUERIES.flatmap(lambda some: blocks.flatmap(_of_some_tokens) if some else blocks)
+
+
+@st.composite
+def _of_some_tokens(draw: Callable[..., Any], block: Attention) -> Attention:
+    """The block with queries of some of its tokens; cross-attention as it is."""
+    if block.memory is not None:
+        return block
+    order = draw(st.permutations(range(block.tokens)))
+    return of_some_tokens(block, torch.tensor(order[: draw(_UP_TO[block.tokens])]))
 
 
 @st.composite

@@ -48,7 +48,17 @@ def test_every_choice_is_drawn() -> None:
 
 @pytest.mark.parametrize(
     "features",
-    [(), ("heads",), ("biases",), ("mask",), ("cross",), ("rotary",), ("qk_norm",), ("heads", "mask")],
+    [
+        (),
+        ("heads",),
+        ("biases",),
+        ("mask",),
+        ("cross",),
+        ("rotary",),
+        ("qk_norm",),
+        ("some_queries",),
+        ("heads", "mask"),
+    ],
     ids=str,
 )
 def test_blocks_have_the_features_that_were_asked_for(features: tuple) -> None:

@@ -66,8 +66,13 @@ def logit_radius(block: Attention, radius: float | Float[Tensor, "*#batch"]) -> 
         # No norm of 0 and 0, which has no gradient.
         both = torch.hypot(query_sizes.clamp(min=SMALLEST_NORMAL), key_sizes)
         apart = eps * both + curvature * eps * eps / 2
-        together = eps * (by_query + by_key).norm(dim=-1).unsqueeze(-1) + curvature * eps * eps
-        change = apart + torch.diag_embed(together.squeeze(-1) - apart.diagonal(dim1=-2, dim2=-1))
+        own = block.of_queries(by_query) + by_key
+        together = eps * own.norm(dim=-1).unsqueeze(-1) + curvature * eps * eps
+        if block.queries_at is None:
+            change = apart + torch.diag_embed(together.squeeze(-1) - apart.diagonal(dim1=-2, dim2=-1))
+        else:
+            tokens = torch.arange(apart.shape[-1], device=apart.device)
+            change = torch.where(block.queries_at.unsqueeze(-1) == tokens, together, apart)
     rounded = abs(block.scale_value) * (change + eps * _size_error(block)) * (1 + SIZE_SLACK)
     shape = broadcast_shape((rounded.shape, block.logits.shape))
     return rounded.expand(shape) + logit_error(block).unsqueeze(-1)

@@ -72,7 +72,7 @@ def _jacobian(block: Attention) -> Float[Tensor, "*batch out_size in_size"]:
     if block.query_moves:
         by_head = (block.scale_value * block.keys @ block.w_q.mT).movedim(-3, -2)  # m x heads x D
         own = weighted.transpose(-3, -2).flatten(-2) @ by_head.flatten(-3, -2).unsqueeze(-3)
-        blocks = own.new_zeros(*own.shape[:-3], n, n, rows, columns)
+        blocks = own.new_zeros(*own.shape[:-3], n, block.x.shape[-2], rows, columns)
     if block.memory_moves:
         mixing = (block.w_v @ block.w_o).mT.flatten(-2)  # heads x (out D)
         blocks = maps.movedim(-3, -1).flatten(-3, -2) @ mixing
@@ -80,7 +80,7 @@ def _jacobian(block: Attention) -> Float[Tensor, "*batch out_size in_size"]:
         blocks = blocks.unflatten(-1, (rows, columns)).unflatten(-3, (n, m)) + weighted @ keys.unsqueeze(-3)
     if block.query_moves:
         token = torch.arange(n, device=maps.device)
-        blocks[..., token, token, :, :] += own
+        blocks[..., token, token if block.queries_at is None else block.queries_at, :, :] += own
     return blocks.transpose(-3, -2).flatten(-2).flatten(-3, -2).expand(*batch, -1, -1)
 
 

@@ -96,18 +96,21 @@ class RowProducts:
         assert logit_gradient is not None
         assert query is not None
         query_i, query_k = query[..., i, :, :], query[..., others, :, :]
+        own, theirs = self.rows.tokens(slice(i, i + 1)), self.rows.tokens(others)
         # Z_hi times the part of row k at input i, then the part of row i at input k times Z_gk^T.
         turned_i = self._turned(slice(i, i + 1))[..., 0, :, :, :, :].movedim(
             (-2, -1), (-4, -3)
         )  # [*, h, v, g, w] of Z_hi W_V^g
-        at_i = maps[..., others, i].mT.unsqueeze(-2).unsqueeze(-2).unsqueeze(-1)  # [*, k, 1, 1, g, 1]
+        at_i = maps[..., others, :][..., own].squeeze(-1)
+        at_i = at_i.mT.unsqueeze(-2).unsqueeze(-2).unsqueeze(-1)  # [*, k, 1, 1, g, 1]
         core = torch.addcmul(core, turned_i.unsqueeze(-5), at_i)
         met = torch.einsum("...hva,...gka->...khvg", query_i, logit_gradient[..., others, :])
-        core = torch.addcmul(core, met.unsqueeze(-1), deviations[..., others, i, :, :].unsqueeze(-3).unsqueeze(-3))
-        at_k = maps[..., i, others].mT.unsqueeze(-1).unsqueeze(-1).unsqueeze(-1)  # [*, k, h, 1, 1, 1]
+        deviations_k = deviations[..., others, :, :, :][..., own, :, :].squeeze(-3)
+        core = torch.addcmul(core, met.unsqueeze(-1), deviations_k.unsqueeze(-3).unsqueeze(-3))
+        at_k = maps[..., i, theirs].mT.unsqueeze(-1).unsqueeze(-1).unsqueeze(-1)  # [*, k, h, 1, 1, 1]
         core = torch.addcmul(core, at_k, self._turned(others))
         met = torch.einsum("...gkwa,...ha->...khgw", query_k, logit_gradient[..., i, :])
-        return torch.addcmul(core, deviations[..., i, others, :, :].unsqueeze(-1).unsqueeze(-1), met.unsqueeze(-3))
+        return torch.addcmul(core, deviations[..., i, theirs, :, :].unsqueeze(-1).unsqueeze(-1), met.unsqueeze(-3))
 
     def _query_square(self, i: int, others: slice) -> Tensor:
         query = self.rows.query

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses as dc
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lipbounds.derivatives.first.covariance import (
@@ -39,6 +39,7 @@ class Rows:
         deviations: x_hij, not divided.
         logit_gradient: u_hi, divided by `scale`.
         query: Z_hi, divided by `scale`.
+        queries_at: the input token of each row, where these are not all tokens in order.
         scale: power of two of each row, of the order of its size.
         size: bound on the computed row, divided by `scale`.
         error: bound on its error, divided by `scale`.
@@ -51,9 +52,18 @@ class Rows:
     deviations: Float[Tensor, "*batch n m heads value_dim"] | None
     logit_gradient: Float[Tensor, "*batch heads n dim"] | None
     query: Float[Tensor, "*batch heads n value_dim query_dim"] | None
+    queries_at: Int[Tensor, " n"] | None
     scale: Float[Tensor, "*batch n"]
     size: Float[Tensor, "*batch n"]
     error: Float[Tensor, "*batch n"]
+
+    def tokens(self, which: slice) -> slice | Int[Tensor, " some"]:
+        """The input tokens that some rows are about.
+
+        Args:
+            which: the rows.
+        """
+        return which if self.queries_at is None else self.queries_at[which]
 
 
 def jacobian_rows(block: Attention) -> Rows:
@@ -99,6 +109,7 @@ def jacobian_rows(block: Attention) -> Rows:
         deviations=deviations,
         logit_gradient=None if logit_gradient is None else logit_gradient / per_head,
         query=None if query is None else query / per_head.unsqueeze(-1),
+        queries_at=block.queries_at,
         scale=scale,
         size=size / scale,
         error=error / scale,

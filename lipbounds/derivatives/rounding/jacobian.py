@@ -39,10 +39,10 @@ class Roundoff:
         self.scale = Pair(block.x.new_tensor(abs(block.scale_value)))
         self.query_norm = self.key_norm = None
         if block.query_norm is None or block.key_norm is None:
-            self.queries = _projected(block.x, block.w_q, block.b_q, block.queries, block.query_rotation)
+            self.queries = _projected(block.query_input, block.w_q, block.b_q, block.queries, block.query_rotation)
             self.keys = _projected(block.source_input, block.w_k, block.b_k, block.keys, block.key_rotation)
         else:
-            queries = _projected(block.x, block.w_q, block.b_q, block.projected_queries)
+            queries = _projected(block.query_input, block.w_q, block.b_q, block.projected_queries)
             keys = _projected(block.source_input, block.w_k, block.b_k, block.projected_keys)
             self.query_norm = NormRoundoff(block.query_norm, block.projected_queries, queries)
             self.key_norm = NormRoundoff(block.key_norm, block.projected_keys, keys)
@@ -65,7 +65,7 @@ class Roundoff:
         tangent = Pair(magnitude.unsqueeze(-3))
         logit_change: list[Pair] = []
         if block.query_moves:
-            moved = tangent @ self.w_q
+            moved = tangent.mapped(block.of_queries) @ self.w_q
             moved = moved if self.query_norm is None else self.query_norm.jvp(moved)
             logit_change.append(moved.rotated(block.query_rotation) @ self.keys.mT)
         if block.memory_moves:
@@ -86,7 +86,7 @@ class Roundoff:
         if block.query_moves:
             pulled = (logit_change @ self.keys).rotated(block.query_rotation)
             pulled = pulled if self.query_norm is None else self.query_norm.vjp(pulled)
-            result.append(pulled @ self.w_q.mT)
+            result.append((pulled @ self.w_q.mT).mapped(block.to_tokens))
         if block.memory_moves:
             pulled = (logit_change.mT @ self.queries).rotated(block.key_rotation)
             pulled = pulled if self.key_norm is None else self.key_norm.vjp(pulled)

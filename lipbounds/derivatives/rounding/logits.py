@@ -43,7 +43,7 @@ def _product_error(block: Attention) -> Float[Tensor, "*batch heads n"]:
         return queries * key_off + query_off * (keys + key_off) + own
     operations = 2 * max(block.w_q.shape[-2], block.w_k.shape[-2]) + block.w_q.shape[-1] + 6
     norms = block.weight_norms
-    query_size = _token_norms(block.x, block.b_q).unsqueeze(-2) * _weight_norm(norms.query_size, block.b_q)
+    query_size = _token_norms(block.query_input, block.b_q).unsqueeze(-2) * _weight_norm(norms.query_size, block.b_q)
     key_size = _token_norms(block.source_input, block.b_k).amax(-1)[..., None, None] * _weight_norm(
         norms.key_size, block.b_k
     )

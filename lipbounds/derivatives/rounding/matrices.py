@@ -6,6 +6,7 @@ The calculus of lipbounds.derivatives.rounding.jacobian: errors are carried alon
 from __future__ import annotations
 
 import dataclasses as dc
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -31,6 +32,10 @@ class Pair:
         """A bound for the vectors turned either way; the two roundings of a turn are counted by `operations`."""
         error = None if self.error is None else rotate_sizes(self.error, rotation)
         return Pair(rotate_sizes(self.size, rotation), error)
+
+    def mapped(self, choose: Callable[[Tensor], Tensor]) -> Pair:
+        """A bound for what is left, or put in other places, by a function that does not compute with the entries."""
+        return Pair(choose(self.size), None if self.error is None else choose(self.error))
 
     def sum(self, dim: int | tuple[int, ...], keepdim: bool = False) -> Pair:
         error = None if self.error is None else self.error.sum(dim, keepdim)
