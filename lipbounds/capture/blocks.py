@@ -152,8 +152,10 @@ def blocks_of(
         **{"scale": call.scale, "logit_bias": call.logit_bias, "causal": call.causal},
     }
     if not (_same(recorder, query, key) and _same(recorder, query, value)):
-        fields |= _memory(recorder, call, cross_moves)
-    if fields.get("memory") is not None and call.causal:
+        at = _places_among(recorder, query, key) if _same(recorder, key, value) else None
+        some = {"x": key.tokens, "queries_at": at}
+        fields |= _memory(recorder, call, cross_moves) if at is None else some
+    if call.causal and (fields.get("memory") is not None or fields.get("queries_at") is not None):
         mask = future(query.tokens.shape[-2], key.tokens.shape[-2], query.tokens)
         fields |= {"causal": False, "logit_bias": mask if call.logit_bias is None else call.logit_bias + mask}
     try:
@@ -214,15 +216,24 @@ def _entries(recorder: Recorder, part: Part) -> tuple[Tensor, Tensor] | None:
     return root, reindex(chain, entries).flatten(0, -2)[part.rows]
 
 
+def _places_among(recorder: Recorder, query: Part, key: Part) -> Tensor | None:
+    """Which of the tokens of the keys the queries are made of, the same ones in each item; None if they are not."""
+    found, others = _entries(recorder, query), _entries(recorder, key)
+    if found is None or others is None or recorder.number(found[0]) != recorder.number(others[0]):
+        return None
+    (of_queries, of_keys), tokens = (pair[1] for pair in (found, others)), key.rows.shape[-1]
+    first = of_keys[0].flatten(1)
+    places = (of_queries[0].flatten(1)[:, None] == first).all(-1)
+    if not bool((places.sum(-1) == 1).all()) or query.rows.shape[-1] >= tokens:
+        return None
+    at = places.int().argmax(-1)
+    return at if torch.equal(of_keys[:, at], of_queries) else None
+
+
 def _how_related(recorder: Recorder, query: Part, other: Part) -> str:
     whole = [recorder.number(recorder.walk(part.source, MOVES)[0]) for part in (query, other)]
     if whole[0] != whole[1]:
         return "different functions of the same tokens"
-    if query.rows.shape[-1] < other.rows.shape[-1]:
-        return (
-            f"queries of {query.rows.shape[-1]} of the {other.rows.shape[-1]} tokens that give keys and values: such a "
-            "block, in which these tokens move both, is not part of Attention"
-        )
     return "the same tokens in another order or number"
 
 

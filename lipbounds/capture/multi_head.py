@@ -93,12 +93,13 @@ def _part(given: dict[str, Any], role: int, source: Tensor) -> Part:
     """Queries (role 0), keys (1) or values (2)."""
     weight, bias = _role(given, role)
     tokens = _batch_first(source)
+    rows = torch.arange(source.shape[:-1].numel(), device=source.device).view(source.shape[:-1])
     return Part(
         tokens=tokens.clone(),
         weight=_heads(given, weight).mT.clone(),
         bias=None if bias is None else bias.reshape(given["num_heads"], -1).clone(),
         source=source,
-        rows=torch.arange(tokens.shape[:-1].numel(), device=tokens.device).view(-1, tokens.shape[-2]),
+        rows=_batch_first(rows.unsqueeze(-1)).reshape(-1, tokens.shape[-2]),
     )
 
 

@@ -23,7 +23,7 @@ def without_padding(fields: dict[str, Any], result: Tensor) -> Iterator[Piece]:
         fields: of the `Attention`.
         result: what the model computed, shape `*batch n out_dim`.
     """
-    blind = _blind(fields)
+    blind = None if fields.get("queries_at") is not None else _blind(fields)
     if blind is None or not bool(blind.any()) or bool(blind.all()):
         yield fields, result, None, None
         return

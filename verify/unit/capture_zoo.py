@@ -201,6 +201,33 @@ class ClassToken(nn.Module):
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
 
 
+class LastToken(Fused):
+    """Queries of all tokens are made, and one is used."""
+
+    def __init__(self) -> None:
+        super().__init__(change=lambda q, k, v: (q[..., -1:, :], k, v))
+
+
+class ClassAttention(nn.Module):
+    """As in CaiT: the class token looks at itself and at all patches, written out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 1, DIM))
+        self.norm, self.scale = nn.LayerNorm(DIM), WIDTH**-0.5
+        self.q, self.k, self.v, self.proj = (nn.Linear(DIM, DIM) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        token = self.token.expand(len(x), -1, -1)
+        u = self.norm(torch.cat((token, x), 1))
+        b, n, c = u.shape
+        q = self.q(u[:, 0]).unsqueeze(1).reshape(b, 1, HEADS, c // HEADS).permute(0, 2, 1, 3)
+        k = self.k(u).reshape(b, n, HEADS, c // HEADS).permute(0, 2, 1, 3)
+        v = self.v(u).reshape(b, n, HEADS, c // HEADS).permute(0, 2, 1, 3)
+        maps = (q * self.scale @ k.transpose(-2, -1)).softmax(-1)
+        return token + self.proj((maps @ v).transpose(1, 2).reshape(b, 1, c))
+
+
 class Local(nn.Module):
     """Attention in overlapping pieces, which no Attention says, beside one that can be said."""
 
@@ -349,7 +376,9 @@ ZOO: dict[str, Case] = {
         reported="got torch.Tensor.tanh in between",
         whole=False,
     ),
-    "query of a part": Case(make=ClassToken, blocks=0, reported="queries of 1 of the 6 tokens", whole=False),
+    "query of the class token": Case(make=ClassToken),
+    "query of the last token": Case(make=LastToken),
+    "class attention": Case(make=ClassAttention, whole=False),
 }
 
 

@@ -324,3 +324,44 @@ def test_hooks_and_the_fast_path_are_as_before_even_after_an_error() -> None:
         assert not torch.backends.mha.get_fastpath_enabled()
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_some_queries_keep_their_mask(causal: bool) -> None:
+    class Some(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = Fused(change=lambda q, k, v: (q[..., [4, 1], :], k, v))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attention(x, **({"is_causal": True} if causal else {"mask": ramp(2, 6)}))
+
+    found = check_whole(Some(), tokens())
+    assert found.attention.queries_at.tolist() == [4, 1]  # pyright: ignore[reportOptionalMemberAccess]
+    assert found.attention.logit_bias is not None  # causal: of the first two places, as torch has it
+
+
+def test_multi_head_attention_of_some_queries() -> None:
+    class Some(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(DIM, HEADS, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attention(x[:, :1], x, x, need_weights=False)[0]
+
+    found = check_whole(Some(), tokens())
+    assert found.attention.queries_at.tolist() == [0]  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def test_queries_of_tokens_that_are_no_keys_are_refused() -> None:
+    class Other(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v, self.out = (nn.Linear(DIM, DIM) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(F.scaled_dot_product_attention(self.q(x[:, :1]), self.k(x[:, 1:]), self.v(x[:, 1:])))
+
+    with pytest.raises(Unsupported, match="the same tokens in another order or number"):
+        run(Other(), tokens())
