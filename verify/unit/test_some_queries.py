@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import lipbounds
+from lipbounds.claims import Feature
 from lipbounds.derivatives.ball.logits import logit_radius
 from lipbounds.errors import InvalidInput, UnsupportedAttention
 from lipbounds.estimators._operator import JacobianOperator
@@ -25,7 +26,7 @@ from lipbounds.testing.strategies import attention_blocks
 from verify.unit.blocks import random_block
 
 
-PARTS = ("heads", "biases", "mask", "rotary", "qk_norm")
+PARTS: tuple[Feature, ...] = ("heads", "biases", "mask", "rotary", "qk_norm")
 BOUNDS = [spec for spec in lipbounds.registry.select(target=Attention) if "some_queries" in spec.supports]
 AT_A_POINT = [spec for spec in BOUNDS if not spec.needs_radius]
 ON_A_BALL = [spec for spec in BOUNDS if spec.claim.scope == "ball"]
@@ -109,7 +110,8 @@ def test_logits_move_on_a_ball_as_those_rows_of_the_whole_block_do():
 
 def test_rounding_of_the_products_covers_those_of_some_queries():
     whole = random_block(3, n=6, dim=8)
-    block = of_some_tokens(whole, torch.tensor([4, 1]))
+    at = torch.tensor([4, 1])
+    block = of_some_tokens(whole, at)
     short = block.to(torch.float32)
     operator = JacobianOperator(short)
     assert operator.out_size < operator.in_size
@@ -117,18 +119,20 @@ def test_rounding_of_the_products_covers_those_of_some_queries():
     assert bool((operator.jvp(v).norm() > 0).all())
     assert token_lower(short).shape == (6,)  # each token moves the output: as a key, two of them as queries, too
     lower = token_lower(block)
-    columns = rows_of(oracles.jacobian(whole), whole, block.queries_at).unflatten(-1, (6, -1)).movedim(-2, 0)
+    columns = rows_of(oracles.jacobian(whole), whole, at).unflatten(-1, (6, -1)).movedim(-2, 0)
     torch.testing.assert_close(lower, torch.linalg.matrix_norm(columns, 2), rtol=1e-3, atol=0)
 
 
 def test_the_field_outlives_conversions():
     block = of_some_tokens(random_block(1), torch.tensor([2]))
+    assert block.queries_at is not None
     for other in (
         block.to(torch.float32).double,
         block.double,
         pickle.loads(pickle.dumps(block)),
         block.at(2 * block.x),
     ):
+        assert other.queries_at is not None
         assert torch.equal(other.queries_at, block.queries_at)
         assert other.queries_at.dtype == torch.int64
     assert block.to(torch.bfloat16).forward().shape == (1, block.w_o.shape[-1])
