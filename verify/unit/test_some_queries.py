@@ -38,9 +38,9 @@ def rows_of(jacobian: Tensor, block: Attention, at: Tensor) -> Tensor:
 
 
 @st.composite
-def pairs(draw: Any, features: Iterable[str], **options: Any) -> tuple[Attention, Tensor]:
+def pairs(draw: Any, features: Iterable[Any], **options: Any) -> tuple[Attention, Tensor]:
     """A block of self-attention, and some of its tokens."""
-    wanted = [name for name in PARTS if name in features]
+    wanted = [name for name in PARTS if name in set(features)]
     block = draw(attention_blocks(wanted, largest=5, **options))
     order = draw(st.permutations(range(block.tokens)))
     return block, torch.tensor(order[: draw(st.integers(1, block.tokens))])
