@@ -12,6 +12,10 @@ the three, whatever n is.
 Equal tokens. Every row of P is uniform and every row of V the same, so dP V = 0 and dY = P dX W_V: ||W_V W_O||, as
 ||P|| = 1. No logits (W_Q = 0): dS = 0 and P is uniform: the same, for any tokens.
 
+Biased queries. The tokens and weights of two values but W_Q = 0 and b_Q = a: every row of P has (1 + t)/n at +1 and
+(1 - t)/n at -1, and m_i = t, so dY is n equal rows with v (1 + t)(1 + a (1 - t))/n and v (1 - t)(1 - a (1 + t))/n: the
+norm is v/sqrt(2) times that of ((1 + t)(1 + a (1 - t)), (1 - t)(1 - a (1 + t))), whatever n, b_K and b_V are.
+
 Sinks. W_Q = 0 and all keys hidden but c: P has n equal rows of c entries 1/c: sqrt(n/c) ||W_V W_O||. Without a mask the
 key of one token is so large that all other weights are below e^-800: sqrt(n) v but for a relative 1e-300.
 
@@ -44,6 +48,7 @@ from lipbounds.testing.verdict import Refuted, evaluate
 
 
 A, V = 0.75, 1.5  # a and v of the two values
+STEEP = 1.25  # a of biased queries
 SINK = 800.0  # the logit of a sink above those of all other keys: exp(-800) is far below the smallest float
 WIDTH = 4  # D of rank-one weights
 LENGTHS = (16, 64, 256, 2048, 4096)
@@ -137,6 +142,13 @@ def _no_logits(tokens: int) -> tuple[Attention, float]:
     return Attention(x=_in_turn(tokens), **_weights(0.0), scale=1.0), V
 
 
+def _biased_queries(tokens: int) -> tuple[Attention, float]:
+    biases: dict[str, Any] = {"b_q": _float([[STEEP]]), "b_k": _float([[0.5]]), "b_v": _float([[2.0]])}
+    t = math.tanh(STEEP)
+    at_ones = (1 + t) * (1 + STEEP * (1 - t)), (1 - t) * (1 - STEEP * (1 + t))
+    return Attention(x=_in_turn(tokens), **_weights(0.0), **biases, scale=1.0), V * math.hypot(*at_ones) / math.sqrt(2)
+
+
 def _sink(tokens: int) -> tuple[Attention, float]:
     # Feature 0 is 1 everywhere and asks; feature 1 marks the sink, which is seen; feature 2 is the value.
     x = _float([[1.0, 0.0, 0.0]]).repeat(tokens, 1)
@@ -197,6 +209,7 @@ def _one_query_two_keys(tokens: int) -> tuple[Attention, float]:
 FAMILIES: dict[str, Callable[[int], tuple[Attention, float]]] = {
     "two values": _two_values,
     "two values, steep": _steep,
+    "biased queries": _biased_queries,
     "sink": _sink,
     "equal tokens": _equal_tokens,
     "no logits": _no_logits,

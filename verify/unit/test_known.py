@@ -8,8 +8,12 @@ import torch
 import lipbounds
 from lipbounds import Attention, InvalidInput
 from lipbounds.testing import oracles
+from lipbounds.testing.contract import run_check
 from lipbounds.testing.known import ANY_NUMBER, FAMILIES, instances, known, radius_for
+from lipbounds.testing.shown import why_not
 from lipbounds.testing.surroundings import around
+from lipbounds.testing.verdict import Refuted
+from verify.faults.faults_published import theorem3_despite_biases
 from verify.unit.sample_bounds import spec
 
 
@@ -79,7 +83,6 @@ def test_lengths_grow_while_they_are_cheap() -> None:
 
 def test_a_refusal_counts_as_not_tried() -> None:
     from lipbounds.errors import UnsupportedAttention
-    from lipbounds.testing.contract import run_check
 
     def short(block: Attention) -> torch.Tensor:
         if block.tokens > 20:
@@ -90,3 +93,13 @@ def test_a_refusal_counts_as_not_tried() -> None:
     tried = run_check(spec(short), "closed_form", seen=lambda block: seen.append(getattr(block, "tokens", 0)))
     assert tried >= 12
     assert len(seen) == tried
+
+
+def test_theorem_3_despite_biases_is_refuted_by_the_first_blocks() -> None:
+    """A published bound used for what it was not proved for; these blocks are the same for every seed."""
+    spec = theorem3_despite_biases.spec
+    seen: list[object] = []
+    with pytest.raises(Refuted, match=r"at 'biased queries' with n = 16 the norm is .* below it") as raised:
+        run_check(spec, "closed_form", max_examples=20, seed=0, seen=seen.append)
+    assert len(seen) <= len(FAMILIES)
+    assert not why_not(raised.value.snippet, spec)
