@@ -17,6 +17,7 @@ from lipbounds.files import check_writable, json_text, write_atomically
 
 
 if TYPE_CHECKING:
+    from lipbounds.testing.difficulty import Difficulty
     from lipbounds.testing.session import Report
 
 
@@ -56,6 +57,16 @@ def command(
     raise typer.Exit(FOUND if found.refuted_by else TOO_LITTLE if found.missing else OK)
 
 
+def _difficulty(found: Difficulty) -> str:
+    columns = {
+        "weight of the largest key": found.largest_weight,
+        "offset of the keys": found.key_offset,
+        "norm of A": found.logit_weights,
+    }
+    parts = (f"{name} {' / '.join(f'{value:.2g}' for value in values)}" for name, values in columns.items())
+    return f"Difficulty of {found.blocks} blocks (10 % / median / 90 %): {', '.join(parts)}."
+
+
 def _print_report(found: Report) -> None:
     from lipbounds.claims import SCOPE_WORDS
 
@@ -78,6 +89,8 @@ def _print_report(found: Report) -> None:
         f"{tried} blocks in {len(found.examples)} checks and {found.rounds} rounds, {found.starts or 0} starts of "
         f"ascent, {found.seconds:.0f} s, seed {found.seed}."
     )
+    if found.difficulty is not None:
+        output.print(_difficulty(found.difficulty), highlight=False)
     if found.worst_ratio is not None:
         output.print(f"Largest true / claimed norm found by ascent: {found.worst_ratio:.6f}.", highlight=False)
     if found.comparisons:

@@ -13,6 +13,7 @@ from lipbounds.claims import Kind, Scope
 from lipbounds.registry import BoundSpec, select
 from lipbounds.targets.attention import Attention
 from lipbounds.testing.contract import checks_for, checks_of, run_check
+from lipbounds.testing.difficulty import Difficulty, Seen
 from lipbounds.testing.falsify import Falsification, can_climb, falsify_widely
 from lipbounds.testing.other_norms import reached_norm
 from lipbounds.testing.recipes import Recipe, build
@@ -66,6 +67,7 @@ class Report:
         message: what was found; empty if nothing was.
         snippet: Python source that shows it, run before it is returned; empty if nothing was found, or if no file
             shows it, which the message says.
+        difficulty: of the blocks that the check `value` drew; None for a target that is no `Attention`.
         comparisons: tightness beside all other bounds of the same kind and scope; empty for a refuted bound.
     """
 
@@ -81,6 +83,7 @@ class Report:
     refuted_by: str = ""
     message: str = ""
     snippet: str = ""
+    difficulty: Difficulty | None = None
     comparisons: list[Comparison] = dc.field(default_factory=list)
 
     @property
@@ -130,15 +133,18 @@ def verify(spec: BoundSpec, *, seconds: float = 60.0, seed: int = 0, progress: P
             progress(what, min(1.0, elapsed() / seconds) if seconds > 0 else 1.0)
 
     tried: dict[str, int] = dict.fromkeys(examples, 0)  # rounds of each check
+    drawn = Seen()
 
     def done(**found: Any) -> Report:
-        return dc.replace(report, seconds=elapsed(), examples=examples, rounds=_whole_rounds(spec, tried), **found)
+        found |= {"rounds": _whole_rounds(spec, tried), "difficulty": drawn.summary()}
+        return dc.replace(report, seconds=elapsed(), examples=examples, **found)
 
     try:
         for name in _rounds(spec, list(examples), lambda: elapsed() < until):
             tell(f"check {name[0]}")
             check, size, round_seed = name
-            examples[check] += run_check(spec, check, max_examples=size, seed=seed + round_seed)
+            seen = drawn if check == "value" else None  # other checks draw blocks of the same kinds
+            examples[check] += run_check(spec, check, max_examples=size, seed=seed + round_seed, seen=seen)
             tried[check] += 1
     except Refuted as refuted:
         examples[refuted.check] += refuted.examples or 0
