@@ -113,6 +113,8 @@ class JaSMin(TorchFunctionMode):
     or changed after its softmax, is refused by `penalty`. Keep `backward` inside the block where
     activations are checkpointed: the layers run again then, and must be watched again.
 
+    Over 150 lines, because torch has one hook for all calls, and the penalty is a state of the run.
+
     Args:
         model: the model; a module made by torch.compile will do.
         k: as in `jasmin`.

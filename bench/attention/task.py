@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from bench.attacks.smallest import SEED, Effort, Norm, smallest_found
 from bench.attention.maps import examples, statistics
 from bench.attention.measures import bounds, methods, part_norms, row_correlations, true_constant
+from bench.engine.answers import Shown
 from bench.engine.evaluators import CPU
-from bench.engine.store import Answer, Shown, Store
+from bench.engine.store import Answer, Store
 from bench.engine.store_file import Entry
+from bench.workloads.capturing import captured
 from bench.workloads.case import Case
 from bench.workloads.hashes import tensors_hash
-from bench.workloads.models import captured, digits_inputs, zoo
+from bench.workloads.models import digits_inputs, zoo
 from lipbounds.models.digits_data import load_digits_split
 from lipbounds.models.digits_vit import load_digits_vit
 from lipbounds.models.lipschitz_vit import load_lipschitz_vit

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from bench.certified import tables
 from bench.certified import task as certified
+from bench.engine.answers import Shown
 from bench.engine.machine import describe
 from bench.engine.migration import Old
 from bench.engine.options import profile_of, progress_bar, write_page
-from bench.engine.store import Shown, Store
+from bench.engine.store import Store
 from bench.engine.task import Showing, Task, Written
 from lipbounds.devices import device_named
 

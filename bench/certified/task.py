@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from bench.attacks.images import autoattack, distance, right
+from bench.engine.answers import Shown
 from bench.engine.evaluators import CPU
 from bench.engine.records import content_hash
-from bench.engine.store import Answer, Shown, Store
+from bench.engine.store import Answer, Store
 from bench.workloads.architectures import ARCHITECTURES
 from bench.workloads.hashes import tensors_hash
 from lipbounds.certify import certify

@@ -25,6 +25,10 @@ class RecordError(LipboundsError):
     """A file of records cannot be read or written as it is."""
 
 
+class NotAnswered(RecordError):
+    """A question whose answer is not in the records."""
+
+
 @dc.dataclass(frozen=True, kw_only=True)
 class Question:
     """Everything that determines a result, as it was asked and never as a processor rounded it; the key is its hash.

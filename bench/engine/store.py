@@ -15,33 +15,26 @@ from __future__ import annotations
 import contextlib
 import dataclasses as dc
 import os
-import stat
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from bench.engine.appending import opened, repair
 from bench.engine.machine import environment
-from bench.engine.records import Record, RecordError, content_hash
+from bench.engine.records import NotAnswered, Record, RecordError, content_hash
 from bench.engine.store_file import Entry, Page, ResultsFile, read
 from lipbounds.files import write_atomically
-
-
-if sys.platform != "win32":
-    import fcntl
 
 
 Answer = dict[str, Any]
 
 
-class NotAnswered(RecordError):
-    """A question whose answer is not in the records."""
-
-
 class Store:
     """A file of results open for appending, locked against a second writer; a torn last line is cut off on opening.
+
+    Over 150 lines, because reading, asking and writing share the file, its lock and what it holds.
 
     Args:
         path: of the file; it and its folder are made if missing.
@@ -63,11 +56,11 @@ class Store:
         with _told(path):
             if not only_read:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = _opened(path)
+                self._file = opened(path)
             try:
                 self._contents = read(path)
                 if self._file is not None:
-                    self.repaired = _repair(path, self._file, self._contents.torn)
+                    self.repaired = repair(path, self._file, self._contents.torn)
             except BaseException:
                 self.close()
                 raise
@@ -224,7 +217,7 @@ class Store:
         with _told(self.path):
             write_atomically(self.path.resolve(), "".join(f"{line}\n" for line in lines).encode())
             self.close()
-            self._file = _opened(self.path)
+            self._file = opened(self.path)
         self._contents = kept
 
     def _write(self, lines: Iterable[str]) -> None:
@@ -245,87 +238,6 @@ class Store:
                 raise
 
 
-class Answered:
-    """Answers that are asked for as a run asks, and found without models.
-
-    Args:
-        entries: in the order of the page that shows them.
-    """
-
-    def __init__(self, entries: Sequence[Entry]) -> None:
-        self.entries = entries
-        self.asked: dict[str, None] = {}  # keys in order
-
-    def ask(
-        self,
-        question: Answer,
-        work: Callable[[], Answer] = dict,
-        *,
-        rest: Callable[[], Answer] = dict,
-        force: bool = False,
-    ) -> Answer:
-        """The answer of the page to a question; neither `work` nor `rest` is called.
-
-        Args:
-            question: a part of the question that no other answer of the page has.
-            work: not needed.
-            rest: not needed.
-            force: not heeded.
-
-        Raises:
-            NotAnswered: the page shows no such answer.
-        """
-        found = self.select(**question)
-        if not found:
-            raise NotAnswered(f"the records of the page hold no answer to {question}; measure it first.")
-        self.asked[found[0]["key"]] = None
-        return found[0]
-
-    def select(self, **question: Any) -> list[Answer]:
-        """All answers of the page to questions with these parts, in the order of the page.
-
-        Args:
-            **question: the parts.
-        """
-        return [entry.flat for entry in self.entries if question.items() <= entry.question.items()]
-
-
-class Shown(Answered):
-    """What a page shows.
-
-    Args:
-        store: the file.
-        page: of a profile.
-
-    Raises:
-        RecordError: an answer of the page is not in the file.
-    """
-
-    def __init__(self, store: Store, page: Page) -> None:
-        missing = [key for key in page.keys if key not in store.entries]
-        if missing:
-            raise RecordError(f"{store.path} must hold all answers of its page, got none for {missing[0]}; restore it.")
-        super().__init__([store.entries[key] for key in page.keys])
-        self.store, self.page = store, page
-
-    @property
-    def records(self) -> list[Record]:
-        """The entries of the page as records."""
-        return [entry.record for entry in self.entries]
-
-    @property
-    def environments(self) -> dict[str, dict[str, Any]]:
-        """The environment lines that the entries name, in the order in which they first do."""
-        names = dict.fromkeys(entry.environment for entry in self.entries if entry.environment)
-        return {name: self.store.environments[name] for name in names}
-
-    @property
-    def states(self) -> list[dict[str, Any]]:
-        """What the environments of the page are, each once."""
-        found = (line.get("environment", {}) for line in self.environments.values())
-        return list({content_hash(state): state for state in found}.values())
-
-
 @contextlib.contextmanager
 def _told(path: Path) -> Iterator[None]:
     """Errors of the file system as ours, with what to do."""
@@ -336,43 +248,3 @@ def _told(path: Path) -> Iterator[None]:
             f"{path} must be a file that can be read and written, got '{error.strerror or error}'; what was written "
             "before is kept: make room or pass another --results folder, and run the same command again."
         ) from error
-
-
-def _opened(path: Path) -> int:
-    """A descriptor to append with, locked until it is closed or the process ends; not locked on Windows."""
-    if path.is_symlink() and not path.exists():
-        raise OSError(f"it is a link to {os.readlink(path)}, which does not exist")
-    if path.exists() and not stat.S_ISREG(path.stat().st_mode):
-        raise OSError("it is a folder" if path.is_dir() else "it is no regular file")
-    while True:
-        file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
-        if sys.platform == "win32":
-            return file
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(file)
-            raise RecordError(
-                f"{path} must be written by one run at a time, got a second one; wait for the other run to end, or "
-                "pass another --results folder."
-            ) from error
-        with contextlib.suppress(FileNotFoundError):
-            if os.fstat(file).st_ino == path.stat().st_ino:
-                return file
-        os.close(file)  # another run replaced the file meanwhile
-
-
-def _repair(path: Path, file: int, torn: int) -> str:
-    """Cut off a torn last line, or end a whole one that lacks its line break; returns what was done, for the user."""
-    size = os.fstat(file).st_size
-    if torn:
-        os.ftruncate(file, size - torn)
-        return f"{path}: cut off {torn} bytes of a torn last line that a killed run left."
-    if not size:
-        return ""
-    with path.open("rb") as again:
-        again.seek(-1, os.SEEK_END)
-        if again.read(1) == b"\n":
-            return ""
-    os.write(file, b"\n")
-    return f"{path}: ended the last line, whose line break a killed run did not write."

@@ -9,9 +9,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from bench.engine.answers import Shown
 from bench.engine.migration import Old
 from bench.engine.options import QUICK, STANDARD, command_of, folder_of, profile_of, shown, told
-from bench.engine.store import Shown, Store
+from bench.engine.store import Store
 from lipbounds.errors import InvalidInput
 
 

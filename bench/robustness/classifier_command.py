@@ -7,9 +7,10 @@ import re
 import shlex
 from pathlib import Path
 
+from bench.engine.answers import Shown
 from bench.engine.machine import describe
 from bench.engine.options import profile_of, progress_bar, write_page
-from bench.engine.store import Shown, Store
+from bench.engine.store import Store
 from bench.engine.task import Showing, Task, Written
 from bench.robustness import classifier_page
 from bench.robustness import classifier_task as task

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from bench.attacks.images import Norm, right
+from bench.engine.answers import Shown
 from bench.engine.records import content_hash
-from bench.engine.store import Answer, Shown, Store
+from bench.engine.store import Answer, Store
 from bench.robustness.attacked import Advance, Subject, attacked, share
 from bench.robustness.classifier import LoadedClassifier, check_classes
 from bench.robustness.folder import LabelledFolder

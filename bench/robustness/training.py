@@ -17,8 +17,9 @@ from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from bench.engine.answers import Answered
 from bench.engine.records import RecordError, content_hash
-from bench.engine.store import Answer, Answered, Store
+from bench.engine.store import Answer, Store
 from bench.robustness.settings import VERSION, Recipe
 from bench.workloads.hashes import tensors_hash
 from lipbounds.errors import InvalidInput

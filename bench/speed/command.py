@@ -7,10 +7,11 @@ import dataclasses as dc
 import sys
 from pathlib import Path
 
+from bench.engine.answers import Shown
 from bench.engine.machine import describe
 from bench.engine.migration import Old
 from bench.engine.options import profile_of, write_page
-from bench.engine.store import Shown, Store
+from bench.engine.store import Store
 from bench.engine.task import Showing, Task, Written
 from bench.speed import plan, tables
 from bench.speed import task as speed

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
+from bench.engine.answers import Answered, Shown
 from bench.engine.evaluate import TimeLimitReached, limited
 from bench.engine.evaluators import CPU
 from bench.engine.machine import ROOT, cpu_name
-from bench.engine.store import Answer, Answered, Shown, Store
+from bench.engine.store import Answer, Store
 from bench.speed.plan import AXES, JASMIN_LIMIT, LONG, LONGEST, SEED, TARGETS, VIT, Profile, Target
 from bench.speed.timing import Make, peak_memory, side_by_side
 from bench.speed.training_steps import measured as training_step

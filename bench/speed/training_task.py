@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from bench.engine.store import Shown, Store
+from bench.engine.answers import Shown
+from bench.engine.store import Store
 from bench.speed.plan import JASMIN_LIMIT
 from bench.speed.task import place
 from bench.speed.training_steps import MODELS, measured

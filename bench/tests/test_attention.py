@@ -21,10 +21,11 @@ from bench.attention import task as task
 from bench.attention.links import MEAN, arrays, factors, links
 from bench.attention.maps import examples, statistics
 from bench.attention.measures import bounds, mixing_block, part_norms, row_correlations, true_constant
+from bench.engine.answers import Shown
 from bench.engine.evaluate import question
 from bench.engine.evaluators import CPU
 from bench.engine.records import Record
-from bench.engine.store import Shown, Store
+from bench.engine.store import Store
 from bench.engine.store_file import Entry
 from bench.tests.samples import tiny_block, tiny_case
 from bench.tightness.task import TASK

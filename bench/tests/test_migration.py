@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from bench import __main__ as program
+from bench.engine.answers import Shown
 from bench.engine.evaluate import question
-from bench.engine.store import Shown, Store
+from bench.engine.store import Store
 from bench.workloads.models import zoo
 from bench.workloads.radii import multiples
 from lipbounds import registry

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from bench import __main__ as program
+from bench.engine.answers import Shown
 from bench.engine.records import SCHEMA_VERSION, Record, RecordError
-from bench.engine.store import Shown, Store
+from bench.engine.store import Store
 from bench.engine.store_file import read
 from bench.tests.samples import record, records_at
 

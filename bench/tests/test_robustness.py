@@ -16,8 +16,9 @@ from scipy import stats
 from torch import Tensor, nn
 
 from bench import __main__ as program
-from bench.engine.records import RecordError
-from bench.engine.store import NotAnswered, Shown, Store
+from bench.engine.answers import Shown
+from bench.engine.records import NotAnswered, RecordError
+from bench.engine.store import Store
 from bench.engine.store_file import Page
 from bench.robustness import attacked, choice, figures, measures, penalties, settings, tables, training
 from bench.robustness import task as robustness

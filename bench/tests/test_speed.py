@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench.engine.store import Shown, Store
+from bench.engine.answers import Shown
+from bench.engine.store import Store
 from bench.speed import card, timing
 from bench.speed import tables as speed_tables
 from bench.speed import task as speed

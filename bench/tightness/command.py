@@ -12,10 +12,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from bench.engine.answers import Shown
 from bench.engine.migration import Old, blocks, newest
 from bench.engine.records import RecordError, without_infinities
 from bench.engine.reference import LOWER
-from bench.engine.store import Shown, Store
+from bench.engine.store import Store
 from bench.engine.task import Showing, Task, Written
 from bench.tightness import features, figures, tables
 from bench.tightness import task as tightness

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses as dc
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from bench.workloads.architectures import ARCHITECTURES, Architecture
+from bench.workloads.capturing import captured
 from bench.workloads.case import Case
 from bench.workloads.hashes import recipe_hash, tensors_hash
+from bench.workloads.random_blocks import LOGIT_SCALES, random_blocks
 from lipbounds.capture import capture
 from lipbounds.claims import Feature
-from lipbounds.targets.attention import Attention
 
 
 SENTENCES = Path(__file__).parent / "data" / "sentences.txt"
 MODEL_SEED = 0
-RANDOM_TOKENS, RANDOM_WIDTH = 16, 32
-SPREADS = (0.25, 1.0, 4.0, 16.0)  # from nearly uniform rows to nearly one-hot ones
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -111,11 +110,11 @@ def zoo() -> list[Model]:
                 name=f"random-{heads}-head{'s' if heads > 1 else ''}",
                 description=f"Random blocks without biases: {heads} head{'s' if heads > 1 else ''}, 32 features, on "
                 "Gaussian tokens; the layers differ in the standard deviation of the logits",
-                layers=len(SPREADS),
+                layers=len(LOGIT_SCALES),
                 inputs=4,
                 quick_inputs=1,
                 seconds=0.3,
-                cases=functools.partial(_random, heads),
+                cases=functools.partial(random_blocks, heads),
             )
             for heads in (1, 4)
         ),
@@ -149,56 +148,6 @@ def drawn_hashes(count: int = 16) -> dict[tuple[str, str], tuple[str, str]]:
     return {
         (case.model, case.input): (case.model_hash, case.input_hash) for model in drawn for case in model.cases(count)
     }
-
-
-def captured(
-    name: str,
-    model: Callable[[], nn.Module],
-    model_hash: str,
-    inputs: Iterable[tuple[str, str, Callable[[nn.Module], Any]]],
-    layers: Sequence[int],
-    **known: Any,
-) -> Iterator[Case]:
-    """The blocks of a model at inputs of batch size 1, in float64.
-
-    Args:
-        name: of the model.
-        model: gives it, in evaluation mode.
-        model_hash: of its weights.
-        inputs: name and content hash of each input, and a function that runs the capture of a model on it.
-        layers: numbers of the blocks that are wanted.
-        **known: what is known of all blocks: `width` and `block_features`.
-    """
-    for identity, input_hash, run in inputs:
-        # The blocks of one input are captured together, when the first of them is needed.
-        blocks = functools.lru_cache(maxsize=1)(functools.partial(_blocks, model, run))
-        for layer in layers:
-            yield Case(
-                model=name,
-                model_hash=model_hash,
-                input=identity,
-                input_hash=input_hash,
-                layer=layer,
-                load=functools.partial(_block, blocks, layer),
-                **known,
-            )
-
-
-@torch.no_grad()
-def _blocks(model: Callable[[], nn.Module], run: Callable[[nn.Module], Any]) -> dict[int, Any]:
-    return {found.index: found for found in run(model())}
-
-
-def _block(blocks: Callable[[], dict[int, Any]], layer: int) -> tuple[str, Attention]:
-    found = blocks()[layer]
-    return found.module, single(found.attention).double
-
-
-def single(block: Attention) -> Attention:
-    """A block with one batch item, without its batch dimension."""
-    fields = {"x": 2, "memory": 2, "logit_bias": 3}
-    present = {name: (getattr(block, name), dims) for name, dims in fields.items() if getattr(block, name) is not None}
-    return block.replace(**{name: tensor.reshape(tensor.shape[-dims:]) for name, (tensor, dims) in present.items()})
 
 
 def interleaved(count: int) -> list[int]:
@@ -306,42 +255,3 @@ def _torch_encoder(count: int) -> Iterator[Case]:
     weights = recipe_hash(layers=["TransformerEncoderLayer", 64, 4, 128, 3], seed=MODEL_SEED)
     known: dict[str, Any] = {"width": 64, "block_features": frozenset({"heads"})}
     return captured("torch-encoder", functools.cache(_torch_encoder_model), weights, inputs, range(3), **known)
-
-
-@functools.cache
-def _random_weights(heads: int) -> dict[str, Tensor]:
-    """Gaussian weights of variance 1/width, so that queries, keys and unscaled logits have standard deviation 1."""
-    width = RANDOM_WIDTH
-    generator = torch.Generator().manual_seed(MODEL_SEED)
-    shapes = {
-        **dict.fromkeys(("w_q", "w_k", "w_v"), (heads, width, width // heads)),
-        "w_o": (heads, width // heads, width),
-    }
-    return {
-        name: torch.randn(*shape, generator=generator, dtype=torch.float64) / width**0.5
-        for name, shape in shapes.items()
-    }
-
-
-def _random_block(heads: int, seed: int, spread: float) -> tuple[str, Attention]:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(RANDOM_TOKENS, RANDOM_WIDTH, generator=generator, dtype=torch.float64)
-    weights = _random_weights(heads)
-    turned: dict[str, Any] = {**weights, "w_q": weights["w_q"] * spread}
-    return f"logit spread {spread:g}", Attention(x=x, **turned)
-
-
-def _random(heads: int, count: int) -> Iterator[Case]:
-    weights = recipe_hash(weights="Gaussian", heads=heads, width=RANDOM_WIDTH, spreads=SPREADS, seed=MODEL_SEED)
-    for seed in range(count):
-        for layer, spread in enumerate(SPREADS):
-            yield Case(
-                model=f"random-{heads}-head{'s' if heads > 1 else ''}",
-                model_hash=weights,
-                input=f"seed-{seed}",
-                input_hash=recipe_hash(tokens="Gaussian", shape=[RANDOM_TOKENS, RANDOM_WIDTH], seed=seed),
-                layer=layer,
-                load=functools.partial(_random_block, heads, seed, spread),
-                width=RANDOM_WIDTH,
-                block_features=frozenset({"heads"} if heads > 1 else ()),
-            )

@@ -70,7 +70,10 @@ Group = list[tuple[_Open, Tensor]]
 
 
 class Collector:
-    """Hears of every torch call of a run, and completes a block when its output projection is called."""
+    """Hears of every torch call of a run, and completes a block when its output projection is called.
+
+    Over 150 lines, because a block is opened, read and closed by the same few records.
+    """
 
     def __init__(self, recorder: Recorder, cross_moves: CrossMoves, on_unsupported: OnUnsupported) -> None:
         self._recorder = recorder

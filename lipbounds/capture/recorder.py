@@ -45,6 +45,8 @@ class Recorder(Runner, TorchFunctionMode):
 
     A call that consists of others (einsum, a product with a factor, softmax written out) is run as these, and an
     in-place call is recorded as the call that computes what is written, so that few kinds of steps remain.
+
+    Over 150 lines, because torch has one hook for all calls, and each writes the same records.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from lipbounds.cli.console import AsJson, progress, remarks
 from lipbounds.cli.inputs import Data, Images, Model, Text, runs_of
-from lipbounds.cli.options import Device, Dtype
+from lipbounds.cli.options import Device, Dtype, TrustRemoteCode
 from lipbounds.files import check_writable
 
 
@@ -34,9 +34,7 @@ def command(
     device: Device = "cpu",
     dtype: Dtype = "float32",
     as_json: AsJson = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the code that comes with a Hugging Face checkpoint.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Compare bounds on the attention blocks of a model, ranked within kind, scope and norm.
 

@@ -42,3 +42,6 @@ def dtype_named(name: str) -> Any:
 Device = Annotated[Any, typer.Option("--device", parser=device_named, metavar="DEVICE", help="cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[Any, typer.Option("--dtype", parser=dtype_named, metavar="DTYPE", help=", ".join(DTYPES))]
 Seed = Annotated[int, typer.Option("--seed", help="Of everything random.", min=0, max=2**32 - 1)]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the code that comes with a Hugging Face checkpoint.")
+]

@@ -13,11 +13,22 @@ from typer.core import TyperCommand
 
 from lipbounds.cli.console import output, progress
 from lipbounds.cli.inputs import Data, Images, Model, Text, runs_of
-from lipbounds.cli.options import Device, Dtype, Seed
+from lipbounds.cli.options import Device, Dtype, Seed, TrustRemoteCode
 
 
 if TYPE_CHECKING:
     from lipbounds.cluster import Cluster
+
+
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="[ADDRESS]",
+        help="Compute on the Ray cluster at host:port, auto or local; without an address, on the running one or "
+        "else on all cores of this machine.",
+    ),
+]
 
 
 class WithRay(TyperCommand):
@@ -50,19 +61,9 @@ def command(
     max_seconds: Annotated[
         float | None, typer.Option(help="After which nothing new is begun; the page names what is missing.")
     ] = None,
-    ray: Annotated[
-        str | None,
-        typer.Option(
-            "--ray",
-            metavar="[ADDRESS]",
-            help="Compute on the Ray cluster at host:port, auto or local; without an address, on the running one or "
-            "else on all cores of this machine.",
-        ),
-    ] = None,
+    ray: Ray = None,
     gpus_per_job: Annotated[float, typer.Option(help="With --ray: compute on GPUs, so many for each job.")] = 0.0,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the code that comes with a Hugging Face checkpoint.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write one HTML file: layers and heads with bounds and constants, attention maps, bounds on balls.
 

@@ -109,6 +109,8 @@ class JointBound:
 class JointNetwork:
     """A network at one input, prepared for bounds on balls of any radius around it.
 
+    Over 150 lines, because its stages are prepared once and used by one recursion over layers.
+
     Args:
         network: the network; no layer may have more than 4096 inputs or outputs in all tokens together.
         x: one input, without batch dimensions.

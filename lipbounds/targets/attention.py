@@ -52,6 +52,8 @@ class Attention(Target):
     device. Leading batch dimensions of inputs, weights and logit bias broadcast against each other, so one block may
     hold many inputs, many weights, or both.
 
+    Over 150 lines, because half of it is fields and their description, the rest is the function with its derivatives.
+
     Args:
         x: the tokens that give the queries, and for self-attention also the keys and values.
         w_q: query weights, one matrix a head.

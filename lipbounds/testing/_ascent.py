@@ -30,6 +30,8 @@ class Ascent:
 
     Each tensor of an instance is a direction with entries of order 1 times exp(log size), so that one learning rate
     suits entries of every magnitude and logits can go to 0 or grow without limit.
+
+    Over 150 lines, because gradient steps, restarts and local search change the same population.
     """
 
     def __init__(self, claims: Claims, starts: int, generator: Generator) -> None:

@@ -67,6 +67,8 @@ class _Movement:
 class Softmax(Operation):
     """P = softmax(S) of every row.
 
+    Over 150 lines, because it is one operation, and its bounds share what is known of its map.
+
     Args:
         name: of the operation.
         logits: S, `[heads, n, m]`, finite.

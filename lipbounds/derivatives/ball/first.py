@@ -52,6 +52,8 @@ class Centre:
 class BallDerivatives:
     """Bounds of the parts on a ball; each property is an upper bound of what its name says.
 
+    Over 150 lines, because the bounds share suprema, each made at its first use.
+
     Args:
         centre: of the ball.
         radius: eps, Frobenius norm; of several balls all is made at once, and each result has the balls in front.
