@@ -16,6 +16,7 @@ LONGER_FILES = {
     "lipbounds/compose/joint.py": "one class with the cases of its layers",
     "lipbounds/jasmin.py": "one class that hears of every torch call",
     "lipbounds/kernels/triton_jasmin.py": "kernels that share their loads and masks",
+    "lipbounds/targets/_attention_checks.py": "every rule about the fields of a block, each short",
     "lipbounds/targets/attention.py": "one class: fields, forward pass and derivatives of attention",
     "lipbounds/targets/layers.py": "a class for each elementary layer, each short",
 }
