@@ -1,18 +1,17 @@
-r"""The covariance form in the norm max_i |x_i| of the tokens, ours.
-
-As in `covariance`, row i of the differential of a head is, with u_i = s W_K q_i and Cov_i(Y, Z) = Y^T J(P_i) Z,
-
-    dy_i = sum_j P_ij W_V^T dx_j  +  s Cov_i(V, K) W_Q^T dx_i  +  sum_j P_ij (v_j - m_i) <u_i, dx_j>.
-
-For |dx_j| <= 1 the first part is at most ||W_V||, the second at most s ||Cov_i(V, K) W_Q^T||. For the third take a
-unit vector w: sum_j P_ij |<w, v_j - m_i>| |<u_i, dx_j>| <= (w^T Cov_i(V, V) w)^{1/2} |u_i| by Cauchy-Schwarz. So
+"""The covariance form in the norm max_i |x_i| of the tokens, ours.
 
     exact:  max_i ( ||W_V|| + s ||Cov_i(V, K) W_Q^T|| + |u_i| ||Cov_i(V, V)||^{1/2} ),
 
 at a point, for any mask and any number of tokens. Heads: for each token ||W_O|| sqrt(sum_h L_hi^2), then the largest.
 Where only the query moves, the second part remains; where only the memory moves, the other two.
 
+| symbol | meaning |
+|---|---|
+| u_i = s W_K q_i | gradient of the logits of row i by a token |
+| Cov_i(Y, Z) = Y^T J(P_i) Z | covariance under row i of the attention map |
+
 Numerics: as in `covariance`; a square root of a covariance that rounding blurs carries the root of its error.
+Proof: docs/bounds/covariance_token.md.
 """
 
 from __future__ import annotations

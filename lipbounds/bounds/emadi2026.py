@@ -1,18 +1,17 @@
-r"""Emadi 2026: sharp softmax norms in l_inf to l_1, and length-free bounds of attention (arXiv 2602.18849).
+"""Emadi 2026: sharp softmax norms in l_inf to l_1, and length-free bounds of attention (arXiv 2602.18849).
 
-Of the paper only the abstract was read: it names theta(p) = ||J(p)|| from l_inf to l_1 the balanced-mass factor and
-says that theta is in [0, 1]. The bound below, in the norm max_i |x_i| of the tokens, is derived here.
+In the norm max_i |x_i| of the tokens, at a point, for any mask and any number of tokens:
 
-For a change v with |v_j| <= 1 for all j, and dS_ij = s ( <W_Q^T v_i, k_j> + <q_i, W_K^T v_j> ),
+    balanced_mass:  ||W_V|| + s max_i theta(P_i) ( max_j |W_Q k_j| + |W_K q_i| ) max_j |v_j|
 
-    dy_i = sum_j P_ij W_V^T v_j + sum_j (J(P_i) dS_i)_j v_j,
+| symbol | meaning |
+|---|---|
+| theta(p) | ||J(p)|| from l_inf to l_1, the balanced-mass factor, in [0, 1] |
+| k_j, v_j | keys and values, without their biases |
 
-where k_j and v_j may lose their biases, since J(P_i) 1 = 0 and the entries of J(P_i) dS_i sum to 0. So
-
-    balanced_mass:  ||W_V|| + s max_i theta(P_i) ( max_j |W_Q k_j| + |W_K q_i| ) max_j |v_j|,
-
-at a point, for any mask; the number of tokens does not occur. Where only the query moves, the first and the last term
-are absent, where only the memory moves, that with W_Q is. Heads (ours): ||W_O|| sqrt(sum_h L_h^2), for each token.
+Where only the query moves, the first and the last term are absent; where only the memory moves, that with W_Q is. Heads
+(ours): ||W_O|| sqrt(sum_h L_h^2), for each token. Of the paper only the abstract was read; the bound is derived:
+docs/bounds/emadi2026.md.
 
 Numerics: float64; the rounding of the logits moves theta by a factor within e^{4 eta}
 (lipbounds.derivatives.rounding.logits), as it is a product of two probabilities of subsets.

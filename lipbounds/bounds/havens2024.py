@@ -1,28 +1,17 @@
-r"""Havens, Araujo, Zhang, Hu 2024: fine-grained local sensitivity of transformers, LoFAST (ICML 2024, PMLR 235:17680).
+"""Havens, Araujo, Zhang, Hu 2024: fine-grained local sensitivity of transformers, LoFAST (ICML 2024, PMLR 235:17680).
 
-How far the output moves when the input moves by at most eps in Frobenius norm, from the given X. The paper was not
-read here: its plan is known from the reviews (split the change into one with P frozen and one from the change of P,
-the latter through the change of the scores); the constants below are derived on this page.
+How far the output moves when the input moves by at most eps in Frobenius norm, from the given X, over that move:
+
+    xi + sum_l (s/2) ( ||K_l W_Q^lT|| + ||Q_l W_K^lT|| + eps ||W_Q^l W_K^lT|| ) ( ||V_l W_O^l|| + eps ||W_V^l W_O^l|| )
 
 | paper | here |
 |---|---|
 | X, X' = X + D, ||D||_F <= eps | `block.x`, a point of the ball, `radius` |
-| P_l, W_V^l W_O^l of head l | `probabilities[l]`, `w_v[l] @ w_o[l]` |
+| P_l, W_V^l W_O^l of head l | `probabilities[l]`, `w_v[l] @ w_o[l]`; a bias is one more row of the weights |
+| xi | ||sum_l P_l (x) (W_V^l W_O^l)^T||, here bounded from above |
 
-With S = s Q K^T + B and a bias as one more row of the weights,
-
-    F(X') - F(X) = sum_l P_l D W_V^l W_O^l  +  sum_l (P'_l - P_l) V'_l W_O^l.
-
-- The first sum: at most xi ||D||_F with xi = ||sum_l P_l (x) (W_V^l W_O^l)^T||.
-- The softmax has the Lipschitz constant 1/2, so ||P'_l - P_l||_F <= (1/2) ||S'_l - S_l||_F, and S' - S =
-  s (D W_Q K^T + Q W_K^T D^T + D W_Q W_K^T D^T); ||V'_l W_O^l|| <= ||V_l W_O^l|| + eps ||W_V^l W_O^l||.
-
-Divided by ||D||_F, and growing in it, so for the whole ball:
-
-    xi + sum_l (s/2) ( ||K_l W_Q^lT|| + ||Q_l W_K^lT|| + eps ||W_Q^l W_K^lT|| ) ( ||V_l W_O^l|| + eps ||W_V^l W_O^l|| ).
-
-The paper takes xi by power iteration, which approaches it from below. Here it is bounded from above by the smaller of
-sum_l ||P_l|| ||W_V^l W_O^l|| and ||W_O|| sqrt(sum_l ||P_l||^2 ||W_V^l||^2); with one head the former is xi itself.
+The paper takes xi by power iteration, which approaches it from below. The paper was not read here: its plan is known
+from the reviews, the constants are derived. Proof: docs/bounds/havens2024.md.
 """
 
 from __future__ import annotations

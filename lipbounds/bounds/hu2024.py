@@ -1,19 +1,17 @@
-r"""Hu et al. 2024: SpecFormer, robust vision transformers by penalised singular values (ECCV 2024, arXiv 2402.03317).
+"""Hu et al. 2024: SpecFormer, robust vision transformers by penalised singular values (ECCV 2024, arXiv 2402.03317).
 
-The local bound behind the penalty, on the ball of radius eps around X. The paper was not read here: the formula is
-recollected, and only that it has N (N + 1) and is quadratic in ||X||_F and eps was seen, quoted in reviews.
+The local bound behind the penalty, on the ball of radius eps around X:
+
+    printed (recollected, refuted):  N (N + 1) (||X||_F + eps)^2 ||W_V|| (||W_Q|| ||W_K|| + 1)
+    ball (ours):                     ||W_V|| ( sqrt(n) + s ||W_Q|| ||W_K|| (||X|| + eps)^2 ),  for any mask
 
 | paper | here |
 |---|---|
 | N, X, delta | `block.tokens`, `block.x`, `radius` |
 
-- printed (recollected, **refuted**): N (N + 1) (||X||_F + eps)^2 ||W_V|| (||W_Q|| ||W_K|| + 1). It vanishes with X and
-  eps, while the norm of the Jacobian at X = 0 is ||W_V|| ||P|| > 0.
-- ball (ours, the same ingredients): ||W_V|| ( sqrt(n) + s ||W_Q|| ||W_K|| (||X|| + eps)^2 ). For X' in the ball
-  ||X'|| <= ||X|| + eps; the differential of P X' W_V is P dX W_V, with ||P|| <= sqrt(n), plus dP X' W_V, where
-  ||dP||_F <= (1/2) ||dS||_F and ||dS||_F <= 2 s ||X'|| ||W_Q|| ||W_K|| ||dX||_F. Any mask will do.
-
-Heads (ours): ||W_O|| sqrt(sum_h L_h^2).
+`printed` vanishes with X and eps, while the norm of the Jacobian at X = 0 is ||W_V|| ||P|| > 0. The paper was not read
+here: only that the formula has N (N + 1) and is quadratic in ||X||_F + eps was seen, quoted in reviews. Heads (ours):
+||W_O|| sqrt(sum_h L_h^2). Proof of `ball`: docs/bounds/hu2024.md.
 """
 
 from __future__ import annotations

@@ -1,23 +1,19 @@
-r"""Nair 2025: Softmax is 1/2-Lipschitz (TMLR, arXiv 2510.23012), applied to scaled cosine similarity attention.
+"""Nair 2025: Softmax is 1/2-Lipschitz (TMLR, arXiv 2510.23012), applied to scaled cosine similarity attention.
 
-Theorem 1, ||J(p)|| <= 1/2 in every l_p norm, is what the `half` baselines of yudin2025 use. Theorem 2 was read in it,
-with e = eps^(-1/2), Q, K, V with rows normalised as in CosineAttention:
+Theorem 1, ||J(p)|| <= 1/2 in every l_p norm, is what the `half` baselines of yudin2025 use. For n tokens
 
     theorem2:             nu e ( n^2 tau ||W_K||  +  n tau ||W_Q||  +  2 n ||W_V|| )
     half (ours):          nu e ( (n/2) tau ( ||W_Q|| + ||W_K|| )  +  sqrt(n) ||W_V|| )
     covariance (ours):    nu e ( tau ||W_Q||  +  sqrt(g) ( tau ||W_K|| + ||W_V|| ) ),    g = n / (1 + (n-1) e^(-2 tau))
 
-Proofs. The output is nu P V. All rows of Q, K, V have norm at most 1, and each normalisation z / sqrt(|z|^2 + eps) has
-the Jacobian (I - z z^T / (|z|^2 + eps)) / sqrt(|z|^2 + eps), of norm at most e; so ||dQ||_F <= e ||W_Q|| ||dX||_F etc.
-- half: ||P|| <= sqrt(n), as rows sum to 1. Row i of dP is J(P_i) dS_i, at most |dS_i| / 2; dS = tau ( dQ K^T + Q dK^T )
-  with ||Q||, ||K||, ||V|| <= sqrt(n): ||dP V|| <= (1/2) tau sqrt(n) sqrt(n) e ( ||W_Q|| + ||W_K|| ).
-- covariance: row i of dP V is the covariance under P_i of v_j and dS_ij, at most the standard deviation of dS_i, for
-  |v_j| <= 1. That is tau |dq_i| for the queries, and tau ( sum_j P_ij |dk_j|^2 )^(1/2) for the keys; the squares sum to
-  at most tau^2 ||dQ||^2, and to tau^2 ||dK||^2 times the largest column sum of P. Logits are within +-tau, so
-  P_ij <= 1 / (1 + (n-1) e^(-2 tau)), column sums are at most g, and ||P||^2 <= g.
-- theorem2 is above both parts of `covariance` term by term: 1 <= n, sqrt(g) <= sqrt(n) <= n.
+| symbol | meaning |
+|---|---|
+| tau, nu | temperature and output factor, as in CosineAttention |
+| e = eps^(-1/2) | eps, what the normalisation of a row adds to its squared length |
+| g | bound of the column sums of the attention map |
 
-Numerics: float64, norms of the weights rounded up, a few operations on positive numbers.
+Numerics: float64, norms of the weights rounded up, a few operations on positive numbers. Theorem 2 was read. Proofs of
+all three: docs/bounds/nair2025.md.
 """
 
 from __future__ import annotations

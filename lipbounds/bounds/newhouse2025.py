@@ -1,21 +1,16 @@
-r"""Newhouse et al. 2025: training transformers with enforced Lipschitz constants (arXiv 2507.13338).
+"""Newhouse et al. 2025: training transformers with enforced Lipschitz constants (arXiv 2507.13338).
 
-Bounds in the norm max_i |x_i| of the tokens, on the set of inputs with |x_i| <= R. The paper was not read here; a
-bound of attention as a function of q, k, v was seen in third-party code, and the formula of the authors' own code
-(`as_coded`). The composition with the projections is derived on this page.
+Bounds in the norm max_i |x_i| of the tokens, on the inputs with |x_i| <= R, for any number of tokens and any mask:
 
-Let A = s W_Q W_K^T and m_i = sum_j P_ij x_j. For a change v with |v_j| <= 1 for all j,
+    composed:                ||W_V|| ( 1 + 2 s ||W_Q|| ||W_K|| R^2 )
+    as_coded (refuted):      ||W_V|| s ( 1 + 2 ||W_Q|| ||W_K|| R^2 )
 
-    dy_i = W_V^T [ sum_j P_ij v_j + sum_j P_ij (x_j - m_i) ( <A^T v_i, x_j> + <A^T x_i, v_j> ) ].
+In `as_coded` s multiplies the part of the values, too, which it does not enter. In the code the norms are
+root-mean-square ones and the map is divided by 3; here they are Euclidean and it is not. Heads (ours): ||W_O||
+sqrt(sum_h L_h^2), for each token.
 
-- First part: at most 1, a mean. Second: at most ||Cov_i|| ||A|| <= R^2 ||A||. Third: at most ||A|| R sum_j P_ij |x_j -
-  m_i| <= ||A|| R^2 (a standard deviation). So
-                           composed:  ||W_V|| ( 1 + 2 s ||W_Q|| ||W_K|| R^2 ),  for any number of tokens and any mask.
-- as_coded (**refuted**): s multiplies the whole, ||W_V|| s (1 + 2 ||W_Q|| ||W_K|| R^2), also the part of the values,
-  which it does not enter. In the code the norms are root-mean-square ones and the map is divided by 3; here they are
-  Euclidean and it is not.
-
-Heads (ours): ||W_O|| sqrt(sum_h L_h^2), for each token.
+The paper was not read here; a bound of attention as a function of q, k, v was seen in third-party code, and the formula
+of the authors' own code. The composition with the projections is derived: docs/bounds/newhouse2025.md.
 """
 
 from __future__ import annotations

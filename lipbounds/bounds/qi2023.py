@@ -1,16 +1,16 @@
-r"""Qi et al. 2023: LipsFormer (ICLR 2023, arXiv 2304.09856), scaled cosine similarity attention.
+"""Qi et al. 2023: LipsFormer (ICLR 2023, arXiv 2304.09856), scaled cosine similarity attention.
 
-Theorem 1, recollected and consistent with what Nair 2025 says of it, with e = eps^(-1/2):
+Theorem 1, recollected and consistent with what Nair 2025 says of it, for n tokens:
 
-    nu e ( 2 n (n-1) tau ||W_K||  +  2 (n-1) tau ||W_Q||  +  2 n ||W_V|| ).
+    nu e ( 2 n (n-1) tau ||W_K||  +  2 (n-1) tau ||W_Q||  +  2 n ||W_V|| )
 
-Proof (ours). For n = 1 the output is nu v_1, with Lipschitz constant nu e ||W_V||. For n >= 2 write the output as
-nu P V with the rows of Q, K, V normalised, so of norm at most 1, each normalisation with a Jacobian of norm at most e.
-Row i of dP V is the covariance under P_i of v_j and of dS_ij = tau ( <dq_i, k_j> + <q_i, dk_j> ), so it is at most the
-standard deviation of dS_i: tau |dq_i| for the first part, tau ( sum_j P_ij |dk_j|^2 )^(1/2) for the second. Summed over
-rows: tau e ||W_Q|| and sqrt(n) tau e ||W_K||; P dV is at most sqrt(n) e ||W_V||. Each is below its term above.
+| symbol | meaning |
+|---|---|
+| tau, nu | temperature and output factor, as in CosineAttention |
+| e = eps^(-1/2) | eps, what the normalisation of a row adds to its squared length |
 
-Numerics: float64, norms of the weights rounded up, a few operations on positive numbers.
+Numerics: float64, norms of the weights rounded up, a few operations on positive numbers. Proof (ours):
+docs/bounds/qi2023.md.
 """
 
 from __future__ import annotations

@@ -1,20 +1,12 @@
-r"""Vuckovic, Baratin, Tachet des Combes 2020: a mathematical theory of attention (arXiv 2007.02876).
+"""Vuckovic, Baratin, Tachet des Combes 2020: a mathematical theory of attention (arXiv 2007.02876).
 
-Attention as a map of measures that is Lipschitz in the 1-Wasserstein distance on a compact set. Only the abstracts
-were read (also of arXiv 2102.05628): the constant below is derived here, for n equally weighted tokens.
+Attention as a map of measures that is Lipschitz in the 1-Wasserstein distance on the compact set |x_i| <= R, for n
+equally weighted tokens:
 
-W_1 of two measures of n equally weighted tokens is at most the mean distance of the tokens, with equality for small
-moves of distinct tokens, so the local constant is the norm of the Jacobian for the mean of the tokens' norms. With
-r = s ||W_Q W_K^T|| R^2 and |x_i| <= R, logits are within [-r, r], so P_ij <= e^{2 r} / n and the columns of P sum to
-at most e^{2 r}. Then, in the differential of `castin2024`, averaged over i,
+    w1:  ||W_V|| ( r + (1 + 2 r) e^{2 r} ),  r = s ||W_Q W_K^T|| R^2,  free of n, without masks and biases
 
-- sum_ij P_ij |v_j| / n <= e^{2 r} mean|v|,
-- |C_i A^T v_i| <= r |v_i|,
-- sum_ij P_ij |x_j - m_i| |A^T x_i| |v_j| / n <= 2 r e^{2 r} mean|v|, as |x_j - m_i| <= 2 R:
-
-    w1:  ||W_V|| ( r + (1 + 2 r) e^{2 r} ),  free of n, without masks and biases.
-
-Heads (ours): sum_h ||W_V^h W_O^h|| ( ... ).
+Only the abstracts were read (also of arXiv 2102.05628): the constant is derived. Heads (ours): sum_h ||W_V^h W_O^h||
+times the factor of each. Proof: docs/bounds/vuckovic2020.md.
 """
 
 from __future__ import annotations

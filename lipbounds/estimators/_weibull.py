@@ -1,15 +1,14 @@
-r"""The end point of a reverse Weibull distribution, fitted to maxima by maximum likelihood.
+"""The end point of a reverse Weibull distribution, fitted to maxima by maximum likelihood.
 
-The distribution function is G(y) = exp(-((a - y) / b)^c) for y <= a: z = a - y is Weibull with scale b and shape c.
-For a given end point a the likelihood has one maximum: c solves
+The distribution function is G(y) = exp(-((a - y) / b)^c) for y <= a. For a given end point a the likelihood has one
+maximum over b and c, found by bisection; a is looked for on a grid, with c kept at or above 1.
 
-    1/c = sum z^c log z / sum z^c - mean log z,        b^c = mean z^c,
+| symbol | meaning |
+|---|---|
+| a, b, c | end point, scale, shape |
+| z = a - y | Weibull with scale b and shape c |
 
-whose right side grows with c while the left falls, so bisection finds it. Over a, the likelihood has no maximum once
-c < 1 is allowed (it grows without limit as a comes down to the largest y), so c is kept at or above 1. It may also grow
-for ever as a goes to infinity, where the distribution becomes that of Gumbel; a is looked for up to `FARTHEST` times
-the range of the data above its maximum: on a grid of offsets, even in their logarithm, and once more between the
-neighbours of the best.
+Derivation, and why c >= 1 and a bounded range for a: docs/bounds/estimators.md, "The fit of CLEVER".
 """
 
 from __future__ import annotations

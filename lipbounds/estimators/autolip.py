@@ -1,20 +1,17 @@
-r"""AutoLip (Virmaux and Scaman, NeurIPS 2018): the product of the norms of the layers of a feed-forward network.
+"""AutoLip (Virmaux and Scaman, NeurIPS 2018): the product of the norms of the layers of a feed-forward network.
 
-Recollected, not read here, and two lines long: a composition is Lipschitz with the product of the constants, so
+    global:                Lip    <=  ||W_K|| l ||W_{K-1}|| l ... l ||W_1||
+    at an input (ours):    ||J||  <=  ||W_K D_{K-1}|| ||D_{K-1} W_{K-1} D_{K-2}|| ... ||D_1 W_1||, for ReLU
 
-    Lip <= ||W_K|| l ||W_{K-1}|| l ... l ||W_1||,         l the Lipschitz constant of the activation.
+| symbol | meaning |
+|---|---|
+| W_k | the weights of layer k |
+| l | the Lipschitz constant of the activation |
+| D_k | diagonal: 0 for a neuron that is known to be inactive at the input, 1 for the others |
 
-At an input (ours): with relu, every element of the Clarke Jacobian, and the Jacobian itself where there is one, is
-W_K D_{K-1} W_{K-1} ... D_1 W_1 with D_k diagonal, 1 where a neuron is active, 0 where it is not, and anything between
-where its input is 0. Since D_k = D_k D_k' with D_k' the 0/1 matrix of the neurons not known to be inactive,
-
-    ||J|| <= ||W_K D_{K-1}'|| ||D_{K-1}' W_{K-1} D_{K-2}'|| ... ||D_1' W_1||.
-
-A neuron is known to be inactive where its computed input is below 0 by more than its rounding error. That error is
-carried along: err_k = |W_k| err_{k-1} + gamma(inputs + 4) (|W_k| (|a| + err_{k-1}) + |b_k|), and relu does not grow it.
-
-Numerics: float64; norms rounded up. A product that leaves the range of floats at its lower end stays a bound: it is
-kept at the smallest normal float unless a norm is 0.
+A neuron is known to be inactive where its computed input is below 0 by more than its rounding error. Numerics: float64;
+norms rounded up. A product that leaves the range of floats at its lower end stays a bound: it is kept at the smallest
+normal float unless a norm is 0. Recollected, not read here. Proof: docs/bounds/estimators.md, "AutoLip".
 """
 
 from __future__ import annotations

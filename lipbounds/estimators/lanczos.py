@@ -1,17 +1,19 @@
-r"""The norm of the Jacobian by Lanczos: a lower bound, and an upper bound that fails with a stated probability.
+"""The norm of the Jacobian by Lanczos: a lower bound, and an upper bound that fails with a stated probability.
 
-Symbols: A = J^T J or J J^T, whichever acts on the smaller dimension N; lambda its largest eigenvalue, ||J||^2; b the
-start vector; xi the largest Rayleigh quotient of A on the Krylov space span(b, A b, ..., A^(k-1) b).
+For b uniform on the sphere and 0 < e < 1
 
-The upper bound: P( xi < (1 - e) lambda ) <= 1.648 sqrt(N) exp(-sqrt(e) (2k - 1)) for b uniform on the sphere and
-0 < e < 1 (Kuczynski and Wozniakowski 1992, Theorem 4.2). Proof, with lambda = 1 and b_1 the component of b on a top
-eigenvector: if xi < 1 - e, every polynomial p of degree k - 1 has b_1^2 p(1)^2 e < sum over eigenvalues a < 1 - e of
-b_a^2 p(a)^2 (1 - e - a). Take sqrt(1 - e - a) p(a) = sqrt(1 - e) T_(2k-1)(sqrt((1 - e - a) / (1 - e))), T Chebyshev's
-polynomials: the right side is at most (1 - e)(1 - b_1^2), and p(1)^2 e = (1 - e) sinh((2k - 1) artanh sqrt(e))^2. So
-|b_1| < c = 1 / cosh((2k - 1) artanh sqrt(e)) <= 2 exp(-(2k - 1) sqrt(e)). On the sphere, N >= 2, that has probability
-at most c sqrt(2 N / pi): the inequality, with 1.596 in place of their 1.648.
+    P( xi < (1 - e) lambda )  <=  1.648 sqrt(N) exp(-sqrt(e) (2k - 1)),
 
-An exhausted Krylov space is that of every higher order too, so the inequality holds there with the full k.
+so xi / (1 - e) is below lambda with at most that probability (Kuczynski and Wozniakowski 1992, Theorem 4.2).
+
+| symbol | meaning |
+|---|---|
+| A | J^T J or J J^T, whichever acts on the smaller dimension N |
+| lambda | the largest eigenvalue of A, ||J||^2 |
+| b, k | the start vector, the number of steps |
+| xi | the largest Rayleigh quotient of A on the Krylov space span(b, A b, ..., A^(k-1) b) |
+
+Proof: docs/bounds/estimators.md, "The certificate".
 """
 
 from __future__ import annotations

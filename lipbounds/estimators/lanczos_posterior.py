@@ -1,27 +1,21 @@
-r"""The norm of the Jacobian by Lanczos: an upper bound from what the run saw, which fails with a stated probability.
+"""The norm of the Jacobian by Lanczos: an upper bound from what the run saw, which fails with a stated probability.
 
-Let A = J^T J or J J^T act on the smaller dimension N, lambda be its largest eigenvalue with unit eigenvector u, v_1 = b
-the start, uniform on the sphere, and v_2, ..., v_(k+1) the Lanczos vectors, orthonormal. They are p_j(A) b with
-polynomials that the coefficients of the run define, p_0 = 1 and
+The Lanczos vectors are p_j(A) b, with p_0 = 1 and beta_j p_j(t) = (t - alpha_j) p_(j-1)(t) - beta_(j-1) p_(j-2)(t).
+Outside of an event of probability delta
 
-    beta_j p_j(t) = (t - alpha_j) p_(j-1)(t) - beta_(j-1) p_(j-2)(t).
+    p_0(lambda)^2 + ... + p_k(lambda)^2  <=  2 N / (pi delta^2),
 
-Hence <u, v_(j+1)> = p_j(lambda) <u, b>, and by Bessel's inequality
+and the sum grows above the largest Ritz value theta, so lambda is at most where it reaches the right side. The event
+is about b alone: the run may stop at any step, for any reason.
 
-    <u, b>^2 ( p_0(lambda)^2 + ... + p_k(lambda)^2 )  <=  1.                                                      (1)
+| symbol | meaning |
+|---|---|
+| A, N, lambda, b | as in lipbounds.estimators.lanczos |
+| alpha_j, beta_j | the entries of the tridiagonal matrix of the run |
+| theta | the largest Ritz value, above all zeros of all p_j |
 
-|<u, b>| < t has probability at most t sqrt(2 N / pi): the density of a component of b is at most sqrt(N / (2 pi)). With
-t = delta sqrt(pi / (2 N)), outside of an event of probability delta the sum in (1) is at most 1 / t^2. All zeros of all
-p_j are below theta, the largest Ritz value. Above it the sum grows with lambda, beyond every limit: lambda is at most
-where it reaches 1 / t^2.
-
-The event speaks of b alone, so that one may stop at any step for any reason, as soon as the bound is small enough. The
-bound is never above that of Kuczynski and Wozniakowski (lipbounds.estimators.lanczos), up to their constant: the sum is
-the largest of (p(lambda) / ||p||)^2 over all p of degree k, ||p|| in the spectral measure of the run (Christoffel), and
-their Chebyshev polynomial is one of these. Where the run has isolated the top of the spectrum it is far below it.
-
-An exhausted Krylov space has beta_k = 0. What is computed is rounding; 8 N u ||A v|| is taken for beta_k where that is
-larger, which makes p_k smaller.
+Rounding: an exhausted Krylov space has beta_k = 0, and what is computed there is rounding; 8 N u ||A v|| is taken for
+beta_k where that is larger, which makes p_k smaller. Proof: docs/bounds/estimators.md, "The certificate from the run".
 
 Source: van Dorsselaer, Hochstenbach, van der Vorst 2000 (SIAM J. Matrix Anal. Appl. 22) and Hochstenbach 2013 (J. Sci.
 Comput., 10.1007/s10915-013-9716-x) have probabilistic bounds from Lanczos polynomials; recollected, derived again here.

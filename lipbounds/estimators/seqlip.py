@@ -1,15 +1,16 @@
-r"""SeqLip (Virmaux and Scaman, NeurIPS 2018): AutoLip with the activations of relu networks in the middle.
+"""SeqLip (Virmaux and Scaman, NeurIPS 2018): AutoLip with the activations of ReLU networks in the middle.
 
-Recollected, not read here. Write W_k = A_k B_k, with A_k = U_k S_k^p and B_k = S_k^(1-p) V_k^T from the singular value
-decomposition; p is 1 for the first layer, 0 for the last, 1/2 between. The Jacobian of a relu network, wherever it
-exists, is W_K D_{K-1} W_{K-1} ... D_1 W_1 with 0/1 diagonal matrices D_k, so
+    ||J||  <=  ||A_K|| max_D ||B_K D A_{K-1}|| ... max_D ||B_2 D A_1|| ||B_1||,    ||A_K|| = ||B_1|| = 1
 
-    ||J|| <= ||A_K|| max_D ||B_K D A_{K-1}|| ... max_D ||B_2 D A_1|| ||B_1||,       with ||A_K|| = ||B_1|| = 1.
+| symbol | meaning |
+|---|---|
+| W_k = A_k B_k | A_k = U_k S_k^p, B_k = S_k^(1-p) V_k^T from the singular value decomposition |
+| p | 1 for the first layer, 0 for the last, 1/2 between |
+| D | diagonal of zeros and ones; each maximum is over the 2^m patterns of m neurons |
+| E_k = W_k - A_k B_k | what the computed factors leave, ||E_k|| <= e_k; added as prod (n_k + e_k) - prod n_k |
+| n_k | >= ||A_k B_k|| |
 
-Each maximum is at most ||B_{k+1}|| ||A_k||, and the product of those is AutoLip. For m neurons it is over 2^m patterns.
-
-Rounding (ours): the computed factors leave W_k - A_k B_k = E_k with ||E_k|| <= e_k. Multiplied out, the product with
-the E_k in it is at most  prod (n_k + e_k) - prod n_k  above the one without, where n_k >= ||A_k B_k||; that is added.
+Recollected, not read here; the rounding is ours. Proof: docs/bounds/estimators.md, "SeqLip".
 """
 
 from __future__ import annotations
