@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 from typer.core import TyperCommand
 
-from lipbounds.cli.console import output, progress
+from lipbounds.cli.console import messages, output, progress
 from lipbounds.cli.inputs import Data, Images, Model, Text, runs_of
 from lipbounds.cli.options import Device, Dtype, Seed, TrustRemoteCode
 
@@ -73,7 +73,7 @@ def command(
     from lipbounds.models.loading import load_model
     from lipbounds.report import measure, to_json, write_page
     from lipbounds.report.evaluation import plan
-    from lipbounds.report.summary import summary
+    from lipbounds.report.summary import notes_of, summary
 
     for path in (page, json):
         if path is not None:
@@ -101,6 +101,8 @@ def command(
     if json is not None:
         write_atomically(json, to_json(found).encode())
     for run in found.inputs:
+        for note in notes_of(run):
+            messages.print(f"{run.name[:40]}: {note}", highlight=False, markup=False, soft_wrap=True)
         output.print(summary(run), highlight=False, markup=False, soft_wrap=True)
     output.print(f"Open {page} in a browser.", highlight=False, markup=False, soft_wrap=True)
 

@@ -60,7 +60,8 @@ class LoadedModel:
         name: what the user typed. It may hold any characters: escape it where that matters.
         module: in evaluation mode.
         kind: of its input: a text to be tokenized, an image, or any other tensor.
-        tokenizer: of a text model, called as `tokenizer(text, return_tensors="pt")`; None for the others.
+        tokenizer: of a text model, called as `tokenizer(text, return_tensors="pt")`; None for the others. Of a
+            checkpoint without one it raises InvalidInput when it is called: the model still takes token ids.
         image: what the images look like; None for the others.
     """
 
@@ -166,9 +167,21 @@ def _from_hub(name: str, trust_remote_code: bool) -> LoadedModel:
             f"function that returns one part, such as its `{part}`, and pass `package.module:function`."
         )
     if model.main_input_name == "input_ids":
-        tokenizer = load_hub_tokenizer(name, trust_remote_code=trust_remote_code)
+        try:
+            tokenizer = load_hub_tokenizer(name, trust_remote_code=trust_remote_code)
+        except InvalidInput as error:
+            tokenizer = _without_tokenizer(str(error))
         return LoadedModel(name=name, module=model, kind="text", tokenizer=tokenizer)
     if model.main_input_name == "pixel_values" and hasattr(model.config, "image_size"):
         image = image_input(name, model, trust_remote_code=trust_remote_code)
         return LoadedModel(name=name, module=model, kind="image", image=image)
     return LoadedModel(name=name, module=model, kind="tensor")
+
+
+def _without_tokenizer(reason: str) -> Callable[..., Any]:
+    """What stands for a tokenizer that cannot be loaded: token ids need none, so only a text is refused."""
+
+    def refuse(*texts: Any, **options: Any) -> Any:
+        raise InvalidInput(f"{reason} Or pass token ids in a tensor: `--data FILE`.")
+
+    return refuse

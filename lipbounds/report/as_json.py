@@ -9,6 +9,7 @@ from typing import Any
 
 from lipbounds.claims import KINDS, NORMS, SCOPES
 from lipbounds.errors import InvalidInput
+from lipbounds.report.patches import Grid, Picture
 from lipbounds.report.schema import (
     SCHEMA_VERSION,
     HeadReport,
@@ -21,7 +22,7 @@ from lipbounds.report.schema import (
     ratio,
     shown,
 )
-from lipbounds.report.summary import fragile_heads, fragile_tokens, summary
+from lipbounds.report.summary import fragile_heads, fragile_layer, fragile_tokens, notes_of, summary
 
 
 def to_dict(report: ModelReport) -> dict[str, Any]:
@@ -68,15 +69,26 @@ def from_json(text: str) -> ModelReport:
 def _input(run: InputReport) -> dict[str, Any]:
     heads = [{"layer": position, "head": head} for position, head in fragile_heads(run)]
     return {
-        **_fields(run, layers=[*map(_layer, run.layers)], skipped=[*map(_fields, run.skipped)]),
+        **_fields(
+            run,
+            layers=[*map(_layer, run.layers)],
+            skipped=[*map(_fields, run.skipped)],
+            picture=None if run.picture is None else dc.asdict(run.picture),
+        ),
         "summary": summary(run),
+        "notes": notes_of(run),
+        "fragile_layer": fragile_layer(run),
         "fragile_heads": heads,
     }
 
 
 def _layer(layer: LayerReport) -> dict[str, Any]:
     return {
-        **_fields(layer, heads=[*map(_head, layer.heads)]),
+        **_fields(
+            layer,
+            heads=[*map(_head, layer.heads)],
+            grid=None if layer.grid is None else dc.asdict(layer.grid),
+        ),
         **_derived(layer),
         "fragile_tokens": fragile_tokens(layer),
     }
@@ -127,9 +139,12 @@ def _finite(value: Any) -> Any:
 def _read(kind: Callable[..., Any], content: dict[str, Any]) -> Any:
     """A dataclass from its fields, whatever else is there."""
     parts = {"inputs": InputReport, "layers": LayerReport, "heads": HeadReport, "skipped": SkippedReport}
+    parts |= {"picture": Picture, "grid": Grid}
     parts |= {name: Number for name in ("proved", "constant", "lower", "balls", "tokens")}
     values: dict[str, Any] = {}
     for field in dc.fields(kind):  # pyright: ignore[reportArgumentType]  # every part is a dataclass
+        if field.name not in content and field.default is not dc.MISSING:
+            continue  # a file from before there was this field
         value = content[field.name]
         part = parts.get(field.name)
         if isinstance(value, list):

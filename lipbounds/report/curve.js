@@ -1,5 +1,7 @@
 // Bounds on balls over the radius, both axes logarithmic: the chosen layer in colour, the others pale.
-const CHART = { width: 620, height: 330, left: 56, right: 168, top: 14, bottom: 40 };
+const WIDE = { width: 620, height: 330, left: 56, right: 168, top: 14, bottom: 40 };
+const NARROW = { ...WIDE, width: 350, right: 14 }; // of a phone: names stand on their lines
+let CHART = WIDE;
 
 function showBalls() {
   const here = layer();
@@ -29,6 +31,7 @@ function showBallTable(here, methods) {
 function drawCurve(here, methods) {
   const svg = byId("curve");
   svg.replaceChildren();
+  CHART = isNarrow() ? NARROW : WIDE;
   const finite = (numbers) => numbers.filter((number) => Number.isFinite(Number(number.value)) && number.value > 0);
   const lines = methods.map((method) => [method, finite(here.balls.filter((number) => number.method === method))]);
   const rest = input().layers.filter((one) => one !== here)
@@ -65,11 +68,12 @@ function drawCurve(here, methods) {
 // Labels at the right end of the lines, pushed apart where they would touch.
 function putLabels(svg, labels) {
   labels.sort((a, b) => a[0] - b[0]);
+  const place = CHART === NARROW ? { x: CHART.width - CHART.right, "text-anchor": "end" } : { x: CHART.width - CHART.right + 8 };
   let free = 0;
   for (const [y, label, kind] of labels) {
-    const at = Math.max(y + 4, free);
+    const at = Math.max(CHART === NARROW ? y - 5 : y + 4, free);
     free = at + 15;
-    put(svg, "text", label, { x: CHART.width - CHART.right + 8, y: at, class: kind });
+    put(svg, "text", label, { ...place, y: at, class: kind });
   }
 }
 

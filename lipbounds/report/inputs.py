@@ -36,13 +36,14 @@ def default_inputs(loaded: LoadedModel) -> list[ModelInput]:
         from lipbounds.models.digits_data import load_digits_split
 
         test = load_digits_split().test
-        return [ModelInput(name=f"a digit {int(test.labels[0])} of the test images", args=(test.images[:1],))]
+        name = f"a digit {int(test.labels[0])} of the test images"
+        return [ModelInput(name=name, args=(test.images[:1],), picture=test.images[0])]
     wanted = "--images DIR" if loaded.kind == "image" else "--data FILE with a tensor (.pt, .npy, .safetensors)"
     raise InvalidInput(f"{loaded.name} needs inputs of its own, got none; pass {wanted}.")
 
 
 def from_texts(loaded: LoadedModel, texts: Sequence[str]) -> list[ModelInput]:
-    """One input a text.
+    """One input per text.
 
     Args:
         loaded: a text model.
@@ -67,13 +68,19 @@ def from_texts(loaded: LoadedModel, texts: Sequence[str]) -> list[ModelInput]:
                 f"a text may have at most {tokenizer.model_max_length} tokens for {loaded.name}, got {len(ids)}; "
                 "shorten it."
             )
-        labels = tuple(map(str, tokenizer.convert_ids_to_tokens(ids.tolist())))
+        labels = tuple(_decoded(tokenizer, number) for number in ids.tolist())
         found.append(ModelInput(name=text, kwargs=encoded, labels=labels))
     return found
 
 
+def _decoded(tokenizer: Any, number: int) -> str:
+    """A token as text; as the tokenizer writes it inside where it is a part of a letter, or nothing but spaces."""
+    text = str(tokenizer.decode([number])).strip()
+    return text if text and "\ufffd" not in text else str(tokenizer.convert_ids_to_tokens(number))
+
+
 def from_file(loaded: LoadedModel, path: Path) -> list[ModelInput]:
-    """One input a line of a text file, or one an item of the tensor in a file.
+    """One input per line of a text file, or per item of the tensor in a file.
 
     Args:
         loaded: the model.
@@ -105,7 +112,7 @@ def from_file(loaded: LoadedModel, path: Path) -> list[ModelInput]:
 
 
 def from_images(loaded: LoadedModel, folder: Path) -> list[ModelInput]:
-    """One input a picture of a folder, brought to the size of the model; in the order of their names.
+    """One input per picture of a folder, brought to the size of the model; in the order of their names.
 
     Args:
         loaded: an image model.
@@ -126,7 +133,7 @@ def from_images(loaded: LoadedModel, folder: Path) -> list[ModelInput]:
     for path in paths:
         planes = picture(path, settings)
         name = path.name.encode(errors="backslashreplace").decode()  # names of files may be no Unicode
-        found.append(ModelInput(name=name, args=(settings.normalised(planes[None]),)))
+        found.append(ModelInput(name=name, args=(settings.normalised(planes[None]),), picture=planes))
     return found
 
 

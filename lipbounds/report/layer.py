@@ -10,6 +10,7 @@ from lipbounds.derivatives.first.dense import batch_items
 from lipbounds.derivatives.norms import row_g_1
 from lipbounds.report.evaluation import Found, Numbers, Stage
 from lipbounds.report.heads import mean_entropy, sinks
+from lipbounds.report.patches import Grid, Picture, grid_of, labels_of
 from lipbounds.report.schema import HeadReport, LayerReport, rounded
 from lipbounds.targets.attention import Attention
 
@@ -22,14 +23,16 @@ class LayerWork:
 
     Args:
         found: the call.
-        labels: one a token, where their count is right.
+        labels: one per token, where their count is right.
+        picture: that the model was given, if it was one.
     """
 
-    def __init__(self, found: CapturedAttention, labels: tuple[str, ...]) -> None:
+    def __init__(self, found: CapturedAttention, labels: tuple[str, ...], picture: Picture | None = None) -> None:
         self.found = found
         self.items = batch_items(found.attention.double)
         self.sent: Any = None  # what stands for the items on a cluster, once a worker needs them
         self._labels = labels
+        self._picture = picture
         self._stages: dict[str, Found] = {}
 
     def take(self, stage: Stage, found: Found) -> None:
@@ -73,6 +76,7 @@ class LayerWork:
             tokens=tuple(numbers.tokens),
             heads=_heads(block, numbers),
             notes=tuple(notes),
+            grid=self._grid(block.moving_input.shape[-2]),
         )
 
     def _queries(self, block: Attention) -> tuple[str, ...]:
@@ -81,8 +85,14 @@ class LayerWork:
         names = self._named(block.x.shape[-2])
         return tuple(names[token] for token in block.queries_at.tolist())
 
+    def _grid(self, count: int) -> Grid | None:
+        return None if self._picture is None else grid_of(count, self._picture)
+
     def _named(self, count: int) -> tuple[str, ...]:
-        return self._labels if len(self._labels) == count else tuple(str(i) for i in range(count))
+        if len(self._labels) == count:
+            return self._labels
+        grid = self._grid(count)
+        return tuple(str(i) for i in range(count)) if grid is None else labels_of(grid)
 
 
 def _heads(block: Attention, numbers: Numbers) -> tuple[HeadReport, ...]:

@@ -1,5 +1,8 @@
 // The attention map of the chosen head, with g_1 of each row as a bar beside it.
 const BAR = { gap: 16, width: 90 };
+const LONGEST = 24; // letters of a label; longer ones are whole in their titles, and in the line below the map
+const SINGLE = 4096; // cells up to which each is an element of its own
+const SHADES = 32; // of the cells of larger maps, which share one element for each shade
 
 function drawMap() {
   const svg = byId("map");
@@ -8,8 +11,9 @@ function drawMap() {
   const [n, m] = [here.queries.length, here.keys.length];
   const size = Math.max(n, m) <= 24 ? 22 : Math.max(n, m) <= 48 ? 14 : 7;
   const labelled = size > 10;
-  const left = labelled ? 12 + 7 * Math.min(12, Math.max(...here.queries.map((label) => [...label].length))) : 12;
-  const above = labelled ? 12 + 7 * Math.min(12, Math.max(...here.keys.map((label) => [...label].length))) : 24;
+  const room = (labels) => 14 + 7.4 * Math.min(LONGEST, Math.max(...labels.map((label) => [...label].length)));
+  const left = labelled ? room(here.queries) : 12;
+  const above = labelled ? room(here.keys) : 24;
   const bars = left + m * size + BAR.gap;
   const width = bars + BAR.width + 52;
   const height = above + n * size + 6;
@@ -20,22 +24,17 @@ function drawMap() {
   const middle = size / 2 + 4;
   if (labelled) {
     here.queries.forEach((label, i) => {
-      put(svg, "text", clip(label, 12), { x: left - 6, y: above + i * size + middle, "text-anchor": "end" });
+      putLabel(svg, label, { x: left - 6, y: above + i * size + middle, "text-anchor": "end" });
     });
     here.keys.forEach((label, j) => {
       const [x, y] = [left + j * size + middle, above - 6];
-      put(svg, "text", clip(label, 12), { x, y, transform: `rotate(-90 ${x} ${y})` });
+      putLabel(svg, label, { x, y, transform: `rotate(-90 ${x} ${y})` });
     });
   }
   put(svg, "text", "g\u2081", { x: bars, y: above - 6, class: "quiet" });
+  if (one.attention) (n * m <= SINGLE ? putCells : putShades)(svg, one.attention, { left, above, size });
   for (let i = 0; i < n; i++) {
     const y = above + i * size;
-    for (let j = 0; one.attention && j < m; j++) {
-      const p = one.attention[i][j];
-      const cell = put(svg, "rect", null, { x: left + j * size, y, width: size - 1, height: size - 1, class: "p" });
-      cell.dataset.value = p;
-      cell.style.fill = shade(Math.sqrt(p));
-    }
     const bar = put(svg, "rect", null, { x: bars, y: y + 2, width: BAR.width * (one.g_1[i] / 0.5), height: size - 5, class: "bar" });
     bar.dataset.value = one.g_1[i];
     if (labelled) {
@@ -48,6 +47,31 @@ function drawMap() {
   watchMap(svg, { one, here, n, m, size, left, above, cursor });
 }
 
+function putLabel(svg, label, place) {
+  const text = put(svg, "text", clip(label, LONGEST), place);
+  if ([...label].length > LONGEST) put(text, "title", label);
+}
+
+function putCells(svg, attention, { left, above, size }) {
+  attention.forEach((row, i) => row.forEach((p, j) => {
+    const place = { x: left + j * size, y: above + i * size, width: size - 1, height: size - 1 };
+    const cell = put(svg, "rect", null, { ...place, class: "p" });
+    cell.dataset.value = p;
+    cell.style.fill = shade(Math.sqrt(p));
+  }));
+}
+
+function putShades(svg, attention, { left, above, size }) {
+  const paths = Array.from({ length: SHADES + 1 }, () => []);
+  const [side, back] = [size - 1, 1 - size];
+  attention.forEach((row, i) => row.forEach((p, j) => {
+    paths[Math.round(SHADES * Math.sqrt(p))].push(`M${left + j * size},${above + i * size}h${side}v${side}h${back}z`);
+  }));
+  paths.forEach((parts, level) => {
+    if (parts.length) put(svg, "path", null, { d: parts.join(""), class: "shade" }).style.fill = shade(level / SHADES);
+  });
+}
+
 // The pointer and the arrow keys choose a cell; the line below says what is in it.
 function watchMap(svg, map) {
   let [i, j] = [0, map.one.sink];
@@ -57,6 +81,7 @@ function watchMap(svg, map) {
     map.cursor.setAttribute("y", map.above + i * map.size);
     const share = map.one.attention ? `${map.one.attention[i][j]} of its attention goes to key ${j}, ${quoted(map.here.keys[j])}; ` : "";
     byId("readout").textContent = `Query ${i}, ${quoted(map.here.queries[i])}: ${share}g\u2081 of this row is at most ${map.one.g_1[i]}.`;
+    showPatches(map, i, j);
   };
   svg.onpointermove = svg.onpointerdown = (event) => {
     const box = svg.getBoundingClientRect();
@@ -76,4 +101,13 @@ function watchMap(svg, map) {
     show();
   };
   show();
+}
+
+// The two patches of the picture, where tokens are patches.
+function showPatches(map, i, j) {
+  const line = byId("patches");
+  line.replaceChildren();
+  line.hidden = !map.here.grid || map.here.queries.length !== map.here.moving.length;
+  if (line.hidden) return;
+  for (const [title, token] of [["query", i], ["key", j]]) putPatch(put(line, "span", ` ${title} `), token);
 }

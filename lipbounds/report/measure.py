@@ -18,6 +18,7 @@ from lipbounds.report.evaluation import plan, stages
 from lipbounds.report.jobs import Progress, run_jobs
 from lipbounds.report.layer import LayerWork
 from lipbounds.report.maps import without_most_maps
+from lipbounds.report.patches import Picture, picture_of
 from lipbounds.report.schema import InputReport, ModelReport, SkippedReport
 
 
@@ -29,13 +30,16 @@ class ModelInput:
         name: for people, such as the text.
         args: of the model, with batch size 1.
         kwargs: of the model, with batch size 1.
-        labels: one a token; numbers are shown where the count of tokens is another.
+        labels: one per token; numbers are shown where the count of tokens is another.
+        picture: the image behind the input, of shape (channels, height, width) with values in [0, 1]; the page shows
+            its patches where the number of tokens tells which they are.
     """
 
     name: str
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = dc.field(default_factory=dict)
     labels: tuple[str, ...] = ()
+    picture: Tensor | None = None
 
 
 def measure(
@@ -85,11 +89,13 @@ def measure(
     tell = progress or (lambda what, share: None)
     work: list[list[LayerWork]] = []
     left_out: list[Captured] = []
+    pictures: list[Picture | None] = []
     for number, run in enumerate(runs):
         tell("running the model", 0.02 * number / len(runs))
         with torch.no_grad():
             found = capture(model, *run.args, on_unsupported="skip", **run.kwargs)
-        work.append([LayerWork(one, run.labels) for one in _chosen(found, layers)])
+        pictures.append(None if run.picture is None else picture_of(run.picture))
+        work.append([LayerWork(one, run.labels, pictures[-1]) for one in _chosen(found, layers)])
         left_out.append(found)
     order = stages(wanted)
     jobs = [(one, stage) for stage in order for blocks in work for one in blocks]
@@ -102,8 +108,9 @@ def measure(
                 SkippedReport(layer=one.index, module=one.module, reason=one.reason) for one in found.skipped
             ),
             warnings=found.warnings,
+            picture=picture,
         )
-        for run, blocks, found in zip(runs, work, left_out, strict=True)
+        for run, blocks, found, picture in zip(runs, work, left_out, pictures, strict=True)
     )
     parameter = next(iter(model.parameters()), torch.zeros((), dtype=torch.get_default_dtype(), device="cpu"))
     return ModelReport(

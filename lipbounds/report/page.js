@@ -13,6 +13,7 @@ const FIELDS = {
   sink_share: ["share of the sink", "Share of all attention that goes to the one key that gets most."],
 };
 
+const isNarrow = () => window.innerWidth < 520; // a phone
 const input = () => data.inputs[chosen.input];
 const layer = () => input().layers[chosen.layer];
 const head = () => layer().heads[chosen.head];
@@ -60,11 +61,35 @@ function showTop() {
   byId("run").textContent =
     `Input: ${apart(input().name)} \u2013 weights ${data.dtype} on ${data.device}, seed ${data.seed}, torch ${data.torch}.`;
   byId("version").textContent = data.lipbounds;
+  showInputs();
   const notes = byId("notes");
   notes.replaceChildren();
   for (const one of input().skipped) put(notes, "li", `Left out, layer ${one.layer}: ${one.reason}`);
   for (const warning of input().warnings) put(notes, "li", `Warning: ${warning}.`);
-  for (const one of input().layers) for (const note of one.notes) put(notes, "li", `Layer ${one.layer}: ${note}.`);
+  for (const note of input().notes) put(notes, "li", note);
+}
+
+// With more than one input: what is most fragile at each, and the way to it.
+function showInputs() {
+  byId("inputs").hidden = data.inputs.length < 2;
+  const table = byId("input-table");
+  table.replaceChildren();
+  const top = put(put(table, "thead"), "tr");
+  for (const title of ["Input", "Most fragile layer", "Proved bound", "Constant", "Lower bound"]) put(top, "th", title, { scope: "col" });
+  const body = put(table, "tbody");
+  data.inputs.forEach((one, i) => {
+    const row = put(body, "tr");
+    const name = put(put(row, "th", null, { scope: "row" }), "button", apart(one.name), { type: "button" });
+    name.setAttribute("aria-pressed", String(i === chosen.input));
+    name.dataset.input = i;
+    name.addEventListener("click", () => {
+      chosen.input = i;
+      startAtWorst();
+    });
+    const worst = one.fragile_layer === null ? null : one.layers[one.fragile_layer];
+    put(row, "td", worst ? String(worst.layer) : "\u2013");
+    for (const number of worst ? [worst.bound, worst.constant, worst.lower] : [null, null, null]) putNumber(row, "td", number);
+  });
 }
 
 function showLayers() {
@@ -75,8 +100,8 @@ function showLayers() {
   for (const title of ["Layer", "Proved bound", "Constant", "Lower bound", "Ratio at most"]) {
     put(top, "th", title, { scope: "col" });
   }
-  for (let i = 0; i < heads; i++) put(top, "th", i ? String(i) : "Head 0", { scope: "col" });
-  const scale = scaleOf(input().layers.flatMap((one) => one.heads.map((each) => each.cells[chosen.field])));
+  for (let i = 0; i < heads; i++) put(top, "th", i ? String(i) : "Head 0", { scope: "col", class: "of-head" });
+  const scale = scaleOf(chosen.field);
   const body = put(table, "tbody");
   input().layers.forEach((one, position) => {
     const row = put(body, "tr");
@@ -84,7 +109,7 @@ function showLayers() {
     // What tells modules apart stands at the end of their names: the style cuts them at the start.
     put(name, "small", `\u2066${one.module}\u2069`, { title: one.module });
     for (const number of [one.bound, one.constant, one.lower, one.ratio]) putNumber(row, "td", number);
-    one.heads.forEach((each, i) => putCell(put(row, "td", null, { class: "cell" }), one, each, position, i, scale));
+    one.heads.forEach((each, i) => putCell(put(row, "td", null, { class: "cell of-head" }), one, each, position, i, scale));
   });
   byId("field-words").textContent = FIELDS[chosen.field][1];
   byId("ramp-low").textContent = scale.low;
@@ -108,18 +133,16 @@ function putCell(cell, one, each, position, i, scale) {
   button.addEventListener("click", () => choose(position, i));
 }
 
-// Logarithmic between the least and the largest positive number.
-function scaleOf(numbers) {
-  const found = numbers.filter((number) => number && Number.isFinite(Number(number.value)) && number.value > 0);
-  if (!found.length) return { share: () => 0, low: "", high: "" };
-  found.sort((a, b) => a.value - b.value);
-  const [low, high] = [found[0], found[found.length - 1]];
-  const width = Math.log(high.value / low.value);
-  const share = (number) => {
-    if (!Number.isFinite(Number(number.value))) return 1;
-    return number.value > low.value && width > 0 ? Math.log(number.value / low.value) / width : 0;
-  };
-  return { share, low: low.shown, high: high.shown };
+// From 0, and the same for all layers and inputs, so that equal colours are equal numbers.
+const LARGEST = { g_1: 0.5, sink_share: 1 };
+
+function scaleOf(field) {
+  const cells = data.inputs.flatMap((run) => run.layers.flatMap((one) => one.heads.map((each) => each.cells[field])));
+  const finite = cells.filter((number) => number && Number.isFinite(Number(number.value)));
+  const largest = finite.reduce((best, number) => (number.value > best.value ? number : best), { value: 0, shown: "0" });
+  const high = LARGEST[field] ?? largest.value;
+  const share = (number) => (high > 0 ? Math.min(1, Number(number.value) / high) : 0);
+  return { share, low: "0", high: field in LARGEST ? String(high) : largest.shown };
 }
 
 function showHead() {
@@ -161,10 +184,11 @@ function choose(position, i) {
 
 function putBar(list, label, number, share, act) {
   const item = put(list, "li");
-  if (act) put(item, "button", label, { type: "button", title: label }).addEventListener("click", act);
-  else put(item, "span", label);
+  const name = act ? put(item, "button", label, { type: "button", title: label }) : put(item, "span", label);
+  if (act) name.addEventListener("click", act);
   put(item, "i").style.width = `${100 * share}%`;
   putNumber(item, "b", number);
+  return name;
 }
 
 function showFragileHeads() {
@@ -185,9 +209,36 @@ function showTokens() {
   const found = layer().fragile_tokens;
   for (const token of found) {
     const number = layer().tokens[token];
-    putBar(list, `${token}: ${apart(clip(layer().moving[token], 12))}`, number, number.value / layer().tokens[found[0]].value || 0);
+    const label = putBar(list, `${token}: ${apart(layer().moving[token])}`, number, number.value / layer().tokens[found[0]].value || 0);
+    putPatch(label, token);
   }
   if (!found.length) put(list, "li", "Not computed.");
+}
+
+// The patch of the picture behind a token, in front of its label.
+function putPatch(label, token) {
+  const [picture, grid] = [input().picture, layer().grid];
+  if (!picture || !grid || token < grid.first) return;
+  const [row, column] = [Math.floor((token - grid.first) / grid.columns), (token - grid.first) % grid.columns];
+  const [width, height] = [picture.width / grid.columns, picture.height / grid.rows];
+  const canvas = document.createElement("canvas");
+  [canvas.width, canvas.height, canvas.className] = [width, height, "patch"];
+  paint(canvas, picture, column * width, row * height);
+  label.prepend(canvas);
+}
+
+// The part of the picture that begins at x, y, as large as the canvas.
+function paint(canvas, picture, x, y) {
+  const bytes = Uint8Array.from(atob(picture.rgb), (letter) => letter.charCodeAt(0));
+  const drawing = canvas.getContext("2d");
+  const pixels = drawing.createImageData(canvas.width, canvas.height);
+  for (let i = 0; i < canvas.height; i++) {
+    for (let j = 0; j < canvas.width; j++) {
+      const from = 3 * ((y + i) * picture.width + x + j);
+      pixels.data.set([bytes[from], bytes[from + 1], bytes[from + 2], 255], 4 * (i * canvas.width + j));
+    }
+  }
+  drawing.putImageData(pixels, 0, 0);
 }
 
 function showWords() {
@@ -223,23 +274,29 @@ function showAll() {
 }
 
 function start() {
-  data.inputs.forEach((one, i) => put(byId("input"), "option", clip(one.name, 80), { value: i }));
-  byId("choice").hidden = data.inputs.length < 2;
-  byId("input").addEventListener("change", (event) => {
-    chosen.input = Number(event.target.value);
-    startAtWorst();
-  });
   for (const [name, [title]] of Object.entries(FIELDS)) put(byId("field"), "option", title, { value: name });
   byId("field").addEventListener("change", (event) => {
     chosen.field = event.target.value;
     showLayers();
   });
+  const fold = byId("fold");
+  const setFold = (folded) => {
+    byId("layers").classList.toggle("folded", folded);
+    fold.setAttribute("aria-expanded", String(!folded));
+    fold.textContent = folded ? "Show heads" : "Hide heads";
+  };
+  fold.addEventListener("click", () => setFold(!byId("layers").classList.contains("folded")));
+  setFold(isNarrow());
+  window.addEventListener("resize", showBalls);
   startAtWorst();
 }
 
+// The layer of the sentence at the top, with its most fragile head.
 function startAtWorst() {
-  const [worst] = input().fragile_heads;
-  [chosen.layer, chosen.head] = worst ? [worst.layer, worst.head] : [0, 0];
+  const place = input().fragile_layer ?? 0;
+  const size = (one) => Number((one.constant || one.bound || { value: 0 }).value);
+  const heads = input().layers[place].heads;
+  [chosen.layer, chosen.head] = [place, heads.reduce((best, one, i) => (size(one) > size(heads[best]) ? i : best), 0)];
   showAll();
 }
 

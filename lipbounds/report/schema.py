@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses as dc
 
 from lipbounds.claims import BoundResult, Kind, Norm, Scope
+from lipbounds.report.patches import Grid, Picture
 from lipbounds.shown import rounded as rounded
 from lipbounds.shown import shown as shown
 
@@ -104,8 +105,9 @@ class LayerReport:
         lower: a lower bound of it.
         balls: bounds on balls, radius by radius.
         tokens: for each moving token a lower bound of what the output does when it alone moves.
-        heads: one entry a head.
+        heads: one entry per head.
         notes: what could not be computed, and why.
+        grid: which tokens are patches of the picture.
     """
 
     layer: int
@@ -122,6 +124,7 @@ class LayerReport:
     tokens: tuple[Number, ...]
     heads: tuple[HeadReport, ...]
     notes: tuple[str, ...]
+    grid: Grid | None = None
 
 
 @dc.dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,12 +151,14 @@ class InputReport:
         layers: in the order of their calls.
         skipped: attention calls that could not be captured; what is said of all layers is said without them.
         warnings: what may concern a layer, though capture cannot tell.
+        picture: that the model was given, if it was one.
     """
 
     name: str
     layers: tuple[LayerReport, ...]
     skipped: tuple[SkippedReport, ...] = ()
     warnings: tuple[str, ...] = ()
+    picture: Picture | None = None
 
 
 @dc.dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,7 +172,7 @@ class ModelReport:
         seed: of all random starts.
         lipbounds: version of this library.
         torch: version of torch.
-        inputs: one entry a run of the model.
+        inputs: one entry per run of the model.
     """
 
     model: str

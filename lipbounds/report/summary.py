@@ -33,9 +33,10 @@ def _left_out(run: InputReport) -> str:
 
 def _most_fragile(run: InputReport) -> str:
     known = [layer for layer in run.layers if _size(layer) is not None]
-    if not known:
+    position = fragile_layer(run)
+    if position is None:
         return "No number was computed before the time was up."
-    worst = max(known, key=lambda layer: _size(layer) or 0.0)
+    worst = run.layers[position]
     bound = least_at_point(worst)
     proved = "" if bound is None else f"; proved bound {bound.shown} ({bound.method})"
     if worst.constant is None:
@@ -57,6 +58,37 @@ def _certainty(constant: Number, layers: int) -> str:
 def _size(layer: LayerReport) -> float | None:
     number = layer.constant or least_at_point(layer)
     return None if number is None else number.value
+
+
+def fragile_layer(run: InputReport) -> int | None:
+    """The place in the list of the layer with the largest constant, or bound where no constant is known.
+
+    Args:
+        run: at one input.
+    """
+    sizes = {position: _size(layer) for position, layer in enumerate(run.layers)}
+    known = {position: size for position, size in sizes.items() if size is not None}
+    return max(known, key=known.__getitem__, default=None)
+
+
+def notes_of(run: InputReport) -> list[str]:
+    """What could not be computed, one line for all layers to which it applies.
+
+    Args:
+        run: at one input.
+    """
+    grouped: dict[str, list[int]] = {}
+    for layer in run.layers:
+        for note in layer.notes:
+            grouped.setdefault(note, []).append(layer.layer)
+    return [f"{_layers(sorted(set(numbers)), len(run.layers))}: {note}." for note, numbers in grouped.items()]
+
+
+def _layers(numbers: list[int], count: int) -> str:
+    if len(numbers) == count > 1:
+        return "All layers"
+    listed = ", ".join(map(str, numbers))
+    return f"Layer {listed}" if len(numbers) == 1 else f"Layers {listed}"
 
 
 def fragile_heads(run: InputReport, most: int = MOST) -> list[tuple[int, int]]:

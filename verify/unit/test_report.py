@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses as dc
+import json
 import re
 import time
 from decimal import Decimal
@@ -16,12 +18,15 @@ from lipbounds.capture import capture
 from lipbounds.errors import InvalidInput, UnknownBound, Unsupported
 from lipbounds.estimators import tokens
 from lipbounds.estimators.tokens import token_lower
+from lipbounds.models.loading import load_model
 from lipbounds.report import evaluation as stages
 from lipbounds.report import from_json, maps, measure, to_json
 from lipbounds.report.heads import heads_alone
+from lipbounds.report.inputs import default_inputs
 from lipbounds.report.page import page
+from lipbounds.report.patches import Grid, grid_of, labels_of, picture_of
 from lipbounds.report.schema import Number, least_at_point, shown
-from lipbounds.report.summary import fragile_heads, summary
+from lipbounds.report.summary import fragile_heads, fragile_layer, notes_of, summary
 from verify.unit.blocks import random_block, true_norm
 from verify.unit.reported import tiny_input, tiny_model, tiny_report
 
@@ -107,7 +112,7 @@ def test_every_number_lies_on_its_side_of_the_truth() -> None:
             truth = float(true_norm(target))
             assert part.constant is not None
             assert part.lower is not None
-            assert len(part.proved) == 3
+            assert [number.method for number in part.proved] == [*stages.AT_POINT, "sharp"]
             assert all(number.value >= truth for number in part.proved)
             assert truth <= part.constant.value <= truth * (1 + 1e-6)
             assert truth * (1 - 1e-6) <= part.lower.value <= truth
@@ -186,6 +191,57 @@ def test_the_bound_that_is_shown_is_the_least_of_all_that_cover_the_point() -> N
     assert ball.value < loose.value
     assert least_at_point(layer) == ball
     assert f"proved bound {ball.shown} (sharp_ball)" in summary(report.inputs[0])
+
+
+def test_sharp_is_left_out_and_named_where_it_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "SHARP_ENTRIES", 10)
+    monkeypatch.setattr(stages, "EXACT_ENTRIES", 10)
+    (run,) = measure(tiny_model(), tiny_input(), radii=[]).inputs
+    assert all(number.method != "sharp" for number in run.layers[0].proved)
+    (note,) = notes_of(run)
+    assert note.startswith("All layers: sharp, the tightest proved bound, was left out for its cost")
+    (asked,) = measure(tiny_model(), tiny_input(), bounds=["sharp"], radii=[], layers=[1]).inputs
+    assert [number.method for number in asked.layers[0].proved] == ["sharp"]
+
+
+def test_the_layer_of_the_sentence_is_the_one_that_is_opened() -> None:
+    (run, _) = tiny_report().inputs
+    place = fragile_layer(run)
+    assert place is not None
+    assert f"layer {run.layers[place].layer} is the most fragile" in summary(run)
+    sizes = [layer.constant.value for layer in run.layers if layer.constant is not None]
+    assert sizes[place] == max(sizes)
+
+
+def test_patches_are_found_by_their_number() -> None:
+    image = torch.rand(3, 8, 4)
+    shown = picture_of(image)
+    pixels = base64.b64decode(shown.rgb)
+    assert (shown.width, shown.height, len(pixels)) == (4, 8, 96)
+    assert pixels[3] == round(255 * float(image[0, 0, 1]))
+    assert grid_of(9, shown) == Grid(first=1, rows=4, columns=2)
+    assert grid_of(8, shown) == Grid(first=0, rows=4, columns=2)
+    assert grid_of(7, shown) == Grid(first=5, rows=2, columns=1)
+    assert grid_of(30, shown) is None
+    grid = grid_of(9, shown)
+    assert grid is not None
+    assert labels_of(grid)[:4] == ("class", "row 1, col 1", "row 1, col 2", "row 2, col 1")
+    with pytest.raises(InvalidInput, match="1 or 3 channels"):
+        picture_of(torch.rand(2, 8, 4))
+
+
+def test_a_report_of_an_image_names_its_patches_and_comes_back_whole() -> None:
+    loaded = load_model("digits-vit")
+    (given,) = default_inputs(loaded)
+    report = measure(loaded.module, [given], layers=[0], radii=[], bounds=["yudin2025.biased"], max_seconds=1e-9)
+    (layer,) = report.inputs[0].layers
+    assert layer.grid == Grid(first=1, rows=4, columns=4)
+    assert layer.queries[16] == "row 4, col 4"
+    assert from_json(to_json(report)) == report
+    old = {**json.loads(to_json(report))}
+    for run in old["inputs"]:  # as it was before there were pictures
+        del run["picture"], run["layers"][0]["grid"]
+    assert from_json(json.dumps(old)).inputs[0].layers[0].grid is None
 
 
 def test_bounds_radii_and_layers_are_those_asked_for() -> None:

@@ -101,7 +101,7 @@ def test_a_click_on_a_head_shows_its_attention(opened: Any) -> None:
 
 def test_every_number_on_the_page_is_that_of_the_json(opened: Any) -> None:
     for number, run in enumerate(report()["inputs"]):
-        choose(opened, "input", str(number))
+        click(opened, f"#input-table button[data-input='{number}']")
         assert opened.find_element("id", "summary").text == run["summary"]
         for field in CELLS:
             choose(opened, "field", field)
@@ -118,6 +118,27 @@ def test_every_number_on_the_page_is_that_of_the_json(opened: Any) -> None:
             assert every(opened, "#fragile-tokens b") == [pair(token) for token in tokens]
         worst = [run["layers"][place["layer"]]["heads"][place["head"]] for place in run["fragile_heads"]]
         assert every(opened, "#fragile-heads b") == [pair(head["constant"]) for head in worst]
+
+
+def test_the_layer_of_the_sentence_is_open_and_colours_begin_at_zero(opened: Any) -> None:
+    run = report()["inputs"][0]
+    layer = run["layers"][run["fragile_layer"]]
+    assert opened.find_element("id", "head-title").text.startswith(f"Layer {layer['layer']}, head")
+    cells = [
+        head["cells"]["constant"] for one in report()["inputs"] for each in one["layers"] for head in each["heads"]
+    ]
+    largest = max(cells, key=lambda cell: cell["value"])
+    assert opened.find_element("id", "ramp-low").text == "0"
+    assert opened.find_element("id", "ramp-high").text == largest["shown"]
+
+
+def test_heads_are_folded_on_a_phone(opened: Any) -> None:
+    look(opened, 390, "light")
+    opened.refresh()
+    cell = opened.find_element("css selector", "#layers td.of-head")
+    assert not cell.is_displayed()
+    click(opened, "#fold")
+    assert cell.is_displayed()
 
 
 def test_a_fragile_head_is_one_click_away(opened: Any) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import BertConfig, BertModel
 
 from lipbounds.errors import InvalidInput
-from lipbounds.models.loading import LoadedModel
+from lipbounds.models.loading import LoadedModel, load_model
 from lipbounds.report import from_json
 from lipbounds.report.inputs import from_file, from_images, from_texts
 from lipbounds.report.summary import summary
@@ -102,6 +103,29 @@ def test_the_command_writes_the_page_and_the_same_numbers_as_json(
     assert json.loads(Elements(out.read_text()).texts["data"]) == json.loads(numbers.read_text())
     assert summary(report.inputs[0]) in printed
     assert [number.radius for number in report.inputs[0].layers[0].balls] == [0.5, 0.5]
+
+
+def test_a_bound_that_is_refused_is_said_on_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(tiny_input(), tmp_path / "x.pt")
+    data = ["--data", str(tmp_path / "x.pt"), "--output", str(tmp_path / "r.html")]
+    only = ["--bounds", "yudin2025.theorem3", "--layers", "0", "--eps", "0.5"]
+    assert command("verify.unit.reported:tiny_model", *data, *only) == 0
+    assert "Layer 0: yudin2025.theorem3 makes no promise for a block with biases" in capsys.readouterr().err
+
+
+def test_token_ids_need_no_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_tokenizer(*_: object, **options: object) -> None:
+        raise InvalidInput("there is no tokenizer vocabulary.")
+
+    config = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    BertModel(BertConfig(vocab_size=11, **config)).save_pretrained(tmp_path / "bert")
+    monkeypatch.setattr("lipbounds.models.hub.load_hub_tokenizer", no_tokenizer)
+    loaded = load_model(str(tmp_path / "bert"))
+    torch.save(torch.tensor([[1, 2, 3]]), tmp_path / "ids.pt")
+    (given,) = from_file(loaded, tmp_path / "ids.pt")
+    assert loaded.module(*given.args).last_hidden_state.shape == (1, 3, 8)
+    with pytest.raises(InvalidInput, match="no tokenizer vocabulary. Or pass token ids"):
+        from_texts(loaded, ["a text"])
 
 
 def test_a_sentence_is_the_default_of_a_text_model(tmp_path: Path) -> None:
