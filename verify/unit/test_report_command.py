@@ -124,7 +124,7 @@ def test_token_ids_need_no_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyP
     torch.save(torch.tensor([[1, 2, 3]]), tmp_path / "ids.pt")
     (given,) = from_file(loaded, tmp_path / "ids.pt")
     assert loaded.module(*given.args).last_hidden_state.shape == (1, 3, 8)
-    with pytest.raises(InvalidInput, match="no tokenizer vocabulary. Or pass token ids"):
+    with pytest.raises(InvalidInput, match=r"no tokenizer vocabulary\. Or pass token ids"):
         from_texts(loaded, ["a text"])
 
 
