@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--ray", nargs="?", const="", metavar="ADDRESS",
         what="compute on the Ray cluster at host:port, auto or local; without an address, on the running one or else "
-        "on all cores of this machine. Needs `pip install 'lipbounds[ray]'`",
+        "on all cores of this machine. Needs the extra `ray`: `pip install -e '.[ray]'`",
     )  # fmt: skip
     add("--gpus-per-job", type=float, default=0.0, metavar="G", what="with --ray: evaluate on GPUs, G for each job")
     add("--jobs", type=_number_of_jobs, default=1, metavar="N", what="models at a time, each in a process")

@@ -16,13 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lipbounds.errors import LipboundsError
+from lipbounds.errors import LipboundsError, install_advice
 
 
 RETRIES = 3  # of a job whose worker or node died; after that the job is lost, and the others go on
 QUEUED = 2  # jobs handed out for each that can run at a time: the next one is there when one ends
 PATIENCE = 60.0  # seconds without a result after which it is asked whether jobs can run at all
-EXTRA = "pip install 'lipbounds[ray]'"
 HERE = Path(__file__).parent
 
 
@@ -156,7 +155,7 @@ def connect(address: str | None = None, *, gpus_per_job: float = 0.0, cores: int
     try:
         ray = importlib.import_module("ray")
     except ModuleNotFoundError as error:
-        raise ClusterError(f"--ray needs Ray, which is not installed; run `{EXTRA}`.") from error
+        raise ClusterError(f"--ray needs Ray, which is not installed; {install_advice('ray')}") from error
     folders = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
     environment = {"PYTHONPATH": os.pathsep.join(filter(None, folders))}  # the same code, where the nodes share a disk
     try:

@@ -24,3 +24,12 @@ class UnknownBound(LipboundsError, KeyError):
 
     # KeyError prints the repr of its argument; a sentence for people must be printed as it is.
     __str__ = Exception.__str__
+
+
+def install_advice(extra: str) -> str:
+    """What to run to get the packages of an extra, for the end of a message.
+
+    Args:
+        extra: its name in pyproject.toml.
+    """
+    return f"run `pip install -e '.[{extra}]'` in a copy of the repository of lipbounds."

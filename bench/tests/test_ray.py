@@ -33,6 +33,7 @@ from bench.tests.samples import records_at, tiny_block, tiny_case, tiny_model
 from bench.tightness import task as tightness
 from lipbounds import registry
 from lipbounds.cluster import Cluster, ClusterError, Lost, connect
+from lipbounds.errors import install_advice
 from lipbounds.models.digits_data import load_digits_split
 from lipbounds.report import measure, to_json
 from lipbounds.targets.serialize import detached_copy
@@ -47,6 +48,7 @@ import sys
 from pathlib import Path
 from bench.engine import evaluators
 from bench.tests import on_workers, test_ray
+from lipbounds.errors import install_advice
 from lipbounds.cluster import connect
 evaluators.answer = on_workers.answer_slowly
 test_ray.take_few(lambda name, value: setattr(test_ray.registry, name, value))
@@ -317,9 +319,7 @@ def test_without_ray_one_line_says_how_to_get_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     assert main(["tightness", "--ray", "--results", str(tmp_path)], [tiny_model()]) == MISUSE
-    assert capsys.readouterr().err == (
-        "bench: --ray needs Ray, which is not installed; run `pip install 'lipbounds[ray]'`.\n"
-    )
+    assert capsys.readouterr().err == (f"bench: --ray needs Ray, which is not installed; {install_advice('ray')}\n")
 
 
 REFUSED = {

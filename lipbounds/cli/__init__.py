@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import sys
 
+from lipbounds.errors import install_advice
+
 
 def main() -> None:
     """Entry point of the console script and of `python -m lipbounds`."""
@@ -18,6 +20,6 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name not in ("rich", "typer"):
             raise
-        sys.exit(f"error: the command line needs {error.name}, got none; run `pip install 'lipbounds[cli]'`.")
+        sys.exit(f"error: the command line needs {error.name}, got none; {install_advice('cli')}")
     except KeyboardInterrupt:  # while the command line itself was being imported
         sys.exit(130)

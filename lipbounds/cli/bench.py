@@ -14,7 +14,7 @@ import typer
 
 import lipbounds
 from lipbounds.cli.console import INTERRUPTED
-from lipbounds.errors import LipboundsError
+from lipbounds.errors import LipboundsError, install_advice
 
 
 NEEDED = ("matplotlib", "pyautoattack", "scipy", "tabulate", "transformers")
@@ -32,7 +32,7 @@ def command(
     root = checkout()
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
-        raise LipboundsError(f"the benchmark needs {', '.join(missing)}: run `pip install 'lipbounds[bench]'`.")
+        raise LipboundsError(f"the benchmark needs {', '.join(missing)}; {install_advice('bench')}")
     path = os.pathsep.join(part for part in (str(root), os.environ.get("PYTHONPATH", "")) if part)
     environment = {**os.environ, "PYTHONPATH": path}
     status = _run([sys.executable, "-m", "bench", *(arguments or [])], environment)

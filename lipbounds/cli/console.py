@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from typer.core import TyperGroup
 
-from lipbounds.errors import LipboundsError
+from lipbounds.errors import LipboundsError, install_advice
 from lipbounds.files import json_text
 
 
@@ -61,9 +61,7 @@ class OneLineErrors(TyperGroup):
             if error.name not in EXTRAS:
                 raise
             status = USAGE
-            fail(
-                f"this needs {error.name}, which is not installed; run `pip install 'lipbounds[{EXTRAS[error.name]}]'`."
-            )
+            fail(f"this needs {error.name}, which is not installed; {install_advice(EXTRAS[error.name])}")
         except BrokenPipeError:  # the reader of stdout has seen enough, as `head` does
             status = OK
             _drop_output()

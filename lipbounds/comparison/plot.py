@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from lipbounds.errors import LipboundsError
+from lipbounds.errors import LipboundsError, install_advice
 from lipbounds.shown import shown
 
 
@@ -31,9 +31,7 @@ def plot(comparison: Comparison, path: str | Path | None) -> Any:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise LipboundsError(
-            "a figure needs matplotlib, which is not installed; run `pip install 'lipbounds[bench]'`."
-        ) from error
+        raise LipboundsError(f"a figure needs matplotlib, which is not installed; {install_advice('bench')}") from error
     ratios: dict[str, list[float]] = defaultdict(list)
     for row in comparison.rows:
         upper = row.kind in ("proved", "probable") and row.scope == "point" and row.bound != "truth"

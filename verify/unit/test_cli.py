@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses as dc
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -269,8 +270,8 @@ def test_bad_input_is_one_line_with_the_fix(arguments: str, message: str, tmp_pa
     ("error", "message"),
     [
         (LipboundsError("first line\nsecond"), "error: first line second\n"),
-        (ModuleNotFoundError("no", name="hypothesis"), "pip install 'lipbounds[verify]'"),
-        (ModuleNotFoundError("no", name="transformers"), "pip install 'lipbounds[models]'"),
+        (ModuleNotFoundError("no", name="hypothesis"), "pip install -e '.[verify]'"),
+        (ModuleNotFoundError("no", name="transformers"), "pip install -e '.[models]'"),
         (PermissionError(13, "Permission denied", "/some/file"), "/some/file: Permission denied"),
     ],
 )
@@ -296,7 +297,7 @@ def test_after_ctrl_c_nothing_half_written_is_left(verified: Any, tmp_path: Path
 def test_without_typer_the_way_to_get_it_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "typer", None)  # pyright: ignore[reportArgumentType]
     monkeypatch.delitem(sys.modules, "lipbounds.cli.app")
-    with pytest.raises(SystemExit, match=r"needs typer.*pip install 'lipbounds\[cli\]'"):
+    with pytest.raises(SystemExit, match=r"needs typer.*pip install -e '\.\[cli\]'"):
         cli.main()
 
 
@@ -470,3 +471,16 @@ def test_without_a_terminal_a_line_is_printed_when_a_minute_has_passed(
     with console.progress() as bar:
         bar.update(bar.add_task("work", total=1.0), completed=0.5)
     assert capsys.readouterr().err == "work: 50 %\n"
+
+
+def test_no_page_or_message_sends_to_a_package_index_that_has_no_release() -> None:
+    """Nothing is on the index yet: what is to be installed comes from a copy of the repository."""
+    root = Path(__file__).parents[2]
+    places = [
+        *root.glob("lipbounds/**/*.py"),
+        *root.glob("bench/**/*.py"),
+        *root.glob("docs/**/*.md"),
+        root / "README.md",
+    ]
+    wrong = re.compile(r"pip install (?:-U )?['\"]?lip" + r"bounds\b")
+    assert [path for path in places if wrong.search(path.read_text(encoding="utf-8"))] == []

@@ -13,7 +13,7 @@ from lipbounds.models.loading import load_model
 from lipbounds.report import from_json
 from lipbounds.report.inputs import default_inputs
 from lipbounds.report.schema import SCHEMA_VERSION
-from lipbounds.report.summary import summary
+from lipbounds.report.summary import fragile_layer, summary
 
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
@@ -27,12 +27,14 @@ def test_the_picture_shows_what_the_code_gives() -> None:
     assert summary(run) == json.loads(text)["inputs"][0]["summary"]
     loaded = load_model(report.model)
     (given,) = default_inputs(loaded)
-    for layer, found in zip(run.layers, capture(loaded.module, *given.args), strict=True):
-        block = found.attention.double
-        block = block.replace(x=block.x[0])
-        smallest = min(ball.radius or 0.0 for ball in layer.balls)
-        for number in (*layer.proved, *(ball for ball in layer.balls if ball.radius == smallest)):
-            radius = {} if number.radius is None else {"radius": number.radius}
-            again = registry.get(number.method)(block, **radius)
-            assert float(again) == pytest.approx(number.value, rel=1e-6), number.method
-            assert again.kind == number.kind
+    place = fragile_layer(run)
+    assert place is not None
+    layer, found = run.layers[place], capture(loaded.module, *given.args)[place]
+    block = found.attention.double
+    block = block.replace(x=block.x[0])
+    smallest = min(ball.radius or 0.0 for ball in layer.balls)
+    for number in (*layer.proved, *(ball for ball in layer.balls if ball.radius == smallest)):
+        radius = {} if number.radius is None else {"radius": number.radius}
+        again = registry.get(number.method)(block, **radius)
+        assert float(again) == pytest.approx(number.value, rel=1e-6), number.method
+        assert again.kind == number.kind
