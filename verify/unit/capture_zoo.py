@@ -296,6 +296,7 @@ class Case:
     make: Callable[[], nn.Module]
     maps: int = 1
     blocks: int = 1
+    heads: int = 1  # softmaxes that are one map: heads computed one by one
     reported: str = ""
     image: bool = False
     projected: bool = True
@@ -326,8 +327,6 @@ _SAID = {
     "lora": lambda: with_lora("q", "v"),
     "lora on the output": lambda: with_lora("q", "k", "v", "out"),
     "low rank": low_rank,
-    "heads in a list": HeadList,
-    "heads in a stack": lambda: HeadList("stack"),
     "batch norm and late bias": Norms,
     "slices": lambda: Slices(own=True),
     "slices of a copy": lambda: Slices(own=False),
@@ -336,9 +335,11 @@ _SAID = {
 }
 ZOO: dict[str, Case] = {
     **{name: Case(make=make) for name, make in _SAID.items()},
+    "heads in a list": Case(make=HeadList, heads=HEADS),
+    "heads in a stack": Case(make=lambda: HeadList("stack"), heads=HEADS),
     "one head": Case(make=OneHead, projected=False),
     "no projection": Case(make=lambda: Written(project=False), projected=False),
-    "heads in a list, no projection": Case(make=lambda: HeadList(project=False), projected=False),
+    "heads in a list, no projection": Case(make=lambda: HeadList(project=False), projected=False, heads=HEADS),
     "image": Case(make=Image, image=True),
     "image, einsum": Case(make=lambda: Image("einsum"), image=True),
     "image, groups": Case(make=lambda: Image(groups=2), image=True),

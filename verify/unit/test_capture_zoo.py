@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lipbounds.capture import capture
 from verify.unit.capture_models import float64_and_seed as float64_and_seed
 from verify.unit.capture_zoo import ZOO, inputs_of
+from verify.unit.softmax_counter import attention_maps
 
 
 def jacobian(model: nn.Module, x: Tensor) -> Tensor:
@@ -25,6 +26,7 @@ def test_every_map_is_in_a_block_or_reported(name: str) -> None:
         found = capture(model, x, on_unsupported="skip")
     assert len(found) == case.blocks
     assert len(found) + len(found.skipped) == case.maps
+    assert attention_maps(model, x) == case.maps * case.heads
     assert all(case.reported in one.reason for one in found.skipped)
     assert all(block.projected == case.projected for block in found)
     if not case.whole:

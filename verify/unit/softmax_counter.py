@@ -1,0 +1,97 @@
+"""Counts the attention maps of a run below torch's own functions, sharing nothing with capture.
+
+At this level few operations are left: whatever a model writes, a product of two tensors is `bmm`, `mm`, `baddbmm`,
+`addmm` or `mul`. What is known is kept for each piece of memory, so that views and changes in place need no rules:
+whether it was computed from the inputs, and whether a product of two such tensors went into it since the last
+projection by constants. A softmax over the latter is an attention map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "convolution", "linear", "_mkl_linear")
+SOFTMAXES = ("_softmax", "_safe_softmax", "_log_softmax")
+BOTH = ("mul", "dot", "mv", "addcmul")  # of two activations, a product like any other
+
+
+class SoftmaxCounter(TorchDispatchMode):
+    """Counts softmaxes over products of two activations.
+
+    Args:
+        inputs: of the model.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.count = 0
+        self._kept: list[Any] = []  # so that no memory is used again
+        self._active: set[int] = set()
+        self._bilinear: set[int] = set()
+        self._exponentials: set[int] = set()
+        for tensor in inputs:
+            self._active.add(self._memory(tensor))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [self._memory(tensor) for tensor in _tensors((args, kwargs))]
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__.removesuffix("_")  # in place or not
+        active = [memory for memory in given if memory in self._active]
+        bilinear = any(memory in self._bilinear for memory in given)
+        if name in PRODUCTS:
+            bilinear = len(active) > 1
+        elif name in BOTH:
+            bilinear = bilinear or len(active) > 1
+        elif "scaled_dot_product" in name:
+            self.count += len(set(active)) > 0
+        elif name in SOFTMAXES:
+            self.count += bilinear
+            bilinear = False
+        elif name == "exp" and bilinear:
+            self.count += given[0] not in self._exponentials  # written twice it is one softmax
+            self._exponentials.add(given[0])
+            bilinear = False
+        for tensor in _tensors(result):
+            memory = self._memory(tensor)
+            if active:
+                self._active.add(memory)
+            if bilinear:
+                self._bilinear.add(memory)
+        return result
+
+    def _memory(self, tensor: Tensor) -> int:
+        storage = tensor.untyped_storage()
+        self._kept.append(storage)
+        return storage._cdata
+
+
+@torch.no_grad()
+def attention_maps(model: nn.Module, *inputs: Tensor) -> int:
+    """How many attention maps `model` computes for these inputs.
+
+    Args:
+        model: in evaluation.
+        *inputs: its inputs.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one kernel that hides what it does
+    try:
+        with SoftmaxCounter(inputs) as counter:
+            model(*inputs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+    return counter.count
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [tensor for part in value for tensor in _tensors(part)] if isinstance(value, tuple | list) else []
