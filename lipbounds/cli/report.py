@@ -59,7 +59,8 @@ def command(
     dtype: Dtype = "float32",
     seed: Seed = 0,
     max_seconds: Annotated[
-        float | None, typer.Option(help="After which nothing new is begun; the page names what is missing.")
+        float | None,
+        typer.Option(help="End what is being computed, or run, after this time; the page names what is missing."),
     ] = None,
     ray: Ray = None,
     gpus_per_job: Annotated[float, typer.Option(help="With --ray: compute on GPUs, so many for each job.")] = 0.0,

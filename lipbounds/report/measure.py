@@ -14,12 +14,16 @@ from lipbounds import __version__
 from lipbounds.capture import Captured, CapturedAttention, capture
 from lipbounds.cluster import Cluster
 from lipbounds.errors import InvalidInput, Unsupported
+from lipbounds.report.deadline import Deadline, TimeUp
 from lipbounds.report.evaluation import plan, stages
 from lipbounds.report.jobs import Progress, run_jobs
 from lipbounds.report.layer import LayerWork
 from lipbounds.report.maps import without_most_maps
 from lipbounds.report.patches import Picture, picture_of
 from lipbounds.report.schema import InputReport, ModelReport, SkippedReport
+
+
+GRACE = 5.0  # seconds: a run of the model that is nearly done is better done
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -73,12 +77,13 @@ def measure(
         delta: with which each probable bound may fail.
         seed: of all random starts.
         max_seconds: after which the computation ends, whatever it is at (on a cluster, nothing new is begun); what is
-            there is in the report, what is missing is named. The runs of the model count, but are not ended.
+            there is in the report, what is missing is named. The runs of the model count, and are ended five seconds
+            after it, or when the torch call ends that they are in by then.
         cluster: where the numbers are computed, from `lipbounds.cluster.connect`; None for this process.
         progress: told what is being done, and which share is.
 
     Raises:
-        InvalidInput: an argument breaks a rule above.
+        InvalidInput: an argument breaks a rule above; the first run of the model had not ended in time.
         Unsupported: no attention is found that `capture` can express; what it cannot is left out, and listed.
         ClusterError: the cluster cannot run the jobs.
     """
@@ -90,12 +95,17 @@ def measure(
     work: list[list[LayerWork]] = []
     left_out: list[Captured] = []
     pictures: list[Picture | None] = []
+    end = None if max_seconds is None else start + max_seconds + GRACE
     for number, run in enumerate(runs):
         tell("running the model", 0.02 * number / len(runs))
-        with torch.no_grad():
-            found = capture(model, *run.args, on_unsupported="skip", **run.kwargs)
+        try:
+            with torch.no_grad(), Deadline(end):
+                found = capture(model, *run.args, on_unsupported="skip", **run.kwargs)
+            chosen = _chosen(found, layers)
+        except TimeUp:
+            found, chosen = _not_run(max_seconds or 0.0, first=not work), []
         pictures.append(None if run.picture is None else picture_of(run.picture))
-        work.append([LayerWork(one, run.labels, pictures[-1]) for one in _chosen(found, layers)])
+        work.append([LayerWork(one, run.labels, pictures[-1]) for one in chosen])
         left_out.append(found)
     order = stages(wanted)
     jobs = [(one, stage) for stage in order for blocks in work for one in blocks]
@@ -122,6 +132,17 @@ def measure(
         torch=torch.__version__,
         inputs=without_most_maps(measured),
     )
+
+
+def _not_run(max_seconds: float, *, first: bool) -> Captured:
+    """What is known of an input at which the model was not run to its end."""
+    if first:
+        raise InvalidInput(
+            f"max_seconds must leave time to run the model, got {max_seconds=}, in which the first run did not end; "
+            "raise it, or take a smaller input."
+        )
+    late = f"the model was not run to its end at this input: the limit of {max_seconds:g} seconds was reached"
+    return Captured([], warnings=[late])
 
 
 def _runs(inputs: Sequence[ModelInput] | Tensor) -> list[ModelInput]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses as dc
+import importlib
 import json
 import re
 import time
@@ -346,6 +347,36 @@ def test_a_deadline_holds_whatever_is_running() -> None:
     (run,) = report.inputs
     assert any("the limit of 4 seconds was reached" in note for note in run.layers[0].notes)
     assert from_json(to_json(report)) == report
+
+
+class Slow(nn.Module):
+    """A minute for inputs above 1, in many short calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tiny_model()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(600 * int(x.amax() > 1)):
+            x = x + 0.0
+            time.sleep(0.1)
+        return self.inner(x)
+
+
+def test_the_limit_of_time_holds_for_runs_of_the_model_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module("lipbounds.report.measure"), "GRACE", 0.5)
+    quick = tiny_input() / tiny_input().abs().amax()
+    start = time.monotonic()
+    report = measure(Slow(), torch.cat([quick, 9 * quick]), bounds=["covariance.trace"], radii=[], max_seconds=1.0)
+    assert time.monotonic() - start < 1 + 10
+    first, second = report.inputs
+    assert len(first.layers) == 2
+    assert second.layers == ()
+    assert "the model was not run to its end at this input: the limit of 1 seconds" in second.warnings[0]
+    assert from_json(to_json(report)) == report
+    assert "not run to its end" in page(report)
+    with pytest.raises(InvalidInput, match=r"max_seconds must leave time to run the model, got max_seconds=0\.1"):
+        measure(Slow(), 9 * quick, max_seconds=0.1)
 
 
 def test_what_is_found_is_told_number_by_number() -> None:
