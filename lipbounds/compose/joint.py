@@ -1,27 +1,23 @@
-r"""The Jacobian of a small network as one matrix, with a bound on how far it moves in a ball.
+"""The Jacobian of a small network as one matrix, with a bound on how far it moves in a ball.
 
-For one input, let B_l be the Jacobian of layer l at its centre and C_l = B_l ... B_1 that of all layers up to it, both
-dense. Over the ball every Jacobian J_l of layer l is within e_l of B_l, so with S_l a bound on ||J_l ... J_1||
+    ||J_l ... J_1 - C_l||  <=  a_l  =  ||B_l|| a_{l-1} + e_l S_{l-1}
+    ||J_l ... J_1||        <=  S_l  =  min( ||C_l|| + a_l, (||B_l|| + e_l) S_{l-1} )
+    |w^T (J_L ... J_1) - w^T C_L|  <=  sum_l |w^T B_L ... B_{l+1}| e_l S_{l-1}      for a row w of the output
 
-    ||J_l ... J_1 - C_l|| <= a_l = ||B_l|| a_{l-1} + e_l S_{l-1},
-    S_l = min( ||C_l|| + a_l , (||B_l|| + e_l) S_{l-1} ),
+At radius 0 this is the norm of the exact Jacobian.
 
-and the same for the rows that one token has in C_l, which gives a radius for every token: min(S_l, ||C_l,i|| + a_l)
-eps. e_l needs the radius of what reaches layer l, which is S_{l-1} eps: one pass forward. For a row w of the output,
-
-    |w^T (J_L ... J_1) - w^T C_L| <= sum_l |w^T B_L ... B_{l+1}| e_l S_{l-1},
-
-telescoped with the exact norms of the rows behind every layer. At radius 0 this is the norm of the exact Jacobian.
-
-e_l: for layers that act on tokens alone, the deviations of lipbounds.ops.enclosure, token by token, of which both the
-largest times S_{l-1} and the root of the sum over tokens of (e_i S_{l-1,i})^2 bound the product; for attention the
-least of eps H (compose.curvature), what `sharp_ball.taylor` and `sharp_ball.deviation` add to the norm at the centre,
-and the sum of the norm at the centre and a registered bound on the ball.
+| symbol | meaning |
+|---|---|
+| B_l, J_l | Jacobian of layer l at its centre, and anywhere in the ball |
+| C_l = B_l ... B_1 | that of all layers up to l, dense |
+| e_l | bound on ||J_l - B_l|| over what reaches layer l |
+| t_l, n_l | distance of the computed centre of layer l from the exact one; rounding of layer l at it |
 
 Rounding: products of dense matrices are off by gamma(k + 2) times Frobenius norms, which is added to a_l and to the
-rows; the Jacobian of attention by what lipbounds.estimators bounds, and by what folded weights lost. The computed
-centre of layer l is within t_l of the exact one, t_{l+1} = (||B_l|| + e_l) t_l + n_l with n_l the rounding of layer l
-at the computed centre (lipbounds.compose.running_error), and S_{l-1} eps + t_l is the radius of what reaches it.
+rows; the Jacobian of attention by what lipbounds.estimators bounds, and by what folded weights lost. With t_{l+1} =
+(||B_l|| + e_l) t_l + n_l (lipbounds.compose.running_error), the radius of what reaches layer l is S_{l-1} eps + t_l.
+
+Proof, and what e_l is: docs/functions.md, section 10.
 """
 
 from __future__ import annotations
