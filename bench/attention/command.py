@@ -85,5 +85,6 @@ TASK = Task(
     measure=measure,
     pages=pages,
     takes=frozenset({"quick", "force", "results", "device"}),
+    versions={"": attention.VERSION},
     migrate=migrated,
 )

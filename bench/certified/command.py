@@ -72,5 +72,6 @@ TASK = Task(
     measure=measure,
     pages=pages,
     takes=frozenset({"quick", "full", "force", "results", "device"}),
+    versions={"": certified.VERSION, "certificate": certified.CERTIFICATE_VERSION},
     migrate=migrated,
 )

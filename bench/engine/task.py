@@ -13,7 +13,9 @@ from bench.engine.answers import Shown
 from bench.engine.migration import Old
 from bench.engine.options import QUICK, STANDARD, command_of, folder_of, profile_of, shown, told
 from bench.engine.store import Store
+from bench.pages.stale import marked, older_bounds, older_code
 from lipbounds.errors import InvalidInput
+from lipbounds.files import write_atomically
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -37,10 +39,12 @@ class Written:
 
     Args:
         paths: of pages and figures.
+        declared: pages that hold no answers of the records.
         failures: what is wrong with the numbers: violations of bounds, failures.
     """
 
     paths: list[Path]
+    declared: list[Path] = dc.field(default_factory=list)
     failures: list[str] = dc.field(default_factory=list)
 
 
@@ -54,6 +58,7 @@ class Task:
         measure: answers what is missing; returns what the page shows.
         pages: writes pages, numbers and figures from what the page shows, and nothing else.
         takes: names of the options that it takes; every other one is refused.
+        versions: of the code, by the kind of an answer (`what` of its question), "" for the kinds that are not named.
         by_default: whether `python -m bench` measures what is missing; the page is rendered there in any case.
         migrate: brings the lines of a file of schema version 1, and what else its page was made of, to this one; None
             if there never was such a file.
@@ -64,6 +69,7 @@ class Task:
     measure: Callable[[argparse.Namespace, Store], Showing]
     pages: Callable[[Shown, Path], Written]
     takes: frozenset[str]
+    versions: Mapping[str, int] = dc.field(default_factory=dict)
     by_default: bool = False
     migrate: Callable[[Old], Showing] | None = None
 
@@ -85,7 +91,7 @@ class Task:
             data = {"command": command, "profile": profile_of(options), "name": found.name, **found.data}
             page = store.show(f"{QUICK if options.quick else STANDARD} {found.name}".strip(), found.keys, **data)
             store.compact()
-            written = self.pages(Shown(store, page), folder_of(options))
+            written = self._write(Shown(store, page), folder_of(options))
         made = f"{store.made} answers made, {store.reused} taken from {shown(store.path)}."
         return told(made, written.paths, written.failures)
 
@@ -101,9 +107,20 @@ class Task:
             return told(f"{self.name}: not measured yet.", [], [])
         statuses = []
         for page in chosen:
-            written = self.pages(Shown(store, page), folder_of(options))
+            written = self._write(Shown(store, page), folder_of(options))
             statuses.append(told(f"{self.name}: {len(page.keys)} answers.", written.paths, written.failures))
         return max(statuses)
+
+    def _write(self, found: Shown, folder: Path) -> Written:
+        """Write the pages, and mark on them what older versions measured."""
+        written = self.pages(found, folder)
+        questions = [entry.question for entry in found.entries]
+        bounds, code = older_bounds(questions), older_code(questions, self.versions)
+        for path in written.paths:
+            if path.suffix == ".md" and path not in written.declared and (bounds or code):
+                text = path.read_text(encoding="utf-8")
+                write_atomically(path, marked(text, bounds, code, found.page.data["command"]).encode())
+        return written
 
 
 def file_of(results: Path, name: str) -> Store:

@@ -76,4 +76,5 @@ TASK = Task(
     measure=measure,
     pages=pages,
     takes=frozenset({"quick", "force", "results", "device", "model", "images", "classes", "count"}),
+    versions={"": task.VERSION},
 )

@@ -16,7 +16,7 @@ from bench.engine.task import Showing, Task, Written
 from bench.robustness import figures, tables
 from bench.robustness import task as robustness
 from bench.robustness.measures import LANCZOS
-from bench.robustness.settings import PROFILES, Recipe
+from bench.robustness.settings import PROFILES, VERSION, Recipe
 from bench.robustness.summary import summarised
 from bench.robustness.training import Workshop
 from lipbounds.devices import device_named
@@ -87,5 +87,6 @@ TASK = Task(
     measure=measure,
     pages=pages,
     takes=frozenset({"quick", "full", "force", "results", "device", "ray", "jobs"}),
+    versions={"": VERSION},
     migrate=migrated,
 )

@@ -68,5 +68,6 @@ TASK = Task(
     measure=measure,
     pages=pages,
     takes=frozenset({"quick", "force", "results", "device", "time_limit"}),
+    versions={"": speed.VERSION},
     migrate=migrated,
 )

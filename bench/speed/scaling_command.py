@@ -128,5 +128,6 @@ TASK = Task(
     measure=measure,
     pages=pages,
     takes=frozenset({"quick", "force", "results", "time_limit"}),
+    versions={"": scaling.VERSION},
     migrate=migrated,
 )

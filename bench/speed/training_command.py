@@ -88,5 +88,6 @@ TASK = Task(
     measure=measure,
     pages=pages,
     takes=frozenset({"quick", "force", "results", "device"}),
+    versions={"": training.VERSION},
     migrate=migrated,
 )

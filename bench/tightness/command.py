@@ -72,7 +72,7 @@ def pages(found: Shown, folder: Path) -> Written:
     )
     paths = write(aggregates, folder)
     print(tables.short(aggregates))
-    return Written(paths=paths, failures=[*_failures(aggregates)])
+    return Written(paths=paths, declared=[folder / "bounds.md"], failures=[*_failures(aggregates)])
 
 
 def migrated(old: Old) -> Showing:
