@@ -77,10 +77,10 @@ def load_classifier(name: str, *, trust_remote_code: bool = False) -> LoadedClas
     labels: dict[str, int] = {}
     if name in BUNDLED or python_path(name):
         loaded = load_model(name)
-        if name in BUNDLED and loaded.kind != "image":
-            raise InvalidInput(f"model must classify images, got {name!r}.")
+        if name in BUNDLED and not loaded.classes:
+            raise InvalidInput(f"model must classify images, got {name!r}, which has no classes.")
         model, image = loaded.module, loaded.image
-        labels = {str(digit): digit for digit in range(10)} if name in BUNDLED else {}
+        labels = {label: number for number, label in enumerate(loaded.classes)}
     else:
         model = load_hub_classifier(name, trust_remote_code=trust_remote_code)
         image = image_input(name, model, trust_remote_code=trust_remote_code)

@@ -63,6 +63,7 @@ class LoadedModel:
         tokenizer: of a text model, called as `tokenizer(text, return_tensors="pt")`; None for the others. Of a
             checkpoint without one it raises InvalidInput when it is called: the model still takes token ids.
         image: what the images look like; None for the others.
+        classes: what the outputs of a bundled classifier stand for, in order; empty for all others.
     """
 
     name: str
@@ -70,6 +71,7 @@ class LoadedModel:
     kind: InputKind
     tokenizer: Callable[..., Any] | None = None
     image: ImageInput | None = None
+    classes: tuple[str, ...] = ()
 
 
 def load_model(name: str, *, trust_remote_code: bool = False) -> LoadedModel:
@@ -79,8 +81,8 @@ def load_model(name: str, *, trust_remote_code: bool = False) -> LoadedModel:
     the code it names.
 
     Args:
-        name: `digits-vit`, `lipschitz-vit` or `minilm`; or a folder with a Hugging Face checkpoint, or a name on its
-            hub; or `package.module:attribute`, where a module or a function without arguments that returns one lies.
+        name: `digits-vit`, `lipschitz-vit`, `minilm`, `dinov2-s`, `smollm2-135m` or `albert-rxn`; or a folder with a
+            Hugging Face checkpoint, or a name on its hub; or `package.module:attribute`, where a module or a function without arguments that returns one lies.
         trust_remote_code: run the code that comes with a Hugging Face checkpoint.
 
     Raises:
@@ -112,13 +114,13 @@ def python_path(name: str) -> bool:
 def _digits_vit() -> LoadedModel:
     from lipbounds.models.digits_vit import load_digits_vit
 
-    return LoadedModel(name="digits-vit", module=load_digits_vit(), kind="image", image=_DIGIT)
+    return LoadedModel(name="digits-vit", module=load_digits_vit(), kind="image", image=_DIGIT, classes=_DIGITS)
 
 
 def _lipschitz_vit() -> LoadedModel:
     from lipbounds.models.lipschitz_vit import load_lipschitz_vit
 
-    return LoadedModel(name="lipschitz-vit", module=load_lipschitz_vit(), kind="image", image=_DIGIT)
+    return LoadedModel(name="lipschitz-vit", module=load_lipschitz_vit(), kind="image", image=_DIGIT, classes=_DIGITS)
 
 
 def _minilm() -> LoadedModel:
@@ -128,11 +130,35 @@ def _minilm() -> LoadedModel:
     return LoadedModel(name="minilm", module=model, kind="text", tokenizer=tokenizer)
 
 
+def _dinov2_s() -> LoadedModel:
+    from lipbounds.models.dinov2 import IMAGE, load_dinov2
+
+    return LoadedModel(name="dinov2-s", module=load_dinov2(), kind="image", image=IMAGE)
+
+
+def _smollm2() -> LoadedModel:
+    from lipbounds.models.smollm2 import load_smollm2
+
+    model, tokenizer = load_smollm2()
+    return LoadedModel(name="smollm2-135m", module=model, kind="text", tokenizer=tokenizer)
+
+
+def _albert_rxn() -> LoadedModel:
+    from lipbounds.models.albert_rxn import load_albert_rxn
+
+    model, tokenizer = load_albert_rxn()
+    return LoadedModel(name="albert-rxn", module=model, kind="text", tokenizer=tokenizer)
+
+
+_DIGITS = tuple("0123456789")
 _DIGIT = ImageInput(channels=1, height=8, width=8)
 BUNDLED: dict[str, Callable[[], LoadedModel]] = {
     "digits-vit": _digits_vit,
     "lipschitz-vit": _lipschitz_vit,
     "minilm": _minilm,
+    "dinov2-s": _dinov2_s,
+    "smollm2-135m": _smollm2,
+    "albert-rxn": _albert_rxn,
 }
 
 
