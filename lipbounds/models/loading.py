@@ -82,7 +82,8 @@ def load_model(name: str, *, trust_remote_code: bool = False) -> LoadedModel:
 
     Args:
         name: `digits-vit`, `lipschitz-vit`, `minilm`, `dinov2-s`, `smollm2-135m` or `albert-rxn`; or a folder with a
-            Hugging Face checkpoint, or a name on its hub; or `package.module:attribute`, where a module or a function without arguments that returns one lies.
+            Hugging Face checkpoint, or a name on its hub; or `package.module:attribute`, where a module or a function
+            without arguments that returns one lies.
         trust_remote_code: run the code that comes with a Hugging Face checkpoint.
 
     Raises:
