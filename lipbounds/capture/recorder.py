@@ -82,6 +82,7 @@ class Recorder(Runner, TorchFunctionMode):
             self._note_leak(func, before, result)
             return result
         inputs = None if self.listener is None else self.listener(func, args, kwargs, result)
+        attends = inputs is not None
         if inputs is None:
             used = 0 if func in ops.LIKE else 1 if func in ops.FIRST_ONLY else len(before)
             inputs = tuple(tensor for tensor, _ in before[:used])
@@ -93,7 +94,7 @@ class Recorder(Runner, TorchFunctionMode):
             if id(output) not in known:
                 pick = position if isinstance(result, tuple | list) else None
                 step = classify(func, args, kwargs, output, pick, self)
-                self._add(output, func, step, inputs, self._number(func, args, kwargs, output, pick))
+                self._add(output, func, step, inputs, self._number(func, args, kwargs, output, pick), attends)
         if func in ops.ADD and self.listener is not None and isinstance(result, Tensor):
             self.listener.added(result)
         return result
@@ -115,7 +116,13 @@ class Recorder(Runner, TorchFunctionMode):
             self.written = outer
 
     def _add(
-        self, tensor: Tensor, func: Function, step: Step | None, taken: tuple[Tensor, ...], number: int | None = None
+        self,
+        tensor: Tensor,
+        func: Function,
+        step: Step | None,
+        taken: tuple[Tensor, ...],
+        number: int | None = None,
+        attends: bool = False,
     ) -> None:
         origins = [origin for origin in map(self.origin, taken) if origin is not None]
         if func in ops.FROM_NUMBERS:
@@ -126,7 +133,9 @@ class Recorder(Runner, TorchFunctionMode):
             floating = tensor.dtype.is_floating_point or tensor.dtype.is_complex
             activations = sum(one.floating for one in origins)
             time = self.now()
-            origin = Origin(tuple(parents.values()), floating, time, func, written, tensor.numel(), activations)
+            origin = Origin(
+                tuple(parents.values()), floating, time, func, written, tensor.numel(), activations, attends
+            )
         number = next(self._fresh_numbers) if number is None else number
         self._put(tensor, Record(written, step, origin, version(tensor), self.invocations, number))
 

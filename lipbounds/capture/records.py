@@ -32,6 +32,7 @@ class Origin:
         written: the function that the user called, where `function` is one of its parts.
         size: number of entries.
         activations: how many of the tensors that went in depend on the input of the model and can move.
+        attends: it is what a call of attention gave.
     """
 
     parents: tuple[Origin, ...]
@@ -41,6 +42,7 @@ class Origin:
     written: Function | None = None
     size: int = 0
     activations: int = 0
+    attends: bool = False
 
 
 @dc.dataclass(frozen=True, eq=False, slots=True)

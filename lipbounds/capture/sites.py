@@ -11,12 +11,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lipbounds.capture import operations as ops
 from lipbounds.capture.recorder import Recorder
-from lipbounds.capture.records import Origin
+from lipbounds.capture.records import Function, Origin
 from lipbounds.capture.refusals import function_name
 from lipbounds.capture.steps import MOVES_AND_CASTS, tensors_in
 
 
 # Behind these lies another function, whose own products are no logits.
+MAPS = ops.SOFTMAX | ops.LOG_SOFTMAX | ops.EXP | ops.FUSED_ATTENTION | ops.MULTI_HEAD_ATTENTION
 BEHIND = ops.PROJECTION | ops.NORMALIZE | ops.RMS_NORM | ops.SOFTMAX | ops.FUSED_ATTENTION | ops.MULTI_HEAD_ATTENTION
 
 
@@ -81,20 +82,39 @@ class Sites:
 
 
 def over_two_activations(origin: Origin | None) -> bool:
-    """Whether a tensor is a product of two activations, apart from what is done entry by entry."""
+    """Whether a tensor is a product of two activations, apart from what is done entry by entry.
+
+    Scores of which a projection made others, as talking heads do, count: products of matrices that hold no map.
+    """
+    return _finds(origin, BEHIND, _mixes) or _finds(origin, BEHIND - ops.PROJECTION, _scores)
+
+
+def _finds(origin: Origin | None, behind: frozenset[Function], wanted: Callable[[Origin], bool]) -> bool:
+    """Whether something wanted is among what a tensor was computed from, not looking behind some functions."""
     waiting, seen = [origin], {origin}
     while waiting:
         one = waiting.pop()
         if one is None or not one.floating:
             continue
-        if _mixes(one):
+        if wanted(one):
             return True
-        if one.function in BEHIND:
+        if one.function in behind:
             continue
         fresh = [parent for parent in one.parents if parent not in seen]
         seen.update(fresh)
         waiting.extend(fresh)
     return False
+
+
+def _scores(origin: Origin) -> bool:
+    """Whether it is a product of two matrices of activations, neither of them made of a map."""
+    if origin.attends or origin.function not in ops.ANY_PRODUCT or origin.activations < 2:
+        return False
+    return not any(_finds(parent, BEHIND, _is_map) for parent in origin.parents)
+
+
+def _is_map(origin: Origin) -> bool:
+    return origin.function in MAPS
 
 
 def _mixes(origin: Origin) -> bool:

@@ -111,6 +111,31 @@ class HeadList(nn.Module):
         return self.out(torch.cat(mixed, -1) if self.how == "cat" else torch.stack(mixed, -2).flatten(-2))
 
 
+class HeadModules(nn.Module):
+    """A head is a module of its own, with its mask in a buffer; a layer projects what all of them return."""
+
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.key, self.value = (nn.Linear(DIM, WIDTH, bias=False) for _ in range(3))
+            self.register_buffer("tril", torch.tril(torch.ones(8, 8)))
+            self.dropout = nn.Dropout(0.1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            k, q, t = self.key(x), self.query(x), x.shape[1]
+            scores = q @ k.transpose(-2, -1) * k.shape[-1] ** -0.5
+            scores = scores.masked_fill(self.get_buffer("tril")[:t, :t] == 0, float("-inf"))
+            return self.dropout(F.softmax(scores, dim=-1)) @ self.value(x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(HeadModules.Head() for _ in range(HEADS))
+        self.proj, self.dropout = nn.Linear(INNER, DIM), nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.proj(torch.cat([head(x) for head in self.heads], dim=-1)))
+
+
 class OneHead(nn.Module):
     """No output projection."""
 
@@ -201,6 +226,32 @@ class ClassToken(nn.Module):
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
 
 
+class TalkingHeads(nn.Module):
+    """As in the first layers of CaiT: scores of all heads are mixed, then maps; beside attention that can be said."""
+
+    def __init__(self, maps: bool) -> None:
+        super().__init__()
+        self.qkv, self.out, self.whole = nn.Linear(DIM, 3 * DIM), nn.Linear(DIM, DIM), Fused()
+        self.logits, self.maps = nn.Linear(HEADS, HEADS), nn.Linear(HEADS, HEADS) if maps else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, WIDTH)).transpose(1, 3).unbind(2)
+        maps = self.logits((q @ k.mT).permute(0, 2, 3, 1)).permute(0, 3, 1, 2).softmax(-1)
+        maps = self.maps(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.whole(x + self.out((maps @ v).transpose(1, 2).flatten(-2)))
+
+
+class Router(nn.Module):
+    """Experts chosen by what attention gave, which nothing projected: no attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.gate = OneHead(), nn.Linear(INNER, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gate(x + self.attention(x)).softmax(-1)
+
+
 class LastToken(Fused):
     """Queries of all tokens are made, and one is used."""
 
@@ -253,6 +304,22 @@ def in_place(scores: Tensor) -> Tensor:
 def assigned(scores: Tensor) -> Tensor:
     scores[..., ~TRIANGLE] = -torch.inf
     return scores.softmax(-1)
+
+
+def stretched(scores: Tensor) -> Tensor:
+    """As in LayoutLMv3, after CogView."""
+    scores = scores + torch.arange(6.0) / 2
+    scaled = scores / 32
+    return ((scaled - scaled.amax(-1).unsqueeze(-1)) * 32).softmax(-1)
+
+
+def named_einsum(*given: Any) -> Tensor:
+    """What einops.einsum(*tensors, pattern) comes to: names become letters, and torch does the rest."""
+    *tensors, pattern = given
+    names = sorted(set(pattern.replace(",", " ").replace("->", " ").split()))
+    letters = dict(zip(names, "abcdefghij", strict=False))
+    words = pattern.replace(",", " , ").split()
+    return torch.einsum("".join(letters.get(word, word) for word in words), *tensors)
 
 
 def exponentials(scores: Tensor) -> Tensor:
@@ -317,6 +384,11 @@ _SAID = {
     "exp / sum": lambda: Written(maps=lambda s: s.exp() / s.exp().sum(-1, keepdim=True)),
     "log_softmax": lambda: Written(maps=lambda s: s.log_softmax(-1).exp()),
     "maximum taken off": lambda: Written(maps=lambda s: (s - s.max(-1, keepdim=True).values).softmax(-1)),
+    "stretched": lambda: Written(maps=stretched),
+    "named einsum": lambda: Written(
+        scores=lambda q, k: named_einsum(q, k, "batch head query width, batch head key width -> batch head query key"),
+        mix=lambda p, v: named_einsum(p, v, "batch head query key, batch head key width -> batch head query width"),
+    ),
     "mask times scores": lambda: Written(maps=mask_times),
     "operator": lambda: Written(maps=lambda s: torch.ops.aten.softmax.int(s, -1)),
     "values first": lambda: Written(mix=lambda p, v: (v.mT @ p.mT).mT),
@@ -337,6 +409,7 @@ ZOO: dict[str, Case] = {
     **{name: Case(make=make) for name, make in _SAID.items()},
     "heads in a list": Case(make=HeadList, heads=HEADS),
     "heads in a stack": Case(make=lambda: HeadList("stack"), heads=HEADS),
+    "head modules": Case(make=HeadModules, heads=HEADS),
     "one head": Case(make=OneHead, projected=False),
     "no projection": Case(make=lambda: Written(project=False), projected=False),
     "heads in a list, no projection": Case(make=lambda: HeadList(project=False), projected=False, heads=HEADS),
@@ -351,6 +424,16 @@ ZOO: dict[str, Case] = {
         whole=False,
     ),
     "no attention": Case(make=Scored, whole=False),
+    "routing after attention": Case(make=Router, projected=False, whole=False),
+    "talking heads": Case(
+        make=lambda: TalkingHeads(maps=True),
+        maps=2,
+        reported="got torch.nn.functional.linear in between",
+        whole=False,
+    ),
+    "talking heads before the softmax": Case(
+        make=lambda: TalkingHeads(maps=False), maps=2, reported="the logits must be a product of queries", whole=False
+    ),
     "map times values": Case(
         make=lambda: Local(lambda q, k, v: spread((q @ k.mT).softmax(-1), v)),
         maps=2,

@@ -2,8 +2,9 @@
 
 At this level few operations are left: whatever a model writes, a product of two tensors is `bmm`, `mm`, `baddbmm`,
 `addmm` or `mul`. What is known is kept for each piece of memory, so that views and changes in place need no rules:
-whether it was computed from the inputs, and whether a product of two such tensors went into it since the last
-projection by constants. A softmax over the latter is an attention map.
+whether it was computed from the inputs, whether a product of two such tensors went into it since the last projection
+by constants, and whether a product of two matrices, neither of them made of a map, went into it at all since the last
+softmax or product (scores may be projected, as in talking heads). A softmax over one of these is an attention map.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ class SoftmaxCounter(TorchDispatchMode):
         self._kept: list[Any] = []  # so that no memory is used again
         self._active: set[int] = set()
         self._bilinear: set[int] = set()
+        self._scores: set[int] = set()
+        self._maps: set[int] = set()
         self._exponentials: set[int] = set()
         for tensor in inputs:
             self._active.add(self._memory(tensor))
@@ -42,27 +45,35 @@ class SoftmaxCounter(TorchDispatchMode):
         given = [self._memory(tensor) for tensor in _tensors((args, kwargs))]
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__.removesuffix("_")  # in place or not
-        active = [memory for memory in given if memory in self._active]
-        bilinear = any(memory in self._bilinear for memory in given)
+        active = {memory for memory in given if memory in self._active}
+        marks = {"bilinear": self._bilinear, "scores": self._scores, "maps": self._maps}
+        found = {mark for mark, marked in marks.items() if not marked.isdisjoint(given)}
         if name in PRODUCTS:
-            bilinear = len(active) > 1
-        elif name in BOTH:
-            bilinear = bilinear or len(active) > 1
+            several = sum(memory in self._active for memory in given) > 1
+            found = found - {"bilinear", "maps"} | ({"bilinear"} if several else set())
+            if several:
+                mixed = not self._maps.isdisjoint(given)
+                found = found - {"scores"} | (set() if mixed else {"scores"})
+            elif not self._maps.isdisjoint(given):
+                found.add("maps")
+        elif name in BOTH and sum(memory in self._active for memory in given) > 1:
+            found.add("bilinear")
         elif "scaled_dot_product" in name:
-            self.count += len(set(active)) > 0
+            self.count += len(active) > 0
+            found = set()
         elif name in SOFTMAXES:
-            self.count += bilinear
-            bilinear = False
-        elif name == "exp" and bilinear:
+            self.count += bool(found & {"bilinear", "scores"})
+            found = {"maps"}
+        elif name == "exp" and found & {"bilinear", "scores"}:
             self.count += given[0] not in self._exponentials  # written twice it is one softmax
             self._exponentials.add(given[0])
-            bilinear = False
+            found = {"maps"}
         for tensor in _tensors(result):
             memory = self._memory(tensor)
             if active:
                 self._active.add(memory)
-            if bilinear:
-                self._bilinear.add(memory)
+            for mark in found:
+                marks[mark].add(memory)
         return result
 
     def _memory(self, tensor: Tensor) -> int:
