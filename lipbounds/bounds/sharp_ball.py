@@ -24,6 +24,7 @@ from lipbounds.claims import Claim, Feature, Source
 from lipbounds.derivatives.ball.first import BallDerivatives, Centre
 from lipbounds.derivatives.ball.logits import theorem_3_on_ball
 from lipbounds.derivatives.ball.third import BallThirdDerivative
+from lipbounds.derivatives.ball.units import Compute, Parts, in_own_units
 from lipbounds.derivatives.first.dense import dense_norm, jacobian_entries
 from lipbounds.derivatives.first.differential_parts import differential_parts
 from lipbounds.derivatives.first.gram_norm import gram_norm, has_gram_norm
@@ -46,7 +47,7 @@ TOGETHER = 2**22  # entries of the largest tensors up to which all balls are mad
 SHELLS = tuple(k / 8 for k in range(1, 9))  # r_k / eps
 SHELLS_OF_LARGE_BLOCKS = (0.5, 1.0)
 COST = "O((n D)^3 + n^3 D^3) on small blocks, O(n^2 D^3) up to a size, then O(H n^2 (d^2 + H^2) + n D^2 (n + D))"
-Parts = dict[str, Tensor]
+TOTAL = "total"
 
 
 @bound(
@@ -58,8 +59,11 @@ Parts = dict[str, Tensor]
 )
 def direct(block: Attention, radius: float) -> tuple[Tensor, Terms]:
     """Mixing, query and key part of all heads jointly, each bounded over the ball."""
-    parts = BallDerivatives(Centre(block.double), radius).first()
-    return _finish(block, _total(block, parts), parts)
+
+    def parts(wide: Attention, eps: float) -> Parts:
+        return BallDerivatives(Centre(wide), eps).first()
+
+    return _sum_of(block, radius, parts)
 
 
 @bound(
@@ -80,9 +84,12 @@ def deviation(block: Attention, radius: float, *, dense: int = DENSE) -> tuple[T
         radius: of the ball.
         dense: number of entries up to which the Jacobian of a batch item is formed for its norm at the centre.
     """
-    balls = _Balls(block.double, radius, SECOND_WORK)
-    parts = _deviation(balls, _centre_norm(balls, dense))
-    return _finish(block, _total(block, parts), parts)
+
+    def parts(wide: Attention, eps: float) -> Parts:
+        balls = _Balls(wide, eps, SECOND_WORK)
+        return _deviation(balls, _centre_norm(balls, dense))
+
+    return _sum_of(block, radius, parts)
 
 
 @bound(
@@ -103,9 +110,12 @@ def taylor(block: Attention, radius: float, *, dense: int = DENSE) -> tuple[Tens
         radius: of the ball.
         dense: number of entries up to which the Jacobian of a batch item is formed for its norm at the centre.
     """
-    balls = _Balls(block.double, radius, SECOND_WORK)
-    parts = _taylor(balls, _centre_norm(balls, dense))
-    return _finish(block, _total(block, parts), parts)
+
+    def parts(wide: Attention, eps: float) -> Parts:
+        balls = _Balls(wide, eps, SECOND_WORK)
+        return _taylor(balls, _centre_norm(balls, dense))
+
+    return _sum_of(block, radius, parts)
 
 
 @bound(
@@ -124,14 +134,18 @@ def sharp_ball(block: Attention, radius: float, *, dense: int = DENSE) -> tuple[
         radius: of the ball.
         dense: number of entries up to which the Jacobian of a batch item is formed for its norm at the centre.
     """
-    balls = _Balls(block.double, radius, SECOND_WORK)
-    centre = _centre_norm(balls, dense)
-    values = {} if balls.large else {"taylor": _total(block, _taylor(balls, centre))}
-    values |= {
-        "deviation": _total(block, _deviation(balls, centre)),
-        "direct": _total(block, balls.first[1]),
-        "theorem_3": _known(theorem_3_on_ball(block.double, radius)[0]),
-    }
+
+    def three(wide: Attention, eps: float) -> Parts:
+        balls = _Balls(wide, eps, SECOND_WORK)
+        centre = _centre_norm(balls, dense)
+        values = {} if balls.large else {"taylor": _total(wide, _taylor(balls, centre))}
+        return values | {
+            "deviation": _total(wide, _deviation(balls, centre)),
+            "direct": _total(wide, balls.first[1]),
+        }
+
+    values = in_own_units(block.double, radius, three)
+    values["theorem_3"] = _known(theorem_3_on_ball(block.double, radius)[0])
     return _finish(block, torch.stack([*values.values()]).amin(0), values)
 
 
@@ -146,11 +160,19 @@ def jacobian_change(block: Attention, radius: float) -> Float[Tensor, "*batch"] 
         check_range(block, "jacobian_change")
     except InvalidInput:
         return None
-    balls = _Balls(block, radius, PAIRS_WORK)
-    if balls.large:
+    if _is_large(block, PAIRS_WORK):
         return None
-    changes = [part(balls, torch.zeros_like(block.logits[..., 0, 0, 0])) for part in (_taylor, _deviation)]
-    return torch.minimum(*(_total(block, change) for change in changes))
+
+    def least(wide: Attention, eps: float) -> Parts:
+        balls = _Balls(wide, eps, PAIRS_WORK)
+        changes = [part(balls, torch.zeros_like(wide.logits[..., 0, 0, 0])) for part in (_taylor, _deviation)]
+        return {"least": torch.minimum(*(_total(wide, change) for change in changes))}
+
+    return in_own_units(block, radius, least)["least"]
+
+
+def _is_large(block: Attention, limit: float) -> bool:
+    return second_work(block) > PAIRS_WORK and rows_work(block) > limit
 
 
 class _Balls:
@@ -159,7 +181,7 @@ class _Balls:
     def __init__(self, block: Attention, radius: float, limit: float) -> None:
         self.block, self.radius = block, radius
         self.by_pairs = second_work(block) <= PAIRS_WORK
-        self.large = not self.by_pairs and rows_work(block) > limit
+        self.large = _is_large(block, limit)
         shares = SHELLS_OF_LARGE_BLOCKS if self.large else SHELLS
         sizes = [0.0, *(share * radius for share in shares if radius)]
         radii = torch.tensor(sizes, dtype=torch.float64, device=block.device)
@@ -241,6 +263,17 @@ def _sum(parts: Parts) -> Tensor:
 
 def _total(block: Attention, parts: Parts) -> Float[Tensor, "*batch"]:
     return _known(inflate(_sum(parts), len(parts) + 8)).expand(block.batch_shape)
+
+
+def _sum_of(block: Attention, radius: float, parts_of: Compute) -> tuple[Tensor, Terms]:
+    """A bound that is the sum of its parts."""
+
+    def parts(wide: Attention, eps: float) -> Parts:
+        found = {name: part.expand(wide.batch_shape) for name, part in parts_of(wide, eps).items()}
+        return found | {TOTAL: _total(wide, found)}
+
+    found = in_own_units(block.double, radius, parts)
+    return _finish(block, found.pop(TOTAL), found)
 
 
 def _finish(block: Attention, value: Tensor, parts: Parts) -> tuple[Tensor, Terms]:

@@ -21,6 +21,7 @@ from lipbounds.derivatives.first.differential_parts import differential_parts
 from lipbounds.errors import UnsupportedAttention
 from lipbounds.ops.interval import softmax_interval, variance_interval_upper
 from lipbounds.testing.contract import CHECKS
+from lipbounds.testing.relation_checks import EXPONENTS
 from verify.unit.blocks import random_block, true_norm
 
 
@@ -356,7 +357,45 @@ def test_a_head_of_zero_weights_keeps_the_scaling_laws(spec: lipbounds.BoundSpec
     zero = getattr(block, name).clone()
     zero[0] = 0
     block = block.replace(**{name: zero})
-    # Odd seeds go to the corners of the range of magnitudes. There sharp_ball.taylor of such a block depends on the
-    # units of its weights, by 20 % here: a flaw that is known and not mended.
-    for seed in (0, 2, 4):
+    for seed in range(6):  # odd seeds go to the corners of the range of magnitudes
         CHECKS["scaling"].function(spec, block, radius=0.3, seed=seed)
+
+
+def corner_seeds() -> list[int]:
+    """Odd seeds with which the check `scaling` goes to each of the 16 corners of the range of magnitudes once."""
+    found: dict[tuple[bool, ...], int] = {}
+    for seed in range(1, 1000, 2):
+        drawn = torch.randint(-EXPONENTS, EXPONENTS + 1, (4,), generator=torch.Generator().manual_seed(seed))
+        found.setdefault(tuple((drawn > 0).tolist()), seed)
+    assert len(found) == 16
+    return [*found.values()]
+
+
+@pytest.mark.usefixtures("as_a_user_runs_it")
+@pytest.mark.parametrize(
+    ("spec", "moves"), [(DIRECT, "self"), (DEVIATION, "self"), (TAYLOR, "self"), (BALL, "query"), (BALL, "memory")]
+)
+def test_no_corner_of_the_range_of_magnitudes_loses_a_term(spec: lipbounds.BoundSpec, moves: str) -> None:
+    """Products of powers of tiny weights vanished there, and with them whole terms of an upper bound."""
+    memory: dict[str, Any] = {} if moves == "self" else {"memory": random_block(6, n=3, dim=2).x, "moves": moves}
+    block = random_block(5, n=3, dim=2, biases=False, **memory)
+    for seed in corner_seeds():
+        CHECKS["scaling"].function(spec, block, radius=0.3, seed=seed)
+
+
+@pytest.mark.usefixtures("as_a_user_runs_it")
+def test_a_batch_of_blocks_in_very_different_units_is_its_items() -> None:
+    block = random_block(5, n=2, dim=2)
+    sizes = 2.0 ** torch.tensor([0.0, 150.0, -150.0], dtype=torch.float64)[:, None, None]
+    many = block.replace(
+        x=block.x * sizes,
+        **{name: getattr(block, name) / sizes[:, None] for name in ("w_q", "w_k", "w_v")},
+        w_o=block.w_o * torch.ones(2, 1, 1, 1, 1),
+    )
+    for spec in (DIRECT, TAYLOR):
+        together = spec(many, 0.3)
+        assert together.value.shape == (2, 3)
+        for i in range(3):
+            item = block.replace(**{n: getattr(many, n)[0, i] for n in ("w_q", "w_k", "w_v")}, x=many.x[i])
+            alone = spec(item, 0.3)
+            torch.testing.assert_close(together.value[:, i], alone.value.expand(2), rtol=1e-9, atol=0)
