@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lipbounds.devices import waits_for
 from lipbounds.errors import Unsupported
-from lipbounds.rounding import gamma
+from lipbounds.rounding import UNIT_ROUNDOFF, gamma
 
 
 SQUARINGS = 44  # of matrices up to 1e6 rows, the value is above by a relative 1e-12
@@ -37,7 +37,7 @@ def largest_eigenvalue(matrix: Float[Tensor, "*batch size size"]) -> Float[Tenso
     """
     safe, finite = _finite_or_zero(matrix)
     if waits_for(safe) and not (torch.is_grad_enabled() and safe.requires_grad):
-        return torch.where(finite, _by_squaring(safe), torch.inf)
+        return torch.where(finite, eigenvalue_by_squaring(safe), torch.inf)
     try:
         largest = torch.linalg.eigvalsh(safe)[..., -1].clamp(min=0)
     except SOLVER_ERROR:
@@ -115,8 +115,16 @@ def basis_and_triangle(
     return q, torch.where(finite[..., None, None], r, torch.nan)
 
 
-def _by_squaring(matrix: Float[Tensor, "*batch size size"]) -> Float[Tensor, "*batch"]:
-    """Upper bound on the spectral norm of symmetric matrices; the lower triangle is read."""
+def eigenvalue_by_squaring(
+    matrix: Float[Tensor, "*batch size size"], squarings: int = SQUARINGS
+) -> Float[Tensor, "*batch"]:
+    """Upper bound on the spectral norm of symmetric matrices, rounding included; see the top of this file.
+
+    Args:
+        matrix: finite, float64 or float32, in which it is squared; the lower triangle is read.
+        squarings: K.
+    """
+    unit = torch.finfo(matrix.dtype).eps / 2
     lower = matrix.tril()
     whole = lower + lower.tril(-1).mT
     largest = whole.abs().amax((-2, -1), keepdim=True)
@@ -124,13 +132,13 @@ def _by_squaring(matrix: Float[Tensor, "*batch size size"]) -> Float[Tensor, "*b
     scaled = torch.where(some, whole / largest, 1.0)  # ones for the zero matrix, times 0 in the end
     sizes = [scaled.norm(dim=(-2, -1), keepdim=True)]
     power = scaled / sizes[0]
-    for _ in range(SQUARINGS):
+    for _ in range(squarings):
         power = power @ power.mT
         sizes.append(power.norm(dim=(-2, -1), keepdim=True))
         power = power / sizes[-1]
-    roots = torch.arange(len(sizes), dtype=matrix.dtype, device=matrix.device).neg().exp2()
-    norm = (torch.cat(sizes, -1).log() * roots).sum(-1).exp()
-    slack = 2 * gamma(size + 16) * (size + 2) + 2 * gamma(128)
+    roots = torch.arange(len(sizes), dtype=torch.float64, device=matrix.device).neg().exp2()
+    norm = (torch.cat(sizes, -1).double().log() * roots).sum(-1).exp().to(matrix.dtype)
+    slack = (gamma(size + 16) * (size + 2) + gamma(128)) * 2 * unit / UNIT_ROUNDOFF
     return (norm * (1 + slack)).squeeze(-1) * largest[..., 0, 0]
 
 

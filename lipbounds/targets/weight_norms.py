@@ -48,6 +48,7 @@ class WeightNorms:
         self.w_q, self.w_k, self.w_v, self.w_o = (weights[name] for name in NAMES[:4])
         self._factors: dict[tuple[str, Layout, int], HeadFactors] = {}
         self._products: dict[str, Tensor] = {}
+        self._single: dict[str, tuple[Tensor, Tensor | None, Tensor]] = {}
 
     def factors(self, name: str, layout: Layout = "whitened", pairs: int = 0) -> HeadFactors:
         """The weights of each head as a basis times a small factor, and the overlaps of the heads.
@@ -74,6 +75,24 @@ class WeightNorms:
             columns = weights / self.factors(name).unit[..., None, None]
             self._products[name] = columns.mT.unsqueeze(-3) @ columns.unsqueeze(-4)
         return self._products[name]
+
+    def single(
+        self, name: str
+    ) -> tuple[Float[Tensor, "*weights dim inner"], Float[Tensor, "*weights inner"] | None, Float[Tensor, "..."]]:
+        """All heads side by side in float32, their biases, and ||[W; b]||_F of each head, rounded up.
+
+        Args:
+            name: `w_q`, `w_k` or `w_v`, whose entries float32 holds.
+        """
+        if name not in self._single:
+            weights, bias = self.weights[name], self.weights.get(name.replace("w", "b"))
+            squares = weights.square().sum((-2, -1))
+            if bias is not None:
+                squares = squares + bias.square().sum(-1)
+            flat = weights.transpose(-3, -2).flatten(-2).float().contiguous()
+            bias = None if bias is None else bias.flatten(-2).float()
+            self._single[name] = (flat, bias, squares.sqrt() * (1 + 1e-9))
+        return self._single[name]
 
     @cached_property
     def values_jointly(self) -> Float[Tensor, "*weights"]:

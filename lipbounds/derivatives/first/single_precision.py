@@ -1,0 +1,246 @@
+r"""Theorem 3 with the real queries, keys and values, evaluated in float32, its rounding proved and added.
+
+With u = 2^-24 and gamma(k) = k u / (1 - k u), rows of queries, keys and values from sums in chunks of c terms are off
+by at most e_i = gamma(c + D/c + 2) ||[x_i 1]|| ||[W; b]||_F, and logits by
+
+    eta_i = s ( e_qi (|k| + e_k) + |q_i| e_k + gamma(d + 4) |q_i| |k| ) + 112 u,      |k|, e_k the largest of all keys,
+
+with the rows as computed, which are far shorter than ||x_i|| ||W||_F. The map then carries factors in [e^(-2 eta),
+e^(2 eta)], g_1 in [e^(-4 eta), e^(4 eta)]. Norms of V, K W_Q^T and Q W_K^T come from Gram matrices of d x d numbers
+and their squares. What underflow takes off a weight is at most 2^-126, and is added. Proof: docs/derivatives.md,
+section 14.
+
+The value is of use where all that is added is a small share of it, which `slack` tells: elsewhere, for peaked attention
+above all, float64 is the better choice.
+"""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lipbounds.derivatives.cache import is_tracked
+from lipbounds.ops.eigen import eigenvalue_by_squaring
+from lipbounds.ops.spectral import Factor
+from lipbounds.rounding import gamma
+from lipbounds.targets.attention import Attention
+from lipbounds.targets.weight_norms import WeightNorms
+
+
+UNIT_SINGLE = 2.0**-24  # of float32
+SMALLEST_SINGLE = 2.0**-126  # normal number of float32: what is below may be flushed to zero
+CHUNK = 128  # terms of a sum of products that are added before the next ones are
+OUT_OF_RANGE = 104.0  # exp of less is no float32
+STEPS = 12  # of the power method for the norm of the map, at most
+MET = 1e-3  # relative distance of its bounds at which it ends
+SQUARINGS = 8  # of Gram matrices: of 64 x 64, the norm is above by 0.4 % at most
+OWN_ROUNDING = 1 + 1e-9  # pays for the float64 arithmetic of the few numbers of each head
+
+
+@dc.dataclass(frozen=True, slots=True)
+class Rounded:
+    """A number that float32 gave, without and with what its rounding can have taken off it; float64."""
+
+    found: Tensor
+    upper: Tensor
+
+    def __mul__(self, other: Rounded) -> Rounded:
+        return Rounded(self.found * other.found, self.upper * other.upper)
+
+    def __add__(self, other: Rounded) -> Rounded:
+        return Rounded(self.found + other.found, self.upper + other.upper)
+
+
+@dc.dataclass(frozen=True, slots=True)
+class SingleRows:
+    """Queries, keys or values in float32.
+
+    Args:
+        rows: as computed.
+        length: at least the length of each row.
+        error: at least the distance of each row to the exact one.
+    """
+
+    rows: Float[Tensor, "*batch heads n width"]
+    length: Float[Tensor, "*batch heads n"]
+    error: Float[Tensor, "*batch heads n"]
+
+
+def has_single_precision(block: Attention) -> bool:
+    """Whether the block can be evaluated so: floats of at most 32 bits, neither QK-norm nor rotary positions, no
+    gradient, and products that torch makes of float32 (not of TF32 or bfloat16)."""
+    plain = block.query_norm is None and block.query_rotation is None
+    short = block.dtype != torch.float64
+    tracked = torch.is_grad_enabled() and is_tracked(block)
+    return plain and short and not tracked and torch.get_float32_matmul_precision() == "highest"
+
+
+@torch.no_grad()
+@torch.autocast("cpu", enabled=False)  # which would make products of bfloat16 numbers
+def theorem_3_in_single_precision(block: Attention) -> Rounded:
+    """||W_O|| sqrt(sum_h L_h^2) of `yudin2025.biased`, without and with the rounding of its evaluation.
+
+    NaN or infinite where numbers leave float32.
+
+    Args:
+        block: with `has_single_precision`; on the CPU.
+    """
+    norms = block.double.weight_norms
+    keys = _rows(block.source_input, norms, "w_k")
+    queries = _rows(block.x, norms, "w_q")
+    values = _rows(block.source_input, norms, "w_v")
+    weights, sums, softmax, error = _weights(block, queries, keys)
+    scale = abs(block.scale_value)
+    changes = []
+    if block.query_moves:
+        changes.append((keys, norms.query_factor, norms.queries))
+    if block.memory_moves:
+        changes.append((queries, norms.key_factor, norms.keys))
+    grams = [_gram(values)] + [_through(rows, factor, size) for rows, factor, size in changes]
+    value_norm, *change_norms = _norms(grams)
+    change = sum(change_norms[1:], change_norms[0])
+    per_head = value_norm * softmax * Rounded(change.found * scale, change.upper * scale)
+    if block.memory_moves:
+        map_norm = _map_norm(weights, sums, error)
+        per_head = per_head + Rounded(map_norm.found * norms.values, map_norm.upper * norms.values)
+    return Rounded(_together(norms, per_head.found), _together(norms, per_head.upper) * OWN_ROUNDING)
+
+
+def _together(norms: WeightNorms, heads: Tensor) -> Tensor:
+    return norms.output * heads.norm(dim=-1)
+
+
+def _gamma(operations: int) -> float:
+    """As `lipbounds.rounding.gamma`, for float32."""
+    return operations * UNIT_SINGLE / (1 - operations * UNIT_SINGLE)
+
+
+def _lengths(rows: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch"]:
+    """Lengths of float32 rows, rounded up; squares below 2^-126 may be lost."""
+    width = rows.shape[-1]
+    return torch.linalg.vector_norm(rows, dim=-1).double() * (1 + 2 * _gamma(width + 8)) + 2.0**-62 * width**0.5
+
+
+def _rows(tokens: Float[Tensor, "*batch n dim"], norms: WeightNorms, name: str) -> SingleRows:
+    """X W + b of all heads: each chunk of terms is a product of its own."""
+    flat, bias, size = norms.single(name)
+    heads, dim = size.shape[-1], tokens.shape[-1]
+    tokens = tokens.float()
+    total = None
+    for start in range(0, dim, CHUNK):
+        part = tokens[..., start : start + CHUNK] @ flat[..., start : start + CHUNK, :]
+        total = part if total is None else total.add_(part)
+    assert total is not None  # a block has features
+    if bias is not None:
+        total = total + bias.unsqueeze(-2)
+    rows = total.unflatten(-1, (heads, -1)).movedim(-2, -3).contiguous()
+    length = _lengths(tokens)
+    if bias is not None:
+        length = (length.square() + 1).sqrt() * (1 + 1e-15)
+    relative = _gamma(min(CHUNK, dim) + math.ceil(dim / CHUNK) + 2)
+    lost = 4 * (dim + 2) * SMALLEST_SINGLE * rows.shape[-1] ** 0.5
+    error = relative * length.unsqueeze(-2) * size.unsqueeze(-1) + lost
+    return SingleRows(rows, _lengths(rows), error)
+
+
+def _weights(
+    block: Attention, queries: SingleRows, keys: SingleRows
+) -> tuple[Float[Tensor, "*b heads n m"], Float[Tensor, "*b heads n"], Rounded, Float[Tensor, "*b heads n"]]:
+    """exp(S - max S) in float32, its sums, max_i g_1(P_i) and eta."""
+    scale, width = abs(block.scale_value), queries.rows.shape[-1]
+    longest, key_off = keys.length.amax(-1, keepdim=True), keys.error.amax(-1, keepdim=True)
+    reach = queries.length * longest
+    error = queries.error * (longest + key_off) + queries.length * key_off + _gamma(width + 4) * reach
+    error = scale * error + (width + 4) * (1 + scale) * SMALLEST_SINGLE
+    logits = (queries.rows * block.scale_value) @ keys.rows.mT
+    mask = None if block.mask is None else block.mask.float()
+    if mask is not None:
+        logits = logits + mask
+        visible = torch.where(mask.isneginf(), 0.0, mask).abs().amax(-1).double()
+        error = error + 2 * UNIT_SINGLE * (scale * reach + visible)
+    error = (error + (OUT_OF_RANGE + 8) * UNIT_SINGLE) * OWN_ROUNDING  # the difference to the largest, and exp
+    largest, place = logits.max(-1, keepdim=True)
+    weights = logits.sub_(largest).exp_().scatter_(-1, place, 0.0)
+    tail, second = weights.sum(-1), weights.amax(-1)
+    weights.scatter_(-1, place, 1.0)
+    sums, keys_count = 1 + tail, logits.shape[-1]
+    found = ((tail + second) / (sums * sums)).double()
+    slack = (1 + 8 * _gamma(keys_count + 8)) * (4 * error).exp()
+    upper = ((found + 4 * (keys_count + 2) * SMALLEST_SINGLE) * slack).clamp(max=0.5)
+    return weights, sums, Rounded(found.amax(-1), upper.amax(-1)), error
+
+
+def _map_norm(
+    weights: Float[Tensor, "*batch heads n m"], sums: Float[Tensor, "*batch heads n"], error: Float[Tensor, "..."]
+) -> Rounded:
+    """||P||: Collatz and Wielandt's bound at the vectors of the power method, as in lipbounds.ops.nonnegative."""
+    rows, cols = weights.shape[-2:]
+    inverse = (1 / sums).unsqueeze(-2)
+    again = inverse @ weights  # of the vector of ones, which P keeps
+    best = again.amax((-2, -1))
+    for _ in range(STEPS):
+        vector = (again / again.amax(-1, keepdim=True)).clamp(min=1e-20)
+        image = (vector @ weights.mT) * inverse
+        again = (image * inverse) @ weights
+        best = torch.minimum(best, ((again + rows * (cols + 2) * SMALLEST_SINGLE) / vector).amax((-2, -1)))
+        lower = image.norm(dim=(-2, -1)) / vector.norm(dim=(-2, -1))
+        if bool((best.sqrt() <= lower * (1 + MET)).all()):
+            break
+    found = best.double().sqrt()
+    slack = (1 + 2 * _gamma(2 * (rows + cols) + 24)) * (2 * error.amax(-1)).exp()
+    upper = found * slack + rows * cols * SMALLEST_SINGLE
+    return Rounded(found, upper.clamp(max=rows**0.5 * OWN_ROUNDING))
+
+
+@dc.dataclass(frozen=True, slots=True)
+class _Gram:
+    """A symmetric matrix of the squares of a norm, how far it can be off, and what is to be added to the norm."""
+
+    matrix: Float[Tensor, "*batch heads width width"]
+    off: Float[Tensor, "*batch heads"]
+    added: Float[Tensor, "*batch heads"]
+
+
+def _gram(values: SingleRows) -> _Gram:
+    """Of the exact rows."""
+    matrix, off, _ = _squares(values)
+    return _Gram(matrix, off, values.error.norm(dim=-1))
+
+
+def _through(rows: SingleRows, factor: Factor, size: Float[Tensor, "*weights heads"]) -> _Gram:
+    """Of the exact rows times W^T, W of norm `size`, W^T = L Q^T with a small factor L."""
+    matrix, off, total = _squares(rows)
+    low = factor.narrow * factor.scale
+    frobenius = (factor.size * factor.scale[..., 0, 0]) * OWN_ROUNDING
+    inner = low.mT @ matrix.double() @ low
+    norm = size * OWN_ROUNDING
+    off = off * norm.square() + 8 * gamma(low.shape[-2] + 2) * frobenius.square() * total
+    turned = 16 * gamma(8 * math.prod(factor.matrix.shape[-2:])) * frobenius * total.sqrt()
+    return _Gram(inner, off, rows.error.norm(dim=-1) * norm + turned)
+
+
+def _squares(rows: SingleRows) -> tuple[Tensor, Tensor, Tensor]:
+    """Z^T Z of the rows as computed, how far it can be off in norm, and the trace of the exact one, rounded up."""
+    count, width = rows.rows.shape[-2:]
+    matrix = rows.rows.mT @ rows.rows
+    total = rows.length.square().sum(-1) * OWN_ROUNDING
+    return matrix, _gamma(count + 2) * total + 4 * count * width * SMALLEST_SINGLE, total
+
+
+def _norms(grams: list[_Gram]) -> list[Rounded]:
+    """Square roots of the largest eigenvalues: in one batch where the sizes agree."""
+    matrices = [gram.matrix.float() for gram in grams]
+    if len({matrix.shape for matrix in matrices}) == 1:
+        squares = list(eigenvalue_by_squaring(torch.stack(matrices), SQUARINGS))
+    else:
+        squares = [eigenvalue_by_squaring(matrix, SQUARINGS) for matrix in matrices]
+    found = []
+    for gram, square in zip(grams, squares, strict=True):
+        width = gram.matrix.shape[-1]  # the cast to float32 adds u sqrt(width) of the norm
+        upper = square.double() * (1 + 2 * UNIT_SINGLE * (width**0.5 + 1)) + width * SMALLEST_SINGLE
+        found.append(Rounded(square.double().sqrt(), (upper + gram.off).sqrt() * OWN_ROUNDING + gram.added))
+    return found

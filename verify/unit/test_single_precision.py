@@ -1,0 +1,143 @@
+"""Theorem 3 in float32: its rounding covers what float32 does, and where that is too much float64 takes over."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lipbounds import Attention, InvalidInput, get
+from lipbounds.derivatives.first import single_precision
+from lipbounds.derivatives.first.single_precision import has_single_precision, theorem_3_in_single_precision
+from lipbounds.ops.eigen import eigenvalue_by_squaring
+from verify.unit.blocks import random_block
+
+
+BOUND = get("yudin2025.biased")
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def wide(tokens: int = 40, dim: int = 300, heads: int = 3, spread: float = 1.0, **options: Any) -> Attention:
+    """With sums of three chunks."""
+    weights: dict[str, Any] = {
+        name: draw(heads, dim, 20, seed=seed) * dim**-0.5 for seed, name in enumerate(("w_q", "w_k", "w_v"), start=1)
+    }
+    weights["w_q"] = weights["w_q"] * spread
+    biases: dict[str, Any] = {f"b_{name}": draw(heads, 20, seed=seed) for seed, name in enumerate("qkv", start=5)}
+    block = Attention(x=draw(tokens, dim), w_o=draw(heads, 20, dim, seed=4) * dim**-0.5, **weights, **biases)
+    return block.replace(**options).to(torch.float32)
+
+
+def in_a_batch(*blocks: Attention) -> Attention:
+    fields = [{f.name: getattr(block, f.name) for f in dc.fields(block)} for block in blocks]
+    names = [name for name, value in fields[0].items() if isinstance(value, Tensor)]
+    return blocks[0].replace(**{name: torch.stack([each[name] for each in fields]) for name in names})
+
+
+BLOCKS = {
+    "self": wide(),
+    "causal": wide(causal=True),
+    "biased logits": wide(logit_bias=3 * draw(40, 40, seed=9)),
+    "query moves": wide(memory=draw(50, 300, seed=9), moves="query"),
+    "memory moves": wide(memory=draw(50, 300, seed=9), moves="memory"),
+    "batch": wide(x=draw(2, 40, 300)),
+    "weights in a batch": in_a_batch(wide(), wide(spread=2.0)),
+    "small": random_block(x=draw(2, 4, 6), logit_bias=draw(4, 4)).to(torch.float32),
+    "bfloat16": wide().to(torch.bfloat16),
+    "tiny numbers": wide(w_v=1e-25 * draw(3, 300, 20), b_v=1e-25 * draw(3, 20)),
+    "huge numbers": wide(x=1e25 * draw(40, 300)),
+    "peaked": wide(spread=60.0),
+}
+IN_FLOAT64 = {"tiny numbers", "huge numbers", "peaked"}
+
+
+@pytest.mark.usefixtures("as_a_user_runs_it")
+@pytest.mark.parametrize("name", BLOCKS)
+def test_it_is_never_below_float64_and_five_per_cent_above_at_most(name: str) -> None:
+    block = BLOCKS[name]
+    found, expected = BOUND(block), BOUND(block, precision="float64")
+    short = name not in IN_FLOAT64
+    assert set(found.details["bits"].flatten().tolist()) == {32.0 if short else 64.0}
+    assert bool((found.value >= expected.value).all())
+    assert bool((found.value <= expected.value * (1.05 if short else 1.0)).all())
+
+
+@pytest.mark.usefixtures("as_a_user_runs_it")
+@pytest.mark.parametrize("name", ["self", "causal", "biased logits", "query moves", "batch", "small", "peaked"])
+def test_every_error_is_covered(name: str) -> None:
+    block, exact = BLOCKS[name], BLOCKS[name].double
+    norms = exact.weight_norms
+    queries = single_precision._rows(block.x, norms, "w_q")
+    keys = single_precision._rows(block.source_input, norms, "w_k")
+    for rows, truth in ((queries, exact.queries), (keys, exact.keys)):
+        assert bool(((rows.rows.double() - truth).norm(dim=-1) <= rows.error).all())
+        assert bool((rows.length >= rows.rows.double().norm(dim=-1)).all())
+    weights, sums, softmax, error = single_precision._weights(block, queries, keys)
+    maps = (weights / sums.unsqueeze(-1)).double()
+    factor, seen = (2 * error).exp().unsqueeze(-1), exact.probabilities > 1e-30
+    assert bool((maps[seen] <= (exact.probabilities * factor * (1 + 1e-5))[seen]).all())
+    assert bool((maps[seen] >= (exact.probabilities / factor * (1 - 1e-5))[seen]).all())
+    top = exact.probabilities.sort(-1, descending=True).values
+    truth = (top[..., 0] * (top[..., 1:].sum(-1) + top[..., 1])).amax(-1)
+    assert bool((softmax.upper >= truth).all())
+    norm = single_precision._map_norm(weights, sums, error)
+    assert bool((norm.upper >= torch.linalg.matrix_norm(exact.probabilities, 2)).all())
+
+
+def test_the_tail_of_a_one_hot_row_is_not_a_difference() -> None:
+    """1 - p_(1) is 0 in float32 from logits that are 18 apart."""
+    one = torch.eye(2).unsqueeze(0)
+    block = Attention(x=torch.eye(2), w_q=30.0 * one, w_k=one, w_v=one, w_o=one, scale=1.0)
+    norms = block.double.weight_norms
+    rows = [single_precision._rows(block.x, norms, name) for name in ("w_q", "w_k")]
+    softmax = single_precision._weights(block, *rows)[2]
+    assert softmax.upper.item() >= 2 * torch.tensor(-30.0, dtype=torch.float64).exp().item()
+
+
+@pytest.mark.usefixtures("as_a_user_runs_it")
+def test_where_float32_is_no_choice() -> None:
+    block = BLOCKS["self"]
+    assert has_single_precision(block)
+    assert not has_single_precision(block.double)
+    assert not has_single_precision(block.replace(x=block.x.clone().requires_grad_()))
+    rotation = torch.stack([torch.ones(40, 2), torch.zeros(40, 2)], -2)
+    assert not has_single_precision(block.replace(query_rotation=rotation, key_rotation=rotation))
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert not has_single_precision(block)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    with pytest.raises(InvalidInput, match="precision must be"):
+        BOUND(block, precision="float16")
+
+
+def test_autocast_is_off_inside() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = theorem_3_in_single_precision(BLOCKS["self"])
+    assert torch.equal(found.upper, theorem_3_in_single_precision(BLOCKS["self"]).upper)
+
+
+def test_numbers_without_rounding_are_the_smaller_ones() -> None:
+    found = theorem_3_in_single_precision(BLOCKS["self"])
+    assert bool((found.found < found.upper).all())
+    assert [field.name for field in dc.fields(found)] == ["found", "upper"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("squarings", [0, 3, 8, 44])
+def test_squaring_is_never_below_the_largest_eigenvalue(dtype: torch.dtype, squarings: int) -> None:
+    factors = [draw(20, 30), draw(20, 1), torch.linalg.qr(draw(20, 20)).Q, 1e-10 * draw(20, 20)]
+    for factor in factors:
+        gram = (factor @ factor.mT).to(dtype)
+        gram = gram.tril() + gram.tril(-1).mT
+        truth = torch.linalg.eigvalsh(gram.double())[-1]
+        found = eigenvalue_by_squaring(gram, squarings).double()
+        assert found >= truth * (1 - 1e-14)
+        assert found <= truth * 20 ** (2.0**-squarings) * (1 + (1e-12 if dtype == torch.float64 else 1.2e-4))
