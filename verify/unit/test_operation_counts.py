@@ -21,7 +21,8 @@ from lipbounds.targets.weight_norms import keep_weight_norms
 
 # name: options, flops in forward passes, operators without views; each a fifth above what was counted.
 LIMITS: dict[str, tuple[dict[str, Any], float, int]] = {
-    "yudin2025.biased": ({}, 1.35, 1020),
+    "yudin2025.biased": ({}, 1.3, 485),
+    "yudin2025.biased in float64": ({"precision": "float64"}, 1.35, 1020),
     "yudin2025_ball.biased": ({"radius": 0.1}, 1.8, 1110),
     "centred.products": ({}, 1.6, 1480),
     "covariance.exact": ({}, 15.0, 950),
@@ -76,7 +77,7 @@ def counted(name: str, options: dict[str, Any]) -> tuple[float, int, int]:
 @pytest.mark.parametrize("name", LIMITS)
 def test_a_bound_costs_no_more_than_it_did(name: str) -> None:
     options, flops, operators = LIMITS[name]
-    found = counted(name, options)
+    found = counted(name.partition(" ")[0], options)
     assert found[0] <= flops, "more multiplications than before: say why, and raise the limit"
     assert found[1] <= operators, "more operators than before: say why, and raise the limit"
     assert found[0] >= flops / 2, "far fewer multiplications: lower the limit"
