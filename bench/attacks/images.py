@@ -6,6 +6,7 @@ float64 are at most eps. FGSM is `pgd` with one step of the whole radius and no 
 
 from __future__ import annotations
 
+import dataclasses as dc
 import logging
 import math
 from collections.abc import Iterator
@@ -26,12 +27,24 @@ AUTOATTACK_CLASSES = 10  # the standard version aims at nine other classes
 STEP_SHARE = 2.5  # the steps of PGD together are that many radii long
 
 
+@dc.dataclass(frozen=True, slots=True)
+class Ball:
+    """Where an attack may move an image.
+
+    Args:
+        norm: of the change of all pixels.
+        eps: radius.
+    """
+
+    norm: Norm
+    eps: float
+
+
 def fgsm(
     model: nn.Module,
     images: Float[Tensor, "batch channels *rest"],
     labels: Int[Tensor, " batch"],
-    norm: Norm,
-    eps: float,
+    ball: Ball,
 ) -> Float[Tensor, "batch channels *rest"]:
     """One step of the whole radius along the gradient of the loss (in l_inf along its sign).
 
@@ -39,18 +52,16 @@ def fgsm(
         model: the classifier.
         images: in [0, 1].
         labels: the right classes.
-        norm: of the ball.
-        eps: its radius.
+        ball: around each image.
     """
-    return pgd(model, images, labels, norm, eps, steps=1, step=eps, generator=None)
+    return pgd(model, images, labels, ball, steps=1, step=ball.eps, generator=None)
 
 
 def pgd(
     model: nn.Module,
     images: Float[Tensor, "batch channels *rest"],
     labels: Int[Tensor, " batch"],
-    norm: Norm,
-    eps: float,
+    ball: Ball,
     *,
     steps: int,
     step: float | None = None,
@@ -62,21 +73,20 @@ def pgd(
         model: the classifier.
         images: in [0, 1].
         labels: the right classes.
-        norm: of the ball.
-        eps: its radius.
+        ball: around each image.
         steps: number of steps.
-        step: length of a step in `norm`; by default 2.5 radii over the number of steps.
+        step: length of a step in the norm of the ball; by default 2.5 radii over the number of steps.
         generator: of the random start in the ball; None starts at the image.
 
     Raises:
         InvalidInput: an image is outside of [0, 1], the norm is unknown, eps or steps are not above 0, or eps is
             beyond the range of pixels.
     """
-    _check(images, norm, eps)
+    _check(images, ball)
     if steps < 1:
         raise InvalidInput(f"steps must be at least 1, got steps={steps}.")
-    length = STEP_SHARE * eps / steps if step is None else step
-    here = images if generator is None else _clip(images + _random(images, norm, eps, generator), images, norm, eps)
+    length = STEP_SHARE * ball.eps / steps if step is None else step
+    here = images if generator is None else _clip(images + _random(images, ball, generator), images, ball)
     best, best_loss = here, torch.full((len(images),), -torch.inf, dtype=images.dtype, device=images.device)
     for count in range(steps + 1):
         here = here.detach().requires_grad_(count < steps)
@@ -86,16 +96,15 @@ def pgd(
         best_loss = torch.where(better, loss.detach(), best_loss)
         if count < steps:
             (gradient,) = torch.autograd.grad(loss.sum(), here)
-            here = _clip(here.detach() + length * _steepest(gradient, norm), images, norm, eps)
-    return within(images, best.double() - images.double(), norm, eps)
+            here = _clip(here.detach() + length * _steepest(gradient, ball.norm), images, ball)
+    return within(images, best.double() - images.double(), ball)
 
 
 def autoattack(
     model: nn.Module,
     images: Float[Tensor, "batch channels *rest"],
     labels: Int[Tensor, " batch"],
-    norm: Norm,
-    eps: float,
+    ball: Ball,
     *,
     seed: int,
 ) -> Float[Tensor, "batch channels *rest"]:
@@ -108,8 +117,7 @@ def autoattack(
         model: the classifier.
         images: 4-dimensional, in [0, 1].
         labels: the right classes.
-        norm: of the ball.
-        eps: its radius.
+        ball: around each image.
         seed: of all that is random.
 
     Raises:
@@ -118,7 +126,7 @@ def autoattack(
     """
     from pyautoattack import AutoAttack  # pyright: ignore[reportMissingImports]
 
-    _check(images, norm, eps)
+    _check(images, ball)
     if images.dim() != 4:
         raise InvalidInput(f"images must have four dimensions, got shape {tuple(images.shape)}.")
     with torch.no_grad():
@@ -128,7 +136,8 @@ def autoattack(
     device = images.device
     cuda = [device] if device.type == "cuda" else []
     with _quiet(), torch.random.fork_rng(devices=cuda):
-        attacker: Any = AutoAttack(model, norm=NORMS[norm], eps=eps, seed=seed, version="standard", device=str(device))  # pyright: ignore[reportArgumentType]
+        settings: dict[str, Any] = {"norm": NORMS[ball.norm], "eps": ball.eps, "version": "standard"}
+        attacker: Any = AutoAttack(model, **settings, seed=seed, device=str(device))
         moved, _ = attacker.run_standard_evaluation(images, labels, batch_size=len(images))
     return moved
 
@@ -150,28 +159,26 @@ def distance(
 def within(
     centres: Float[Tensor, "batch channels *rest"],
     change: Float[Tensor, "batch channels *rest"],
-    norm: Norm,
-    eps: float,
+    ball: Ball,
 ) -> Float[Tensor, "batch channels *rest"]:
-    """The centres moved by the change, which is shortened until the sum as rounded to their dtype is within eps.
+    """The centres moved by the change, which is shortened until the sum as rounded to their dtype is in the ball.
 
     Args:
         centres: of the balls.
         change: in float64.
-        norm: of the ball.
-        eps: its radius.
+        ball: around each centre.
     """
     for power in range(30, 0, -1):
         moved = (centres.double() + change).to(centres.dtype)
-        outside = _wide(distance(moved, centres, norm) > eps, centres)
+        outside = _wide(distance(moved, centres, ball.norm) > ball.eps, centres)
         if not bool(outside.any()):
             return moved
-        size = _wide(distance(change, torch.zeros_like(change), norm), centres)
-        shorter = change * (size.clamp(max=eps) * (1 - 2.0**-power) / size)
+        size = _wide(distance(change, torch.zeros_like(change), ball.norm), centres)
+        shorter = change * (size.clamp(max=ball.eps) * (1 - 2.0**-power) / size)
         change = torch.where(outside, shorter, change)
-    # An eps that is lost in the rounding of the centres.
+    # A radius that is lost in the rounding of the centres.
     moved = (centres.double() + change).to(centres.dtype)
-    return torch.where(_wide(distance(moved, centres, norm) > eps, centres), centres, moved)
+    return torch.where(_wide(distance(moved, centres, ball.norm) > ball.eps, centres), centres, moved)
 
 
 @torch.no_grad()
@@ -188,7 +195,8 @@ def right(
     return model(images).argmax(1) == labels
 
 
-def _check(images: Tensor, norm: str, eps: float) -> None:
+def _check(images: Tensor, ball: Ball) -> None:
+    norm, eps = ball.norm, ball.eps
     if norm not in NORMS:
         raise InvalidInput(f"norm must be one of {sorted(NORMS)}, got {norm=}.")
     largest = 1.0 if norm == "l_inf" else math.sqrt(images[0].numel())
@@ -205,10 +213,10 @@ def _check(images: Tensor, norm: str, eps: float) -> None:
         )
 
 
-def _clip(moved: Tensor, images: Tensor, norm: Norm, eps: float) -> Tensor:
+def _clip(moved: Tensor, images: Tensor, ball: Ball) -> Tensor:
     """Into the ball, then into [0, 1], which keeps it in the ball: the centres are in [0, 1]."""
-    change = moved - images
-    if norm == "l_inf":
+    change, eps = moved - images, ball.eps
+    if ball.norm == "l_inf":
         change = change.clamp(-eps, eps)
     else:
         size = _wide(torch.linalg.vector_norm(change.flatten(1), dim=1), images)
@@ -216,12 +224,12 @@ def _clip(moved: Tensor, images: Tensor, norm: Norm, eps: float) -> Tensor:
     return (images + change).clamp(0, 1)
 
 
-def _random(images: Tensor, norm: Norm, eps: float, generator: torch.Generator) -> Tensor:
+def _random(images: Tensor, ball: Ball, generator: torch.Generator) -> Tensor:
     """Uniform in the ball of l_inf; in l2 a uniform direction with a uniform length."""
     shape = {"size": images.shape, "generator": generator, "dtype": images.dtype, "device": generator.device}
-    if norm == "l_inf":
-        return (eps * (2 * torch.rand(**shape) - 1)).to(images.device)
-    lengths = eps * torch.rand(len(images), generator=generator, dtype=images.dtype, device=generator.device)
+    if ball.norm == "l_inf":
+        return (ball.eps * (2 * torch.rand(**shape) - 1)).to(images.device)
+    lengths = ball.eps * torch.rand(len(images), generator=generator, dtype=images.dtype, device=generator.device)
     return (_wide(lengths, images) * _steepest(torch.randn(**shape), "l2")).to(images.device)
 
 
@@ -234,7 +242,7 @@ def _steepest(gradient: Tensor, norm: Norm) -> Tensor:
 
 
 def _wide(values: Tensor, images: Tensor) -> Tensor:
-    """One value an image, to be multiplied with images."""
+    """One value per image, to be multiplied with images."""
     return values.reshape(-1, *[1] * (images.dim() - 1))
 
 

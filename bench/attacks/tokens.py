@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from bench.attacks.images import NORMS, Norm, autoattack, within
+from bench.attacks.images import NORMS, Ball, autoattack, within
 from lipbounds.errors import InvalidInput
 
 
@@ -21,33 +21,31 @@ def attack_tokens(
     model: nn.Module,
     tokens: Float[Tensor, "batch n d"],
     labels: Int[Tensor, " batch"],
-    norm: Norm,
-    eps: float,
+    ball: Ball,
     *,
     seed: int,
 ) -> Float[Tensor, "batch n d"]:
-    """The tokens that AutoAttack-standard ends with, within eps of the given ones in their own coordinates.
+    """The tokens that AutoAttack-standard ends with, in the ball around the given ones in their own coordinates.
 
     Args:
         model: from tokens to at least ten logits.
-        tokens: one sequence an item.
+        tokens: one sequence per item.
         labels: the right classes.
-        norm: of all entries of an item together.
-        eps: radius of the ball.
+        ball: around each item, in the norm of all its entries together.
         seed: of all that is random.
 
     Raises:
-        InvalidInput: not three dimensions; a token that is not finite; an unknown norm; eps not above 0, or so small
-            beside the tokens that it is lost in their rounding; fewer than ten classes.
+        InvalidInput: not three dimensions; a token that is not finite; an unknown norm; a radius not above 0, or so
+            small compared with the tokens that it is lost in their rounding; fewer than ten classes.
     """
-    _check(tokens, norm, eps)
-    low, high = float(tokens.min()) - eps, float(tokens.max()) + eps
+    _check(tokens, ball)
+    low, high = float(tokens.min()) - ball.eps, float(tokens.max()) + ball.eps
     as_images = TokensAsImages(model, low, high - low)
     # In float64 the way to [0, 1] and back costs nothing that float32 tokens would notice.
     images = ((tokens.double() - low) / (high - low)).to(tokens.dtype).unsqueeze(1).clamp(0, 1)
-    moved = autoattack(as_images, images, labels, norm, eps / (high - low), seed=seed)
+    moved = autoattack(as_images, images, labels, Ball(ball.norm, ball.eps / (high - low)), seed=seed)
     change = (moved.double() - images.double()).squeeze(1) * (high - low)
-    return within(tokens, change, norm, eps)
+    return within(tokens, change, ball)
 
 
 class TokensAsImages(nn.Module):
@@ -72,7 +70,8 @@ class TokensAsImages(nn.Module):
         return self.model(self.low + self.scale * images.squeeze(1))
 
 
-def _check(tokens: Tensor, norm: str, eps: float) -> None:
+def _check(tokens: Tensor, ball: Ball) -> None:
+    norm, eps = ball.norm, ball.eps
     if tokens.dim() != 3:
         raise InvalidInput(f"tokens must have the shape (batch, n, d), got {tuple(tokens.shape)}.")
     if not bool(tokens.isfinite().all()):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.attacks.images import autoattack, distance, right
+from bench.attacks.images import Ball, autoattack, distance, right
 from bench.engine.answers import Shown
 from bench.engine.evaluators import CPU
 from bench.engine.records import content_hash
@@ -204,7 +204,7 @@ def attack(model: nn.Module, images: Tensor, labels: Tensor, radius: float) -> A
         InvalidInput: as `bench.attacks.images.autoattack`.
     """
     start = time.perf_counter()
-    moved = autoattack(model, images, labels, "l2", radius, seed=ATTACK_SEED)
+    moved = autoattack(model, images, labels, Ball("l2", radius), seed=ATTACK_SEED)
     return {
         "robust": right(model, moved, labels).tolist(),
         # Steps of length `radius` in float32 may end a little outside.

@@ -69,7 +69,10 @@ def table(titles: list[str], rows: list[list[Any]]) -> str:
         rows: texts or numbers; line breaks and runs of spaces in a text become one space.
     """
     return tabulate(
-        [[_cell(value) for value in row] for row in rows], map(_cell, titles), tablefmt="github", disable_numparse=True
+        [[_cell(value) for value in row] for row in rows],
+        [*map(_cell, titles)],
+        tablefmt="github",
+        disable_numparse=True,
     )
 
 

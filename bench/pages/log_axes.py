@@ -22,7 +22,7 @@ def log_scale(axis: Axis, base: int = 10) -> None:
         axis: `axes.xaxis` or `axes.yaxis`.
         base: 2, or 10.
     """
-    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    (axis.axes.set_xscale if axis is axis.axes.xaxis else axis.axes.set_yscale)("log")
     low, high = sorted(axis.get_view_interval())
     few = base == 10 and high < 100 * low
     axis.set_major_locator(LogLocator(base=base, subs=(1.0, 2.0, 5.0) if few else (1.0,)))

@@ -23,7 +23,7 @@ def older_bounds(questions: Iterable[Mapping[str, Any]]) -> dict[str, tuple[int,
         if "bound_version" in question:
             named[question["bound"]] = question["bound_version"]
         for name, version in named.items():
-            used[name] = min(version, used.get(name, version))
+            used[name] = min(int(version), used.get(name, int(version)))
     found = {}
     for name, version in used.items():
         try:

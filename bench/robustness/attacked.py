@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from bench.attacks.images import Norm, autoattack, fgsm, pgd, right, within
+from bench.attacks.images import Ball, Norm, autoattack, fgsm, pgd, right, within
 from bench.engine.store import Answer
 from bench.robustness.statistics import worst_case
 
@@ -81,32 +81,32 @@ def share(flags: list[bool]) -> float:
 
 def _batch(subject: Subject, norm: Norm, eps: float, places: range, standing: list[bool]) -> dict[str, list[bool]]:
     """For each attack, the images of a batch that are right after it; AutoAttack sees those that still stand."""
-    asked = {"norm": norm, "eps": eps, "seed": ATTACK_SEED}
+    asked, ball = {"norm": norm, "eps": eps, "seed": ATTACK_SEED}, Ball(norm, eps)
     names = [subject.indices[place] for place in places]
     question = {"what": "gradient attacks", "images": names, "steps": PGD_STEPS}
-    first = subject.ask({**question, "attack": asked}, lambda: _gradient_attacks(subject, list(places), norm, eps))
+    first = subject.ask({**question, "attack": asked}, lambda: _gradient_attacks(subject, list(places), ball))
     both = zip(standing, first["fgsm"], first["pgd"], strict=True)
     still = [place for place, flags in zip(places, both, strict=True) if all(flags)]
     flags = dict.fromkeys(places, False)
     if still:
         question = {"what": "autoattack", "images": [subject.indices[place] for place in still]}
-        last = subject.ask({**question, "attack": asked}, lambda: _autoattack(subject, still, norm, eps))
+        last = subject.ask({**question, "attack": asked}, lambda: _autoattack(subject, still, ball))
         flags.update(zip(still, last["right"], strict=True))
     return {"fgsm": first["fgsm"], "pgd": first["pgd"], "autoattack": [flags[place] for place in places]}
 
 
-def _gradient_attacks(subject: Subject, places: list[int], norm: Norm, eps: float) -> Answer:
+def _gradient_attacks(subject: Subject, places: list[int], ball: Ball) -> Answer:
     images, labels = subject.some(places)
     model = subject.model()
     generator = torch.Generator().manual_seed(ATTACK_SEED)
-    one = fgsm(model, images, labels, norm, eps)
-    many = pgd(model, images, labels, norm, eps, steps=PGD_STEPS, generator=generator)
+    one = fgsm(model, images, labels, ball)
+    many = pgd(model, images, labels, ball, steps=PGD_STEPS, generator=generator)
     return {"fgsm": right(model, one, labels).tolist(), "pgd": right(model, many, labels).tolist()}
 
 
-def _autoattack(subject: Subject, places: list[int], norm: Norm, eps: float) -> Answer:
+def _autoattack(subject: Subject, places: list[int], ball: Ball) -> Answer:
     images, labels = subject.some(places)
     model = subject.model()
-    found = autoattack(model, images, labels, norm, eps, seed=ATTACK_SEED)
-    moved = within(images, found.double() - images.double(), norm, eps)
+    found = autoattack(model, images, labels, ball, seed=ATTACK_SEED)
+    moved = within(images, found.double() - images.double(), ball)
     return {"right": right(model, moved, labels).tolist()}

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bench.attacks.images import pgd, right
+from bench.attacks.images import Ball, pgd, right
 from bench.engine.store import Answer
 from bench.robustness.settings import (
     CHOICE_EPS,
@@ -79,5 +79,7 @@ def _row(
 def _validated(model: Trained) -> Answer:
     part = model.workshop.images.validation
     generator = torch.Generator().manual_seed(CHOICE_SEED)
-    found = pgd(model.model(), part.images, part.labels, "l_inf", CHOICE_EPS, steps=CHOICE_STEPS, generator=generator)
+    found = pgd(
+        model.model(), part.images, part.labels, Ball("l_inf", CHOICE_EPS), steps=CHOICE_STEPS, generator=generator
+    )
     return {"robust": right(model.model(), found, part.labels).double().mean().item()}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.attacks.images import pgd
+from bench.attacks.images import Ball, pgd
 from bench.robustness.settings import Recipe
 from lipbounds import registry
 from lipbounds.capture import capture
@@ -109,8 +109,7 @@ def moved(model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, gene
         model,
         images.clamp(0, 1),
         labels,
-        adversary.norm,
-        adversary.eps,
+        Ball(adversary.norm, adversary.eps),
         steps=adversary.steps,
         generator=generator,
     )

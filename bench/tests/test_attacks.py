@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.attacks.images import Norm, autoattack, distance, fgsm, pgd, right, within
+from bench.attacks.images import Ball, Norm, autoattack, distance, fgsm, pgd, right, within
 from bench.attacks.tokens import TokensAsImages, attack_tokens
 from lipbounds.errors import InvalidInput
 
@@ -37,11 +37,11 @@ def test_on_two_linear_classes_the_optimum_is_found(norm: Norm) -> None:
     weight = model[1].weight.detach()
     fall = eps * torch.linalg.vector_norm(weight[0] - weight[1], DUAL[norm])
     best = margin(model, images) - fall
-    torch.testing.assert_close(margin(model, fgsm(model, images, labels, norm, eps)), best, rtol=0, atol=1e-5)
-    straight = pgd(model, images, labels, norm, eps, steps=40, generator=None)
+    torch.testing.assert_close(margin(model, fgsm(model, images, labels, Ball(norm, eps))), best, rtol=0, atol=1e-5)
+    straight = pgd(model, images, labels, Ball(norm, eps), steps=40, generator=None)
     torch.testing.assert_close(margin(model, straight), best, rtol=0, atol=1e-5)
     generator = torch.Generator().manual_seed(2)
-    found = margin(model, pgd(model, images, labels, norm, eps, steps=40, generator=generator))
+    found = margin(model, pgd(model, images, labels, Ball(norm, eps), steps=40, generator=generator))
     assert bool((found >= best - 1e-5).all())
     # In l2 steps of eps / 16 turn towards the optimum along the sphere: of a right angle, 40 of them leave 0.173, and
     # 1 - cos 0.173 < 0.02.
@@ -55,11 +55,12 @@ def test_attacks_keep_to_the_ball_and_to_the_pixels(norm: Norm) -> None:
     labels = torch.arange(8) % 3
     state = torch.random.get_rng_state()
     found = [
-        pgd(model, images, labels, norm, eps, steps=7, generator=torch.Generator().manual_seed(3)) for _ in range(2)
+        pgd(model, images, labels, Ball(norm, eps), steps=7, generator=torch.Generator().manual_seed(3))
+        for _ in range(2)
     ]
     assert torch.equal(found[0], found[1])
     assert torch.equal(torch.random.get_rng_state(), state)
-    for moved in (found[0], fgsm(model, images, labels, norm, eps)):
+    for moved in (found[0], fgsm(model, images, labels, Ball(norm, eps))):
         assert float(distance(moved, images, norm).max()) <= eps
         assert float(moved.min()) >= 0
         assert float(moved.max()) <= 1
@@ -78,7 +79,7 @@ def test_within_leaves_nothing_outside_and_what_is_inside_alone(norm: Norm, dtyp
     # Far outside, outside by a rounding, on the edge, inside, nowhere.
     factors = eps / length * torch.tensor([9.0, 1 + 1e-9, 1.0, 1.0, 0.5, 0.0], dtype=torch.float64)
     change = change * factors[:, None, None]
-    moved = within(centres, change, norm, eps)
+    moved = within(centres, change, Ball(norm, eps))
     assert moved.dtype == dtype
     assert float(distance(moved, centres, norm).max()) <= eps
     assert torch.equal(moved[4:], (centres.double() + change).to(dtype)[4:])
@@ -87,7 +88,7 @@ def test_within_leaves_nothing_outside_and_what_is_inside_alone(norm: Norm, dtyp
 
 def test_an_eps_below_the_rounding_of_the_centre_moves_nothing() -> None:
     centres = torch.full((1, 1, 2), 1e8)
-    moved = within(centres, torch.full((1, 1, 2), 100.0, dtype=torch.float64), "l_inf", 1e-3)
+    moved = within(centres, torch.full((1, 1, 2), 100.0, dtype=torch.float64), Ball("l_inf", 1e-3))
     assert torch.equal(moved, centres)
 
 
@@ -107,12 +108,12 @@ def test_bad_arguments_are_refused(change: dict[str, Any], message: str) -> None
     with pytest.raises(InvalidInput, match=message):
         # Beartype would refuse an unknown norm before the function sees it.
         getattr(pgd, "__wrapped__", pgd)(
-            model, given["images"], labels, given["norm"], given["eps"], steps=1, generator=None
+            model, given["images"], labels, Ball(given["norm"], given["eps"]), steps=1, generator=None
         )
     pytest.importorskip("pyautoattack")
     with pytest.raises(InvalidInput, match=message):
         getattr(autoattack, "__wrapped__", autoattack)(
-            model, given["images"], labels, given["norm"], given["eps"], seed=0
+            model, given["images"], labels, Ball(given["norm"], given["eps"]), seed=0
         )
 
 
@@ -129,7 +130,7 @@ def test_autoattack_on_tokens_keeps_eps_in_their_own_coordinates(norm: Norm) -> 
         gaps = logits[item, label] - logits[item, others]
         radius = float((gaps / torch.linalg.vector_norm(weight[label] - weight[others], DUAL[norm], dim=1)).min())
         one, eps = tokens[item : item + 1], 1.02 * radius
-        moved = attack_tokens(model, one, labels[item : item + 1], norm, eps, seed=0)
+        moved = attack_tokens(model, one, labels[item : item + 1], Ball(norm, eps), seed=0)
         assert float(distance(moved, one, norm)) <= eps
         assert not bool(right(model, moved, labels[item : item + 1]))
 
@@ -138,15 +139,15 @@ def test_no_point_of_the_ball_is_clamped_away(monkeypatch: pytest.MonkeyPatch) -
     """An attack that goes to a corner of the ball, at the largest and the smallest entry, arrives there."""
     tokens = torch.tensor([[[-3.0, 11.0], [0.0, 5.0]]])
 
-    def to_the_corner(model: nn.Module, images: Tensor, labels: Tensor, norm: str, eps: float, *, seed: int) -> Tensor:
+    def to_the_corner(model: nn.Module, images: Tensor, labels: Tensor, ball: Ball, *, seed: int) -> Tensor:
         torch.testing.assert_close(model.double()(images.double()), tokens.double(), rtol=0, atol=1e-5)
-        corner = images + eps * torch.tensor([[[[-1.0, 1.0], [1.0, -1.0]]]])
+        corner = images + ball.eps * torch.tensor([[[[-1.0, 1.0], [1.0, -1.0]]]])
         assert float(corner.min()) >= -1e-6
         assert float(corner.max()) <= 1 + 1e-6
         return corner.clamp(0, 1)
 
     monkeypatch.setattr("bench.attacks.tokens.autoattack", to_the_corner)
-    moved = attack_tokens(nn.Identity(), tokens, torch.zeros(1, dtype=torch.long), "l_inf", 2.0, seed=0)
+    moved = attack_tokens(nn.Identity(), tokens, torch.zeros(1, dtype=torch.long), Ball("l_inf", 2.0), seed=0)
     expected = tokens + 2 * torch.tensor([[[-1.0, 1.0], [1.0, -1.0]]])
     torch.testing.assert_close(moved, expected, rtol=0, atol=1e-5)
     assert float(distance(moved, tokens, "l_inf")) <= 2.0
@@ -165,11 +166,11 @@ def test_no_point_of_the_ball_is_clamped_away(monkeypatch: pytest.MonkeyPatch) -
 def test_tokens_that_cannot_be_attacked_are_refused(tokens: Tensor, classes: int, eps: float, message: str) -> None:
     pytest.importorskip("pyautoattack")
     with pytest.raises(InvalidInput, match=message):
-        attack_tokens(linear(4, classes), tokens, torch.zeros(1, dtype=torch.long), "l2", eps, seed=0)
+        attack_tokens(linear(4, classes), tokens, torch.zeros(1, dtype=torch.long), Ball("l2", eps), seed=0)
 
 
 @pytest.mark.parametrize(("norm", "eps"), [("l_inf", 8.0), ("l_inf", 1.01), ("l2", 4.1)])
 def test_a_radius_beyond_the_range_of_pixels_is_refused(norm: Norm, eps: float) -> None:
     images = torch.full((2, 1, 4, 4), 0.5)
     with pytest.raises(InvalidInput, match="in units of 1/255"):
-        pgd(nn.Flatten(), images, torch.zeros(2, dtype=torch.long), norm, eps, steps=1, generator=None)
+        pgd(nn.Flatten(), images, torch.zeros(2, dtype=torch.long), Ball(norm, eps), steps=1, generator=None)

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from bench import __main__ as program
-from bench.attacks.images import Norm, pgd
+from bench.attacks.images import Ball, pgd
 from bench.robustness import attacked
 from bench.robustness import classifier_task as classifier
 from bench.robustness.classifier import check_classes, check_numbered, load_classifier
@@ -73,9 +73,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def weak_attack(model: nn.Module, images: Tensor, labels: Tensor, norm: Norm, eps: float, *, seed: int) -> Tensor:
+def weak_attack(model: nn.Module, images: Tensor, labels: Tensor, ball: Ball, *, seed: int) -> Tensor:
     """In place of AutoAttack, which takes a minute and has tests of its own."""
-    return pgd(model, images, labels, norm, eps, steps=3, generator=torch.Generator().manual_seed(seed))
+    return pgd(model, images, labels, ball, steps=3, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from bench import __main__ as program
+from bench.attacks.images import Ball
 from bench.engine.answers import Shown
 from bench.engine.records import NotAnswered, RecordError
 from bench.engine.store import Store
@@ -211,11 +212,10 @@ class Fakes:
         after_epoch(0.5, 1.0)
         return model
 
-    def autoattack(
-        self, model: nn.Module, images: Tensor, labels: Tensor, norm: str, eps: float, *, seed: int
-    ) -> Tensor:
-        self.count(f"attack {norm} {eps}")
-        return (images + eps * torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))).clamp(0, 1)
+    def autoattack(self, model: nn.Module, images: Tensor, labels: Tensor, ball: Ball, *, seed: int) -> Tensor:
+        self.count(f"attack {ball.norm} {ball.eps}")
+        noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
+        return (images + ball.eps * noise).clamp(0, 1)
 
     def blocks(self, model: nn.Module, images: Tensor) -> dict[str, Any]:
         self.count("blocks")
