@@ -18,6 +18,7 @@ from lipbounds.cli.options import Device, Dtype, Seed, TrustRemoteCode
 
 if TYPE_CHECKING:
     from lipbounds.cluster import Cluster
+    from lipbounds.report.schema import ModelReport
 
 
 Ray = Annotated[
@@ -70,11 +71,10 @@ def command(
 
     Without data a text model gets one short sentence, and a bundled image model one image.
     """
-    from lipbounds.files import check_writable, write_atomically
+    from lipbounds.files import check_writable
     from lipbounds.models.loading import load_model
-    from lipbounds.report import measure, to_json, write_page
+    from lipbounds.report import measure
     from lipbounds.report.evaluation import plan
-    from lipbounds.report.summary import notes_of, summary
 
     for path in (page, json):
         if path is not None:
@@ -98,6 +98,15 @@ def command(
             cluster=cluster,
             progress=lambda what, share: bar.update(task, completed=share, description=escape(f"{model}: {what}")),
         )
+    _write(found, page, json)
+
+
+def _write(found: ModelReport, page: Path, json: Path | None) -> None:
+    """Write the files, and print what they say in short."""
+    from lipbounds.files import write_atomically
+    from lipbounds.report import to_json, write_page
+    from lipbounds.report.summary import notes_of, summary
+
     write_page(found, page)
     if json is not None:
         write_atomically(json, to_json(found).encode())
