@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import doctest
 import re
 from pathlib import Path
 
 import pytest
+
+from verify.unit.printed import is_shown
 
 
 README = Path(__file__).parents[2] / "README.md"
@@ -17,8 +18,7 @@ def test_the_example_of_the_readme_prints_what_it_says(capsys: pytest.CaptureFix
     ((code, printed),) = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", text, flags=re.DOTALL)
     exec(code, {})
     got = capsys.readouterr().out
-    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-    assert doctest.OutputChecker().check_output(printed, got, flags), got
+    assert is_shown(printed, got), got
 
 
 def test_the_readme_fits_three_screens() -> None:
