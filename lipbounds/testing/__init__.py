@@ -15,4 +15,5 @@ from lipbounds.testing.pretend import pretend_device as pretend_device
 from lipbounds.testing.pretend import synchronisations as synchronisations
 from lipbounds.testing.recipes import Recipe as Recipe
 from lipbounds.testing.recipes import build as build
+from lipbounds.testing.session import verify as verify
 from lipbounds.testing.strategies import attention_blocks as attention_blocks
