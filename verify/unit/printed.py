@@ -22,11 +22,14 @@ def is_shown(want: str, got: str, *, vary: bool = False) -> bool:
     if "..." in want:
         flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
         return doctest.OutputChecker().check_output(want, got, flags)
-    wanted, printed = ([line.split() for line in text.split("\n") if line.strip()] for text in (want, got))
+    wanted, printed = ([line.split() for line in text.strip().split("\n")] for text in (want, got))
     if [len(words) for words in wanted] != [len(words) for words in printed]:
         return False
     is_timed = False
     for left, right in zip(wanted, printed, strict=True):
+        if not left:
+            is_timed = False
+            continue
         count = len(left) - 1 if is_timed and NUMBER.fullmatch(left[-1]) else len(left)
         is_timed = left[-1] == "seconds" or (is_timed and count < len(left))
         if not all(_same(one, other, vary) for one, other in zip(left[:count], right[:count], strict=True)):
