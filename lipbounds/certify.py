@@ -35,6 +35,7 @@ from lipbounds.compose.network import network_bound
 from lipbounds.compose.running_error import lost_by
 from lipbounds.compose.same_model import check_same
 from lipbounds.compose.taylor import TaylorMargin, taylor_radius
+from lipbounds.compose.taylor.ball import NORMS, Norm
 from lipbounds.errors import InvalidInput, LipboundsError, Unsupported
 from lipbounds.lazy import make_callable
 from lipbounds.ops.spectral import vector_norm
@@ -54,7 +55,8 @@ class Certificate:
     """Certified radii of a batch of inputs.
 
     Args:
-        radius: proved l2 radius of each input, in `unit`; 0 where the prediction is wrong, or nothing was proved.
+        radius: proved radius of each input in `norm`, in `unit`; 0 where the prediction is wrong, or nothing was
+            proved.
         unit: of the radius: what `x` holds, such as pixels or normalised pixels; nothing is rescaled.
         correct: whether the prediction is the label.
         prediction: class of the largest logit.
@@ -62,6 +64,7 @@ class Certificate:
         lipschitz: for each input and class, a bound on how far the margin f_y - f_j falls within the certified ball,
             divided by its radius: for `joint` and `product` the bound on |grad (f_y - f_j)| over that ball.
         method: that was used.
+        norm: of the balls.
         attacked: with `check=True`, the smallest margin that an attack found in each certified ball; >= 0.
     """
 
@@ -72,6 +75,7 @@ class Certificate:
     margin: Float[Tensor, " batch"]
     lipschitz: Float[Tensor, "batch classes"]
     method: Method
+    norm: Norm = "l2"
     attacked: Float[Tensor, " batch"] | None = None
 
     @property
@@ -98,13 +102,14 @@ def certify(
     model: Callable[..., Any] | None = None,
     unit: str = UNIT,
     method: Method | None = None,
+    norm: Norm = "l2",
     largest: float = 10.0,
     steps: int = 20,
     attention: str | tuple[str, ...] | None = None,
     check: bool = False,
     advance: Callable[[], None] = lambda: None,
 ) -> Certificate:
-    """The l2 radius around each input within which the prediction provably stays the label.
+    """The radius around each input within which the prediction provably stays the label.
 
     Promise: no input within the radius of `x` has another class, in the arithmetic of real numbers; what is said of
     rounding is at the top of this file.
@@ -122,6 +127,7 @@ def certify(
             `product`, with the product of norms of lipbounds.compose.network_bound, for any. By default `taylor`, or
             `joint` where that has no rule for a layer or would take far more than seconds per input; the certificate
             says which.
+        norm: of the balls: `l2`, or with `taylor` also `l_inf` and `l1`.
         largest: no larger radius is looked for.
         steps: balls tried for each input, at most.
         attention: names of the attention bounds on balls, for `joint` and `product`; see `network_bound`.
@@ -134,7 +140,7 @@ def certify(
         LipboundsError: `check` found another class in a certified ball: a fault of this library.
     """
     x, labels = given_tensor("x", x), given_tensor("labels", labels)
-    _check(network, x, labels, method, largest, steps)
+    _check(network, x, labels, method, norm, largest, steps)
     network = network.to(torch.float64)
     x, labels = x.detach().to(torch.float64), labels.to(x.device, torch.int64)
     output = _output(network, x)
@@ -149,10 +155,12 @@ def certify(
         raise InvalidInput(f"labels must be between 0 and {logits.shape[1] - 1}, got {labels.min()} to {labels.max()}.")
     if model is not None:
         check_same(network, model, x)
+    if norm != "l2":
+        method = "taylor"
     method = _fitting(network, x[0]) if method is None else method
     radii, slopes = [], []
     for image, row, label in zip(x, logits, labels.tolist(), strict=True):
-        radius, slope = _one(network, image, row, label, method, largest, steps, attention)
+        radius, slope = _one(network, image, row, label, method, norm, largest, steps, attention)
         radii.append(radius)
         slopes.append(slope)
         advance()
@@ -167,7 +175,8 @@ def certify(
         margin=chosen.squeeze(1) - others,
         lipschitz=torch.stack(slopes),
         method=method,
-        attacked=_attacked(network, x, labels, radii) if check else None,
+        norm=norm,
+        attacked=_attacked(network, x, labels, radii, norm) if check else None,
     )
 
 
@@ -192,11 +201,11 @@ def _fitting(network: Layer, x: Tensor) -> Method:
     return "taylor"
 
 
-def _attacked(network: Layer, x: Tensor, labels: Tensor, radii: list[float]) -> Tensor:
+def _attacked(network: Layer, x: Tensor, labels: Tensor, radii: list[float], norm: Norm) -> Tensor:
     """The smallest margin found in every certified ball."""
     found = []
     for index, (image, label, radius) in enumerate(zip(x, labels.tolist(), radii, strict=True)):
-        margin = smallest_margin(network, image, label, radius) if radius > 0 else 0.0
+        margin = smallest_margin(network, image, label, radius, norm=norm) if radius > 0 else 0.0
         if not margin >= 0:
             raise LipboundsError(
                 f"the certificate of input {index} is wrong: within its radius {radius:.6g} an attack found the margin "
@@ -212,6 +221,7 @@ def _one(
     logits: Tensor,
     label: int,
     method: Method,
+    norm: Norm,
     largest: float,
     steps: int,
     attention: str | tuple[str, ...] | None,
@@ -223,7 +233,8 @@ def _one(
     if not bool((logits[label] > logits[others]).all()):
         return 0.0, unknown
     if method == "taylor":
-        radius, falls = taylor_radius(network, x, label, largest=largest, steps=steps, precision=PRECISION)
+        search = {"largest": largest, "steps": steps, "precision": PRECISION}
+        radius, falls = taylor_radius(network, x, label, norm=norm, **search)
         return radius, unknown if falls is None else falls
     rows = identity[label] - identity
     known_on = _joint(network, x, rows, attention) if method == "joint" else _product(network, x, rows, attention)
@@ -291,7 +302,9 @@ def _product(
     return known
 
 
-def _check(network: Layer, x: Tensor, labels: Tensor, method: str | None, largest: float, steps: int) -> None:
+def _check(
+    network: Layer, x: Tensor, labels: Tensor, method: str | None, norm: str, largest: float, steps: int
+) -> None:
     if not isinstance(network, Layer):
         raise InvalidInput(
             f"network must be made of layers of lipbounds.targets.layers, got {type(network).__name__}; build it with "
@@ -299,6 +312,11 @@ def _check(network: Layer, x: Tensor, labels: Tensor, method: str | None, larges
         )
     if method not in (None, "taylor", "joint", "product"):
         raise InvalidInput(f"method must be 'taylor', 'joint' or 'product', got method={method!r}.")
+    if norm not in NORMS or (norm != "l2" and method not in (None, "taylor")):
+        raise InvalidInput(
+            f"norm must be one of {NORMS}, and for another one than l2 the method 'taylor', got norm={norm!r} and "
+            f"method={method!r}."
+        )
     if not 0 < largest < math.inf:
         raise InvalidInput(f"largest must be positive and finite, got largest={largest}.")
     if steps < 1:

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lipbounds.compose.taylor.ball import Norm
 from lipbounds.targets.layers import Layer
 
 
@@ -13,7 +14,14 @@ STEPS, STARTS = 20, 3
 
 
 def smallest_margin(
-    network: Layer, x: Float[Tensor, "..."], label: int, radius: float, *, steps: int = STEPS, starts: int = STARTS
+    network: Layer,
+    x: Float[Tensor, "..."],
+    label: int,
+    radius: float,
+    *,
+    steps: int = STEPS,
+    starts: int = STARTS,
+    norm: Norm = "l2",
 ) -> float:
     """The smallest margin of the label found in the ball: an upper bound on the truth, by gradient descent.
 
@@ -21,9 +29,10 @@ def smallest_margin(
         network: its output is one token of logits.
         x: one input, without batch dimensions.
         label: the class.
-        radius: of the ball, in l2.
+        radius: of the ball.
         steps: of each descent.
         starts: the centre, then random points of the sphere (from a fixed seed).
+        norm: of the ball.
     """
     generator = torch.Generator().manual_seed(0)
     best = torch.inf
@@ -31,8 +40,9 @@ def smallest_margin(
         move = torch.zeros_like(x)
         if start:
             move = torch.randn(x.shape, generator=generator, dtype=torch.float64, device="cpu").to(x)
+            move = _onto(move, radius, norm)
         for step in range(steps + 1):
-            move = _inside(move, radius) if step or start == 0 else _onto(move, radius)
+            move = _inside(move, radius, norm)
             point = (x + move).detach().requires_grad_()
             with torch.enable_grad():
                 logits = network(point.unsqueeze(0)).flatten()
@@ -40,15 +50,31 @@ def smallest_margin(
                 margin = logits[label] - rest.max()
                 (slope,) = torch.autograd.grad(margin, point)
             best = min(best, float(margin.detach()))
-            move = move - _onto(slope, radius * (0.5 if step < steps // 2 else 0.1))
+            move = move - _onto(_steepest(slope, norm), radius * (0.5 if step < steps // 2 else 0.1), norm)
     return best
 
 
-def _onto(move: Tensor, radius: float) -> Tensor:
-    norm = move.norm()
-    return move * (radius / norm) if float(norm) > 0 else move
+def _steepest(slope: Tensor, norm: Norm) -> Tensor:
+    """The direction in which the margin falls fastest for its length in the norm."""
+    if norm == "l2":
+        return slope
+    if norm == "l_inf":
+        return slope.sign()
+    return torch.where(slope.abs() >= 0.9 * slope.abs().amax(), slope, 0.0)
 
 
-def _inside(move: Tensor, radius: float) -> Tensor:
+def _size(move: Tensor, norm: Norm) -> float:
+    return float(torch.linalg.vector_norm(move, {"l2": 2, "l_inf": torch.inf, "l1": 1}[norm]))
+
+
+def _onto(move: Tensor, radius: float, norm: Norm) -> Tensor:
+    size = _size(move, norm)
+    return move * (radius / size) if size > 0 else move
+
+
+def _inside(move: Tensor, radius: float, norm: Norm) -> Tensor:
     # The last roundings stay inside: a point outside would prove nothing.
-    return _onto(move, radius * (1 - 1e-12)) if float(move.norm()) > radius * (1 - 1e-12) else move
+    shorter = radius * (1 - 1e-12)
+    if norm == "l_inf":
+        return move.clamp(-shorter, shorter)
+    return _onto(move, shorter, norm) if _size(move, norm) > shorter else move

@@ -20,6 +20,9 @@ from lipbounds.models.digits_vit import CLASSES, PATCH_SIZE, PATCHES
 
 DIM, DEPTH, HEADS, MLP_DIM = 32, 2, 4, 64
 WEIGHTS = Path(__file__).parent / "weights" / "lipschitz_vit.safetensors"
+CERTIFIED = WEIGHTS.with_name(
+    "certified_vit.safetensors"
+)  # trained against an attack: lipbounds.models.train_certified
 
 
 class AtMostOne(nn.Module):

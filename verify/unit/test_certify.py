@@ -72,6 +72,30 @@ def test_a_linear_classifier_has_the_exact_radius(seed: int, classes: int, metho
         assert exact * (1 - 1e-6) - 1e-8 <= float(found.radius[i]) <= min(exact, 10.0)
 
 
+@settings(max_examples=10)
+@given(seed=st.integers(0, 10_000), norm=st.sampled_from(["l_inf", "l1"]))
+def test_a_linear_classifier_has_the_exact_radius_in_every_norm(seed: int, norm: Any) -> None:
+    draw = Draw(seed)
+    weight, x = draw(3, 6), draw(1, 2, 3)
+    network = Sequence((Flatten(), Linear(weight)))
+    logits = (x.flatten(1) @ weight.T)[0]
+    y = int(logits.argmax())
+    dual = 1 if norm == "l_inf" else math.inf
+    gaps = [(float(logits[y] - logits[j]), weight[y] - weight[j]) for j in range(3) if j != y]
+    exact = min(gap / float(torch.linalg.vector_norm(w, dual)) for gap, w in gaps)
+    found = certify(network, x, torch.tensor([y]), norm=norm, check=True)
+    assert exact * (1 - 1e-6) - 1e-8 <= float(found.radius) <= exact
+    assert found.norm == norm
+    assert found.attacked is not None
+    assert float(found.attacked) <= 1e-6 * float(logits.abs().max())  # the attack goes to the end of the ball
+
+
+def test_another_norm_has_one_method() -> None:
+    network, x = plain()
+    with pytest.raises(InvalidInput, match="norm='l1' and method='joint'"):
+        certify(network, x, torch.tensor([0]), norm="l1", method="joint")
+
+
 @pytest.mark.usefixtures("as_a_user_runs_it")  # a search: the other tests keep the shape checks
 @settings(max_examples=3)
 @given(seed=st.integers(0, 10_000), flat=st.booleans(), method=st.sampled_from(["taylor", "joint", "product"]))

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from lipbounds import InvalidInput
 from lipbounds.adapters.lipschitz_vit import lipschitz_vit_network
 from lipbounds.certify import certify
-from lipbounds.models.digits_data import load_digits_split
-from lipbounds.models.lipschitz_vit import WEIGHTS, LipschitzViT, constrain, load_lipschitz_vit, release
+from lipbounds.models.digits_data import LabelledImages, load_digits_split
+from lipbounds.models.lipschitz_vit import CERTIFIED, WEIGHTS, LipschitzViT, constrain, load_lipschitz_vit, release
+from lipbounds.models.train_certified import moved_against, train
 from verify.unit.networks import Draw
 from verify.unit.test_certify import attacked
 
@@ -22,9 +24,10 @@ def norms(model: nn.Module) -> list[float]:
     return [float(torch.linalg.matrix_norm(module.weight.detach().double(), 2)) for module in linear]
 
 
-def test_no_linear_map_of_the_committed_model_stretches() -> None:
-    assert max(norms(load_lipschitz_vit())) <= 1 + 1e-5
-    assert WEIGHTS.stat().st_size < 500_000
+@pytest.mark.parametrize("path", [WEIGHTS, CERTIFIED])
+def test_no_linear_map_of_the_committed_models_stretches(path: Path) -> None:
+    assert max(norms(load_lipschitz_vit(path))) <= 1 + 1e-5
+    assert path.stat().st_size < 500_000
 
 
 def test_constraints_hold_while_training_and_after_it() -> None:
@@ -58,6 +61,36 @@ def test_the_committed_model_is_accurate_and_certified() -> None:
     radius = float(found.radius)
     assert radius > 0.05
     assert attacked(network, images[0].double(), int(labels), radius, steps=10, starts=2) >= 0
+
+
+def test_training_against_an_attack_gives_wider_margins_in_the_image() -> None:
+    """Margin over slope, at the point, which no radius exceeds by much; the clean accuracy is a little lower."""
+    part = load_digits_split().test
+    wide = []
+    for path in (WEIGHTS, CERTIFIED):
+        model, x = load_lipschitz_vit(path), part.images.clone().requires_grad_()
+        logits = model(x)
+        accuracy = float((logits.detach().argmax(1) == part.labels).double().mean())
+        assert accuracy >= 0.92
+        own = logits.gather(1, part.labels[:, None])
+        rest = logits.scatter(1, part.labels[:, None], -torch.inf).max(1).values
+        margin = own.squeeze(1) - rest
+        (slope,) = torch.autograd.grad(margin.sum(), x)
+        wide.append(float((margin.detach() / slope.flatten(1).norm(dim=1)).median()))
+    assert wide[1] > 1.5 * wide[0]
+
+
+def test_a_step_of_training_moves_images_by_the_reach(tmp_path: Path) -> None:
+    part = load_digits_split().train
+    torch.manual_seed(0)
+    moved = moved_against(LipschitzViT(), part.images[:4], part.labels[:4], 0.6, 12.0, torch.Generator().manual_seed(0))
+    torch.testing.assert_close((moved - part.images[:4]).flatten(1).norm(dim=1), torch.full((4,), 0.6))
+    few = LabelledImages(part.images[:40], part.labels[:40], part.indices[:40])
+    one, two = (
+        train(few, seed=1, epochs=1, sharpness=2.0, reach=0.3, console=Console(quiet=True)).head.weight
+        for _ in range(2)
+    )
+    assert torch.equal(one, two)
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:

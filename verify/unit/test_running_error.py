@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from lipbounds import InvalidInput
 from lipbounds.certify import certify
 from lipbounds.compose import containers, joint
+from lipbounds.compose.constant import proved_constant
 from lipbounds.compose.folding import folding_change
 from lipbounds.compose.joint import JointNetwork
 from lipbounds.compose.network import network_bound
@@ -32,7 +34,7 @@ from lipbounds.targets.layers import (
     Residual,
     Sequence,
 )
-from verify.unit.networks import Draw, attention, feed_forward, norm, transformer
+from verify.unit.networks import Draw, attention, feed_forward, largest_norm, norm, transformer
 
 
 DIGITS = 60
@@ -331,6 +333,28 @@ def certify_module() -> Any:
     import sys
 
     return sys.modules["lipbounds.certify"]
+
+
+def test_the_proved_constant_is_the_truth_up_to_rounding() -> None:
+    draw = Draw(10)
+    network = transformer(draw, 3, 4, pre_norm=True, centred=True, activation="gelu", how="mean", depth=2)
+    x = draw(2, 3, 4)
+    found = proved_constant(network, x)
+    assert found.kind == "proved"
+    for value, item in zip(found.value.tolist(), x, strict=True):
+        truth = largest_norm(network.function(), item, 0.0)
+        assert truth * (1 - 1e-12) <= value <= truth * (1 + 1e-6)
+    with pytest.raises(InvalidInput, match="one batch dimension"):
+        proved_constant(network, x[0])
+
+
+def test_a_proved_constant_counts_that_the_inputs_of_layers_are_rounded() -> None:
+    """A step of tanh where the exact input is elsewhere: the computed slope is not the slope."""
+    one = torch.ones(1, 1).double()
+    large = torch.tensor([[1e16, -1e16, 1.0]]).double()
+    network = Sequence((Linear(large), Pointwise("tanh"), Linear(one)))
+    x = torch.tensor([[[1.0 + 2**-52, 1.0 + 2**-52, 0.0]]]).double()
+    assert float(proved_constant(network, x).value) >= 1e16
 
 
 def test_rounding_costs_nothing_where_the_network_is_well_conditioned() -> None:

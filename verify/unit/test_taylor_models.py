@@ -17,6 +17,7 @@ from torch import Tensor
 from lipbounds import InvalidInput, Unsupported
 from lipbounds.compose.rewrite import flat
 from lipbounds.compose.taylor import TaylorMargin, bilinear, normalization, pointwise, rounded, softmax
+from lipbounds.compose.taylor.ball import Norm
 from lipbounds.compose.taylor.coefficient import exact, weighted_product
 from lipbounds.compose.taylor.model import CENTRE, INPUT, Value, spectral_upper
 from lipbounds.compose.taylor.network import Walk
@@ -158,14 +159,26 @@ class Replay(Walk):
         return self.names[len(self.operations) :][:1] == [name]
 
 
-def check_model(network: Sequence, x: Tensor, radius: float, *, seed: int = 0, count: int = 3) -> None:
+def onto(directions: Tensor, norm: Norm) -> Tensor:
+    """Displacements on the sphere of a norm: those directions, and corners of the ball near them."""
+    corners = {"l2": directions, "l_inf": directions.sign()}.get(norm)
+    if corners is None:
+        corners = torch.eye(directions.shape[1]).double()[directions.abs().argmax(1)] * directions.sign()
+    order = {"l2": 2, "l_inf": math.inf, "l1": 1}[norm]
+    both = torch.cat([directions, corners])
+    return both / torch.linalg.vector_norm(both, order, dim=1, keepdim=True)
+
+
+def check_model(
+    network: Sequence, x: Tensor, radius: float, *, seed: int = 0, count: int = 3, norm: Norm = "l2"
+) -> None:
     """Raises AssertionError where a sample leaves what is promised over the ball."""
     draw = Draw(seed)
-    margin = TaylorMargin(network, x, 0)
+    margin = TaylorMargin(network, x, 0, norm=norm)
     radii = torch.tensor([radius], dtype=torch.float64)
     ranges, lower = margin.ranges(radii), margin.lower(radii)[0]
     promised = [promises(operation, ranges, draw) for operation in margin.operations]
-    for direction in directions(margin, draw, count):
+    for direction in onto(directions(margin, draw, count), norm):
         h = radius * direction
         start = Value({CENTRE: exact((x + h.reshape(x.shape))[None]), INPUT: exact(h.reshape(1, *x.shape))})
         walk = Replay([operation.name for operation in margin.operations])
@@ -191,6 +204,15 @@ def test_every_sample_stays_in_every_enclosure(
 ) -> None:
     draw = Draw(seed)
     check_model(model(draw, activation, pool=pool, normed=normed, gain=gain), draw(1, 4, 4), radius, seed=seed)
+
+
+@pytest.mark.usefixtures("as_a_user_runs_it")
+@pytest.mark.parametrize("norm", ["l_inf", "l1"])
+@pytest.mark.parametrize("radius", [1e-4, 0.03, 0.3])
+def test_every_sample_of_another_ball_stays_in_every_enclosure(norm: Norm, radius: float) -> None:
+    for seed, activation, pool in ((1, "gelu", "flat"), (2, "relu", "first")):
+        draw = Draw(seed)
+        check_model(model(draw, activation, pool=pool), draw(1, 4, 4), radius, seed=seed, norm=norm)
 
 
 @pytest.mark.usefixtures("as_a_user_runs_it")

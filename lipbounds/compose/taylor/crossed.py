@@ -1,6 +1,7 @@
 r"""Bounds on q^T K h over |h| <= r and what is known of the remainder q of an operation.
 
-|q^T K h| <= r min( |q| ||K|| , sum_k box_k |K_k| , sum over groups |q_g| ||K_g|| ), K_k the rows of K.
+|q^T K h| <= r min( |q| ||K|| , sum_k box_k |K_k| , sum over groups |q_g| ||K_g|| ), K_k the rows of K; on balls of
+another norm also r sum_k box_k |K_k|_dual.
 """
 
 from __future__ import annotations
@@ -67,4 +68,10 @@ class Crossed:
                 self._groups = spectral_upper(self._matrix.unflatten(1, (known.groups.shape[1], -1)))
             grouped = known.groups @ self._groups.mT + norm_upper(known.groups).unsqueeze(1) * self._error
             best = torch.minimum(best, inflate(grouped, known.groups.shape[1] + 8).nan_to_num(nan=torch.inf))
-        return inflate(ranges.radii.unsqueeze(1) * best, 4)
+        euclidean = inflate(ranges.radii.unsqueeze(1) * best, 4)
+        if ranges.ball is None or known.box is None:
+            return euclidean
+        rows = ranges.ball.dual(self._matrix)
+        boxed = known.box @ rows.mT + norm_upper(known.box).unsqueeze(1) * ranges.ball.dual_error(self._error)
+        boxed = inflate(ranges.own.unsqueeze(1) * boxed, known.box.shape[1] + 12).nan_to_num(nan=torch.inf)
+        return torch.minimum(euclidean, boxed)

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.compose.rewrite import flat
+from lipbounds.compose.taylor.ball import Ball, Norm
 from lipbounds.compose.taylor.crossed import Crossed, Summed
 from lipbounds.compose.taylor.model import CENTRE, INPUT, Ranges, Value, starting_value
 from lipbounds.compose.taylor.network import LARGEST_VALUE, Walk
@@ -41,6 +42,7 @@ class TaylorMargin:
         x: one input, without batch dimensions, in float64.
         label: the class whose margins are bounded.
         largest: how many floats the coefficients of one value may have together.
+        norm: of the balls; see lipbounds.compose.taylor.ball.
 
     Raises:
         InvalidInput: the output is not one token.
@@ -48,7 +50,15 @@ class TaylorMargin:
     """
 
     @torch.no_grad()
-    def __init__(self, network: Layer, x: Float[Tensor, "..."], label: int, *, largest: float = LARGEST_VALUE) -> None:
+    def __init__(
+        self,
+        network: Layer,
+        x: Float[Tensor, "..."],
+        label: int,
+        *,
+        largest: float = LARGEST_VALUE,
+        norm: Norm = "l2",
+    ) -> None:
         if x.numel() > LARGEST_INPUT:
             raise Unsupported(f"method='taylor' takes inputs of at most {LARGEST_INPUT} numbers, got {x.numel()}.")
         walk = Walk(largest)
@@ -66,6 +76,7 @@ class TaylorMargin:
             return logits[..., 0, [label]] + logits[..., 0, others]
 
         self.margins: Value = output.summed(differences, sums, 2)
+        self._ball = None if norm == "l2" else Ball(norm, x.numel())
         self._quadratic: Quadratic | None = None
         self._crossed: list[Crossed] = []
 
@@ -77,8 +88,8 @@ class TaylorMargin:
 
     @property
     def slopes(self) -> Float[Tensor, " others"]:
-        """Norms of the gradients of the margins at the input, rounded up."""
-        return self.margins.norms(INPUT, 0)
+        """Norms of the gradients of the margins at the input, dual to that of the balls, rounded up."""
+        return self.margins.norms(INPUT, 0) if self._ball is None else self._ball.of(self.margins.linear)
 
     def ranges(self, radii: Float[Tensor, " radii"]) -> Ranges:
         """What is known of every operation over the balls.
@@ -86,7 +97,7 @@ class TaylorMargin:
         Args:
             radii: of the balls.
         """
-        ranges = Ranges(radii)
+        ranges = Ranges(radii, self._ball)
         for operation in self.operations:
             known = operation.measure(ranges)
             ranges.known[operation.name] = dc.replace(known, functional=partial(_functional, operation, ranges))
@@ -118,7 +129,7 @@ class TaylorMargin:
         if self._quadratic is None:
             self._second_order()
         assert self._quadratic is not None
-        curved = self._quadratic.lower(radii)
+        curved = self._quadratic.lower(radii, self._ball)
         beyond = torch.zeros_like(curved)
         for operation in self.operations:
             beyond = beyond + operation.beyond(*self._rows(operation), ranges)

@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lipbounds.compose.taylor.ball import Ball
 from lipbounds.compose.taylor.coefficient import Coefficient, Map, exact, norm_upper
 from lipbounds.ops.spectral import power_of_two, spectral_norm_upper
 from lipbounds.rounding import gamma, inflate, product
@@ -233,13 +234,16 @@ class Ranges:
 
     Args:
         radii: of the balls of the input, rounded up.
+        ball: their shape; None: Euclidean. `radii` are those of Euclidean balls around them, `own` their own.
     """
 
-    def __init__(self, radii: Float[Tensor, " radii"]) -> None:
-        self.radii = radii
+    def __init__(self, radii: Float[Tensor, " radii"], ball: Ball | None = None) -> None:
+        self.ball, self.own = ball, radii
+        self.radii = radii if ball is None else ball.euclidean(radii)
         self.known: dict[str, Range] = {}
         self.notes: dict[str, Any] = {}  # what operations keep for `beyond`
         self._entries: dict[tuple[Value, str], Tensor] = {}
+        self._duals: dict[Value, Tensor] = {}
 
     def reach(self, value: Value, dims: int) -> tuple[Float[Tensor, " radii *lead"], Float[Tensor, " radii *lead"]]:
         """Bounds on |C h| and on |X - c - C h| of each view.
@@ -248,11 +252,27 @@ class Ranges:
             value: the value.
             dims: how many trailing axes a view has; 0: entries.
         """
-        first = self.per_radius(self.radii, value.norms(INPUT, dims))
+        first = self.linear(value, dims)
         rest = torch.zeros_like(first)
         for name in value.terms:
             rest = rest + self._one(value, name, dims)
         return inflate(first, 4), inflate(rest, len(value.terms) + 8)
+
+    def linear(self, value: Value, dims: int) -> Float[Tensor, " radii *lead"]:
+        """Bound on |C h| of each view, by the Euclidean norm and by the dual one, entry by entry.
+
+        Args:
+            value: the value.
+            dims: how many trailing axes a view has; 0: entries.
+        """
+        first = self.per_radius(self.radii, value.norms(INPUT, dims))
+        if self.ball is None:
+            return first
+        if value not in self._duals:
+            self._duals[value] = self.ball.of(value.linear)
+        entries = self._duals[value]
+        whole = entries if dims == 0 else norm_upper(entries.flatten(entries.dim() - dims))
+        return torch.minimum(first, self.per_radius(self.own, whole))
 
     def total(self, value: Value, dims: int) -> Float[Tensor, " radii *lead"]:
         """Bound on |X - c| of each view.

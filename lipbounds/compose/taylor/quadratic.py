@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lipbounds.compose.taylor.ball import Ball
 from lipbounds.compose.taylor.coefficient import TINY, norm_upper
 from lipbounds.ops.eigen import eigen, try_cholesky
 from lipbounds.rounding import gamma, inflate
@@ -73,13 +74,31 @@ class Quadratic:
             shift = torch.where(failed, 2 * shift, shift)
         return -torch.inf * torch.ones_like(shift)
 
-    def lower(self, radii: Float[Tensor, " radii"]) -> Float[Tensor, "radii rows"]:
+    def lower(self, radii: Float[Tensor, " radii"], ball: Ball | None = None) -> Float[Tensor, "radii rows"]:
         """Lower bounds over the balls.
 
         Args:
             radii: of the balls.
+            ball: their shape; None: Euclidean.
         """
+        if ball is not None:
+            return self._lower_dual(radii.unsqueeze(1), ball)
         return torch.stack([self._lower(radius) for radius in radii])
+
+    def _lower_dual(self, radii: Tensor, ball: Ball) -> Tensor:
+        """- r |g|_dual - r^2 (what h^T H h / 2 can be below 0 for |h|_p <= 1).
+
+        That is at most R^2 |lambda_min(H)| / 2, R the Euclidean radius of the unit ball, and half the sum of the
+        |H_ij| (p = infinity) or half the largest (p = 1).
+        """
+        wide = ball.euclidean(torch.ones_like(radii[:1, 0])).square()
+        sizes = self._matrices.abs()
+        side = sizes.shape[-1]
+        # The error of H is in the Frobenius norm, so the sum of its entries is at most N of it, which R^2 covers.
+        entries = inflate(sizes.sum((-2, -1)), side * side) if ball.norm == "l_inf" else sizes.amax((-2, -1))
+        bent = inflate(torch.minimum(-self._lowest * wide, entries) + self._matrix_error * wide, 8) / 2
+        steep = inflate(ball.dual(self._slopes) + ball.dual_error(self._slope_error), 4)
+        return -inflate(radii * steep + radii.square() * bent, 8).nan_to_num(nan=torch.inf, posinf=torch.inf)
 
     def _lower(self, radius: Tensor) -> Tensor:
         mu = self._multiplier(radius)

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lipbounds.compose.taylor.ball import Norm
 from lipbounds.compose.taylor.margin import TaylorMargin
 from lipbounds.rounding import inflate
 from lipbounds.targets.layers import Layer
@@ -15,7 +16,14 @@ AT_ONCE = 8  # balls evaluated together: most of the work is the same for all of
 
 
 def taylor_radius(
-    network: Layer, x: Float[Tensor, "..."], label: int, *, largest: float, steps: int, precision: float
+    network: Layer,
+    x: Float[Tensor, "..."],
+    label: int,
+    *,
+    largest: float,
+    steps: int,
+    precision: float,
+    norm: Norm = "l2",
 ) -> tuple[float, Float[Tensor, " classes"] | None]:
     """A radius within which the label provably keeps a largest logit, and how fast the margins may fall.
 
@@ -29,12 +37,13 @@ def taylor_radius(
         largest: no larger radius is looked for.
         steps: balls tried, at most.
         precision: the search ends when the gap is this share of the radius.
+        norm: of the balls.
 
     Returns:
         The radius, 0 if nothing is proved, and for every class the bound on the fall of its margin over that ball,
         divided by the radius; None at radius 0.
     """
-    margin = TaylorMargin(network, x, label)
+    margin = TaylorMargin(network, x, label, norm=norm)
     if not bool((margin.at_point > 0).all()):
         return 0.0, None
     top = min(float(inflate((margin.at_point / margin.slopes).amin(), 64)), largest)

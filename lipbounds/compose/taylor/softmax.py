@@ -35,6 +35,7 @@ import dataclasses as dc
 import torch
 from torch import Tensor
 
+from lipbounds.compose.taylor.ball import Ball
 from lipbounds.compose.taylor.coefficient import Coefficient, largest_eigenvalue, norm_upper, weighted_product
 from lipbounds.compose.taylor.model import CENTRE, Range, Ranges, Value
 from lipbounds.compose.taylor.operation import Operation
@@ -165,10 +166,20 @@ class Softmax(Operation):
         apart = inflate((square.clamp(min=0) + 2 * lost).sqrt(), 8)
         linear = ranges.per_radius(ranges.radii, apart)
         linear = torch.minimum(linear, first.unsqueeze(-1) + first.unsqueeze(-2))
+        if ranges.ball is not None:
+            linear = torch.minimum(linear, ranges.per_radius(ranges.own, self._apart(ranges.ball)))
         both = self._visible.unsqueeze(-1) & self._visible.unsqueeze(-2)
         both = both & ~torch.eye(both.shape[-1], dtype=torch.bool, device=both.device)
         odds = inflate(linear + rest.unsqueeze(-1) + rest.unsqueeze(-2), 4)
         return torch.where(both, odds.nan_to_num(nan=torch.inf), 0.0)
+
+    def _apart(self, ball: Ball) -> Tensor:
+        """Dual norms of C_j - C_l, [heads, n, m, m]."""
+        part = self.centred.linear
+        rows = part.matrix.movedim(0, -1)
+        found = [ball.dual(rows - rows[..., [j], :]) for j in range(rows.shape[-2])]
+        off = part.error + 2 * UNIT_ROUNDOFF * part.sizes
+        return inflate(torch.stack(found, -1) + ball.dual_error(off.unsqueeze(-1) + off.unsqueeze(-2)), 8)
 
     def _upper(self, odds: Tensor) -> Tensor:
         """up, from the logits as computed and their error."""
