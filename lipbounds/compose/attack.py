@@ -60,7 +60,7 @@ def _steepest(slope: Tensor, norm: Norm) -> Tensor:
         return slope
     if norm == "l_inf":
         return slope.sign()
-    return torch.where(slope.abs() >= 0.9 * slope.abs().amax(), slope, 0.0)
+    return torch.where(slope.abs() >= slope.abs().amax(), slope, 0.0)
 
 
 def _size(move: Tensor, norm: Norm) -> float:
