@@ -46,7 +46,7 @@ TAKES = {
 }
 # Options that do not go together, and options that go with another one.
 APART = (("quick", "full"), ("ray", "jobs"), ("ray", "device"))
-WITH = {"gpus_per_job": "ray"}
+WITH = {"gpus_per_job": "ray", "data": "model"}
 
 
 def main(arguments: Sequence[str] | None = None, models: Sequence[Model] | None = None, *, processes: int = 1) -> int:
@@ -134,6 +134,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--jobs", type=_number_of_jobs, default=1, metavar="N", what="models at a time, each in a process")
     add("--time-limit", type=_seconds, default=120.0, metavar="S", what="seconds for one evaluation")
     add("--model", metavar="NAME", what="a Hugging Face folder or name, package.module:attribute, ...")
+    add(
+        "--bounds", action="append", metavar="PATH",
+        what="package.module:ATTRIBUTE of a bound of yours, measured with all others; repeatable; goes with --results",
+    )  # fmt: skip
+    add("--data", type=Path, metavar="FILE", what="texts or a tensor as inputs of --model")
     add("--images", type=Path, metavar="DIR", what="a folder of pictures for each class of --model")
     add(
         "--classes", type=Path, metavar="FILE",

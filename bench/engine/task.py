@@ -60,6 +60,7 @@ class Task:
         takes: names of the options that it takes; every other one is refused.
         versions: of the code, by the kind of an answer (`what` of its question), "" for the kinds that are not named.
         by_default: whether `python -m bench` measures what is missing; the page is rendered there in any case.
+        prepare: called before the records are opened.
         migrate: brings the lines of a file of schema version 1, and what else its page was made of, to this one; None
             if there never was such a file.
     """
@@ -72,6 +73,7 @@ class Task:
     versions: Mapping[str, int] = dc.field(default_factory=dict)
     by_default: bool = False
     migrate: Callable[[Old], Showing] | None = None
+    prepare: Callable[[argparse.Namespace], None] = lambda options: None
 
     def path(self, results: Path) -> Path:
         """Where its records are."""
@@ -83,6 +85,7 @@ class Task:
         Args:
             options: the command line.
         """
+        self.prepare(options)
         command = command_of(options, self.name)
         with Store(self.path(options.results), started_by=command) as store:
             if store.repaired:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bench.engine.answers import Shown
+from bench.engine.machine import ROOT
 from bench.engine.migration import Old, blocks, newest
 from bench.engine.records import RecordError, without_infinities
 from bench.engine.reference import LOWER
@@ -25,6 +27,7 @@ from bench.workloads.case import Case
 from bench.workloads.models import Model, drawn_hashes, zoo
 from lipbounds import registry
 from lipbounds.devices import device_named
+from lipbounds.errors import InvalidInput
 from lipbounds.files import write_atomically
 
 
@@ -38,10 +41,11 @@ def measure(options: argparse.Namespace, store: Store) -> Showing:
     Raises:
         RecordError: no block could be bounded.
     """
-    with _progress(options.models, options.quick) as advance:
+    models = _brought(options) or options.models
+    with _progress(models, options.quick) as advance:
         outcome = tightness.run(
             store,
-            options.models,
+            models,
             quick=options.quick,
             force=options.force,
             time_limit=options.time_limit,
@@ -53,6 +57,45 @@ def measure(options: argparse.Namespace, store: Store) -> Showing:
     if not outcome.keys:
         raise RecordError(f"no block could be bounded: {outcome.problems}.")
     return Showing(keys=outcome.keys, data={"problems": outcome.problems})
+
+
+def _brought(options: argparse.Namespace) -> list[Model]:
+    """The models of --model, once the bounds of --bounds are registered."""
+    from bench.workloads.of_user import model_of, register  # loads what models need: not to show a page
+
+    for path in options.bounds or ():
+        register(path)
+    return [model_of(options.model, options.data)] if options.model else []
+
+
+def prepare(options: argparse.Namespace) -> None:
+    """What is not of this repository is measured in another folder, upon a copy of the records that are there.
+
+    Args:
+        options: the command line.
+
+    Raises:
+        InvalidInput: a model or bound is brought, or registered by another package, but no other folder is named.
+    """
+    committed = ROOT / "results"
+    is_committed = options.results.resolve() == committed.resolve()
+    foreign = [spec.name for spec in registry.registry if not spec.compute.__module__.startswith("lipbounds.")]
+    if is_committed and foreign:
+        raise InvalidInput(
+            f"the results of this repository hold its own bounds, and other packages have registered "
+            f"{', '.join(foreign)}; pass another folder by --results DIR, or set LIPBOUNDS_NO_PLUGINS=1."
+        )
+    if not (options.model or options.bounds):
+        return
+    if is_committed:
+        raise InvalidInput(
+            "--model and --bounds measure what is not of this repository, and its results are left alone; pass another "
+            "folder by --results DIR."
+        )
+    records = TASK.path(options.results)
+    if not records.exists() and TASK.path(committed).exists():
+        options.results.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(TASK.path(committed), records)
 
 
 def pages(found: Shown, folder: Path) -> Written:
@@ -151,7 +194,10 @@ TASK = Task(
     help="how far above the truth every bound is: tables and figures",
     measure=measure,
     pages=pages,
-    takes=frozenset({"quick", "force", "results", "device", "ray", "gpus_per_job", "time_limit"}),
+    takes=frozenset(
+        {"quick", "force", "results", "device", "ray", "gpus_per_job", "time_limit", "model", "bounds", "data"}
+    ),
+    prepare=prepare,
     by_default=True,
     migrate=migrated,
 )
