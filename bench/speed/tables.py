@@ -18,6 +18,7 @@ from bench.pages.figure_files import arrange, save
 from bench.pages.formatting import figure, table
 from bench.pages.log_axes import log_scale
 from bench.pages.page import folded, page
+from bench.speed import pareto_tables
 from bench.speed.timing import exponent
 
 
@@ -64,6 +65,7 @@ def report(data: Data, command: str, environment: str) -> str:
         "# Speed",
         "![Cost in forward passes, seconds and memory over the number of tokens](speed.png)",
         *targets,
+        *pareto_tables.section(data.get("pareto", [])),
         how,
         f"Made by `{command}`; nothing here is written by hand.",
         "## Growth",
@@ -233,4 +235,4 @@ def draw(data: Data, folder: Path) -> list[Path]:
         arrange(canvas)
         paths = save(canvas, folder, "speed")
         plt.close(canvas)
-    return paths
+    return [*paths, *pareto_tables.draw(data.get("pareto", []), folder)]

@@ -21,6 +21,7 @@ from bench.engine.evaluate import TimeLimitReached, limited
 from bench.engine.evaluators import CPU
 from bench.engine.machine import ROOT, cpu_name
 from bench.engine.store import Answer, Store
+from bench.speed import pareto
 from bench.speed.plan import AXES, JASMIN_LIMIT, LONG, LONGEST, SEED, TARGETS, VIT, Profile, Target
 from bench.speed.timing import Make, peak_memory, side_by_side
 from bench.speed.training_steps import measured as training_step
@@ -31,6 +32,7 @@ from lipbounds.ops.softmax import g_upper_from_logits
 from lipbounds.targets.weight_norms import keep_weight_norms
 
 
+STOP = 60.0  # seconds after which a bound at a block of bench/speed/pareto.py is given up
 VERSION = 1  # of what is measured here
 STREAMED: dict[str, Callable[[torch.Tensor, torch.Tensor, float], Any]] = {
     "g_1 of the stored map": lambda queries, keys, scale: g_upper_from_logits(
@@ -107,6 +109,13 @@ class Asking:
         """What every answer depends on."""
         return {"version": VERSION, **self.place()}
 
+    def points(self) -> list[pareto.Point]:
+        """The bounds at blocks that are measured, or that a page shows."""
+        if isinstance(self.answers, Answered):
+            shown = {(row["block"], row["method"]) for row in self.answers.select(what="pareto")}
+            return [each for each in pareto.points() if (each.block, each.question["method"]) in shown]
+        return list(pareto.points()) if self.profile.pareto else []
+
     def call(self, target: Target, profile: Profile) -> Answer:
         """Time and memory of a method at a block."""
         return self.ask(question(target), lambda: measured(target, profile, self.device))
@@ -135,8 +144,17 @@ def _found(asking: Asking, names: Iterable[str], lengths: Iterable[int], here: A
         question = {"what": "streaming", "method": name, "tokens": tokens}
         answer = asking.ask(question, lambda f=name, n=tokens: _streamed(f, n, profile, asking.device))
         streamed.append({"method": name, "tokens": tokens, "answer": answer})
+    found = [{**dc.asdict(point), "answer": _point(asking, point)} for point in asking.points()]
     limits = {"limit": profile.limit, "patience": profile.patience}
-    return {"place": here, "rows": rows, "stopped": stopped, "targets": targets, "streamed": streamed, **limits}
+    return {
+        "place": here,
+        "rows": rows,
+        "stopped": stopped,
+        "targets": targets,
+        "streamed": streamed,
+        "pareto": found,
+        **limits,
+    }
 
 
 def _targets(asking: Asking) -> list[dict[str, Any]]:
@@ -153,6 +171,15 @@ def _targets(asking: Asking) -> list[dict[str, Any]]:
     )
     title = "training step with JaSMin, in units of one without"
     return [*found, {"title": title, "method": "jasmin", "limit": JASMIN_LIMIT, "answer": answer}]
+
+
+def _point(asking: Asking, point: pareto.Point) -> Answer:
+    asking.advance(f"{point.block}: {point.method or 'truth'}")
+    enough, stop = asking.profile.pareto, min(asking.profile.stop, STOP)
+    return asking.ask(
+        point.question,
+        lambda: pareto.measured(point, repeats=5, enough=enough, stop=stop, device=asking.device),
+    )
 
 
 HERE = ("device", "hardware", "threads", "torch", "python", "code")  # what `place` says
