@@ -22,6 +22,7 @@ PAGES = {
     "speed.md": "python -m bench speed",
     "training.md": "python -m bench training",
     "scaling.md": "python -m bench scaling",
+    "gpu_dry_run.md": "python -m bench gpu --device cpu --quick",
     "nightly.md": "python -m verify.nightly",
     "detection.md": "python -m verify.faults.detection",
 }

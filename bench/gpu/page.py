@@ -21,6 +21,7 @@ def page(steps: Sequence[Step], found: dict[tuple[str, str], dict[str, Any]], he
     lines = [
         f"# Measured on {here['hardware']}",
         "",
+        *(() if here["device"] == "cuda" else (DRY_RUN, "")),
         f"torch {here['torch']}, CUDA {here['cuda']}, Python {here['python']}, code {here['code']}"
         + ("; small sizes, which show that everything runs and nothing else." if here["quick"] else "."),
         "",
@@ -36,6 +37,10 @@ def page(steps: Sequence[Step], found: dict[tuple[str, str], dict[str, Any]], he
     return "\n".join(lines) + "\n"
 
 
+DRY_RUN = (
+    "**Not run on a GPU.** A dry run, which shows that every step runs to its end or says why it is skipped; nothing "
+    "on this page says how fast, how large or how exact anything is on a GPU."
+)
 NOT_TOLD = ("part", "name", "place", "passed", "seconds_in_all")
 HEADS = {
     "checks": ["check", "result"],
@@ -69,7 +74,8 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _cost(result: dict[str, Any]) -> list[str]:
-    memory = ["?" if result[name] is None else f"{result[name]:.0f}" for name in ("megabytes", "baseline_megabytes")]
+    found = [result.get(name) for name in ("megabytes", "baseline_megabytes")]
+    memory = ["?" if each is None else f"{each:.0f}" for each in found]
     return [_spread(result["ratio"]), _spread(result["cost"]), ", ".join(memory)]
 
 

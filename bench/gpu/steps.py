@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses as dc
 import importlib.util
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 
+from bench.gpu import smollm2
 from bench.speed.plan import SEED, VIT, Shape
 from bench.speed.timing import peak_memory, side_by_side
-from bench.workloads.models import Model, architectures, zoo
-from lipbounds import registry
+from bench.speed.training_steps import measured as training_step
+from bench.workloads.models import architectures, zoo
+from lipbounds import Attention, registry
 from lipbounds.kernels.streaming import streaming_g1, streaming_map_norm
 from lipbounds.targets.weight_norms import keep_weight_norms
 
@@ -48,7 +50,8 @@ def steps(device: torch.device, *, quick: bool) -> list[Step]:
         device: where.
         quick: small sizes, which show that everything runs and nothing else.
     """
-    return [*_checks(device, quick), *_speed(device, quick), *_long_maps(device, quick), *_tightness(device, quick)]
+    parts = (_checks, _speed, _long_maps, _tightness)
+    return [step for part in parts for step in part(device, quick)]
 
 
 # -- checks ---------------------------------------------------------------------------------------------------------
@@ -134,6 +137,13 @@ def _speed(device: torch.device, quick: bool) -> Iterator[Step]:
                 work=lambda m=method, s=shape: _timed(m, s, device, quick),
             )
 
+    model = "digits-vit" if quick else "vit-b-16"
+    yield Step(
+        part="speed",
+        name=f"training step of {model} with JaSMin, in units of one without",
+        work=lambda: training_step(model, repeats=3 if quick else 7, enough=0.05 if quick else 4.0, device=device),
+    )
+
 
 @torch.no_grad()
 def _timed(method: str, shape: Shape, device: torch.device, quick: bool) -> Result:
@@ -198,22 +208,31 @@ def _tightness(device: torch.device, quick: bool) -> Iterator[Step]:
     for model in {model.name: model for model in [*architectures(), *zoo()]}.values():
         if quick and model.name != "torch-encoder":
             continue
-        yield Step(part="tightness", name=model.name, work=lambda m=model: _ratios(m, device))
+        yield Step(
+            part="tightness", name=model.name, work=lambda m=model: _ratios((c.block for c in m.cases(1)), device)
+        )
+    yield Step(part="tightness", name="smollm2-135m, trained", work=lambda: _ratios(smollm2.trained(), device))
+    layers, width = (2, 36) if quick else (30, 576)
+    yield Step(
+        part="tightness",
+        name=f"shape of smollm2-135m, random start, {layers} layers of width {width}",
+        work=lambda: _ratios(smollm2.at_random(layers=layers, width=width), device),
+    )
 
 
 @torch.no_grad()
-def _ratios(model: Model, device: torch.device) -> Result:
+def _ratios(blocks: Iterable[Attention], device: torch.device) -> Result:
     """Each bound by the lower bound of Lanczos, at every block of the model at its first input, in float64."""
     try:
-        cases = list(model.cases(1))
+        found = list(blocks)
     except ImportError as error:
         raise Skipped(f"{error}; install what the model needs") from error
     ratios: dict[str, list[float]] = {}
-    for case in cases:
-        block = case.block.double.to(device)
+    for one in found:
+        block = one.double.to(device)
         lower = registry.get("lanczos")(block).value
         for name in ("lanczos_certificate", "sharp_cheap", "yudin2025.biased"):
             spec = registry.get(name)
             if not spec.missing_features(block):
                 ratios.setdefault(name, []).append((spec(block).value / lower).max().item())
-    return {"blocks": len(cases), "ratios": ratios}
+    return {"blocks": len(found), "ratios": ratios}

@@ -33,7 +33,16 @@ def test_a_step_of_each_kind_runs_on_a_device_of_its_own(tmp_path: Path, monkeyp
     device = torch.device("pretend:0")
     every = steps(device, quick=True)
     assert [*dict.fromkeys(step.part for step in every)] == ["checks", "speed", "long maps", "tightness"]
-    some = [every[0], every[1], every[2], next(s for s in every if s.part == "speed"), every[-3], every[-2], every[-1]]
+    # The first of each kind; the Triton kernel among the long maps is skipped as among the checks.
+    names = (
+        "yudin2025.biased, small",
+        "training step",
+        "streaming_g1",
+        "streaming_map_norm",
+        "torch-encoder",
+        "shape of",
+    )
+    some = [*every[:3], *(next(step for step in every if step.name.startswith(name)) for name in names)]
     monkeypatch.setattr(command, "steps", lambda device, quick: some)
     assert run(tmp_path) == 0
     page, lines = written(tmp_path)
