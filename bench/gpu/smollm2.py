@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
-from bench.workloads.architectures import words
+from bench.workloads.architectures import VOCABULARY, words
 from lipbounds.capture import capture
 from lipbounds.errors import LipboundsError
 from lipbounds.models.smollm2 import SENTENCE, load_smollm2
@@ -36,15 +37,16 @@ def at_random(*, layers: int, width: int) -> Iterator[Attention]:
     """
     from transformers import LlamaConfig, LlamaModel
 
-    config = LlamaConfig(
-        vocab_size=1000,
-        hidden_size=width,
-        intermediate_size=8 * width // 3,
-        num_hidden_layers=layers,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        attn_implementation="sdpa",
-    )
+    arguments: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": width,
+        "intermediate_size": 8 * width // 3,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "attn_implementation": "sdpa",
+    }
+    config = LlamaConfig(**arguments)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaModel(config).eval()
