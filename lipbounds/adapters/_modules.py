@@ -10,7 +10,17 @@ from torch import Tensor, nn
 
 from lipbounds.capture import capture
 from lipbounds.errors import InvalidInput, Unsupported
-from lipbounds.targets.layers import AttentionLayer, Layer, Linear, Normalization, Pointwise, Residual, Sequence
+from lipbounds.targets.layers import (
+    AttentionLayer,
+    Layer,
+    Linear,
+    Normalization,
+    Patches,
+    Pointwise,
+    Positions,
+    Residual,
+    Sequence,
+)
 from lipbounds.targets.module_copy import module_copy
 
 
@@ -100,6 +110,24 @@ def attention_layers(model: nn.Module, *args: Any, **kwargs: Any) -> list[Attent
     """
     with torch.no_grad():
         return [AttentionLayer(found.attention) for found in capture(model, *args, **kwargs)]
+
+
+def image_tokens(projection: nn.Conv2d, tokens: Tensor, positions: Tensor) -> list[tuple[str, Layer]]:
+    """From an image to the tokens of a transformer: patches, their embedding, tokens in front, positions.
+
+    Args:
+        projection: of the patches.
+        tokens: in front, such as the class token, one a row.
+        positions: of all tokens.
+    """
+    bias = None if projection.bias is None else projection.bias.detach()
+    height, width = projection.kernel_size
+    down, right = projection.stride
+    return [
+        ("patches", Patches((height, width), (down, right))),
+        ("embedding", Linear(projection.weight.detach().flatten(1), bias)),
+        ("positions", Positions(tokens, positions)),
+    ]
 
 
 def pre_norm_block(

@@ -6,8 +6,16 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import ViTModel
 
-from lipbounds.adapters._modules import activation, checked, linear, normalization, pre_norm_block, prepared
-from lipbounds.targets.layers import Layer, Linear, Patches, Pool, Positions, Sequence
+from lipbounds.adapters._modules import (
+    activation,
+    checked,
+    image_tokens,
+    linear,
+    normalization,
+    pre_norm_block,
+    prepared,
+)
+from lipbounds.targets.layers import Pool, Sequence
 
 
 def vit_network(model: ViTModel, images: Float[Tensor, "batch channels height width"]) -> Sequence:
@@ -26,13 +34,9 @@ def vit_network(model: ViTModel, images: Float[Tensor, "batch channels height wi
     """
     x = images.double()
     wide, attention = prepared(model, ViTModel, "vit_network", x)
-    embeddings, projection = wide.embeddings, wide.embeddings.patch_embeddings.projection
-    weight, bias = projection.weight.detach().flatten(1), projection.bias
-    layers: list[tuple[str, Layer]] = [
-        ("patches", Patches(projection.kernel_size, projection.stride)),
-        ("embedding", Linear(weight, None if bias is None else bias.detach())),
-        ("positions", Positions(embeddings.cls_token[0].detach(), embeddings.position_embeddings[0].detach())),
-    ]
+    first = wide.embeddings
+    positions = first.position_embeddings[0].detach()
+    layers = image_tokens(first.patch_embeddings.projection, first.cls_token[0].detach(), positions)
     for index, layer in enumerate(wide.layers):
         mlp = (linear(layer.mlp.fc1), activation(wide.config.hidden_act), linear(layer.mlp.fc2))
         block = pre_norm_block(layer.layernorm_before, attention[index], layer.layernorm_after, mlp)

@@ -12,7 +12,9 @@ from torch import nn
 from lipbounds import InvalidInput, Unsupported
 from lipbounds.adapters import _modules
 from lipbounds.adapters.bert import bert_network
+from lipbounds.adapters.deit import deit_network
 from lipbounds.adapters.digits_vit import digits_vit_network
+from lipbounds.adapters.dinov2 import dinov2_network
 from lipbounds.adapters.gpt2 import gpt2_network
 from lipbounds.adapters.vit import vit_network
 from lipbounds.compose import network_bound
@@ -39,6 +41,21 @@ def vit() -> tuple[Any, nn.Module, torch.Tensor, Callable[[Any, torch.Tensor], t
     return vit_network, model, Draw(1)(2, 3, 8, 8), lambda m, x: m(x).last_hidden_state[:, 0]
 
 
+def deit() -> tuple[Any, nn.Module, torch.Tensor, Callable[[Any, torch.Tensor], torch.Tensor]]:
+    from transformers import DeiTConfig, DeiTModel
+
+    model = DeiTModel(DeiTConfig(image_size=8, patch_size=4, **SMALL))
+    return deit_network, model, Draw(1)(2, 3, 8, 8), lambda m, x: m(x).last_hidden_state[:, 0]
+
+
+def dinov2() -> tuple[Any, nn.Module, torch.Tensor, Callable[[Any, torch.Tensor], torch.Tensor]]:
+    from transformers import Dinov2Config, Dinov2Model
+
+    sizes = {name: size for name, size in SMALL.items() if name != "intermediate_size"}
+    model = Dinov2Model(Dinov2Config(image_size=16, patch_size=4, mlp_ratio=2, layerscale_value=0.5, **sizes))
+    return dinov2_network, model, Draw(1)(2, 3, 8, 8), lambda m, x: m(x).last_hidden_state[:, 0]
+
+
 def gpt2() -> tuple[Any, nn.Module, torch.Tensor, Callable[[Any, torch.Tensor], torch.Tensor]]:
     from transformers import GPT2Config, GPT2Model
 
@@ -50,7 +67,7 @@ def digits() -> tuple[Any, nn.Module, torch.Tensor, Callable[[Any, torch.Tensor]
     return digits_vit_network, DigitsViT(), Draw(3)(2, 1, 8, 8).sigmoid(), lambda m, x: m(x)
 
 
-FAMILIES = {"bert": bert, "vit": vit, "gpt2": gpt2, "digits": digits}
+FAMILIES = {"bert": bert, "vit": vit, "deit": deit, "dinov2": dinov2, "gpt2": gpt2, "digits": digits}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -103,3 +120,12 @@ def test_the_constant_of_a_module_is_that_of_its_weights() -> None:
     norm = torch.linalg.matrix_norm(module.weight.detach().double(), 2).expand(2)
     torch.testing.assert_close(result.value, norm, rtol=1e-9, atol=0)
     assert module.weight.dtype == torch.float32
+
+
+def test_a_gate_in_the_feed_forward_layers_is_refused() -> None:
+    from transformers import Dinov2Config, Dinov2Model
+
+    config = Dinov2Config(image_size=8, patch_size=4, hidden_size=8, num_hidden_layers=1, use_swiglu_ffn=True)
+    config.num_attention_heads = 2
+    with pytest.raises(Unsupported, match="must have no gate, got SwiGLU"):
+        dinov2_network(Dinov2Model(config).eval(), Draw(0)(1, 3, 8, 8))
