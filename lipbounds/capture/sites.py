@@ -31,6 +31,8 @@ class Site:
         order: of its call among all calls of attention.
         met: the function that its result was last seen going into.
         done: it belongs to a block, or was reported.
+        summed: it is a softmax, or exponentials that went into a sum or a product of matrices; those that state-space
+            models take of products do not.
     """
 
     module: str
@@ -38,6 +40,7 @@ class Site:
     order: int
     met: str = ""
     done: bool = False
+    summed: bool = False
 
 
 class Sites:
@@ -64,13 +67,16 @@ class Sites:
             site = self.of_map(tensor)
             if site is not None:
                 site.met = function_name(self._recorder.written or function)
+                site.summed = site.summed or function in ops.SUM | ops.ANY_PRODUCT
         if function in ops.SOFTMAX | ops.LOG_SOFTMAX | ops.EXP and isinstance(result, Tensor):
             (logits, *_) = tensors_in(args, kwargs)
             if not over_two_activations(self._recorder.origin(logits)):
                 return
             name = function_name(self._recorder.written or function)
             number = self._recorder.number(logits)
-            self._maps[result] = self._by_logits.setdefault(number, Site(self._recorder.module, name, order))
+            site = self._by_logits.setdefault(number, Site(self._recorder.module, name, order))
+            site.summed = site.summed or function not in ops.EXP
+            self._maps[result] = site
 
     def of_map(self, tensor: Tensor) -> Site | None:
         """The softmax that `tensor` is, apart from moves of its entries; None if it is none over two activations."""
@@ -78,23 +84,34 @@ class Sites:
 
     def left(self) -> list[Site]:
         """Those that nobody reported, in the order of the run."""
-        return [site for site in self._by_logits.values() if not site.done]
+        return [site for site in self._by_logits.values() if not site.done and site.summed]
 
 
 def over_two_activations(origin: Origin | None) -> bool:
     """Whether a tensor is a product of two activations, apart from what is done entry by entry.
 
-    Scores of which a projection made others, as talking heads do, count: products of matrices that hold no map.
+    Scores of which a projection made as many others, as talking heads do, count: products of matrices that hold no map.
     """
-    return _finds(origin, BEHIND, _mixes) or _finds(origin, BEHIND - ops.PROJECTION, _scores)
+    if origin is None:
+        return False
+    return _finds(origin, BEHIND, _mixes) or _finds(origin, BEHIND - ops.PROJECTION, _scores, origin.size)
 
 
-def _finds(origin: Origin | None, behind: frozenset[Function], wanted: Callable[[Origin], bool]) -> bool:
-    """Whether something wanted is among what a tensor was computed from, not looking behind some functions."""
+def _finds(
+    origin: Origin, behind: frozenset[Function], wanted: Callable[[Origin], bool], size: int | None = None
+) -> bool:
+    """Whether something wanted is among what a tensor was computed from.
+
+    Args:
+        origin: of the tensor.
+        behind: functions behind which nothing is looked for.
+        wanted: tells what is.
+        size: the number of entries of all that is looked at; None for any.
+    """
     waiting, seen = [origin], {origin}
     while waiting:
         one = waiting.pop()
-        if one is None or not one.floating:
+        if not one.floating or (size is not None and one.size != size):
             continue
         if wanted(one):
             return True

@@ -252,6 +252,18 @@ class Router(nn.Module):
         return self.gate(x + self.attention(x)).softmax(-1)
 
 
+class Decays(nn.Module):
+    """Exponentials of products, as state-space models take them, beside attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.v, self.whole = nn.Linear(DIM, DIM), nn.Linear(DIM, DIM), nn.Linear(DIM, DIM), Fused()
+
+    def forward(self, x: Tensor) -> Tensor:
+        decay = (-F.softplus(self.a(x)) * F.softplus(self.b(x))).exp()
+        return self.whole(x + (decay * self.v(x)).cumsum(1))
+
+
 class LastToken(Fused):
     """Queries of all tokens are made, and one is used."""
 
@@ -425,6 +437,7 @@ ZOO: dict[str, Case] = {
     ),
     "no attention": Case(make=Scored, whole=False),
     "routing after attention": Case(make=Router, projected=False, whole=False),
+    "decays": Case(make=Decays, whole=False),
     "talking heads": Case(
         make=lambda: TalkingHeads(maps=True),
         maps=2,

@@ -3,8 +3,8 @@
 At this level few operations are left: whatever a model writes, a product of two tensors is `bmm`, `mm`, `baddbmm`,
 `addmm` or `mul`. What is known is kept for each piece of memory, so that views and changes in place need no rules:
 whether it was computed from the inputs, whether a product of two such tensors went into it since the last projection
-by constants, and whether a product of two matrices, neither of them made of a map, went into it at all since the last
-softmax or product (scores may be projected, as in talking heads). A softmax over one of these is an attention map.
+by constants, and whether it is a product of two matrices, neither of them made of a map, of which projections made as
+many numbers (scores may be projected, as in talking heads). A softmax over one of these is an attention map.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class SoftmaxCounter(TorchDispatchMode):
         self._bilinear: set[int] = set()
         self._scores: set[int] = set()
         self._maps: set[int] = set()
-        self._exponentials: set[int] = set()
+        self._exponentials: dict[int, int] = {}  # and of what; summed, or multiplied as matrices, they are a softmax
+        self._exponents: set[int] = set()
         for tensor in inputs:
             self._active.add(self._memory(tensor))
 
@@ -48,14 +49,20 @@ class SoftmaxCounter(TorchDispatchMode):
         active = {memory for memory in given if memory in self._active}
         marks = {"bilinear": self._bilinear, "scores": self._scores, "maps": self._maps}
         found = {mark for mark, marked in marks.items() if not marked.isdisjoint(given)}
+        if name in ("sum", *PRODUCTS):
+            exponents = {self._exponentials[memory] for memory in given if memory in self._exponentials}
+            self.count += len(exponents - self._exponents)  # written twice it is one softmax
+            self._exponents |= exponents
         if name in PRODUCTS:
             several = sum(memory in self._active for memory in given) > 1
             found = found - {"bilinear", "maps"} | ({"bilinear"} if several else set())
             if several:
                 mixed = not self._maps.isdisjoint(given)
                 found = found - {"scores"} | (set() if mixed else {"scores"})
-            elif not self._maps.isdisjoint(given):
-                found.add("maps")
+            else:
+                found |= set() if self._maps.isdisjoint(given) else {"maps"}
+                if result.numel() not in {t.numel() for t in _tensors(args) if self._memory(t) in self._scores}:
+                    found.discard("scores")
         elif name in BOTH and sum(memory in self._active for memory in given) > 1:
             found.add("bilinear")
         elif "scaled_dot_product" in name:
@@ -65,8 +72,8 @@ class SoftmaxCounter(TorchDispatchMode):
             self.count += bool(found & {"bilinear", "scores"})
             found = {"maps"}
         elif name == "exp" and found & {"bilinear", "scores"}:
-            self.count += given[0] not in self._exponentials  # written twice it is one softmax
-            self._exponentials.add(given[0])
+            for tensor in _tensors(result):
+                self._exponentials[self._memory(tensor)] = given[0]
             found = {"maps"}
         for tensor in _tensors(result):
             memory = self._memory(tensor)
