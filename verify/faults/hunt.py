@@ -15,7 +15,7 @@ from lipbounds.testing.falsify import can_climb, falsify_widely
 
 FALSIFY = "falsify"
 MAX_EXAMPLES = 100
-SECONDS = 120.0  # wall time, of which a busy machine gives a part
+SECONDS = 120.0  # processor time of the long ascent
 SHORT_SECONDS = 10.0  # of the first ascent
 DEEPER = 10  # times as many examples in the last round
 SEED = 0
