@@ -116,7 +116,7 @@ def _report(record: dict[str, Any]) -> str:
         "",
         f"The checks run in this order: `value`, `tight`, `falsify` (gradient ascent) for {SHORT_SECONDS:.0f} s, then "
         "the others in the order of `lipbounds.testing.contract.CHECKS`. For what survives all of them, `falsify` runs "
-        f"for {record['falsify_seconds']:.0f} s ({record['control_seconds']:.0f} s on a sound bound) of processor time, "
+        f"for {record['falsify_seconds']:.0f} s ({record['control_seconds']:.0f} s on a sound bound) of processor time "
         f"and `value` with {DEEPER} times as many blocks. A check tries at most {record['max_examples']} blocks "
         f"({record['control_examples']} on a sound bound); the seed is {record['seed']}; blocks are not shrunk.",
         "",
