@@ -12,7 +12,7 @@ from bench.balls.command import TASK as BALLS
 from bench.certified.command import TASK as CERTIFIED
 from bench.engine.machine import ROOT
 from bench.engine.migration import migrate
-from bench.engine.options import cluster_of
+from bench.engine.options import check_folder, cluster_of
 from bench.engine.rendering import cores, render
 from bench.engine.task import refuse
 from bench.gpu import command as gpu
@@ -66,6 +66,7 @@ def main(arguments: Sequence[str] | None = None, models: Sequence[Model] | None 
         options.task = CLASSIFIER.name
     try:
         refuse(options, parser.parse_args([]), {task.name: task.takes for task in TASKS} | TAKES, APART, WITH)
+        check_folder(options.results)
         options.models = zoo() if models is None else models
         with cluster_of(options) as options.cluster:
             return _run(options, processes)

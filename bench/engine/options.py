@@ -16,6 +16,7 @@ from rich.progress import Progress
 from bench.engine.machine import ROOT
 from bench.engine.records import without_infinities
 from lipbounds.cluster import Cluster, connect
+from lipbounds.errors import InvalidInput
 from lipbounds.files import write_atomically
 
 
@@ -52,6 +53,25 @@ def cluster_of(options: argparse.Namespace) -> Iterator[Cluster | None]:
 def folder_of(options: argparse.Namespace) -> Path:
     """Where pages go: those of the quick profile beside the others."""
     return options.results / "quick" if options.quick else options.results
+
+
+def check_folder(results: Path) -> None:
+    """Refuse what cannot be the folder of records and pages, before anything is measured.
+
+    Args:
+        results: as given; it need not exist yet.
+
+    Raises:
+        InvalidInput: there is something else in its place, or in that of a folder above it.
+    """
+    for path in (results, *results.parents):
+        if path.is_dir():
+            return
+        if path.is_symlink() or path.exists():
+            kind = "a link to nothing" if not path.exists() else "no folder"
+            raise InvalidInput(
+                f"--results must be a folder, got '{results}', where '{path}' is {kind}; pass another, or remove it."
+            )
 
 
 def write_page(folder: Path, name: str, text: str, data: dict[str, Any]) -> list[Path]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from bench.engine.machine import ROOT
+from bench.engine.options import check_folder
 from bench.gpu.page import page
 from bench.gpu.results import Results, place
 from bench.gpu.steps import Skipped, Step, steps
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     try:
         device = device_named(options.device)
+        check_folder(options.results)
     except LipboundsError as error:
         print(f"bench: {error}", file=sys.stderr)
         return MISUSE

@@ -226,10 +226,10 @@ def _settings(spec: BoundSpec, random: Random) -> Iterator[tuple[Setting, int]]:
     normed: list[dict[str, Any]] = [{"norm_over": "head"}, {"norm_over": "all_heads", "heads": 2, "biases": True}]
     alone: list[dict[str, Any]] = [
         {},
-        {"biases": True},
         *turned,
         *normed,
         {"heads": 2},
+        {"biases": True},
         *({"mask": mask} for mask in MASKS[1:]),
     ]
     alone += [{"moves": "query"}, {"moves": "memory"}, {"scale": -0.7}]

@@ -1,13 +1,12 @@
 """Which check catches which planted fault: `python -m verify.faults.detection` writes results/detection.{md,json}.
 
-Most of its time goes into sound bounds, which survive everything: `--control-seconds` shortens their long ascent.
+Most of its time goes into sound bounds, which survive everything. `--new` hunts only what the record lacks, and says so.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses as dc
-import functools
 import json
 import multiprocessing
 import platform
@@ -33,24 +32,28 @@ CONTROL_EXAMPLES = 20
 def main() -> None:
     """Hunt every fault and every control and write the two files."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--control-seconds", type=float, default=SECONDS, help="processor time of the long ascent on a sound bound"
-    )
-    control_seconds = parser.parse_args().control_seconds
+    parser.add_argument("--new", action="store_true", help="hunt only faults and sound bounds that the record lacks")
+    new = parser.parse_args().new
     begun = time.monotonic()
-    row = functools.partial(_row, control_seconds=control_seconds)
+    known = json.loads((RESULTS / "detection.json").read_text()) if new else {"faults": [], "controls": []}
+    kept = {fault.name: name for name, fault in (FAULTS | CONTROLS).items()}
+    rows = {kept[row["name"]]: row for row in [*known["faults"], *known["controls"]] if row["name"] in kept}
+    missing = [name for name in [*FAULTS, *CONTROLS] if name not in rows]
     with multiprocessing.get_context("spawn").Pool(JOBS) as pool:
-        rows = pool.map(row, [*FAULTS, *CONTROLS], chunksize=1)
-    faults, controls = rows[: len(FAULTS)], rows[len(FAULTS) :]
+        rows |= dict(zip(missing, pool.map(_row, missing, chunksize=1), strict=True))
+    faults, controls = [rows[name] for name in FAULTS], [rows[name] for name in CONTROLS]
+    seconds = round(time.monotonic() - begun, 1)
     record = {
-        "command": COMMAND + (f" --control-seconds {control_seconds:g}" if control_seconds != SECONDS else ""),
+        "command": COMMAND,
         "environment": _environment(),
+        "added": [*known.get("added", []), {"names": [rows[name]["name"] for name in missing], "seconds": seconds}]
+        if new
+        else [],
         "seed": SEED,
         "max_examples": MAX_EXAMPLES,
         "falsify_seconds": SECONDS,
         "control_examples": CONTROL_EXAMPLES,
-        "control_seconds": control_seconds,
-        "seconds": round(time.monotonic() - begun, 1),
+        "seconds": known.get("seconds", seconds),
         "faults": faults,
         "controls": controls,
         "not_expressible": NOT_EXPRESSIBLE,
@@ -60,14 +63,11 @@ def main() -> None:
     (RESULTS / "detection.md").write_text(_report(record))
 
 
-def _row(name: str, control_seconds: float) -> dict[str, Any]:
+def _row(name: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     fault = FAULTS.get(name) or CONTROLS[name]
     begun = time.process_time()
-    if name in FAULTS:
-        outcome = hunt(fault.spec)
-    else:
-        outcome = hunt(fault.spec, max_examples=CONTROL_EXAMPLES, seconds=control_seconds)
+    outcome = hunt(fault.spec, max_examples=MAX_EXAMPLES if name in FAULTS else CONTROL_EXAMPLES)
     cpu = round(time.process_time() - begun, 2)
     row = {"name": fault.name, "what": fault.what, "subtle": fault.subtle, **dc.asdict(outcome)}
     row |= {"seconds": round(outcome.seconds, 2), "cpu": cpu, "path": fault.spec.name.removesuffix(".spec")}
@@ -114,9 +114,10 @@ def _report(record: dict[str, Any]) -> str:
         + ", ".join(f"{key} {value}" for key, value in record["environment"].items())
         + ".",
         "",
+        *_added(record["added"]),
         f"The checks run in this order: `value`, `tight`, `falsify` (gradient ascent) for {SHORT_SECONDS:.0f} s, then "
         "the others in the order of `lipbounds.testing.contract.CHECKS`. For what survives all of them, `falsify` runs "
-        f"for {record['falsify_seconds']:.0f} s ({record['control_seconds']:.0f} s on a sound bound) of processor time "
+        f"for {record['falsify_seconds']:.0f} s of processor time "
         f"and `value` with {DEEPER} times as many blocks. A check tries at most {record['max_examples']} blocks "
         f"({record['control_examples']} on a sound bound); the seed is {record['seed']}; blocks are not shrunk.",
         "",
@@ -145,6 +146,19 @@ def _report(record: dict[str, Any]) -> str:
         *(f"- {what}: {why}." for what, why in record["not_expressible"].items()),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _added(runs: list[dict[str, Any]]) -> list[str]:
+    """Which rows a later run with --new added to those of the whole run."""
+    lines: list[str] = []
+    for run in runs:
+        lines += [
+            f"{len(run['names'])} rows were added by a later run of `{COMMAND} --new`, in {run['seconds']:.0f} s: "
+            + ", ".join(f"`{name}`" for name in run["names"])
+            + ". The others are those of the whole run before; `verify/faults/test_faults.py` hunts every fault again.",
+            "",
+        ]
+    return lines
 
 
 def _table(titles: list[str], rows: list[list[str]]) -> list[str]:
