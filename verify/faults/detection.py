@@ -1,6 +1,6 @@
 """Which check catches which planted fault: `python -m verify.faults.detection` writes results/detection.{md,json}.
 
-Most of its time goes into sound bounds, which survive everything. `--new` hunts only what the record lacks, and says so.
+Most of its time goes into sound bounds, which survive everything. `--new` hunts what the record lacks, and says so.
 """
 
 from __future__ import annotations
