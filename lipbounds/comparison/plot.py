@@ -8,7 +8,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from lipbounds.errors import LipboundsError, install_advice
-from lipbounds.shown import shown
+from lipbounds.number_format import shown
 
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import Any
 from lipbounds.claims import SCOPE_WORDS, Kind, Norm, Scope
 from lipbounds.errors import LipboundsError
 from lipbounds.files import json_text, write_atomically
-from lipbounds.shown import shown
+from lipbounds.number_format import shown
 
 
 SCHEMA_VERSION = 1

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses as dc
 
 from lipbounds.claims import BoundResult, Kind, Norm, Scope
+from lipbounds.number_format import rounded as rounded
+from lipbounds.number_format import shown as shown
 from lipbounds.report.patches import Grid, Picture
-from lipbounds.shown import rounded as rounded
-from lipbounds.shown import shown as shown
 
 
 SCHEMA_VERSION = 2

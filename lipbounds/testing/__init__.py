@@ -11,8 +11,8 @@ from lipbounds.testing.extended import jacobian_norm_extended as jacobian_norm_e
 from lipbounds.testing.oracles import attention_output as attention_output
 from lipbounds.testing.oracles import jacobian_norm as jacobian_norm
 from lipbounds.testing.oracles import truth_slack as truth_slack
-from lipbounds.testing.pretend import pretend_device as pretend_device
-from lipbounds.testing.pretend import synchronisations as synchronisations
+from lipbounds.testing.pretend_accelerator import pretend_device as pretend_device
+from lipbounds.testing.pretend_accelerator import synchronisations as synchronisations
 from lipbounds.testing.recipes import Recipe as Recipe
 from lipbounds.testing.recipes import build as build
 from lipbounds.testing.session import verify as verify

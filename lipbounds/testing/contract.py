@@ -33,9 +33,9 @@ from lipbounds.testing import (
     behaviour_checks,
     coverage_check,
     deterministic,
+    global_state,
     known,
     relation_checks,
-    surroundings,
     target_checks,
     value_checks,
 )
@@ -44,7 +44,7 @@ from lipbounds.testing.loading import load_spec as load_spec
 from lipbounds.testing.other_targets import target_blocks
 from lipbounds.testing.recipes import BATCHED, build
 from lipbounds.testing.strategies import attention_blocks, radii, recipes
-from lipbounds.testing.tight import tight_blocks
+from lipbounds.testing.tight_instances import tight_blocks
 from lipbounds.testing.verdict import Refuted as Refuted
 
 
@@ -120,7 +120,7 @@ CHECKS: dict[str, Check] = {
         applies=lambda spec: spec.claim.kind in ("proved", "lower") and spec.claim.norm == "l2",
         fixed=known.instances,
     ),
-    "surroundings": Check(function=surroundings.surroundings, fixed=surroundings.blocks),
+    "surroundings": Check(function=global_state.surroundings, fixed=global_state.blocks),
     "unsupported": Check(
         function=behaviour_checks.unsupported,
         applies=lambda spec: bool(set(FEATURES) - spec.supports),
@@ -181,7 +181,7 @@ TARGET_CHECKS: dict[str, Check] = {
         blocks=lambda spec: st.one_of(*(target_blocks(spec, dtype=kind) for kind in (torch.float32, torch.bfloat16))),
         share=_FEW,
     ),
-    "surroundings": Check(function=surroundings.surroundings, blocks=target_blocks, share=_FEW),
+    "surroundings": Check(function=global_state.surroundings, blocks=target_blocks, share=_FEW),
     "gradient": Check(
         function=target_checks.gradient,
         applies=_proved,

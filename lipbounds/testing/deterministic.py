@@ -6,8 +6,8 @@ import torch
 
 from lipbounds.registry import BoundSpec
 from lipbounds.targets.target import Target
+from lipbounds.testing.global_state import anew
 from lipbounds.testing.snippet import head
-from lipbounds.testing.surroundings import anew
 from lipbounds.testing.verdict import Refuted, evaluate
 
 

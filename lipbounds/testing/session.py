@@ -17,9 +17,9 @@ from lipbounds.testing.difficulty import Difficulty, Seen
 from lipbounds.testing.falsify import Falsification, can_climb, falsify_widely
 from lipbounds.testing.other_norms import reached_norm
 from lipbounds.testing.recipes import Recipe, build
-from lipbounds.testing.shown import why_not
 from lipbounds.testing.shrink import shrink
 from lipbounds.testing.snippet import check_snippet, snippet
+from lipbounds.testing.snippet_run import why_not
 from lipbounds.testing.target_ascent import can_climb_target, climb_widely
 from lipbounds.testing.verdict import Refuted
 

@@ -21,8 +21,8 @@ from lipbounds.comparison.measure import compare_runs
 from lipbounds.comparison.table import Row
 from lipbounds.difference import compare as difference
 from lipbounds.errors import LipboundsError
+from lipbounds.number_format import shown
 from lipbounds.results import read_results
-from lipbounds.shown import shown
 from verify.unit.blocks import random_block
 
 

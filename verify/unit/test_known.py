@@ -9,9 +9,9 @@ import lipbounds
 from lipbounds import Attention, InvalidInput
 from lipbounds.testing import oracles
 from lipbounds.testing.contract import run_check
+from lipbounds.testing.global_state import around
 from lipbounds.testing.known import ANY_NUMBER, FAMILIES, instances, known, radius_for
-from lipbounds.testing.shown import why_not
-from lipbounds.testing.surroundings import around
+from lipbounds.testing.snippet_run import why_not
 from lipbounds.testing.verdict import Refuted
 from verify.faults.faults_published import theorem3_despite_biases
 from verify.unit.sample_bounds import spec

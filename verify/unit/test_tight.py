@@ -11,7 +11,7 @@ import torch
 import lipbounds
 from lipbounds.targets.attention import Attention
 from lipbounds.testing.oracles import jacobian_norm
-from lipbounds.testing.tight import tight_blocks
+from lipbounds.testing.tight_instances import tight_blocks
 
 
 @pytest.mark.usefixtures("as_a_user_runs_it")  # a search: the other tests keep the shape checks

@@ -10,8 +10,8 @@ from lipbounds.testing import relation_checks, session
 from lipbounds.testing.falsify import judge
 from lipbounds.testing.oracles import jacobian_norm
 from lipbounds.testing.recipes import build
-from lipbounds.testing.shown import why_not
 from lipbounds.testing.snippet import check_snippet, snippet
+from lipbounds.testing.snippet_run import why_not
 from verify.unit.sample_bounds import GRID, spec
 
 
