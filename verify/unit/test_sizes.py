@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 LINES_OF_FILE, LINES_OF_FUNCTION, LINES_OF_CLASS = 330, 60, 150
 REASON = "Over 150 lines, because"  # in the docstring of a class
 LONGER_FILES = {
+    "lipbounds/certify.py": "the certificate with its checks and three methods",
     "lipbounds/compose/joint.py": "one class with the cases of its layers",
     "lipbounds/jasmin.py": "one class that hears of every torch call",
     "lipbounds/kernels/triton_jasmin.py": "kernels that share their loads and masks",
