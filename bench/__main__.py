@@ -12,13 +12,14 @@ from bench.balls.command import TASK as BALLS
 from bench.certified.command import TASK as CERTIFIED
 from bench.engine.machine import ROOT
 from bench.engine.migration import migrate
-from bench.engine.options import check_folder, cluster_of
+from bench.engine.options import check_folder, cluster_of, folder_of
 from bench.engine.rendering import cores, render
 from bench.engine.task import refuse
 from bench.gpu import command as gpu
 from bench.robustness.classifier_command import TASK as CLASSIFIER
 from bench.robustness.command import TASK as ROBUSTNESS
 from bench.speed.command import TASK as SPEED
+from bench.speed.exporting import export
 from bench.speed.scaling_command import TASK as SCALING
 from bench.speed.training_command import TASK as TRAINING
 from bench.tightness import readme
@@ -85,7 +86,10 @@ def _run(options: argparse.Namespace, processes: int) -> int:
     """The status of a task or command."""
     tasks = {task.name: task for task in TASKS}
     if options.task in tasks:
-        return tasks[options.task].run(options)
+        status = tasks[options.task].run(options)
+        if options.pytest_benchmark_json is not None:
+            export(folder_of(options) / "speed.json", options.pytest_benchmark_json)
+        return status
     if options.task == "readme":
         return _readme(options)
     if options.task == "migrate":
@@ -138,6 +142,10 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--bounds", action="append", metavar="PATH",
         what="package.module:ATTRIBUTE of a bound of yours, measured with all others; repeatable; goes with --results",
+    )  # fmt: skip
+    add(
+        "--pytest-benchmark-json", type=Path, metavar="FILE",
+        what="also write the times in the format of pytest-benchmark",
     )  # fmt: skip
     add("--data", type=Path, metavar="FILE", what="texts or a tensor as inputs of --model")
     add("--images", type=Path, metavar="DIR", what="a folder of pictures for each class of --model")

@@ -67,7 +67,7 @@ TASK = Task(
     help="time and memory of every bound beside a forward pass",
     measure=measure,
     pages=pages,
-    takes=frozenset({"quick", "force", "results", "device", "time_limit"}),
+    takes=frozenset({"quick", "force", "results", "device", "time_limit", "pytest_benchmark_json"}),
     versions={"": speed.VERSION},
     migrate=migrated,
 )

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses as dc
 import itertools
+import json
+import math
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +20,7 @@ from bench.engine.store import Store
 from bench.speed import card, timing
 from bench.speed import tables as speed_tables
 from bench.speed import task as speed
+from bench.speed.exporting import export
 from bench.speed.plan import PROFILES, Profile, Shape, Target
 from bench.speed.timing import exponent, peak_memory, quartiles, side_by_side
 
@@ -240,3 +245,19 @@ def test_targets_that_are_missed_are_told(data: tuple[Path, dict[str, Any]]) -> 
     cells = [[cell.strip() for cell in line.split("|")] for line in page.splitlines() if line.startswith("| r")]
     assert {row[1]: row[5] for row in cells} == {"r1.2": "yes", "r1.4": "missed", "r9.0": "-"}
     assert "a\\|b" in page
+
+
+def test_pytest_benchmark_reads_what_is_exported(data: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """By its own command: medians and quartiles; what the records do not hold is no number."""
+    (tmp_path / "speed.json").write_text(json.dumps(data[1]))
+    export(tmp_path / "speed.json", tmp_path / "times.json")
+    found = json.loads((tmp_path / "times.json").read_text())
+    measured = [row for row in data[1]["rows"] if "cost" in row["answer"]]
+    assert [one["stats"]["median"] for one in found["benchmarks"]] == [row["answer"]["cost"][1] for row in measured]
+    assert all(math.isnan(one["stats"]["min"]) for one in found["benchmarks"])
+    arguments = ["compare", str(tmp_path / "times.json"), "--columns=median,iqr,rounds", "--sort=name"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest_benchmark", *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert all(one["name"] in done.stdout for one in found["benchmarks"])
