@@ -153,6 +153,10 @@ def _parser() -> argparse.ArgumentParser:
         "--classes", type=Path, metavar="FILE",
         what="a JSON object with the number of the class of each folder by its name",
     )  # fmt: skip
+    add(
+        "--deept", type=Path, metavar="DIR",
+        what="a folder with the published ViT on MNIST and its radii by DeepT, which is certified too",
+    )  # fmt: skip
     add("--count", type=int, metavar="N", what="of images, a sample; by default 200, with --quick 4")
     add("--check", action="store_true", what="exit with 1 if the README is stale, write nothing")
     add("--readme", type=Path, default=ROOT / "README.md", metavar="PATH", what="the README")

@@ -176,10 +176,8 @@ def _certified(content: dict[str, Any]) -> Results:
     for model, found in content["models"].items():
         for row in found["certificates"]:
             where = f"image {row['image']}"
-            for name in ("radius", "product_radius"):
-                certified = Row(model, row["attention"], f"certified {name.replace('_', ' ')}", where)
-                figures[certified] = Figure(float(row[name]), "higher")
-            seconds[Row(model, row["attention"], SECONDS)].append(float(row["seconds"]))
+            figures[Row(model, row["method"], "certified radius", where)] = Figure(float(row["radius"]), "higher")
+            seconds[Row(model, row["method"], SECONDS)].append(float(row["seconds"]))
     for model, row in content["whole"].items():
         for name in ("bound", "joint"):
             if row[name] is not None:

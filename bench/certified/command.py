@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from bench.certified import tables
+from bench.certified import figure, instances, tables
 from bench.certified import task as certified
+from bench.certified.radii import RADIUS_VERSION
 from bench.engine.answers import Shown
 from bench.engine.machine import describe
 from bench.engine.migration import Old
@@ -24,8 +25,9 @@ def measure(options: argparse.Namespace, store: Store) -> Showing:
         store: the records.
     """
     profile = certified.PROFILES[profile_of(options)]
-    with progress_bar(certified.pieces(profile)) as advance:
-        certified.run(store, profile, device=device_named(options.device), force=options.force, advance=advance)
+    device, peer = device_named(options.device), options.deept
+    with progress_bar(certified.pieces(profile, peer)) as advance:
+        certified.run(store, profile, device=device, force=options.force, peer=peer, advance=advance)
     return Showing(keys=store.asked)
 
 
@@ -39,7 +41,8 @@ def pages(found: Shown, folder: Path) -> Written:
     data = certified.shown(found)
     machines = "\n- ".join(map(describe, found.states))
     written = write_page(folder, "certified", tables.report(data, found.page.data["command"], machines), data)
-    return Written(paths=[*written, *tables.draw(data, folder)], failures=certified.violations(data))
+    listed = instances.write(data, folder)
+    return Written(paths=[*written, listed, *figure.draw(data, folder)], failures=certified.violations(data))
 
 
 def migrated(old: Old) -> Showing:
@@ -71,7 +74,7 @@ TASK = Task(
     help="certified radii beside an attack, and bounds of whole models",
     measure=measure,
     pages=pages,
-    takes=frozenset({"quick", "full", "force", "results", "device"}),
-    versions={"": certified.VERSION, "certificate": certified.CERTIFICATE_VERSION},
+    takes=frozenset({"quick", "full", "force", "results", "device", "deept"}),
+    versions={"": certified.VERSION, "radius": RADIUS_VERSION, "constant": certified.CONSTANT_VERSION},
     migrate=migrated,
 )

@@ -1,45 +1,44 @@
-"""Tables and figure of the task `certified`, from its data alone."""
+"""Tables of the task `certified`, from its data alone."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
-import matplotlib as mpl
-
-
-mpl.use("Agg")
-
-import matplotlib.pyplot as plt
-
-from bench.pages.figure_files import arrange, save
+from bench.certified.shares import METHODS, certified, left_by_smallest, share_of
 from bench.pages.formatting import figure, table
-from bench.pages.log_axes import log_scale
 from bench.pages.page import folded, page
 
 
 Data = dict[str, Any]
-TITLES = {"lipschitz-vit": "ViT made to be certified", "digits-vit": "ViT trained as usual"}
+TITLES = {
+    "certified-vit": "ViT trained to be certified, against an attack",
+    "lipschitz-vit": "ViT made to be certified",
+    "digits-vit": "ViT trained as usual",
+    "mnist-vit": "ViT on MNIST with radii published by DeepT",
+}
 
 
 def report(data: Data, command: str, environment: str) -> str:
     """The page of results.
 
     Args:
-        data: what `bench.certified.task.run` returned.
+        data: what `bench.certified.task.shown` returned.
         command: that made it.
         environment: of this run, in a line.
     """
+    more = " --deept DIR" if any(model["published"] for model in data["models"].values()) else ""
     parts = [
         "# Certified radii, and bounds of whole models",
         "![Certified and robust accuracy over the radius](certified.png)",
         "Certified accuracy: the share of test images that are classified right and for which it is proved that no "
-        "image within the radius (Euclidean norm of the pixels) has another class. Robust accuracy: the share that "
-        "AutoAttack-standard (l2) leaves right on the images that were attacked. Proved numbers are below the truth, "
-        "what an attack leaves is above it.",
+        "image within the radius (Euclidean norm of the pixels) has another class. Robust accuracy: the share that an "
+        "attack leaves right: AutoAttack-standard in l2 at that radius, or FAB and APGD, which look for the nearest "
+        "image of another class. Proved numbers are below the truth, what an attack leaves is above it. In every "
+        "certified ball a short attack was tried as well; a radius that an attack refutes is an error of the run.",
         *([_headline(data["models"])] if data["models"] else []),
-        f"Made by `{command}`; nothing here is written by hand.",
+        f"Made by `{command}{more}`; nothing here is written by hand. Every radius: "
+        "[certified_instances.csv](certified_instances.csv).",
     ]
     parts += [part for name, model in data["models"].items() for part in _classifier(name, model)]
     parts += ["## Whole models at a point", *_whole(data["whole"])]
@@ -50,36 +49,79 @@ def report(data: Data, command: str, environment: str) -> str:
 def _headline(models: Data) -> str:
     body = []
     for name, model in models.items():
-        rows = model["certificates"]
-        radii = [row["radius"] for row in rows if row["correct"]]
-        products = [row["product_radius"] for row in rows if row["correct"]]
-        shown = [figure(median(values)) if values else "-" for values in (radii, products)]
-        body.append([f"{TITLES.get(name, name)} (`{name}`)", len(rows), len(radii), *shown])
-    titles = ["classifier", "images", "classified right", "certified radius, median (proved)"]
-    return table([*titles, "by the product of norms, median (proved)"], body)
+        first = certified(model, METHODS[0])
+        shown = [_median(certified(model, method)) for method in METHODS]
+        nearest = [one for one in _distances(model) if one > 0]
+        found = figure(median(nearest)) if nearest else "-"
+        right = sum(row["correct"] for row in first)
+        body.append([f"{TITLES.get(name, name)} (`{name}`)", len(first), right, *shown, found])
+    titles = ["classifier", "images", "classified right", *(f"{method}, median (proved)" for method in METHODS)]
+    return table([*titles, "nearest other class found, median (attack)"], body)
+
+
+def _median(rows: list[Data]) -> str:
+    radii = [row["radius"] for row in rows if row["correct"]]
+    return figure(median(radii)) if radii else "-"
+
+
+def _distances(model: Data) -> list[float]:
+    return [value for one in model["smallest"] for value in one["distances"] if value is not None]
 
 
 def _classifier(name: str, model: Data) -> list[str]:
-    rows, attacks = model["certificates"], model["attacks"]
-    radii = [row["radius"] for row in rows if row["correct"]]
-    products = [row["product_radius"] for row in rows if row["correct"]]
-    body = [["0", figure(_share(rows, 0.0)), "-", len(rows), "-"]]
-    for attacked in attacks:
-        robust, radius = attacked["robust"], attacked["radius"]
-        same = rows[: len(robust)]
-        body.append([f"{radius:g}", figure(_share(same, radius)), figure(sum(robust) / len(robust)), len(same), ""])
-    summary = (
-        f"{len(rows)} images, {len(radii)} of them classified right. Certified radius of those: median "
-        f"{figure(median(radii))}, smallest {figure(min(radii))}, largest {figure(max(radii))}; with the product of "
-        f"norms instead of the joint Jacobian: median {figure(median(products))}. "
-        f"Seconds per image for both together: median {figure(median(row['seconds'] for row in rows))}."
+    parts = [f"## {TITLES.get(name, name)} (`{name}`)", _methods(model), _accuracy(model)]
+    if model["smoothing"]:
+        parts += [_smoothing(model["smoothing"])]
+    return parts
+
+
+def _methods(model: Data) -> str:
+    """Radii of the images that are classified right, by method."""
+    body = []
+    for method in METHODS:
+        rows = certified(model, method)
+        radii = [row["radius"] for row in rows if row["correct"]]
+        if radii:
+            seconds = median(row["seconds"] for row in rows)
+            numbers = (mean(radii), median(radii), min(radii), max(radii), seconds)
+            body.append([method, "proved", len(radii), *map(figure, numbers)])
+    for row in model["published"]:
+        numbers = (row[key] for key in ("mean", "median", "smallest", "largest", "seconds"))
+        body.append([f"DeepT ({row['source']})", "published", row["images"], *map(figure, numbers)])
+    nearest = [one for one in _distances(model) if one > 0]
+    if nearest:
+        numbers = (mean(nearest), median(nearest), min(nearest), max(nearest))
+        body.append(["FAB and APGD: another class is there", "attack", len(nearest), *map(figure, numbers), "-"])
+    titles = ["radius by", "kind", "images", "mean", "median", "smallest", "largest", "seconds per image"]
+    note = "\n\nThe published radii are of other random images of the same test set, on a GPU."
+    return table(titles, body) + (note if model["published"] else "")
+
+
+def _accuracy(model: Data) -> str:
+    methods = [method for method in METHODS if certified(model, method)]
+    counts = {method: len(certified(model, method)) for method in methods}
+    titles = ["radius", *(f"certified, {method}, {counts[method]} images" for method in methods)]
+    attacked = {attack["radius"]: attack for attack in model["attacks"]}
+    body = []
+    for radius in (0.0, *attacked):
+        shares = [figure(share_of(certified(model, method), radius)) for method in methods]
+        robust = attacked[radius]["robust"] if radius in attacked else []
+        left = left_by_smallest(model, radius)
+        body.append([f"{radius:.3g}", *shares, figure(sum(robust) / len(robust)) if robust else "-", figure(left)])
+    images = max((len(attack["robust"]) for attack in model["attacks"]), default=0)
+    return table([*titles, f"AutoAttack leaves, {images} images", "FAB and APGD leave"], body)
+
+
+def _smoothing(rows: list[Data]) -> str:
+    kept = [row["radius"] for row in rows if row["correct"]]
+    first = rows[0]
+    numbers = f"median {figure(median(kept))}, largest {figure(max(kept))}" if kept else "none"
+    return (
+        f"Smoothing, probable and about another classifier (this one under noise of standard deviation "
+        f"{first['sigma']:g}), so not to be compared with the proved radii: {len(kept)} of {len(rows)} images keep "
+        f"their class; radius of those: {numbers}. Each is wrong with probability at most {first['delta']:g}, from "
+        f"{first['samples']:,} draws; {figure(median(row['seconds'] for row in rows))} seconds per image."
     )
-    titles = ["radius", "certified accuracy", "robust accuracy (AutoAttack)", "images"]
-    return [f"## {TITLES.get(name, name)} (`{name}`)", summary, table(titles, [row[:4] for row in body])]
-
-
-def _share(rows: list[Data], radius: float) -> float:
-    return sum(row["correct"] and row["radius"] >= radius for row in rows) / len(rows)
 
 
 def _whole(models: Data) -> list[str]:
@@ -92,11 +134,12 @@ def _whole(models: Data) -> list[str]:
         for name, row in models.items()
     ]
     caption = (
-        "Norm of the Jacobian of the whole model at one input: the product of the bounds of its layers, the joint "
-        "Jacobian where it is small enough to be formed, the probable upper bound of Lanczos (fails with probability "
-        "at most 1e-9) and the lower bound of Lanczos; the truth lies between the last two."
+        "Norm of the Jacobian of the whole model at one input: the product of the bounds of its layers; the Jacobian "
+        "formed as a matrix, with all rounding (`lipbounds.compose.constant`), where the network is small enough; the "
+        "probable upper bound of Lanczos (fails with probability at most 1e-9) and the lower bound of Lanczos. The "
+        "truth lies between the last two."
     )
-    titles = ["model", "product (proved)", "joint (proved)", "constant (probable)", "reached (lower)"]
+    titles = ["model", "product (proved)", "Jacobian (proved)", "constant (probable)", "reached (lower)"]
     titles += ["product / constant", "product / reached"]
     return [caption, table(titles, rows)]
 
@@ -114,43 +157,3 @@ def _layers(row: Data) -> str:
         for layer in row["layers"]
     ]
     return table(["layer", "what", "bound (proved)", "reached (lower)", "ratio", "bound so far"], body)
-
-
-def draw(data: Data, folder: Path) -> list[Path]:
-    """Certified and robust accuracy against the radius, as PNG and SVG.
-
-    Args:
-        data: what `bench.certified.task.run` returned.
-        folder: where the files go.
-    """
-    with mpl.rc_context({"svg.hashsalt": "certified", "svg.fonttype": "none", "font.size": 10}):
-        canvas, panels = plt.subplots(1, len(data["models"]), figsize=(5.2 * len(data["models"]), 4), dpi=150)
-        for axes, (name, model) in zip(
-            [panels] if len(data["models"]) == 1 else panels, data["models"].items(), strict=True
-        ):
-            rows = model["certificates"]
-            radii = sorted({row["radius"] for row in rows if row["radius"] > 0})
-            shown = sorted([*radii, *(attack["radius"] for attack in model["attacks"] if attack["radius"] > 0)]) or [
-                1.0
-            ]
-            decades = shown[-1] > 100 * shown[0]  # within two decades a straight axis is easier to read
-            start = shown[0] / 3 if decades else 0.0
-            edges = [start, *radii, *(radius * 1.0001 for radius in radii)]
-            edges.sort()
-            axes.plot(edges, [_share(rows, edge) for edge in edges], color="#0072B2", label="certified (proved)")
-            attacked = [(a["radius"], sum(a["robust"]) / len(a["robust"])) for a in model["attacks"]]
-            if attacked:
-                axes.plot(*zip(*attacked, strict=True), color="#D55E00", marker="o", label="AutoAttack leaves")
-            if decades:
-                log_scale(axes.xaxis)
-            axes.set_ylim(-0.02, 1.02)
-            axes.set_xlabel("radius, l2 norm of the pixels")
-            axes.set_title(f"{TITLES.get(name, name)}\n{len(rows)} images", loc="left", fontsize=10)
-            axes.grid(color="#dddddd", linewidth=0.6)
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.legend(loc="lower left", fontsize=8, frameon=False)
-            axes.set_ylabel("accuracy")
-        arrange(canvas)
-        paths = save(canvas, folder, "certified")
-        plt.close(canvas)
-    return paths

@@ -1,45 +1,41 @@
-"""Certified accuracy against radius beside what an attack leaves, and the bounds of whole models beside their constant.
+"""Certified accuracy against radius beside what attacks leave, and the bounds of whole models beside their constant.
 
 Images are those of the test part of the digits, in order. Radii are in the Euclidean norm of the pixels, which lie in
-[0, 1]. The attack is AutoAttack in its standard version for l2, which keeps pixels in [0, 1]: it searches a part of the
-ball, so what it leaves is above the truth, and what is certified below it.
+[0, 1]. The attacks keep pixels in [0, 1]: they search a part of the ball, so what they leave is above the truth, and
+what is certified below it.
 """
 
 from __future__ import annotations
 
 import dataclasses as dc
-import functools
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from bench.attacks.images import Ball, autoattack, distance, right
+from bench.certified.models import CLASSIFIERS, MNIST, as_network, load
+from bench.certified.radii import Amount, measure
 from bench.engine.answers import Shown
 from bench.engine.evaluators import CPU
 from bench.engine.records import content_hash
 from bench.engine.store import Answer, Store
 from bench.workloads.architectures import ARCHITECTURES
 from bench.workloads.hashes import tensors_hash
-from lipbounds.certify import certify
 from lipbounds.compose import network_bound
-from lipbounds.compose.joint import JointNetwork
-from lipbounds.compose.network import AT_POINT, ON_BALL
+from lipbounds.compose.constant import proved_constant
+from lipbounds.compose.network import AT_POINT
 from lipbounds.compose.rewrite import flat, rewritten
 from lipbounds.estimators.whole_model import whole_model_constant
 from lipbounds.models.digits_data import load_digits_split
-from lipbounds.models.digits_vit import load_digits_vit
-from lipbounds.models.lipschitz_vit import load_lipschitz_vit
 from lipbounds.targets.layers import Pool, Sequence
 
 
 VERSION = 1  # of what is computed here: raise it when numbers change
-CERTIFICATE_VERSION = 3  # of certificates: 2 since attention is followed to the second order, 3 since in eight shells
-RADII = {"lipschitz-vit": (0.1, 0.2, 0.3, 0.5), "digits-vit": (0.3,)}
+CONSTANT_VERSION = 1  # of proved constants
 LANCZOS = {"delta": 1e-9, "steps": 60}
-ATTACK_SEED = 0
 SENTENCE = "A bound is a promise about every point of a set."
 
 
@@ -48,58 +44,42 @@ class Profile:
     """How much is done.
 
     Args:
-        certified: number of images that are certified, by model.
-        attacked: of those, how many are attacked, by model.
-        radii: how many of the radii of a model are attacked.
+        amounts: of each classifier.
         whole: models whose bound is compared with their constant.
     """
 
-    certified: dict[str, int]
-    attacked: dict[str, int]
-    radii: int
+    amounts: dict[str, Amount]
     whole: tuple[str, ...]
 
 
+WHOLE = ("digits-vit", "lipschitz-vit", "certified-vit", "minilm", "gpt-2", "vit-b-16")
+DIGITS = (0.1, 0.2, 0.3, 0.5)
 PROFILES = {
     "quick": Profile(
-        certified={"lipschitz-vit": 3, "digits-vit": 1},
-        attacked={"lipschitz-vit": 3, "digits-vit": 0},
-        radii=1,
+        amounts={
+            "lipschitz-vit": Amount(images=3, slower=3, attacked=3, radii=DIGITS[:1]),
+            "digits-vit": Amount(images=1),
+        },
         whole=("lipschitz-vit",),
     ),
     "standard": Profile(
-        certified={"lipschitz-vit": 24, "digits-vit": 5},
-        attacked={"lipschitz-vit": 24, "digits-vit": 5},
-        radii=4,
-        whole=("digits-vit", "lipschitz-vit", "minilm", "gpt-2", "vit-b-16"),
+        amounts={
+            "certified-vit": Amount(images=36, slower=3, smoothed=4, attacked=36, radii=DIGITS),
+            "lipschitz-vit": Amount(images=24, slower=6, smoothed=4, attacked=24, radii=DIGITS),
+            "digits-vit": Amount(images=1, slower=1, smoothed=1, attacked=5, radii=(0.3,)),
+        },
+        whole=WHOLE,
     ),
     "full": Profile(
-        certified={"lipschitz-vit": 120, "digits-vit": 120},
-        attacked={"lipschitz-vit": 120, "digits-vit": 120},
-        radii=4,
-        whole=("digits-vit", "lipschitz-vit", "minilm", "gpt-2", "vit-b-16"),
+        amounts={
+            "certified-vit": Amount(images=360, slower=120, smoothed=120, attacked=360, radii=DIGITS),
+            "lipschitz-vit": Amount(images=120, slower=120, smoothed=120, attacked=120, radii=DIGITS),
+            "digits-vit": Amount(images=120, slower=120, smoothed=120, attacked=120, radii=(0.3,)),
+        },
+        whole=WHOLE,
     ),
 }
-CLASSIFIERS: dict[str, Callable[[], nn.Module]] = {"lipschitz-vit": load_lipschitz_vit, "digits-vit": load_digits_vit}
-
-
-def as_network(name: str, model: nn.Module, images: Tensor) -> Sequence:
-    """A classifier as a network.
-
-    Args:
-        name: of a classifier.
-        model: the classifier.
-        images: a few, to check the network with.
-    """
-    # Adapters import transformers, which takes seconds.
-    from lipbounds.adapters.digits_vit import digits_vit_network
-    from lipbounds.adapters.lipschitz_vit import lipschitz_vit_network
-
-    adapters: dict[str, Callable[[Any, Tensor], Sequence]] = {
-        "lipschitz-vit": lipschitz_vit_network,
-        "digits-vit": digits_vit_network,
-    }
-    return adapters[name](model, images)
+PEER = Amount(images=20, smoothed=2, attacked=20)  # of the ViT on MNIST, in every profile
 
 
 def run(
@@ -108,6 +88,7 @@ def run(
     *,
     device: torch.device = CPU,
     force: bool = False,
+    peer: Path | None = None,
     advance: Callable[[str], None] = lambda what: None,
 ) -> None:
     """Everything of a profile that is not in the file yet.
@@ -117,29 +98,27 @@ def run(
         profile: how much is done.
         device: where it is computed.
         force: make again what is in the file.
+        peer: the folder of the ViT on MNIST, which then is certified too.
         advance: called before each piece of work with its name.
     """
-    split = load_digits_split().test
-    for name, count in profile.certified.items():
-        model = CLASSIFIERS[name]().to(device)
-        shared = _shared(name, model, device)
-        network = functools.cache(lambda n=name, m=model: as_network(n, m, split.images[:2].to(device)))
-        for index in range(count):
-            advance(f"{name}: certify image {index}")
-            given = split.images[index : index + 1].to(device), split.labels[index : index + 1].to(device)
-            question = {**shared, "what": "certificate", "attention": ON_BALL, "image": int(split.indices[index])}
-            question["version"] = CERTIFICATE_VERSION
-            answers.ask(question, lambda given=given, n=network: _certificate(n(), *given), force=force)
-        chosen = slice(0, profile.attacked[name])
-        for radius in RADII[name][: profile.radii] if profile.attacked[name] else ():
-            advance(f"{name}: attack with radius {radius:g}")
-            given = split.images[chosen].to(device), split.labels[chosen].to(device)
-            question = {**shared, "what": "attack", "radius": radius, "images": split.indices[chosen].tolist()}
-            question["seed"] = ATTACK_SEED
-            answers.ask(question, lambda m=model, g=given, r=radius: attack(m, *g, r), force=force)
+    for name, amount in amounts(profile, peer).items():
+        found = load(name, device, peer)
+        shared = {"task": "certified", "version": VERSION, "model": name, "weights": found.weights}
+        shared["device"] = device.type
+        measure(answers, shared, found, amount, force=force, advance=advance)
+    if peer is not None:
+        from bench.certified.mnist import published
+
+        question = {"task": "certified", "version": VERSION, "model": MNIST, "what": "published", "norm": "l2"}
+        answers.ask(question, lambda: published(peer), force=force)
     for name in profile.whole:
         advance(f"{name}: whole model")
-        answers.ask(whole_question(name, device), lambda n=name: _whole(n, *whole_model(n, device)), force=force)
+        question = whole_question(name, device)
+        answers.ask(question, lambda n=name: _whole(*whole_model(n, device)), force=force)
+        if name in CLASSIFIERS:
+            shared = {key: question[key] for key in ("task", "model", "weights", "input_hash", "device")}
+            question = {**shared, "version": CONSTANT_VERSION, "what": "constant"}
+            answers.ask(question, lambda n=name: _constant(*whole_model(n, device)), force=force)
 
 
 def shown(found: Shown) -> dict[str, Any]:
@@ -148,26 +127,34 @@ def shown(found: Shown) -> dict[str, Any]:
     Args:
         found: the answers of a run.
     """
-    rows = [*found.select(what="certificate"), *found.select(what="attack")]
     models = {
         name: {
-            "certificates": found.select(what="certificate", model=name),
+            "certificates": found.select(what="radius", model=name),
+            "smoothing": found.select(what="smoothing", model=name),
             "attacks": found.select(what="attack", model=name),
+            "smallest": found.select(what="smallest", model=name),
+            "published": found.select(what="published", model=name),
         }
-        for name in dict.fromkeys(row["model"] for row in rows)
+        for name in dict.fromkeys(row["model"] for row in found.select(what="radius"))
     }
-    return {"models": models, "whole": {row["model"]: row for row in found.select(what="whole")}}
+    proved = {row["model"]: row["value"] for row in found.select(what="constant")}
+    whole = {row["model"]: {**row, "joint": proved.get(row["model"])} for row in found.select(what="whole")}
+    return {"models": models, "whole": whole}
 
 
-def pieces(profile: Profile) -> int:
+def amounts(profile: Profile, peer: Path | None) -> dict[str, Amount]:
+    """How much is done with each classifier.
+
+    Args:
+        profile: how much is done.
+        peer: the folder of the ViT on MNIST.
+    """
+    return profile.amounts if peer is None else {**profile.amounts, MNIST: PEER}
+
+
+def pieces(profile: Profile, peer: Path | None = None) -> int:
     """Number of calls of `advance` in a run."""
-    attacks = sum(profile.radii for count in profile.attacked.values() if count)
-    return sum(profile.certified.values()) + len(profile.whole) + attacks
-
-
-def _shared(name: str, model: nn.Module, device: torch.device) -> Answer:
-    weights = tensors_hash(model.state_dict().items())
-    return {"task": "certified", "version": VERSION, "model": name, "weights": weights, "device": device.type}
+    return sum(amount.pieces for amount in amounts(profile, peer).values()) + len(profile.whole)
 
 
 def violations(data: dict[str, Any]) -> list[str]:
@@ -178,54 +165,22 @@ def violations(data: dict[str, Any]) -> list[str]:
     """
     found = []
     for name, model in data["models"].items():
-        for attacked in model["attacks"]:
-            for row, robust in zip(model["certificates"], attacked["robust"], strict=False):
+        for row in model["certificates"]:
+            told = f"{name}: image {row['image']} is certified to {row['radius']:.6g} by {row['method']}, and "
+            if row["attacked"] is not None and not row["attacked"] >= 0:
+                found.append(f"{told}the self-check found another class inside")
+            for attacked in model["attacks"]:
+                robust = dict(zip(attacked["images"], attacked["robust"], strict=True)).get(row["image"], True)
                 if row["correct"] and row["radius"] >= attacked["distance"] and not robust:
-                    found.append(
-                        f"{name}: image {row['image']} is certified to {row['radius']:.6g}, and an attack of radius "
-                        f"{attacked['radius']:g} changes it"
-                    )
+                    found.append(f"{told}an attack of radius {attacked['radius']:g} changes it")
+            for one in model["smallest"]:
+                nearest = dict(zip(one["images"], one["distances"], strict=True)).get(row["image"])
+                if row["correct"] and nearest is not None and row["radius"] > nearest:
+                    found.append(f"{told}an image of another class is {nearest:.6g} away")
     for name, row in data["whole"].items():
         if not row["lower"] <= row["bound"]:
             found.append(f"{name}: bound {row['bound']:.6g} is below {row['lower']:.6g}, which is reached")
     return found
-
-
-def attack(model: nn.Module, images: Tensor, labels: Tensor, radius: float) -> Answer:
-    """Which images keep their class under AutoAttack-standard in l2.
-
-    Args:
-        model: the classifier.
-        images: 4-dimensional, in [0, 1].
-        labels: the right classes.
-        radius: of the ball.
-
-    Raises:
-        InvalidInput: as `bench.attacks.images.autoattack`.
-    """
-    start = time.perf_counter()
-    moved = autoattack(model, images, labels, Ball("l2", radius), seed=ATTACK_SEED)
-    return {
-        "robust": right(model, moved, labels).tolist(),
-        # Steps of length `radius` in float32 may end a little outside.
-        "distance": max(radius, float(distance(moved, images, "l2").max())),
-        "seconds": time.perf_counter() - start,
-    }
-
-
-def _certificate(network: Sequence, image: Tensor, label: Tensor) -> Answer:
-    start = time.perf_counter()
-    found = certify(network, image, label, method="joint")
-    product = certify(network, image, label, method="product")
-    others = torch.arange(found.lipschitz.shape[1]) != int(label)
-    return {
-        "radius": float(found.radius),
-        "product_radius": float(product.radius),
-        "correct": bool(found.correct),
-        "margin": float(found.margin),
-        "slope": float(found.lipschitz[0, others].max()) if float(found.radius) > 0 else None,
-        "seconds": time.perf_counter() - start,
-    }
 
 
 def whole_question(name: str, device: torch.device = CPU) -> Answer:
@@ -257,7 +212,7 @@ def raw_hashes(name: str) -> tuple[str, str]:
     return found.model_hash(), found.input_hash(0)
 
 
-def _whole(name: str, network: Sequence, x: Tensor) -> Answer:
+def _whole(network: Sequence, x: Tensor) -> Answer:
     """Bound and constant of a model and of each of its layers at one input."""
     start = time.perf_counter()
     bound = network_bound(network, x)
@@ -280,15 +235,25 @@ def _whole(name: str, network: Sequence, x: Tensor) -> Answer:
             }
         )
         here = there
-    small = name in CLASSIFIERS
     return {
         "bound": float(bound.value),
-        "joint": float(JointNetwork(network, x[0]).bound(0.0).norm) if small else None,
         "constant": float(truth.value),
         "lower": float(truth.terms["lower"]),
         "seconds": seconds,
         "seconds_constant": time.perf_counter() - start - seconds,
         "layers": layers,
+    }
+
+
+def _constant(network: Sequence, x: Tensor) -> Answer:
+    """The proved constant of a model at one input."""
+    start = time.process_time()
+    found = proved_constant(network, x)
+    return {
+        "value": float(found.value),
+        "rounding": float(found.terms["rounding"]),
+        "kind": found.kind,
+        "seconds": time.process_time() - start,
     }
 
 

@@ -10,24 +10,48 @@ import pytest
 import torch
 from torch import nn
 
+from bench.certified import instances, radii
 from bench.certified import tables as certified_tables
 from bench.certified import task as certified
+from bench.certified.figure import draw
 from bench.engine.records import RecordError
-from bench.engine.store import Store
+from bench.engine.store import Shown, Store
 from lipbounds.errors import InvalidInput
 
 
-def row(image: int, radius: float, correct: bool = True) -> dict[str, Any]:
-    return {"image": image, "radius": radius, "product_radius": radius / 9, "correct": correct, "seconds": 1.0}
+def row(image: int, radius: float, correct: bool = True, method: str = "taylor") -> dict[str, Any]:
+    shared = {"image": image, "correct": correct, "seconds": 1.0, "weights": "abc", "norm": "l2", "kind": "proved"}
+    return {**shared, "radius": radius, "method": method, "attacked": 0.1 if radius else None}
+
+
+def smooth(image: int, radius: float) -> dict[str, Any]:
+    found = row(image, radius) | {"kind": "probable", "sigma": 0.25, "samples": 1000, "delta": 1e-3}
+    return {key: value for key, value in found.items() if key not in ("method", "norm", "attacked")}
+
+
+def attack(radius: float, robust: list[bool]) -> dict[str, Any]:
+    return {"radius": radius, "distance": radius, "robust": robust, "images": [3, 5, 8][: len(robust)]}
 
 
 DATA: dict[str, Any] = {
     "models": {
         "lipschitz-vit": {
-            "certificates": [row(3, 0.3), row(5, 0.1), row(8, 0.0, False)],
-            "attacks": [{"radius": 0.2, "distance": 0.2, "robust": [True, False, False]}],
+            "certificates": [row(3, 0.3), row(5, 0.1), row(8, 0.0, False), row(3, 0.05, method="joint")],
+            "attacks": [attack(0.2, [True, False, False])],
+            "smallest": [{"images": [3, 5, 8], "distances": [0.4, 0.15, 0.0]}],
+            "smoothing": [smooth(3, 0.6)],
+            "published": [],
         },
-        "digits-vit": {"certificates": [row(3, 1e-5)], "attacks": []},
+        "mnist-vit": {
+            "certificates": [row(3, 1e-5)],
+            "attacks": [],
+            "smallest": [],
+            "smoothing": [],
+            "published": [
+                {"source": "A, B", "mean": 0.19, "median": 0.18, "smallest": 0.05, "largest": 0.29}
+                | {"images": 100, "seconds": 8.2},
+            ],
+        },
     },
     "whole": {
         "digits-vit": {
@@ -82,24 +106,45 @@ def test_an_attack_inside_a_certified_radius_is_a_violation() -> None:
     wrong = copy.deepcopy(DATA)
     wrong["models"]["lipschitz-vit"]["attacks"][0]["robust"][0] = False
     (found,) = certified.violations(wrong)
-    assert "image 3 is certified to 0.3" in found
+    assert "image 3 is certified to 0.3 by taylor" in found
     # An attack that went further than it was told is no witness.
     wrong["models"]["lipschitz-vit"]["attacks"][0]["distance"] = 0.4
     assert certified.violations(wrong) == []
+    wrong["models"]["lipschitz-vit"]["smallest"][0]["distances"][0] = 0.299
+    assert "is 0.299 away" in certified.violations(wrong)[0]
+    wrong["models"]["lipschitz-vit"]["smallest"] = []
+    wrong["models"]["lipschitz-vit"]["certificates"][3]["attacked"] = -1e-9
+    assert "by joint, and the self-check" in certified.violations(wrong)[0]
+    wrong["models"]["lipschitz-vit"]["certificates"][3]["attacked"] = 1.0
     wrong["whole"]["digits-vit"]["lower"] = 301.0
     assert "below 301" in certified.violations(wrong)[0]
 
 
 def test_the_page_and_the_figure(tmp_path: Path) -> None:
     page = certified_tables.report(DATA, "python -m bench certified", "a machine")
-    assert "| 0.2      | 0.3333               | 0.3333" in page
-    assert "| 0        | 0.6667" in page
+    assert "python -m bench certified --deept DIR" in page
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines()]
+    # At 0.2: one of three images by taylor, none of one by joint; AutoAttack and the nearest image found leave one.
+    assert ["0.2", "0.3333", "0.0000", "0.3333", "0.3333"] in cells
+    assert ["0", "0.6667", "1.000", "-", "0.6667"] in cells
+    assert ["DeepT (A, B)", "published", "100", "0.1900", "0.1800", "0.0500", "0.2900", "8.20"] in cells
+    # Smoothing is in no table.
+    (smoothing,) = [line for line in page.splitlines() if "median 0.6000" in line]
+    assert smoothing.startswith("Smoothing, probable")
     assert "| digits-vit | 300 " in page
     assert "`head`" in page
-    paths = certified_tables.draw(DATA, tmp_path)
+    paths = draw(DATA, tmp_path)
     assert [path.name for path in paths] == ["certified.png", "certified.svg"]
     before = paths[1].read_bytes()
-    assert certified_tables.draw(DATA, tmp_path)[1].read_bytes() == before
+    assert draw(DATA, tmp_path)[1].read_bytes() == before
+
+
+def test_every_radius_is_in_the_file_with_its_kind(tmp_path: Path) -> None:
+    lines = instances.write(DATA, tmp_path).read_text().splitlines()
+    assert lines[0] == "model,model_hash,image,method,radius,norm,kind,correct,delta,seconds"
+    assert lines[1] == "lipschitz-vit,abc,3,taylor,0.3,l2,proved,True,,1.00"
+    assert lines[5] == "lipschitz-vit,abc,3,smoothing,0.6,l2,probable,True,0.001,1.00"
+    assert len(lines) == 7
 
 
 @pytest.mark.parametrize(
@@ -114,7 +159,7 @@ def test_what_the_attack_would_silently_change_is_refused(images: torch.Tensor, 
     pytest.importorskip("pyautoattack")
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, classes))
     with pytest.raises(InvalidInput, match=message):
-        certified.attack(model, images, torch.zeros(1, dtype=torch.long), 0.1)
+        radii.attack(model, images, torch.zeros(1, dtype=torch.long), 0.1)
 
 
 def test_no_certified_image_falls_to_autoattack() -> None:
@@ -131,5 +176,21 @@ def test_no_certified_image_falls_to_autoattack() -> None:
     labels = model(images).argmax(1)
     network = Sequence((Patches((8, 8), (8, 8)), Linear(weight)))
     radius = float(certify(network, images, labels).radius.min())
-    assert all(certified.attack(model, images, labels, 0.98 * radius)["robust"])
-    assert not all(certified.attack(model, images, labels, 1.05 * radius)["robust"])
+    assert all(radii.attack(model, images, labels, 0.98 * radius)["robust"])
+    assert not all(radii.attack(model, images, labels, 1.05 * radius)["robust"])
+
+
+def test_a_small_run_is_kept_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One image of the ViT made to be certified, by every method, with little smoothing and no attack."""
+    monkeypatch.setitem(radii.SMOOTHING, "samples", 50)
+    amounts = {"lipschitz-vit": radii.Amount(images=1, slower=1, smoothed=1)}
+    profile = certified.Profile(amounts=amounts, whole=())
+    told: list[str] = []
+    with Store(tmp_path / "certified.jsonl") as store:
+        certified.run(store, profile, advance=told.append)
+        page = store.show("standard", store.asked, command="python -m bench certified", profile="standard")
+    assert len(told) == certified.pieces(profile) == 4
+    data = certified.shown(Shown(Store(tmp_path / "certified.jsonl", only_read=True), page))
+    by_method = {one["method"]: one["radius"] for one in data["models"]["lipschitz-vit"]["certificates"]}
+    assert by_method["taylor"] > by_method["joint"] > by_method["product"] > 0
+    assert certified.violations(data) == []

@@ -179,7 +179,9 @@ def test_medians_over_other_inputs_are_not_compared(tmp_path: Path) -> None:
 
 def certified() -> dict[str, Any]:
     rows = [
-        {"attention": "a", "image": image, "radius": 0.2, "product_radius": 0.1, "seconds": 1.0} for image in (1, 2)
+        {"method": method, "image": image, "radius": radius, "seconds": 1.0}
+        for method, radius in (("joint", 0.2), ("product", 0.1))
+        for image in (1, 2)
     ]
     whole = {"attention": "a", "bound": 9.0, "joint": 4.0, "lower": 3.0}
     return {"models": {"vit": {"certificates": rows, "attacks": []}}, "whole": {"vit": whole}}
@@ -187,11 +189,11 @@ def certified() -> dict[str, Any]:
 
 def test_a_smaller_certified_radius_is_worse_and_a_larger_one_better(tmp_path: Path) -> None:
     after = certified()
-    first, second = after["models"]["vit"]["certificates"]
-    first["radius"], second["radius"], second["product_radius"] = 0.1, 0.05, 0.3
+    first, second, _, other = after["models"]["vit"]["certificates"]
+    first["radius"], second["radius"], other["radius"] = 0.1, 0.05, 0.3
     found = compared(certified(), after, tmp_path)
     assert [(c.what, c.where, c.factor, c.places) for c in found.worse] == [("certified radius", "image 2", 4.0, 2)]
-    assert [(c.what, c.places) for c in found.better] == [("certified product radius", 1)]
+    assert [(c.method, c.what, c.places) for c in found.better] == [("product", "certified radius", 1)]
 
 
 def test_a_looser_whole_model_is_worse_and_one_below_the_truth_a_failure(tmp_path: Path) -> None:
@@ -208,7 +210,7 @@ def test_times_are_compared_on_request_by_their_median(tmp_path: Path) -> None:
         row["seconds"] = 2.0
     assert not compared(certified(), after, tmp_path).regressed
     found = compared(certified(), after, tmp_path, with_seconds=True)
-    assert [(change.what, change.factor) for change in found.worse] == [("seconds, median", 2.0)]
+    assert [(change.what, change.factor) for change in found.worse] == 2 * [("seconds, median", 2.0)]
 
 
 def records(*answers: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,0 +1,98 @@
+"""The classifiers whose radii are certified, as torch models and as networks, with their images."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.workloads.hashes import tensors_hash
+from lipbounds.errors import InvalidInput
+from lipbounds.models.digits_data import load_digits_split
+from lipbounds.models.digits_vit import load_digits_vit
+from lipbounds.models.lipschitz_vit import CERTIFIED, load_lipschitz_vit
+from lipbounds.targets.layers import Sequence
+
+
+MNIST = "mnist-vit"
+CLASSIFIERS: dict[str, Callable[[], nn.Module]] = {
+    "certified-vit": lambda: load_lipschitz_vit(CERTIFIED),
+    "lipschitz-vit": load_lipschitz_vit,
+    "digits-vit": load_digits_vit,
+}
+
+
+@dc.dataclass(frozen=True, eq=False, kw_only=True)
+class Classifier:
+    """A classifier with the images that are certified.
+
+    Args:
+        model: as its owner runs it.
+        network: the same function as a network, made when it is asked for.
+        images: of the test part, pixels in [0, 1], in the order in which they are certified.
+        labels: their classes.
+        indices: their places in the data.
+    """
+
+    model: nn.Module
+    network: Callable[[], Sequence]
+    images: Tensor
+    labels: Tensor
+    indices: list[int]
+
+    @property
+    def weights(self) -> str:
+        """Hash of the weights."""
+        return tensors_hash(self.model.state_dict().items())
+
+
+def load(name: str, device: torch.device, peer: Path | None = None) -> Classifier:
+    """A classifier by its name.
+
+    Args:
+        name: in `CLASSIFIERS`, or `MNIST`.
+        device: where the model and the images are.
+        peer: the folder of the ViT on MNIST.
+
+    Raises:
+        InvalidInput: `MNIST` without a folder.
+    """
+    if name == MNIST:
+        from bench.certified.mnist import load_mnist
+
+        if peer is None:
+            raise InvalidInput(f"{MNIST} needs the folder of its weights; pass --deept FOLDER.")
+        return load_mnist(peer, device)
+    split, model = load_digits_split().test, CLASSIFIERS[name]().to(device)
+    images = split.images.to(device)
+    return Classifier(
+        model=model,
+        network=lambda: as_network(name, model, images[:2]),
+        images=images,
+        labels=split.labels.to(device),
+        indices=split.indices.tolist(),
+    )
+
+
+def as_network(name: str, model: nn.Module, images: Tensor) -> Sequence:
+    """A classifier as a network.
+
+    Args:
+        name: of a classifier of digits.
+        model: the classifier.
+        images: a few, to check the network with.
+    """
+    # Adapters import transformers, which takes seconds.
+    from lipbounds.adapters.digits_vit import digits_vit_network
+    from lipbounds.adapters.lipschitz_vit import lipschitz_vit_network
+
+    adapters: dict[str, Callable[[Any, Tensor], Sequence]] = {
+        "certified-vit": lipschitz_vit_network,
+        "lipschitz-vit": lipschitz_vit_network,
+        "digits-vit": digits_vit_network,
+    }
+    return adapters[name](model, images)
