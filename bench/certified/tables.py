@@ -49,7 +49,7 @@ def report(data: Data, command: str, environment: str) -> str:
 def _headline(models: Data) -> str:
     body = []
     for name, model in models.items():
-        first = certified(model, METHODS[0])
+        first = max((certified(model, method) for method in METHODS), key=len)
         shown = [_median(certified(model, method)) for method in METHODS]
         nearest = [one for one in _distances(model) if one > 0]
         found = figure(median(nearest)) if nearest else "-"

@@ -14,8 +14,9 @@ from bench.certified import instances, radii
 from bench.certified import tables as certified_tables
 from bench.certified import task as certified
 from bench.certified.figure import draw
+from bench.engine.answers import Shown
 from bench.engine.records import RecordError
-from bench.engine.store import Shown, Store
+from bench.engine.store import Store
 from lipbounds.errors import InvalidInput
 
 
