@@ -15,7 +15,7 @@ from lipbounds.targets.layers import Layer
 
 @torch.no_grad()
 def proved_constant(network: Layer, x: Float[Tensor, "batch ..."]) -> BoundResult:
-    """Upper bound on the norm of the Jacobian of a network at each input, within rounding of the truth.
+    """Upper bound on the norm of the Jacobian of a network at each input, above the truth by what rounding may do.
 
     Promise: proved, at the point, in the l2 norm, for the function that the floats of the network define in real
     arithmetic. The Jacobian is formed layer by layer as a matrix, and its norm taken. Its distance to the exact one is
