@@ -55,13 +55,18 @@ def _headline(models: Data) -> str:
         found = figure(median(nearest)) if nearest else "-"
         right = sum(row["correct"] for row in first)
         body.append([f"{TITLES.get(name, name)} (`{name}`)", len(first), right, *shown, found])
-    titles = ["classifier", "images", "classified right", *(f"{method}, median (proved)" for method in METHODS)]
+    titles = [
+        "classifier",
+        "images",
+        "classified right",
+        *(f"{method}, median (proved), of how many" for method in METHODS),
+    ]
     return table([*titles, "nearest other class found, median (attack)"], body)
 
 
 def _median(rows: list[Data]) -> str:
     radii = [row["radius"] for row in rows if row["correct"]]
-    return figure(median(radii)) if radii else "-"
+    return f"{figure(median(radii))} ({len(radii)})" if radii else "-"
 
 
 def _distances(model: Data) -> list[float]:
