@@ -10,7 +10,6 @@ import torch
 from bench.workloads.architectures import VOCABULARY, words
 from lipbounds.capture import capture
 from lipbounds.errors import LipboundsError
-from lipbounds.models.smollm2 import SENTENCE, load_smollm2
 from lipbounds.targets.attention import Attention
 
 
@@ -20,6 +19,8 @@ def trained() -> Iterator[Attention]:
     Raises:
         ImportError: it is not installed.
     """
+    from lipbounds.models.smollm2 import SENTENCE, load_smollm2  # transformers takes seconds to import
+
     try:
         model, tokenizer = load_smollm2()
     except LipboundsError as error:

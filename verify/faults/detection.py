@@ -108,23 +108,7 @@ def _report(record: dict[str, Any]) -> str:
         "",
         *([f"- {row['name']}: {row['what']}" for row in faults if not row["caught_by"]] or ["None."]),
         "",
-        "## How it was measured",
-        "",
-        f"Made by `{record['command']}` in {record['seconds']:.0f} s. Environment: "
-        + ", ".join(f"{key} {value}" for key, value in record["environment"].items())
-        + ".",
-        "",
-        *_added(record["added"]),
-        f"The checks run in this order: `value`, `tight`, `falsify` (gradient ascent) for {SHORT_SECONDS:.0f} s, then "
-        "the others in the order of `lipbounds.testing.contract.CHECKS`. For what survives all of them, `falsify` runs "
-        f"for {record['falsify_seconds']:.0f} s of processor time "
-        f"and `value` with {DEEPER} times as many blocks. A check tries at most {record['max_examples']} blocks "
-        f"({record['control_examples']} on a sound bound); the seed is {record['seed']}; blocks are not shrunk.",
-        "",
-        "Examples: the blocks that the catching check tried until it failed (for `falsify`: its starting points), and "
-        "in brackets the blocks that other checks tried before it. Seconds: of the whole search, by the clock and in "
-        "processor time; other programs ran on the machine at the same time.",
-        "",
+        *_how(record),
         "## All faults",
         "",
         '<details markdown="1">',
@@ -146,6 +130,28 @@ def _report(record: dict[str, Any]) -> str:
         *(f"- {what}: {why}." for what, why in record["not_expressible"].items()),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _how(record: dict[str, Any]) -> list[str]:
+    return [
+        "## How it was measured",
+        "",
+        f"Made by `{record['command']}` in {record['seconds']:.0f} s. Environment: "
+        + ", ".join(f"{key} {value}" for key, value in record["environment"].items())
+        + ".",
+        "",
+        *_added(record["added"]),
+        f"The checks run in this order: `value`, `tight`, `falsify` (gradient ascent) for {SHORT_SECONDS:.0f} s, then "
+        "the others in the order of `lipbounds.testing.contract.CHECKS`. For what survives all of them, `falsify` runs "
+        f"for {record['falsify_seconds']:.0f} s of processor time "
+        f"and `value` with {DEEPER} times as many blocks. A check tries at most {record['max_examples']} blocks "
+        f"({record['control_examples']} on a sound bound); the seed is {record['seed']}; blocks are not shrunk.",
+        "",
+        "Examples: the blocks that the catching check tried until it failed (for `falsify`: its starting points), and "
+        "in brackets the blocks that other checks tried before it. Seconds: of the whole search, by the clock and in "
+        "processor time; other programs ran on the machine at the same time.",
+        "",
+    ]
 
 
 def _added(runs: list[dict[str, Any]]) -> list[str]:
