@@ -39,19 +39,20 @@ def checked_together() -> Iterator[None]:
     where the computation fails because of it.
     """
     checks: list[Check] = []
-    token = _together.set(checks)
+    before = _together.get()
     try:
+        _together.set(checks)
         yield
     except Exception as failure:
-        _together.reset(token)
+        _together.set(before)
         try:
             refuse(*checks)
         except Exception as cause:
             raise cause from failure
         raise
-    else:
-        _together.reset(token)
-        refuse(*checks)
+    finally:  # also after a limit of time or Ctrl-C: otherwise no later check would ever be read
+        _together.set(before)
+    refuse(*checks)
 
 
 def waits_for(tensor: Tensor) -> bool:

@@ -192,6 +192,7 @@ def test_the_length_of_the_input_is_held_fixed_where_it_varies(data: dict[str, A
     words = "blocks: mean g_1 with the true constant, length held fixed"
     given = planted(data, 1.0)
     assert words not in {link.words for link in links(given, "digits-vit")}
+    given = copy.deepcopy(given)  # the arrays of data are made once
     for number, answer in enumerate(given["models"]["digits-vit"]["inputs"]):
         answer["layers"][0]["tokens"] = 4 + number % 3
     assert words in {link.words for link in links(given, "digits-vit")}

@@ -291,4 +291,4 @@ def test_more_folders_than_classes_are_refused(digits: Path, tmp_path: Path) -> 
 
 def test_options_of_a_classifier_go_with_robustness_only(capsys: pytest.CaptureFixture[str]) -> None:
     assert program.main(["speed", "--model", "digits-vit", "--images", "x"]) == 2
-    assert "--model goes with the tasks classifier, got speed" in capsys.readouterr().err
+    assert "--model goes with the tasks tightness, classifier, got speed" in capsys.readouterr().err

@@ -83,13 +83,13 @@ def test_answers_and_their_page_keep_their_numbers(migrated: Path) -> None:
     old = json.loads((OLD / "certified.json").read_text())
     assert program.CERTIFIED.render(program._parser().parse_args(["render", "--results", str(migrated)])) == 0
     new = json.loads((migrated / "certified.json").read_text())
-    for part in ("certificates", "attacks"):
-        for before, after in zip(old["models"]["digits-vit"][part], new["models"]["digits-vit"][part], strict=True):
-            assert (
-                before.items() - {("key", before["key"]), ("schema_version", 1)} <= _hashable(after).items()
-                if (part == "certificates")
-                else before["robust"] == after["robust"]
-            )
+    # The page shows radii by method; the certificates of before are answers to another question, and kept.
+    kept = [entry.flat for entry in store.entries.values()]
+    for before in old["models"]["digits-vit"]["certificates"]:
+        numbers = before.items() - {("key", before["key"]), ("schema_version", 1)}
+        assert any(numbers <= _hashable(after).items() for after in kept)
+    for before in old["models"]["digits-vit"]["attacks"]:
+        assert any(before["robust"] == after.get("robust") for after in kept)
     whole, again = old["whole"]["digits-vit"], new["whole"]["digits-vit"]
     assert (again["bound"], again["layers"]) == (whole["bound"], whole["layers"])
     # Three lines, two questions: of the two lines with attention bounded by covariance.exact the last one counts.

@@ -233,7 +233,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixt
     (tmp_path / "file").write_text("")
     status, line = status_and_line(tmp_path / "file" / "tightness.jsonl", capsys)
     assert status == program.MISUSE
-    assert "File exists" in line or "Not a directory" in line
+    assert "--results must be a folder" in line
 
 
 def test_a_file_system_that_is_only_read(

@@ -85,7 +85,7 @@ def headline(aggregates: Aggregates, models: list[str] | None = None, bounds: Co
     ]
     caption = (
         "Value over the true constant, median (worst) over layers and inputs; proved upper bounds on the norm of the "
-        "Jacobian at the input. A dash: the bound makes no promise there. With n: at n blocks only, for its cost."
+        "Jacobian at the input. A dash: the bound does not hold there. With n: at n blocks only, for its cost."
     )
     return f"{caption}\n\n{table(['bound', 'in words', *chosen], rows)}"
 

@@ -10,7 +10,7 @@ from lipbounds.compose.taylor.ball import Norm
 from lipbounds.targets.layers import Layer
 
 
-STEPS, STARTS = 20, 3
+STEPS, STARTS, RIVALS = 20, 3, 3
 
 
 def smallest_margin(
@@ -31,14 +31,19 @@ def smallest_margin(
         label: the class.
         radius: of the ball.
         steps: of each descent.
-        starts: the centre, then random points of the sphere (from a fixed seed).
+        starts: the centre, from which the margins to the nearest classes are descended one by one, since in l1 and
+            l_inf steps towards two classes in turn end between them; then random points of the sphere (from a fixed
+            seed), from which the least margin is.
         norm: of the ball.
     """
+    with torch.no_grad():
+        logits = network(x.unsqueeze(0)).flatten()
+    nearest = [j for j in logits.argsort(descending=True).tolist() if j != label][:RIVALS]
     generator = torch.Generator().manual_seed(0)
     best = torch.inf
-    for start in range(starts):
+    for rival in [*nearest, *[None] * (starts - 1)]:
         move = torch.zeros_like(x)
-        if start:
+        if rival is None:
             move = torch.randn(x.shape, generator=generator, dtype=torch.float64, device="cpu").to(x)
             move = _onto(move, radius, norm)
         for step in range(steps + 1):
@@ -48,7 +53,8 @@ def smallest_margin(
                 logits = network(point.unsqueeze(0)).flatten()
                 rest = torch.cat([logits[:label], logits[label + 1 :]])
                 margin = logits[label] - rest.max()
-                (slope,) = torch.autograd.grad(margin, point)
+                aim = margin if rival is None else logits[label] - logits[rival]
+                (slope,) = torch.autograd.grad(aim, point)
             best = min(best, float(margin.detach()))
             move = move - _onto(_steepest(slope, norm), radius * (0.5 if step < steps // 2 else 0.1), norm)
     return best

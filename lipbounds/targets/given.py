@@ -28,9 +28,9 @@ def given_tensor(name: str, value: Any) -> Tensor:
         if isinstance(value, list | tuple) and value and all(isinstance(entry, Tensor) for entry in value):
             tensor = torch.stack(list(value))
         elif not isinstance(value, Tensor):
-            tensor = torch.as_tensor(value)
+            tensor = torch.as_tensor(value, dtype=None, device="cpu")  # of the dtype of the array
             if tensor.is_floating_point() and isinstance(value, list | tuple | float):
-                tensor = torch.as_tensor(value, dtype=torch.float64)  # as Python has them, whatever the default dtype
+                tensor = torch.as_tensor(value, dtype=torch.float64, device="cpu")  # as Python has them
     except (TypeError, ValueError, RuntimeError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise InvalidInput(

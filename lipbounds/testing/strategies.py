@@ -176,7 +176,7 @@ def _of_some_tokens(draw: Callable[..., Any], block: Attention) -> Attention:
     if block.memory is not None:
         return block
     order = draw(st.permutations(range(block.tokens)))
-    return of_some_tokens(block, torch.tensor(order[: draw(_UP_TO[block.tokens])]))
+    return of_some_tokens(block, torch.tensor(order[: draw(_UP_TO[block.tokens])], dtype=torch.int64))
 
 
 @st.composite

@@ -262,17 +262,20 @@ class Covariance:
         tokens = tokens - tokens.mean(-2, keepdim=True)
         found, keys, maps = tokens @ wide.w_v, tokens @ wide.w_k, wide.probabilities
         total = torch.zeros_like(wide.logits[..., 0, 0])
+        moved, source = torch.zeros_like(total), frobenius(wide.source_input).unsqueeze(-1)
         if wide.query_moves:
+            moved = moved + scale * frobenius(wide.w_q) * source.square() * frobenius(wide.w_k) * frobenius(wide.w_v)
             cross = self.covariance(found, keys, maps) @ wide.w_q.mT.unsqueeze(-3)
             total = total + scale * self.size(cross).amax(-1)
         if wide.memory_moves:
+            moved = moved + frobenius(wide.w_v)
             reach = torch.linalg.vector_norm(scale * wide.queries @ wide.w_k.mT, dim=-1).square()
             squares = self.columns(maps, reach * self.size(self.covariance(found, found, maps)))
             total = total + torch.where(squares > 0, squares.clamp(min=1e-300).sqrt(), 0.0)
             total = total + value_weights(wide) * map_norm(wide)
         products = scale * frobenius(wide.queries) * frobenius(keys)
-        sizes = frobenius(wide.source_input).unsqueeze(-1) * frobenius(wide.w_q) * frobenius(wide.w_k) * scale
-        room = 1e-12 * (products + sizes * frobenius(tokens) + 1) * frobenius(wide.w_v)
+        sizes = source * frobenius(wide.w_q) * frobenius(wide.w_k) * scale
+        room = 1e-12 * (products + sizes * frobenius(tokens) + 1) * moved
         heads = (total + room) * (8 * logit_error(wide)).clamp(max=FAR).exp()
         return cast_up((output(wide) * length(heads) * (1 + ROUNDING)).expand(block.batch_shape), block.dtype)
 
@@ -295,10 +298,14 @@ def jacobian_error(block: Attention) -> Float[Tensor, "*batch"]:
     wide = block.double
     sizes = frobenius(wide.source_input).unsqueeze(-1) * frobenius(wide.key_factors[1])
     products = abs(wide.scale_value) * frobenius(wide.query_factors[0]) * frobenius(wide.query_factors[1]) * sizes
-    through = frobenius(wide.w_v) + frobenius(wide.value_factors[0]) * frobenius(wide.value_factors[1]) * (
-        frobenius(wide.w_q) * frobenius(wide.key_factors[0]) * frobenius(wide.key_factors[1])
-        + frobenius(wide.w_k) * frobenius(wide.query_factors[0]) * frobenius(wide.query_factors[1])
-    ) * abs(wide.scale_value)
+    values = frobenius(wide.value_factors[0]) * frobenius(wide.value_factors[1]) * abs(wide.scale_value)
+    through = torch.zeros_like(products)  # only what moves: the rest has other units
+    if wide.query_moves:
+        keys = frobenius(wide.key_factors[0]) * frobenius(wide.key_factors[1])
+        through = through + values * frobenius(wide.w_q) * keys
+    if wide.memory_moves:
+        queries = frobenius(wide.query_factors[0]) * frobenius(wide.query_factors[1])
+        through = through + frobenius(wide.w_v) + values * frobenius(wide.w_k) * queries
     growth = (8 * logit_error(wide)).clamp(max=FAR).exp() - 1
     return ((1e-13 * (1 + products) + growth) * through * frobenius(wide.w_o)).sum(-1) * wide.tokens**0.5
 

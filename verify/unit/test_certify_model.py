@@ -157,9 +157,6 @@ def test_a_classifier_of_transformers_in_pixels() -> None:
         vit_classifier_network(ViTModel(ViTConfig(image_size=8, patch_size=4, **size)), pixels)  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize(
-    ("method", "words"),
-    [("taylor", "proved"), ("joint", "allowance, not proved"), ("product", "allowance, not proved")],
-)
-def test_a_certificate_says_how_rounding_is_covered(method: Any, words: str) -> None:
-    assert certify(network_of(Own()), X, LABELS, method=method, steps=1).rounding.startswith(words)
+@pytest.mark.parametrize("method", ["taylor", "joint", "product"])
+def test_a_certificate_says_how_rounding_is_covered(method: Any) -> None:
+    assert certify(network_of(Own()), X, LABELS, method=method, steps=1).rounding.startswith("proved")

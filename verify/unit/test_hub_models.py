@@ -177,7 +177,7 @@ def test_minilm_knows_what_texts_mean() -> None:
 
 def test_minilm_without_its_package_gets_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(minilm, "PACKAGE", "no_such_package_here")
-    with pytest.raises(LipboundsError, match=r"no package no_such_package_here.*lipbounds\[models\]"):
+    with pytest.raises(LipboundsError, match=r"no package no_such_package_here.*pip install -e '\.\[models\]'"):
         load_minilm()
 
 

@@ -71,9 +71,9 @@ class SingleRows:
 
 
 def has_single_precision(block: Attention) -> bool:
-    """Whether the block can be evaluated so: floats of at most 32 bits, neither QK-norm nor rotary positions, no
-    gradient, and products that torch makes of float32 (not of TF32 or bfloat16)."""
-    plain = block.query_norm is None and block.query_rotation is None
+    """Whether the block can be evaluated so: floats of at most 32 bits, queries of all tokens, neither QK-norm nor
+    rotary positions, no gradient, and products that torch makes of float32 (not of TF32 or bfloat16)."""
+    plain = block.query_norm is None and block.query_rotation is None and block.queries_at is None
     short = block.dtype != torch.float64
     tracked = torch.is_grad_enabled() and is_tracked(block)
     return plain and short and not tracked and torch.get_float32_matmul_precision() == "highest"
