@@ -37,12 +37,13 @@ FIGURES = (
     "robustness.png",
     "robustness_constants.png",
     "robustness_g1.png",
+    "certified_instances.csv",
 )
 MARKER = "<!-- measured -->"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages and figures of results/; a page that was not made yet says how to make it."""
+    """Add the pages and figures of results/, and the table of radii; a page that was not made yet says how to make it."""
     for name, command in PAGES.items():
         uri, source = f"results/{name}", RESULTS / name
         if source.exists():

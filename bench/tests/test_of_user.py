@@ -58,7 +58,9 @@ def test_a_model_and_a_bound_of_a_stranger(tmp_path: Path, monkeypatch: pytest.M
     assert len(values) == 4
     for (name, given), value in values.items():
         if name == "stranger.loose":
-            assert value == pytest.approx(2 * values["yudin2025.biased", given])
+            paper = values["yudin2025.biased", given]
+            assert paper is not None
+            assert value == pytest.approx(2 * paper)
     assert "`stranger.loose`" in (folder / "tightness.md").read_text()
     assert (ROOT / "results" / "tightness.jsonl").read_bytes() == committed
 

@@ -177,7 +177,8 @@ def test_the_page_begins_with_the_figure_the_answer_and_the_headline() -> None:
     found = aggregate(
         [record(name, value) for name, value in values.items()],
         {"here": environment_line(*values)},
-        **{"command": "", "records_path": ""},
+        command="",
+        records_path="",
     )
     nearest, paper, sound = sentences(found)
     assert nearest.endswith("is `sharp` on tiny (1.500 times).")  # `exact` is the truth here

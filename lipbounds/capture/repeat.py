@@ -111,11 +111,11 @@ def _moved(
         else:
             yield args, {**kwargs, key: _shifted(value)}
         return
-    handles = [
-        module.register_forward_hook(lambda _module, _given, output: _shifted(output))
-        for module in model.modules()
-        if isinstance(module, nn.Embedding)
-    ]
+
+    def shifted(_module: nn.Module, _given: Any, output: Any) -> Tensor:
+        return _shifted(output)
+
+    handles = [module.register_forward_hook(shifted) for module in model.modules() if isinstance(module, nn.Embedding)]
     if not handles:
         raise InvalidInput(
             "check=True moves the first input of the model, which must be floating point, or embedded by nn.Embedding; "
