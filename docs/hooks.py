@@ -43,7 +43,7 @@ MARKER = "<!-- measured -->"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages and figures of results/, and the table of radii; a page that was not made yet says how to make it."""
+    """Add pages, figures and the radii of results/; a page that was not made yet says how to make it."""
     for name, command in PAGES.items():
         uri, source = f"results/{name}", RESULTS / name
         if source.exists():
