@@ -114,6 +114,15 @@ def test_where_float32_is_no_choice() -> None:
         assert not has_single_precision(block)
     finally:
         torch.set_float32_matmul_precision(before)
+    matmul: Any = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009 - the newer switch, after which torch may refuse to answer by the older one
+    shorter = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "bf16"
+        assert not has_single_precision(block)
+        assert BOUND(block).details["bits"] == 64
+    finally:
+        matmul.fp32_precision = shorter
+    assert has_single_precision(block)
     with pytest.raises(InvalidInput, match="precision must be"):
         BOUND(block, precision="float16")
 

@@ -76,7 +76,18 @@ def has_single_precision(block: Attention) -> bool:
     plain = block.query_norm is None and block.query_rotation is None and block.queries_at is None
     short = block.dtype != torch.float64
     tracked = torch.is_grad_enabled() and is_tracked(block)
-    return plain and short and not tracked and torch.get_float32_matmul_precision() == "highest"
+    return plain and short and not tracked and _products_are_single()
+
+
+def _products_are_single() -> bool:
+    """Whether products of float32 matrices on the CPU are of float32 numbers, as far as torch says."""
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)  # not there before torch 2.9
+    if getattr(matmul, "fp32_precision", "none") not in ("none", "ieee"):
+        return False
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # it was set for some backends only, which torch cannot say in one word
+        return False
 
 
 @torch.no_grad()
