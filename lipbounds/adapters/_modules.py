@@ -17,6 +17,7 @@ from lipbounds.targets.layers import (
     Normalization,
     Patches,
     Pointwise,
+    Pool,
     Positions,
     Residual,
     Sequence,
@@ -145,6 +146,30 @@ def pre_norm_block(
     names = ("norm", *("feed-forward" if index == 0 else f"feed-forward {index}" for index in range(len(mlp))))
     second = Residual(Sequence((normalization(norm_mlp), *mlp), names))
     return Sequence((first, second), ("attention", "feed-forward"))
+
+
+def vit_blocks(model: Any, attention: list[AttentionLayer]) -> list[tuple[str, Layer]]:
+    """The encoder of `ViTModel` or `DeiTModel`, and the class token after the last normalisation.
+
+    Args:
+        model: in float64.
+        attention: its attention layers.
+    """
+    layers: list[tuple[str, Layer]] = []
+    for index, layer in enumerate(model.layers):
+        mlp = (linear(layer.mlp.fc1), activation(model.config.hidden_act), linear(layer.mlp.fc2))
+        block = pre_norm_block(layer.layernorm_before, attention[index], layer.layernorm_after, mlp)
+        layers += [(f"layers.{index}.{name}", part) for name, part in block.named()]
+    return [*read_at_class_token(layers), ("norm", normalization(model.layernorm))]
+
+
+def read_at_class_token(layers: list[tuple[str, Layer]]) -> list[tuple[str, Layer]]:
+    """The layers with all but the class token dropped before the last of them, which acts on every token alone.
+
+    Args:
+        layers: of an encoder; the last one is the feed-forward part of a block.
+    """
+    return [*layers[:-1], ("class token", Pool("first")), layers[-1]]
 
 
 def checked(layers: list[tuple[str, Layer]], x: Tensor, model: Callable[[Tensor], Tensor]) -> Sequence:

@@ -14,9 +14,10 @@ from lipbounds.adapters._modules import (
     normalization,
     pre_norm_block,
     prepared,
+    read_at_class_token,
 )
 from lipbounds.errors import Unsupported
-from lipbounds.targets.layers import AttentionLayer, Linear, Pool, Sequence
+from lipbounds.targets.layers import AttentionLayer, Linear, Sequence
 
 
 def dinov2_network(model: Dinov2Model, images: Float[Tensor, "batch channels height width"]) -> Sequence:
@@ -54,8 +55,7 @@ def dinov2_network(model: Dinov2Model, images: Float[Tensor, "batch channels hei
         attended = _scaled_attention(attention[index], layer.layer_scale1.lambda1.detach())
         block = pre_norm_block(layer.norm1, attended, layer.norm2, mlp)
         layers += [(f"encoder.layer.{index}.{name}", part) for name, part in block.named()]
-    layers[-1:-1] = [("class token", Pool("first"))]
-    layers.append(("norm", normalization(wide.layernorm)))
+    layers = [*read_at_class_token(layers), ("norm", normalization(wide.layernorm))]
     return checked(layers, x, lambda images: wide(images).last_hidden_state[:, 0])
 
 

@@ -6,16 +6,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import ViTModel
 
-from lipbounds.adapters._modules import (
-    activation,
-    checked,
-    image_tokens,
-    linear,
-    normalization,
-    pre_norm_block,
-    prepared,
-)
-from lipbounds.targets.layers import Pool, Sequence
+from lipbounds.adapters._modules import checked, image_tokens, prepared, vit_blocks
+from lipbounds.targets.layers import Sequence
 
 
 def vit_network(model: ViTModel, images: Float[Tensor, "batch channels height width"]) -> Sequence:
@@ -37,10 +29,5 @@ def vit_network(model: ViTModel, images: Float[Tensor, "batch channels height wi
     first = wide.embeddings
     positions = first.position_embeddings[0].detach()
     layers = image_tokens(first.patch_embeddings.projection, first.cls_token[0].detach(), positions)
-    for index, layer in enumerate(wide.layers):
-        mlp = (linear(layer.mlp.fc1), activation(wide.config.hidden_act), linear(layer.mlp.fc2))
-        block = pre_norm_block(layer.layernorm_before, attention[index], layer.layernorm_after, mlp)
-        layers += [(f"layers.{index}.{name}", part) for name, part in block.named()]
-    layers[-1:-1] = [("class token", Pool("first"))]
-    layers.append(("norm", normalization(wide.layernorm)))
+    layers += vit_blocks(wide, attention)
     return checked(layers, x, lambda images: wide(images).last_hidden_state[:, 0])
