@@ -45,10 +45,8 @@ def main() -> None:
     seconds = round(time.monotonic() - begun, 1)
     record = {
         "command": COMMAND,
-        "environment": _environment(),
-        "added": [*known.get("added", []), {"names": [rows[name]["name"] for name in missing], "seconds": seconds}]
-        if new
-        else [],
+        "environment": known.get("environment", _environment()),
+        "added": [*known.get("added", []), _run([rows[name]["name"] for name in missing], seconds)] if new else [],
         "seed": SEED,
         "max_examples": MAX_EXAMPLES,
         "falsify_seconds": SECONDS,
@@ -130,6 +128,11 @@ def _report(record: dict[str, Any]) -> str:
         *(f"- {what}: {why}." for what, why in record["not_expressible"].items()),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _run(names: list[str], seconds: float) -> dict[str, Any]:
+    """What a later run with --new added, where and in how long."""
+    return {"names": names, "seconds": seconds, "environment": _environment()}
 
 
 def _how(record: dict[str, Any]) -> list[str]:
