@@ -45,12 +45,16 @@ def jacobian_norm_extended(block: Attention) -> Decimal:
     top = torch.linalg.svd(dense / torch.where(size > 0, size, 1.0), full_matrices=False).Vh[0]
     with decimal.localcontext(CONTEXT):
         tangent = _exact(top.reshape(moving.shape))
-        image = _product(whole(block), tangent)
-        image = image if block.queries_at is None else image[block.queries_at.tolist()]
-        return _length(image) / _length(tangent)
+        return _length(_product(block, tangent)) / _length(tangent)
 
 
 def _product(block: Attention, tangent: Decimals) -> Decimals:
+    """Jacobian times `tangent`: the rows of the tokens that have a query."""
+    image = _product_of_all_queries(whole(block), tangent)
+    return image if block.queries_at is None else image[block.queries_at.tolist()]
+
+
+def _product_of_all_queries(block: Attention, tangent: Decimals) -> Decimals:
     """Jacobian times `tangent`, each row relative to its most visible key, so that one-hot rows keep all digits."""
     memory = block.x if block.memory is None else block.memory
     x, source = _exact(block.x), _exact(memory)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from lipbounds import Attention, InvalidInput
 from lipbounds.testing import extended, oracles, recipes, strategies
+from lipbounds.testing._fields import of_some_tokens
 from lipbounds.testing.oracles import batch_item, jacobian, jacobian_norm, truth_slack
 from lipbounds.testing.recipes import Recipe, build
 from verify.unit.sample_bounds import GRID, SEARCH
@@ -38,7 +39,17 @@ def test_the_forward_pass_is_that_of_the_block(recipe: Recipe) -> None:
 @SEARCH
 @given(block=strategies.attention_blocks(largest=5), seed=st.integers(0, 99))
 def test_float64_and_sixty_digits_agree_within_the_slack(block: Attention, seed: int) -> None:
-    single = batch_item(block, (0,) * len(block.batch_shape))
+    assert_sixty_digits_agree(batch_item(block, (0,) * len(block.batch_shape)), seed)
+
+
+@pytest.mark.parametrize("rotary", ["none", "half_turns"])
+def test_sixty_digits_know_blocks_in_which_some_tokens_have_queries(rotary: str) -> None:
+    block = build(Recipe(seed=3, n=4, dim=3, heads=2, head_dim=2, mask="block_sparse", rotary=rotary))
+    assert_sixty_digits_agree(of_some_tokens(block, torch.tensor([3, 1])), seed=5)
+
+
+def assert_sixty_digits_agree(single: Attention, seed: int) -> None:
+    """The norm and one product of the Jacobian, in float64 and in 60 digits, differ by no more than the slack."""
     slack = Decimal(truth_slack(single).item())
     assert abs(Decimal(jacobian_norm(single).item()) - extended.jacobian_norm_extended(single)) <= slack
     direction = torch.randn(single.moving_input.shape, generator=torch.Generator().manual_seed(seed)).double()
