@@ -14,13 +14,13 @@ from bench.workloads.hashes import tensors_hash
 from lipbounds.errors import InvalidInput
 from lipbounds.models.digits_data import load_digits_split
 from lipbounds.models.digits_vit import load_digits_vit
-from lipbounds.models.lipschitz_vit import CERTIFIED, load_lipschitz_vit
+from lipbounds.models.lipschitz_vit import load_certified_vit, load_lipschitz_vit
 from lipbounds.targets.layers import Sequence
 
 
 MNIST = "mnist-vit"
 CLASSIFIERS: dict[str, Callable[[], nn.Module]] = {
-    "certified-vit": lambda: load_lipschitz_vit(CERTIFIED),
+    "certified-vit": load_certified_vit,
     "lipschitz-vit": load_lipschitz_vit,
     "digits-vit": load_digits_vit,
 }

@@ -60,9 +60,9 @@ def load_classifier(name: str, *, trust_remote_code: bool = False) -> LoadedClas
     """The classifier of that name, on the CPU in float32.
 
     Args:
-        name: `digits-vit` or `lipschitz-vit`; or a folder with a Hugging Face checkpoint of an image classifier, or a
-            name on its hub; or `package.module:attribute`, a module or a function without arguments that returns one,
-            which takes pixels in [0, 1].
+        name: `digits-vit`, `lipschitz-vit` or `certified-vit`; or a folder with a Hugging Face checkpoint of an image
+            classifier, or a name on its hub; or `package.module:attribute`, a module or a function without arguments
+            that returns one, which takes pixels in [0, 1].
         trust_remote_code: run the code that comes with a Hugging Face checkpoint.
 
     Raises:

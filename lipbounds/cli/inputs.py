@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 
 Model = Annotated[
-    str, typer.Argument(help="minilm, digits-vit, lipschitz-vit, a Hugging Face name or folder, or package:attribute.")
+    str,
+    typer.Argument(help="A bundled name such as minilm, a Hugging Face name or folder, or package:attribute."),
 ]
 Text = Annotated[list[str] | None, typer.Option(help="A text to run a text model on; repeatable.")]
 Data = Annotated[

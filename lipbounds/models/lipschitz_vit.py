@@ -20,9 +20,7 @@ from lipbounds.models.digits_vit import CLASSES, PATCH_SIZE, PATCHES
 
 DIM, DEPTH, HEADS, MLP_DIM = 32, 2, 4, 64
 WEIGHTS = Path(__file__).parent / "weights" / "lipschitz_vit.safetensors"
-CERTIFIED = WEIGHTS.with_name(
-    "certified_vit.safetensors"
-)  # trained against an attack: lipbounds.models.train_certified
+CERTIFIED = WEIGHTS.with_name("certified_vit.safetensors")  # of lipbounds.models.train_certified
 
 
 class AtMostOne(nn.Module):
@@ -161,3 +159,8 @@ def load_lipschitz_vit(path: str | Path = WEIGHTS) -> LipschitzViT:
         )
     model.load_state_dict(weights, assign=True)
     return model.eval()
+
+
+def load_certified_vit() -> LipschitzViT:
+    """The committed weights of `lipbounds.models.train_certified`: the same architecture, trained against an attack."""
+    return load_lipschitz_vit(CERTIFIED)
