@@ -32,7 +32,7 @@ from torch.overrides import TorchFunctionMode
 from lipbounds.capture import operations as ops
 from lipbounds.capture.masks import additive, future
 from lipbounds.capture.multi_head import multi_head_arguments, multi_head_logit_inputs
-from lipbounds.capture.steps import tensors_in
+from lipbounds.capture.replay import tensors_in
 from lipbounds.errors import InvalidInput, Unsupported
 from lipbounds.ops.log_g import log_g_1, log_g_ratio, scores
 from lipbounds.targets.attention import Attention
@@ -227,7 +227,7 @@ class JaSMin(TorchFunctionMode):
         elif self._maps and (func in KEEP or func in CHANGE):
             self._follow(func, args, result)
         elif self._maps and func in PRODUCTS:
-            self._written_out(func, args)
+            self._eager(func, args)
         return result
 
     @_uncompiled
@@ -277,7 +277,7 @@ class JaSMin(TorchFunctionMode):
             self._maps.append((result, logits if func in ops.SOFTMAX else None))
 
     @_uncompiled
-    def _written_out(self, func: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    def _eager(self, func: Callable[..., Any], args: tuple[Any, ...]) -> None:
         """A product whose left factor is the result of a softmax over its last dimension: the map times the values."""
         factors = tensors_in(args)
         used = next((pair for pair in self._maps if any(factor is pair[0] for factor in factors)), None)

@@ -24,7 +24,7 @@ Answer = tuple[RunningChain, Record, dict[str, Any]]  # with what the environmen
 
 
 class Evaluator(Protocol):
-    """Takes the questions that walks wait at, and gives back their answers in any order."""
+    """Takes the questions that chains wait at, and gives back their answers in any order."""
 
     @property
     def room(self) -> bool:
@@ -40,8 +40,8 @@ class Evaluator(Protocol):
         """The question as it is answered here: the device is part of it."""
         ...
 
-    def submit(self, walk: RunningChain, asked: PendingQuestion) -> None:
-        """Hand in the question that the walk waits at."""
+    def submit(self, running: RunningChain, asked: PendingQuestion) -> None:
+        """Hand in the question that the chain waits at."""
         ...
 
     def finished(self) -> Answer:
@@ -72,11 +72,11 @@ class Here:
     def asked(self, question: Question) -> Question:
         return dc.replace(question, device=self._device.type)
 
-    def submit(self, walk: RunningChain, asked: PendingQuestion) -> None:
-        self._waiting.append((walk, asked))
+    def submit(self, running: RunningChain, asked: PendingQuestion) -> None:
+        self._waiting.append((running, asked))
 
     def finished(self) -> Answer:
-        walk, asked = self._waiting.pop()
+        running, asked = self._waiting.pop()
         case = asked.block.case
         record = evaluate(
             asked.question,
@@ -86,7 +86,7 @@ class Here:
             radius=asked.method.radius,
             module=case.module,
         )
-        return walk, record, self._environment
+        return running, record, self._environment
 
     @functools.cached_property
     def _environment(self) -> dict[str, Any]:
@@ -116,21 +116,21 @@ class Remote:
     def asked(self, question: Question) -> Question:
         return dc.replace(question, device=self._cluster.device)
 
-    def submit(self, walk: RunningChain, asked: PendingQuestion) -> None:
+    def submit(self, running: RunningChain, asked: PendingQuestion) -> None:
         block = asked.block
         if block.sent is None:
             block.sent = self._cluster.share(detached_copy(block.case.block))
         given = (asked.question, self._time_limit, asked.method.radius, block.case.module)
-        self._cluster.submit((walk, asked), answer, block.sent, *given)
+        self._cluster.submit((running, asked), answer, block.sent, *given)
 
     def finished(self) -> Answer:
-        (walk, asked), found = self._cluster.finished()
+        (running, asked), found = self._cluster.finished()
         if isinstance(found, Lost):
             case, method = asked.block.case, asked.method
             error = f"no worker came back with it: {found.reason}"
             record = lost(asked.question, case.block, method.spec, error, method.radius, case.module)
-            return walk, record, _environment()
-        return walk, *found
+            return running, record, _environment()
+        return running, *found
 
 
 def evaluator(cluster: Cluster | None, time_limit: float, device: torch.device = CPU) -> Evaluator:

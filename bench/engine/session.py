@@ -64,50 +64,55 @@ class Session:
             blocks: with what is asked at each; taken one by one, as there is room.
             done: called when all chains of a block have ended.
         """
-        walks: list[RunningChain] = []
-        waiting = self._waiting(blocks, walks, done)
+        begun: list[RunningChain] = []
+        waiting = self._waiting(blocks, begun, done)
         going_on: deque[RunningChain] = deque()
         while True:
-            while self.evaluator.room and (walk := going_on.popleft() if going_on else next(waiting, None)):
-                assert walk.asked is not None
-                self.evaluator.submit(walk, walk.asked)
+            while self.evaluator.room and (running := going_on.popleft() if going_on else next(waiting, None)):
+                assert running.asked is not None
+                self.evaluator.submit(running, running.asked)
             if not self.evaluator.busy:
                 break
-            walk, record, state = self.evaluator.finished()
+            running, record, state = self.evaluator.finished()
             record = dc.replace(record, environment=self._environment(state))
             self.store.append(record)
             self.outcome.evaluated += 1
-            if self._step(walk, record, done):
-                going_on.append(walk)
-        self.outcome.keys += [key for walk in walks for key in walk.keys]
+            if self._step(running, record, done):
+                going_on.append(running)
+        self.outcome.keys += [key for running in begun for key in running.keys]
 
     def _waiting(
-        self, blocks: Iterable[tuple[Case, Sequence[Chain]]], walks: list[RunningChain], done: Callable[[Case], None]
+        self, blocks: Iterable[tuple[Case, Sequence[Chain]]], begun: list[RunningChain], done: Callable[[Case], None]
     ) -> Iterator[RunningChain]:
         """The chains that wait for an evaluation; those that need none are walked to their end on the way."""
         for case, chains in blocks:
-            for walk in chains_at(case, chains):
-                walks.append(walk)
-                if self._step(walk, None, done):
-                    yield walk
+            for running in chains_at(case, chains):
+                begun.append(running)
+                if self._step(running, None, done):
+                    yield running
 
-    def _step(self, walk: RunningChain, record: Record | None, done: Callable[[Case], None]) -> bool:
+    def _step(self, running: RunningChain, record: Record | None, done: Callable[[Case], None]) -> bool:
         """Go on to the next question without a settled answer; False at the end of the chain."""
-        while (method := walk.next(record)) is not None:
-            asked = question(self.task, walk.block.case, method.spec, method.options, method.radius)
+        while (method := running.next(record)) is not None:
+            asked = question(self.task, running.block.case, method.spec, method.options, method.radius)
             asked = self.evaluator.asked(asked)
-            walk.keys.append(asked.key)
+            running.keys.append(asked.key)
             known = self.store.record(asked.key)
             if known is None and (known := following(self.store, asked)) is not None:
                 self.store.append(known)
-            if known is None or self.force or not known.settled or _now_supported(known, method.spec, walk.block.case):
-                walk.asked = PendingQuestion(asked, walk.block, method)
+            if (
+                known is None
+                or self.force
+                or not known.settled
+                or _now_supported(known, method.spec, running.block.case)
+            ):
+                running.asked = PendingQuestion(asked, running.block, method)
                 return True
             self.outcome.reused += 1
             record = known
-        if not walk.block.left:
-            done(walk.block.case)
-            walk.block.case.release()
+        if not running.block.left:
+            done(running.block.case)
+            running.block.case.release()
         return False
 
     def _environment(self, state: dict[str, Any]) -> str:

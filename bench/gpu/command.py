@@ -13,9 +13,9 @@ import torch
 
 from bench.engine.machine import ROOT
 from bench.engine.options import check_folder
+from bench.gpu.measurements import Measurement, Skipped, measurements
 from bench.gpu.page import page
 from bench.gpu.results import Results, place
-from bench.gpu.steps import Skipped, Step, steps
 from lipbounds.devices import device_named
 from lipbounds.errors import LipboundsError
 from lipbounds.files import write_atomically
@@ -27,7 +27,7 @@ MINUTES = 9.0
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run and return the exit status: 0, 1 where a check or a step failed, 2 for misuse.
+    """Run and return the exit status: 0, 1 where a check or a measurement failed, 2 for misuse.
 
     Args:
         arguments: those after `gpu`.
@@ -36,7 +36,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, or with --quick cpu (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="small sizes; the page goes to DIR/quick")
     parser.add_argument("--force", action="store_true", help="measure again what is there")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="no step begins later (default: %(default)s)")
+    parser.add_argument(
+        "--minutes", type=float, default=MINUTES, help="no measurement begins later (default: %(default)s)"
+    )
     parser.add_argument("--results", type=Path, default=ROOT / "results", metavar="DIR", help="default: results")
     options = parser.parse_args(arguments)
     try:
@@ -51,38 +53,38 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _run(device: torch.device, options: argparse.Namespace) -> int:
-    """Every step that there is time for, and the page after each part and at the end."""
+    """Every measurement that there is time for, and the page after each part and at the end."""
     here = place(device, quick=options.quick)
     folder = options.results / "quick" if options.quick else options.results
     name = "gpu_" + "".join(letter if letter.isalnum() else "-" for letter in here["hardware"].lower())
-    results, every = Results(folder / f"{name}.jsonl", here), steps(device, quick=options.quick)
+    results, every = Results(folder / f"{name}.jsonl", here), measurements(device, quick=options.quick)
     target = folder / f"{name}.md"
     end, troubles = time.monotonic() + 60 * options.minutes, 0
-    for number, step in enumerate(every, 1):
-        known = results.found.get((step.part, step.name))
+    for number, measurement in enumerate(every, 1):
+        known = results.found.get((measurement.part, measurement.name))
         if known is not None and "error" not in known and not options.force:
             continue
         if time.monotonic() > end:
             print(f"bench: {options.minutes:g} minutes are over; run the same command again to go on.", file=sys.stderr)
             break
-        print(f"[{number}/{len(every)}] {step.part}: {step.name}", file=sys.stderr)
-        results.keep(step.part, step.name, _made(step))
+        print(f"[{number}/{len(every)}] {measurement.part}: {measurement.name}", file=sys.stderr)
+        results.keep(measurement.part, measurement.name, _made(measurement))
         write_atomically(target, page(every, results.found, here).encode())
-    for step in every:
-        result = results.found.get((step.part, step.name), {})
+    for measurement in every:
+        result = results.found.get((measurement.part, measurement.name), {})
         if "error" in result or result.get("passed") is False:
             troubles += 1
-            print(f"{step.part}, {step.name}: {result.get('error', 'the check failed')}", file=sys.stderr)
+            print(f"{measurement.part}, {measurement.name}: {result.get('error', 'the check failed')}", file=sys.stderr)
     write_atomically(target, page(every, results.found, here).encode())
     print(f"Written: {target}, {results.path}")
     return FAILED if troubles else 0
 
 
-def _made(step: Step) -> dict[str, Any]:
-    """The result of a step, or why there is none: what comes after it is made all the same."""
+def _made(measurement: Measurement) -> dict[str, Any]:
+    """The result of a measurement, or why there is none: what comes after it is made all the same."""
     began = time.perf_counter()
     try:
-        result: dict[str, Any] = step.work()
+        result: dict[str, Any] = measurement.work()
     except Skipped as reason:
         result = {"skipped": str(reason)}
     except Exception as error:  # out of memory, a kernel that does not compile: the page says so

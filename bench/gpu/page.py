@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-from bench.gpu.steps import Step
+from bench.gpu.measurements import Measurement
 from bench.pages.formatting import table
 
 
-def page(steps: Sequence[Step], found: dict[tuple[str, str], dict[str, Any]], here: dict[str, Any]) -> str:
+def page(
+    measurements: Sequence[Measurement], found: dict[tuple[str, str], dict[str, Any]], here: dict[str, Any]
+) -> str:
     """In Markdown.
 
     Args:
-        steps: in their order.
+        measurements: in their order.
         found: results by part and name.
         here: the place they belong to.
     """
@@ -31,8 +33,8 @@ def page(steps: Sequence[Step], found: dict[tuple[str, str], dict[str, Any]], he
         else "Times are processor times of all threads, in turns with the baseline: median and quartiles. Memory is "
         "how far the resident set rose.",
     ]
-    for part in dict.fromkeys(step.part for step in steps):
-        rows = [_row(step, found.get((part, step.name))) for step in steps if step.part == part]
+    for part in dict.fromkeys(each.part for each in measurements):
+        rows = [_row(each, found.get((part, each.name))) for each in measurements if each.part == part]
         lines += ["", f"## {part.capitalize()}", "", table(HEADS[part], rows)]
     return "\n".join(lines) + "\n"
 
@@ -50,14 +52,14 @@ HEADS = {
 }
 
 
-def _row(step: Step, result: dict[str, Any] | None) -> list[str]:
-    rest = [""] * (len(HEADS[step.part]) - 2)
+def _row(measurement: Measurement, result: dict[str, Any] | None) -> list[str]:
+    rest = [""] * (len(HEADS[measurement.part]) - 2)
     if result is None:
-        return [step.name, "not reached", *rest]
-    trouble = result.get("skipped") or result.get("error")
-    if trouble:
-        return [step.name, f"{'skipped' if 'skipped' in result else 'failed'}: {trouble}", *rest]
-    return [step.name, *CELLS[step.part](result)]
+        return [measurement.name, "not reached", *rest]
+    reason = result.get("skipped") or result.get("error")
+    if reason:
+        return [measurement.name, f"{'skipped' if 'skipped' in result else 'failed'}: {reason}", *rest]
+    return [measurement.name, *CELLS[measurement.part](result)]
 
 
 def _check(result: dict[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What the steps found: a JSON line each, written as it comes, so that a stopped run goes on."""
+"""What the measurements found: a JSON line each, written as it comes, so that a stopped run goes on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bench.engine.machine import ROOT, cpu_name
 
 
 def place(device: torch.device, *, quick: bool) -> dict[str, Any]:
-    """What a result belongs to besides its step: hardware, versions and the code.
+    """What a result belongs to besides its measurement: hardware, versions and the code.
 
     Args:
         device: where it was made.
@@ -59,7 +59,7 @@ class Results:
 
         Args:
             part: of the page.
-            name: of the step.
+            name: of the measurement.
             result: ready for JSON.
         """
         fields = {"part": part, "name": name, "place": self.here, **result}

@@ -15,7 +15,7 @@ from scipy.stats import spearmanr
 from torch.func import jacrev
 
 from bench.attention import figures as attention_figures
-from bench.attention import measures as parts
+from bench.attention import measures
 from bench.attention import tables as attention_tables
 from bench.attention import task as task
 from bench.attention.links import MEAN, arrays, factors, links
@@ -48,7 +48,7 @@ def made(path: Path) -> Iterator[dict[str, Any]]:
     few = [registry.get(name) for name in ("sharp_fast", "yudin2025.biased")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(task, "by_input", lambda name, count: (cases(seed) for seed in range(count)))
-        for module in (parts, task):
+        for module in (measures, task):
             patch.setattr(module, "methods", lambda block: few)
         yield run(path)
 

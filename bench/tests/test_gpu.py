@@ -12,8 +12,8 @@ import torch
 
 from bench.__main__ import main
 from bench.gpu import command
+from bench.gpu.measurements import Measurement, Skipped, measurements
 from bench.gpu.results import Results, place
-from bench.gpu.steps import Skipped, Step, steps
 
 
 def run(folder: Path, *options: str, device: str = "pretend") -> int:
@@ -31,7 +31,7 @@ def written(folder: Path) -> tuple[str, list[dict[str, Any]]]:
 
 def test_a_step_of_each_kind_runs_on_a_device_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("pretend:0")
-    every = steps(device, quick=True)
+    every = measurements(device, quick=True)
     assert [*dict.fromkeys(step.part for step in every)] == ["checks", "speed", "long maps", "tightness"]
     # The first of each kind; the Triton kernel among the long maps is skipped as among the checks.
     names = (
@@ -43,7 +43,7 @@ def test_a_step_of_each_kind_runs_on_a_device_of_its_own(tmp_path: Path, monkeyp
         "shape of",
     )
     some = [*every[:3], *(next(step for step in every if step.name.startswith(name)) for name in names)]
-    monkeypatch.setattr(command, "steps", lambda device, quick: some)
+    monkeypatch.setattr(command, "measurements", lambda device, quick: some)
     assert run(tmp_path) == 0
     page, lines = written(tmp_path)
     assert [line["name"] for line in lines] == [step.name for step in some]
@@ -65,14 +65,14 @@ def told(step: str) -> Any:
             raise RuntimeError("out of memory\nand more")
         return {"passed": step != "false"}
 
-    return Step(part="checks", name=step, work=work)
+    return Measurement(part="checks", name=step, work=work)
 
 
 def test_what_fails_is_said_and_stops_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
-        command, "steps", lambda device, quick: [told(s) for s in ("cannot", "breaks", "false", "right")]
+        command, "measurements", lambda device, quick: [told(s) for s in ("cannot", "breaks", "false", "right")]
     )
     assert run(tmp_path, device="cpu") == 1
     page, lines = written(tmp_path)
@@ -87,7 +87,7 @@ def test_what_fails_is_said_and_stops_nothing(
 
 
 def test_when_the_time_is_over_the_page_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "steps", lambda device, quick: [told("right")])
+    monkeypatch.setattr(command, "measurements", lambda device, quick: [told("right")])
     assert run(tmp_path, "--minutes", "0", device="cpu") == 0
     (page,) = (tmp_path / "quick").glob("gpu_*.md")
     assert "| right | not reached |" in squeezed(page)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from lipbounds.capture.masks import future
-from lipbounds.capture.operands import Part
+from lipbounds.capture.operands import HeadProjection
 from lipbounds.capture.padding import Items, without_padding
 from lipbounds.capture.recorder import Recorder
 from lipbounds.capture.refusals import place, unsupported
-from lipbounds.capture.steps import MOVES, reindex
+from lipbounds.capture.replay import MOVES, reindex
 from lipbounds.errors import LipboundsError
 from lipbounds.targets.attention import Attention
 
@@ -90,7 +90,7 @@ class Call:
 
     Args:
         module: the innermost module that was running.
-        parts: queries, keys and values.
+        qkv: queries, keys and values.
         scale: factor of the logits.
         logit_bias: as `Attention` has it.
         causal: queries see no later keys.
@@ -101,7 +101,7 @@ class Call:
     """
 
     module: str
-    parts: list[Part]
+    qkv: list[HeadProjection]
     scale: float
     logit_bias: Tensor | None
     causal: bool
@@ -113,7 +113,7 @@ class Call:
     @property
     def sources(self) -> tuple[Tensor, ...]:
         """What its output moves with: masks, weights and rotary positions are constant."""
-        return tuple(part.source for part in self.parts)
+        return tuple(part.source for part in self.qkv)
 
 
 @dc.dataclass(frozen=True, eq=False, kw_only=True)
@@ -143,7 +143,7 @@ def blocks_of(
         cross_moves: the input that moves in cross-attention.
     """
     w_o, b_o = output.w_o, output.b_o
-    query, key, value = call.parts
+    query, key, value = call.qkv
     fields: dict[str, Any] = {
         **{"x": query.tokens, "w_q": query.weight, "w_k": key.weight, "w_v": value.weight, "w_o": w_o},
         **{"b_q": query.bias, "b_k": key.bias, "b_v": value.bias, "b_o": b_o},
@@ -168,7 +168,7 @@ def blocks_of(
 
 def _norms(call: Call) -> dict[str, Any]:
     """The fields of QK-norm."""
-    query, key, _ = call.parts
+    query, key, _ = call.qkv
     if query.norm is None or key.norm is None:  # both are; a call with one of them was refused
         return {}
     (query_weight, eps, query_over), (key_weight, key_eps, key_over) = query.norm, key.norm
@@ -189,8 +189,8 @@ _RELATED = (
 )
 
 
-def _same(recorder: Recorder, one: Part, other: Part) -> bool:
-    """Whether two parts are made of the same tokens: not of equal ones, but of the same function of the same input."""
+def _same(recorder: Recorder, one: HeadProjection, other: HeadProjection) -> bool:
+    """Whether both project the same tokens: not equal ones, but the same function of the same input."""
     if recorder.number(one.source) == recorder.number(other.source):
         return one.rows.shape == other.rows.shape and torch.equal(one.rows, other.rows)
     found, other_found = _entries(recorder, one), _entries(recorder, other)
@@ -201,7 +201,7 @@ def _same(recorder: Recorder, one: Part, other: Part) -> bool:
     return same and entries.shape == other_entries.shape and torch.equal(entries, other_entries)
 
 
-def _entries(recorder: Recorder, part: Part) -> tuple[Tensor, Tensor] | None:
+def _entries(recorder: Recorder, part: HeadProjection) -> tuple[Tensor, Tensor] | None:
     """The tensor that the source of a part is a rearrangement of, and which of its entries the tokens are.
 
     None where the tokens are not the rows of the source, as before a convolution.
@@ -211,12 +211,12 @@ def _entries(recorder: Recorder, part: Part) -> tuple[Tensor, Tensor] | None:
         return None
     if not torch.equal(rows[part.rows].reshape(part.tokens.shape).to(part.tokens), part.tokens):
         return None
-    root, chain = recorder.walk(part.source, MOVES)
+    root, chain = recorder.trace_back(part.source, MOVES)
     entries = torch.arange(root.numel(), dtype=torch.int64, device=root.device).reshape(root.shape)
     return root, reindex(chain, entries).flatten(0, -2)[part.rows]
 
 
-def _places_among(recorder: Recorder, query: Part, key: Part) -> Tensor | None:
+def _places_among(recorder: Recorder, query: HeadProjection, key: HeadProjection) -> Tensor | None:
     """Which of the tokens of the keys the queries are made of, the same ones in each item; None if they are not."""
     found, others = _entries(recorder, query), _entries(recorder, key)
     if found is None or others is None or recorder.number(found[0]) != recorder.number(others[0]):
@@ -230,8 +230,8 @@ def _places_among(recorder: Recorder, query: Part, key: Part) -> Tensor | None:
     return at if torch.equal(of_keys[:, at], of_queries) else None
 
 
-def _how_related(recorder: Recorder, query: Part, other: Part) -> str:
-    whole = [recorder.number(recorder.walk(part.source, MOVES)[0]) for part in (query, other)]
+def _how_related(recorder: Recorder, query: HeadProjection, other: HeadProjection) -> str:
+    whole = [recorder.number(recorder.trace_back(part.source, MOVES)[0]) for part in (query, other)]
     if whole[0] != whole[1]:
         return "different functions of the same tokens"
     return "the same tokens in another order or number"
@@ -239,7 +239,7 @@ def _how_related(recorder: Recorder, query: Part, other: Part) -> str:
 
 def _memory(recorder: Recorder, call: Call, cross_moves: CrossMoves) -> dict[str, Any]:
     """The fields of a block whose keys and values come from other tokens than its queries."""
-    query, key, value = call.parts
+    query, key, value = call.qkv
     for other in (key, value):
         if not _same(recorder, query, other) and recorder.related(query.source, other.source, call.start):
             raise unsupported(call.module, _RELATED + _how_related(recorder, query, other))

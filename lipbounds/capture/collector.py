@@ -21,7 +21,7 @@ from lipbounds.capture.blocks import (
     blocks_of,
     residual_of,
 )
-from lipbounds.capture.eager import softmax_before, written_out_call
+from lipbounds.capture.eager import eager_call, softmax_before
 from lipbounds.capture.entries import Tracer
 from lipbounds.capture.fused import fused_arguments, fused_call
 from lipbounds.capture.leaks import check_leaks, warnings_of
@@ -32,8 +32,8 @@ from lipbounds.capture.projections import Projection, product_operands, projecti
 from lipbounds.capture.recorder import Recorder
 from lipbounds.capture.records import Invocation
 from lipbounds.capture.refusals import function_name, place, unsupported
+from lipbounds.capture.replay import tensors_in, version
 from lipbounds.capture.sites import Sites
-from lipbounds.capture.steps import tensors_in, version
 from lipbounds.errors import InvalidInput, Unsupported
 
 
@@ -102,7 +102,7 @@ class Collector:
             if softmax_before(self._recorder, left) is not None:
                 if self._recorder.is_constant(value):  # classes mixed by their probabilities, not tokens
                     return None
-                began = self._begin(lambda: written_out_call(self._recorder, left, value), result, site is None)
+                began = self._begin(lambda: eager_call(self._recorder, left, value), result, site is None)
                 if site is not None:
                     site.done = True
                 return began

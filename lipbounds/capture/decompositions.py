@@ -207,7 +207,7 @@ def _quotient(recorder: Runner, args: Args, kwargs: Kwargs) -> Any:
         return NotImplemented
     over, total = args
     step = recorder.fresh_step(over)
-    root, chain = recorder.walk(total, ("reindex", "same"))
+    root, chain = recorder.trace_back(total, ("reindex", "same"))
     below = recorder.fresh_step(root)
     if step is None or below is None or step.function not in ops.EXP or below.function not in ops.SUM:
         return NotImplemented
@@ -267,7 +267,7 @@ def functional_form(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> For
     return lambda past: (ops.IN_PLACE[func], (past, *args[1:]), kwargs)
 
 
-PARTS: dict[Callable[..., Any], Callable[..., Any]] = {
+DECOMPOSITIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     **dict.fromkeys(ops.EINSUM, _einsum),
     **{function: _baddbmm for function in (torch.baddbmm, torch.Tensor.baddbmm)},
     **{function: _sum_with_factor(torch.add) for function in (torch.add, torch.Tensor.add)},

@@ -18,7 +18,7 @@ from lipbounds.capture.operands import Layout
 from lipbounds.capture.projections import product_operands
 from lipbounds.capture.recorder import Recorder
 from lipbounds.capture.refusals import check_dropout, unfollowed_in_words, unsupported
-from lipbounds.capture.steps import AFFINE, MOVES, MOVES_AND_CASTS, Step, numbers_in, reindex
+from lipbounds.capture.replay import AFFINE, MOVES, MOVES_AND_CASTS, Step, numbers_in, reindex
 from lipbounds.capture.tracing import trace
 
 
@@ -47,7 +47,7 @@ class Map:
 
 def softmax_before(recorder: Recorder, tensor: Tensor) -> Tensor | None:
     """The result of the softmax that `tensor` is, apart from moves of its entries; None if it is none."""
-    root, _ = recorder.walk(tensor, MOVES_AND_CASTS)
+    root, _ = recorder.trace_back(tensor, MOVES_AND_CASTS)
     step = recorder.fresh_step(root)
     return root if step is not None and step.function in ops.SOFTMAX else None
 
@@ -58,10 +58,10 @@ def map_of(recorder: Recorder, tensor: Tensor) -> Map:
     Raises:
         Unsupported: it is not the softmax of a product of two matrices, scaled and masked.
     """
-    root, after = recorder.walk(tensor, MOVES_AND_CASTS)
+    root, after = recorder.trace_back(tensor, MOVES_AND_CASTS)
     softmax = recorder.fresh_step(root)
     assert softmax is not None  # softmax_before found it
-    scores_root, before = recorder.walk(softmax.source, AFFINE)
+    scores_root, before = recorder.trace_back(softmax.source, AFFINE)
     scores = recorder.fresh_step(scores_root)
     if scores is None or scores.function not in ops.PRODUCT:
         raise unsupported(
@@ -72,7 +72,7 @@ def map_of(recorder: Recorder, tensor: Tensor) -> Map:
     return Map(scores=scores, root=scores_root, before=before, softmax=softmax, after=after)
 
 
-def written_out_call(recorder: Recorder, left: Tensor, value: Tensor) -> tuple[Call, Layout]:
+def eager_call(recorder: Recorder, left: Tensor, value: Tensor) -> tuple[Call, Layout]:
     """The call whose last product is `left @ value`, traced back to tokens and weights.
 
     Args:

@@ -17,7 +17,7 @@ from lipbounds.capture.linear_forms import FINE_DTYPES
 from lipbounds.capture.projections import Projection, projection, unflattened
 from lipbounds.capture.recorder import Recorder
 from lipbounds.capture.records import Invocation
-from lipbounds.capture.steps import Step
+from lipbounds.capture.replay import Step
 
 
 # Steps between a projection and what is traced that leave each entry a feature of a token.

@@ -11,7 +11,7 @@ from torch import Tensor
 from lipbounds.capture.blocks import Call
 from lipbounds.capture.entries import Tracer
 from lipbounds.capture.masks import additive, for_layout
-from lipbounds.capture.operands import Layout, Operand, check_constant, parts_and_layout
+from lipbounds.capture.operands import Layout, Operand, check_constant, qkv_and_layout
 from lipbounds.capture.recorder import Recorder
 from lipbounds.capture.refusals import dropout_error, unsupported
 from lipbounds.capture.tracing import trace
@@ -71,15 +71,15 @@ def traced_call(
     if (query.norm is None) != (key.norm is None):
         raise unsupported(recorder.module, "queries and keys must both be normalised, got one of them alone")
     lead = torch.broadcast_shapes(*(operand.lead for operand in chosen))
-    parts, layout = parts_and_layout(recorder, [operand.expand(lead) for operand in chosen])
-    area = parts[0].tokens.shape[-2], parts[1].tokens.shape[-2]
-    for part in parts:
+    qkv, layout = qkv_and_layout(recorder, [operand.expand(lead) for operand in chosen])
+    area = qkv[0].tokens.shape[-2], qkv[1].tokens.shape[-2]
+    for part in qkv:
         check_constant(recorder, part.source, "mask", mask_sources)
     call = Call(
         module=recorder.module,
-        parts=parts,
+        qkv=qkv,
         scale=scale,
-        logit_bias=None if mask is None else for_layout(mask.to(parts[0].tokens.dtype), lead, area, layout),
+        logit_bias=None if mask is None else for_layout(mask.to(qkv[0].tokens.dtype), lead, area, layout),
         causal=causal,
         start=recorder.common_start([operand.invocations for operand in chosen]),
         time=recorder.now(),

@@ -16,7 +16,7 @@ from torch import Tensor
 from lipbounds.capture import operations as ops
 from lipbounds.capture.decompositions import set_entries
 from lipbounds.capture.recorder import Recorder
-from lipbounds.capture.steps import LINEAR, Step
+from lipbounds.capture.replay import LINEAR, Step
 
 
 # A cast to one of these is the identity up to rounding; one to integers or eight bits is a function of its own.
@@ -45,7 +45,7 @@ class Form:
     constants: list[Tensor]
 
 
-def leaves_of(
+def linear_leaves(
     recorder: Recorder, tensor: Tensor, is_leaf: Callable[[Tensor], bool]
 ) -> tuple[list[Tensor], list[Tensor]] | Tensor:
     """The leaves that `tensor` is made of by linear steps, and the tensors in between, in the order of the run.
@@ -93,7 +93,7 @@ def form_of(recorder: Recorder, tensor: Tensor, leaves: dict[int, Tensor], betwe
     steps: list[Step] = []
     for current in between:
         step = recorder.fresh_step(current)
-        assert step is not None  # leaves_of found it
+        assert step is not None  # linear_leaves found it
         known[id(current)] = _run(step, known)
         steps.append(step)
     with_values = [step for step in steps if step.kind in ("scale", "combine") and step.function is not set_entries]

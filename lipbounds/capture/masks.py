@@ -17,14 +17,14 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     Raises:
         Unsupported: the mask is a tensor of a kind that holds its entries in a way of its own.
     """
-    mask = _written_out(mask)
+    mask = _plain(mask)
     if mask.dtype == torch.bool:
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
     hidden = mask <= torch.finfo(mask.dtype).min / 2
     return mask.to(dtype).masked_fill(hidden, -torch.inf)
 
 
-def _written_out(mask: Tensor) -> Tensor:
+def _plain(mask: Tensor) -> Tensor:
     """The entries of `causal_upper_left` and `causal_lower_right`, whose own are zeros and stand for nothing."""
     if type(mask) in (Tensor, torch.nn.Parameter) and not mask.is_nested and mask.layout == torch.strided:
         return mask

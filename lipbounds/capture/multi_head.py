@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lipbounds.capture.blocks import Call, Output
 from lipbounds.capture.masks import additive, future
-from lipbounds.capture.operands import Part, check_constant
+from lipbounds.capture.operands import HeadProjection, check_constant
 from lipbounds.capture.recorder import Recorder
 from lipbounds.capture.refusals import dropout_error, unsupported
 
@@ -37,17 +37,17 @@ def multi_head_call(recorder: Recorder, given: dict[str, Any], result: Tensor) -
     if given["training"] and given["dropout_p"] > 0:
         raise dropout_error(recorder.module)
     sources = [given[name] for name in ("query", "key", "value")]
-    parts = [_part(given, role, source) for role, source in enumerate(sources)]
+    qkv = [_head_projection(given, role, source) for role, source in enumerate(sources)]
     causal = given["is_causal"] and given["key_padding_mask"] is None and not given["need_weights"]
     masks = [] if causal else [given["attn_mask"], given["key_padding_mask"]]
     weights = [given[name] for name in _WEIGHTS]
-    for part in parts:
+    for part in qkv:
         check_constant(recorder, part.source, "mask or weights", [*masks, *weights])
     bias = None if causal else _logit_bias(given)
     call = Call(
         module=recorder.module,
-        parts=parts,
-        scale=parts[0].weight.shape[-1] ** -0.5,
+        qkv=qkv,
+        scale=qkv[0].weight.shape[-1] ** -0.5,
         logit_bias=bias,
         causal=causal,
         start=recorder.common_start([]),
@@ -89,12 +89,12 @@ def _role(given: dict[str, Any], role: int) -> tuple[Tensor, Tensor | None]:
     return weight, None if given["in_proj_bias"] is None else given["in_proj_bias"].chunk(3)[role]
 
 
-def _part(given: dict[str, Any], role: int, source: Tensor) -> Part:
+def _head_projection(given: dict[str, Any], role: int, source: Tensor) -> HeadProjection:
     """Queries (role 0), keys (1) or values (2)."""
     weight, bias = _role(given, role)
     tokens = _batch_first(source)
     rows = torch.arange(source.shape[:-1].numel(), device=source.device).view(source.shape[:-1])
-    return Part(
+    return HeadProjection(
         tokens=tokens.clone(),
         weight=_heads(given, weight).mT.clone(),
         bias=None if bias is None else bias.reshape(given["num_heads"], -1).clone(),

@@ -18,7 +18,7 @@ from lipbounds.targets.rms_norm import NormOver
 
 
 @dc.dataclass(frozen=True, eq=False, slots=True, kw_only=True)
-class Part:
+class HeadProjection:
     """One of queries, keys, values as `tokens @ weight + bias` a head.
 
     Args:
@@ -132,7 +132,7 @@ class Layout:
         return batch, head
 
 
-def parts_and_layout(recorder: Recorder, operands: list[Operand]) -> tuple[list[Part], Layout]:
+def qkv_and_layout(recorder: Recorder, operands: list[Operand]) -> tuple[list[HeadProjection], Layout]:
     """Sort the leading indices into batch items (equal tokens) and heads (equal features), and collect each part.
 
     Args:
@@ -152,10 +152,10 @@ def parts_and_layout(recorder: Recorder, operands: list[Operand]) -> tuple[list[
         )
     batch_shape = _batch_shape(operands, [operand.rows[cell[:, 0]] for operand in operands])
     layout = Layout(cell=cell, batch_shape=batch_shape, queries=operands[0].rows.shape[-1])
-    return [_part(recorder, operand, layout) for operand in operands], layout
+    return [_head_projection(recorder, operand, layout) for operand in operands], layout
 
 
-def _part(recorder: Recorder, operand: Operand, layout: Layout) -> Part:
+def _head_projection(recorder: Recorder, operand: Operand, layout: Layout) -> HeadProjection:
     rows, features = operand.rows[layout.cell[:, 0]], operand.features[layout.cell[0]]
     if bool((rows.sort(dim=-1).values.diff(dim=-1) == 0).any()):
         raise unsupported(recorder.module, "each token must be used once in a block, got one that is repeated")
@@ -176,7 +176,9 @@ def _part(recorder: Recorder, operand: Operand, layout: Layout) -> Part:
     weight = weight * (factor[:, None] if isinstance(factor, Tensor) and factor.dim() > 0 else factor)
     bias = None if found.bias is None else found.bias[features] * factor
     rotation = None if operand.rotation is None else _rotation(recorder, operand.rotation, layout)
-    return Part(tokens=tokens, weight=weight, bias=bias, source=found.tokens, rows=rows, rotation=rotation, norm=norm)
+    return HeadProjection(
+        tokens=tokens, weight=weight, bias=bias, source=found.tokens, rows=rows, rotation=rotation, norm=norm
+    )
 
 
 def _norm(

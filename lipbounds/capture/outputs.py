@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lipbounds.capture.blocks import Call, Output
-from lipbounds.capture.linear_forms import form_of, leaves_of
+from lipbounds.capture.linear_forms import form_of, linear_leaves
 from lipbounds.capture.masks import future
-from lipbounds.capture.operands import Layout, Part, check_constant
+from lipbounds.capture.operands import HeadProjection, Layout, check_constant
 from lipbounds.capture.projections import Projection
 from lipbounds.capture.recorder import Recorder
 from lipbounds.capture.refusals import check_dropout, unsupported
@@ -85,7 +85,7 @@ def reads(recorder: Recorder, tensor: Tensor, is_mixed: Any) -> list[Tensor]:
     """The outputs of attention calls that `tensor` is made of by linear steps alone; none if there is more to it."""
     if recorder.attended(tensor) is None:
         return []
-    found = leaves_of(recorder, tensor, is_mixed)
+    found = linear_leaves(recorder, tensor, is_mixed)
     return [] if isinstance(found, Tensor) else found[0]
 
 
@@ -97,7 +97,7 @@ def _form(
     for one in outputs:
         leaves[id(one)] = start + torch.arange(one.numel(), device=tensor.device).view(one.shape)
         start += one.numel()
-    found = leaves_of(recorder, tensor, lambda t: id(t) in leaves)
+    found = linear_leaves(recorder, tensor, lambda t: id(t) in leaves)
     assert not isinstance(found, Tensor)  # `reads` found the leaves
     form = form_of(recorder, tensor, leaves, found[1])
     check_dropout(module, form.steps)
@@ -138,7 +138,7 @@ def merged(recorder: Recorder, calls: Sequence[Call], layouts: Sequence[Layout])
     if len(calls) == 1:
         return first
     for call in calls[1:]:
-        for one, other in zip(first.parts, call.parts, strict=True):
+        for one, other in zip(first.qkv, call.qkv, strict=True):
             alike = recorder.number(one.source) == recorder.number(other.source) and torch.equal(one.rows, other.rows)
             if not alike or not _equal(one.rotation, other.rotation) or (one.norm is None) != (other.norm is None):
                 raise unsupported(
@@ -146,15 +146,15 @@ def merged(recorder: Recorder, calls: Sequence[Call], layouts: Sequence[Layout])
                 )
             if one.norm is not None and other.norm is not None and one.norm[1:] != other.norm[1:]:
                 raise unsupported(first.module, "heads side by side must be normalised alike")
-    parts = [_merged_part([call.parts[role] for call in calls]) for role in range(3)]
+    qkv = [_merged([call.qkv[role] for call in calls]) for role in range(3)]
     scale = first.scale
     if any(call.scale != scale for call in calls):
-        parts[0] = _scaled(parts[0], calls, layouts)
+        qkv[0] = _scaled(qkv[0], calls, layouts)
         scale = 1.0
     causal = all(call.causal for call in calls)
     return dc.replace(
         first,
-        parts=parts,
+        qkv=qkv,
         scale=scale,
         causal=causal,
         logit_bias=_merged_bias(calls, layouts, causal),
@@ -164,7 +164,7 @@ def merged(recorder: Recorder, calls: Sequence[Call], layouts: Sequence[Layout])
     )
 
 
-def _merged_part(parts: Sequence[Part]) -> Part:
+def _merged(parts: Sequence[HeadProjection]) -> HeadProjection:
     bias = None
     if any(part.bias is not None for part in parts):
         shapes = [part.weight[:, 0] for part in parts]
@@ -177,7 +177,7 @@ def _merged_part(parts: Sequence[Part]) -> Part:
     return dc.replace(parts[0], weight=torch.cat([part.weight for part in parts]), bias=bias, norm=norm)
 
 
-def _scaled(query: Part, calls: Sequence[Call], layouts: Sequence[Layout]) -> Part:
+def _scaled(query: HeadProjection, calls: Sequence[Call], layouts: Sequence[Layout]) -> HeadProjection:
     """Queries with the scale of each call in the weights of its heads."""
     scales = [scale for call, layout in zip(calls, layouts, strict=True) for scale in [call.scale] * layout.heads]
     each = query.weight.new_tensor(scales)
@@ -192,13 +192,13 @@ def _merged_bias(calls: Sequence[Call], layouts: Sequence[Layout], causal: bool)
     for call in calls:
         bias = call.logit_bias
         if call.causal and not causal:
-            mask = future(call.parts[0].rows.shape[-1], call.parts[1].rows.shape[-1], call.parts[0].tokens)
+            mask = future(call.qkv[0].rows.shape[-1], call.qkv[1].rows.shape[-1], call.qkv[0].tokens)
             bias = mask if bias is None else bias + mask
         biases.append(bias)
     if all(bias is None for bias in biases) or all(_equal(bias, biases[0]) for bias in biases):
         return biases[0]
-    area = calls[0].parts[0].rows.shape[-1], calls[0].parts[1].rows.shape[-1]
-    blank = calls[0].parts[0].tokens.new_zeros(area)
+    area = calls[0].qkv[0].rows.shape[-1], calls[0].qkv[1].rows.shape[-1]
+    blank = calls[0].qkv[0].tokens.new_zeros(area)
     filled = [blank if bias is None else bias for bias in biases]
     filled = [
         (one if one.dim() > 2 else one[None]).expand(*one.shape[:-3], layout.heads, *area)

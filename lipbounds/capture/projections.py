@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lipbounds.capture import operations as ops
 from lipbounds.capture.recorder import Recorder
-from lipbounds.capture.steps import reindex
+from lipbounds.capture.replay import reindex
 
 
 @dc.dataclass(frozen=True, eq=False, slots=True, kw_only=True)
@@ -90,7 +90,7 @@ def _pointwise(tokens: Tensor, weight: Tensor, shape: torch.Size, groups: int) -
 
 def unflattened(recorder: Recorder, found: Projection) -> Projection:
     """The projection with the batch dimensions that the model folded into one before it, as `addmm` needs."""
-    whole, chain = recorder.walk(found.tokens, ("reindex",))
+    whole, chain = recorder.trace_back(found.tokens, ("reindex",))
     if not chain or found.tokens.dim() != 2 or whole.shape[-1:] != found.tokens.shape[-1:]:
         return found
     numbers = torch.arange(whole.numel(), device=whole.device)

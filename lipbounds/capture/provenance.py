@@ -12,7 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lipbounds.capture import operations as ops
 from lipbounds.capture.invocations import Invocations
 from lipbounds.capture.records import Function, Leak, Origin, Record
-from lipbounds.capture.steps import AFFINE, LINEAR, MOVES_AND_CASTS, Kinds, Step, tensors_in, version
+from lipbounds.capture.replay import AFFINE, LINEAR, MOVES_AND_CASTS, Kinds, Step, tensors_in, version
 
 
 ATTENDED = "attended"
@@ -57,7 +57,7 @@ class Provenance(Invocations):
         """The function that last changed the memory of `tensor` in place."""
         return self._changed_by.get(storage_of(tensor))
 
-    def walk(self, tensor: Tensor, kinds: Kinds) -> tuple[Tensor, list[Step]]:
+    def trace_back(self, tensor: Tensor, kinds: Kinds) -> tuple[Tensor, list[Step]]:
         """Back from `tensor` through steps of these kinds: where they start, and the steps in the order of the run."""
         chain: list[Step] = []
         step = self.fresh_step(tensor)
@@ -72,7 +72,7 @@ class Provenance(Invocations):
 
         A product with a constant matrix on the right is a projection.
         """
-        root = self.walk(tensor, AFFINE)[0]
+        root = self.trace_back(tensor, AFFINE)[0]
         step = self.fresh_step(root)
         made = step is not None and step.function in ops.PRODUCT and root not in self._attended
         return made and step is not None and not self.is_constant(step.versions[1][0])
@@ -83,7 +83,7 @@ class Provenance(Invocations):
 
     def is_map(self, tensor: Tensor) -> bool:
         """Whether `tensor` is the result of a softmax, apart from moves of its entries and casts."""
-        step = self.fresh_step(self.walk(tensor, MOVES_AND_CASTS)[0])
+        step = self.fresh_step(self.trace_back(tensor, MOVES_AND_CASTS)[0])
         return step is not None and step.function in ops.SOFTMAX
 
     def mark_attended(self, tensor: Tensor) -> None:
@@ -92,12 +92,12 @@ class Provenance(Invocations):
 
     def attended(self, tensor: Tensor) -> Tensor | None:
         """The output of an attention call that `tensor` is first made of by linear steps; None if it is not."""
-        root = self.walk(tensor, LINEAR)[0]
+        root = self.trace_back(tensor, LINEAR)[0]
         return root if self._attended.get(root) == version(root) else None
 
     def projected(self, tensor: Tensor) -> Tensor | None:
         """The projection, its norm or the attention output that `tensor` was made of by linear steps; None if none."""
-        root = self.walk(tensor, LINEAR)[0]
+        root = self.trace_back(tensor, LINEAR)[0]
         if root in self._attended:
             return root
         step = self.fresh_step(root)
@@ -115,7 +115,7 @@ class Provenance(Invocations):
                 break
             source = step.tokens if step.kind == "call" else step.source
             if step.kind == "call":
-                source = self.walk(source, MOVES_AND_CASTS)[0]
+                source = self.trace_back(source, MOVES_AND_CASTS)[0]
                 found.add(self.number(source))
             step = self.fresh_step(source)
         return found

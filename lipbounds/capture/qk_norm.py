@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lipbounds.capture import operations as ops
 from lipbounds.capture.provenance import Provenance
-from lipbounds.capture.steps import Kind, Step
+from lipbounds.capture.replay import Kind, Step
 
 
 FreshStep = Callable[[Tensor], Step | None]
@@ -166,7 +166,7 @@ def norm_of(recorder: Provenance, root: Tensor) -> tuple[Tensor, list[Step]] | N
     step = recorder.fresh_step(root)
     if step is None or step.kind != "normalise":
         return None
-    return recorder.walk(root, ("reindex", "same", "cast", "normalise"))
+    return recorder.trace_back(root, ("reindex", "same", "cast", "normalise"))
 
 
 @dc.dataclass(eq=False, slots=True)

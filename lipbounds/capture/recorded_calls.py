@@ -13,7 +13,7 @@ from lipbounds.capture import operations as ops
 from lipbounds.capture.decompositions import set_entries
 from lipbounds.capture.provenance import Provenance
 from lipbounds.capture.qk_norm import norm_kind
-from lipbounds.capture.steps import MOVES, Kind, Step, tensors_in, version
+from lipbounds.capture.replay import MOVES, Kind, Step, tensors_in, version
 
 
 def classify(
@@ -90,9 +90,9 @@ def _shifted(
     if len(scores) != 1:
         return None, None
     if function in ops.SUBTRACT and len(tensors) == 2:
-        maximum = recorder.fresh_step(recorder.walk(tensors[1], MOVES)[0])
+        maximum = recorder.fresh_step(recorder.trace_back(tensors[1], MOVES)[0])
         own = None if maximum is None or maximum.function not in ops.ROW_MAXIMUM else maximum.source
-        if own is not None and recorder.walk(own, MOVES)[0] is recorder.walk(scores[0], MOVES)[0]:
+        if own is not None and recorder.trace_back(own, MOVES)[0] is recorder.trace_back(scores[0], MOVES)[0]:
             return "level", scores[0]
     return "fill" if function in ops.FILL | {set_entries} else "shift", scores[0]
 

@@ -15,12 +15,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lipbounds.capture import operations as ops
-from lipbounds.capture.decompositions import PARTS, Runner, functional_form
+from lipbounds.capture.decompositions import DECOMPOSITIONS, Runner, functional_form
 from lipbounds.capture.provenance import storage_of
 from lipbounds.capture.recorded_calls import classify, is_blank
 from lipbounds.capture.records import Function, Leak, Origin, Record
 from lipbounds.capture.refusals import transform_error
-from lipbounds.capture.steps import Step, tensors_in, version
+from lipbounds.capture.replay import Step, tensors_in, version
 
 
 class Listener(Protocol):
@@ -60,14 +60,14 @@ class Recorder(Runner, TorchFunctionMode):
         return self.run(ops.canonical(func), args, kwargs or {})
 
     def run(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run one call, as its parts if it has some, and record it."""
+        """Run one call, decomposed where a decomposition is known, and record it."""
         if func in ops.QUESTION:
             return func(*args, **kwargs)
         self.just_left.clear()
-        parts = PARTS.get(func)
-        if parts is not None:
+        decomposition = DECOMPOSITIONS.get(func)
+        if decomposition is not None:
             with self._as_written(func):
-                result = parts(self, args, kwargs)
+                result = decomposition(self, args, kwargs)
             if result is not NotImplemented:
                 return result
         given = tensors_in(args, kwargs)

@@ -6,7 +6,7 @@ import dataclasses as dc
 from collections.abc import Callable
 from typing import Any
 
-from lipbounds.capture.steps import Step
+from lipbounds.capture.replay import Step
 
 
 Function = Callable[..., Any]

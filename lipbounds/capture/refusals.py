@@ -12,7 +12,7 @@ from torch.overrides import resolve_name
 
 from lipbounds.capture import operations as ops
 from lipbounds.capture.provenance import Provenance
-from lipbounds.capture.steps import Step
+from lipbounds.capture.replay import Step
 from lipbounds.errors import InvalidInput, Unsupported
 
 

@@ -15,7 +15,7 @@ from lipbounds.capture.collector import Collector, OnUnsupported
 from lipbounds.capture.recorder import Recorder
 from lipbounds.capture.refusals import transform_error
 from lipbounds.capture.repeat import check_repeats
-from lipbounds.capture.steps import tensors_in
+from lipbounds.capture.replay import tensors_in
 from lipbounds.errors import InvalidInput, Unsupported
 
 

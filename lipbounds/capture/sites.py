@@ -13,7 +13,7 @@ from lipbounds.capture import operations as ops
 from lipbounds.capture.recorder import Recorder
 from lipbounds.capture.records import Function, Origin
 from lipbounds.capture.refusals import function_name
-from lipbounds.capture.steps import MOVES_AND_CASTS, tensors_in
+from lipbounds.capture.replay import MOVES_AND_CASTS, tensors_in
 
 
 # Behind these lies another function, whose own products are no logits.
@@ -80,7 +80,7 @@ class Sites:
 
     def of_map(self, tensor: Tensor) -> Site | None:
         """The softmax that `tensor` is, apart from moves of its entries; None if it is none over two activations."""
-        return self._maps.get(self._recorder.walk(tensor, MOVES_AND_CASTS)[0])
+        return self._maps.get(self._recorder.trace_back(tensor, MOVES_AND_CASTS)[0])
 
     def left(self) -> list[Site]:
         """Those that nobody reported, in the order of the run."""

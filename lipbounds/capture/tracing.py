@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from lipbounds.capture.entries import Entries, Tracer, side_by_side
-from lipbounds.capture.linear_forms import Form, form_of, leaves_of
+from lipbounds.capture.linear_forms import Form, form_of, linear_leaves
 from lipbounds.capture.operands import Operand
 from lipbounds.capture.qk_norm import Norm, norm_of, read_norm
 from lipbounds.capture.recorder import Recorder
 from lipbounds.capture.refusals import QK_NORM, check_dropout, unfollowed_in_words, unsupported
+from lipbounds.capture.replay import Step, numbers_in
 from lipbounds.capture.rotations import turned
-from lipbounds.capture.steps import Step, numbers_in
 
 
 def trace(tracer: Tracer, tensor: Tensor, role: str, *, transposed: bool = False, repeats: int = 1) -> list[Operand]:
@@ -113,7 +113,7 @@ def _leaves(tracer: Tracer, tensor: Tensor, role: str) -> tuple[list[Tensor], li
         entries = tracer.entries(one)
         return entries is not None and entries.pure and isinstance(entries.factor, float) and entries.factor == 1.0
 
-    found = leaves_of(recorder, tensor, is_leaf)
+    found = linear_leaves(recorder, tensor, is_leaf)
     if isinstance(found, Tensor):
         raise _no_projection(recorder, found, role)
     return found

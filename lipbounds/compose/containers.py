@@ -30,18 +30,18 @@ from lipbounds.targets.layers import Layer, Linear, Pool, Residual, Sequence
 
 
 def sequence_step(
-    layers: list[tuple[str, Layer]], reach: PropagatedSet, rules: Rules, log: list[LayerBound], depth: int = 0
+    layers: list[tuple[str, Layer]], inputs: PropagatedSet, rules: Rules, log: list[LayerBound], depth: int = 0
 ) -> Step:
     """Layers one after the other.
 
     Args:
         layers: with their paths.
-        reach: what reaches the first.
+        inputs: that can reach the first.
         rules: how layers are bounded.
         log: where the account goes.
         depth: of the layers in the tree.
     """
-    start = here = reach if reach.lost is None else dc.replace(reach, lost=torch.zeros_like(reach.radius))
+    start = here = inputs if inputs.lost is None else dc.replace(inputs, lost=torch.zeros_like(inputs.radius))
     closed: Tensor | None = None  # bound of everything up to the last layer that mixes tokens
     run: Enclosure | None = None  # the layers after it, token by token
     run_start = start
@@ -58,7 +58,7 @@ def sequence_step(
                 step = leaf_step(layer, here, rules)
             norm = total_norm(step)
             own = norm if step.own is None else step.own
-            here = step.reach
+            here = step.outputs
             if step.per_token:
                 run = step.jacobians if run is None else then(run, step.jacobians)
             else:
@@ -130,9 +130,9 @@ def _pooled(
         index = 0 if pool.how == "first" else count - 1
         run = None if run is None else run.item(index)
 
-        def chosen(reach: PropagatedSet, x: Tensor) -> PropagatedSet:
-            radii = reach.token_radii[..., index : index + 1]
-            return PropagatedSet(x, torch.minimum(reach.radius, radii.squeeze(-1)), radii)
+        def chosen(inputs: PropagatedSet, x: Tensor) -> PropagatedSet:
+            radii = inputs.token_radii[..., index : index + 1]
+            return PropagatedSet(x, torch.minimum(inputs.radius, radii.squeeze(-1)), radii)
 
         # The map to one token is no map of tokens one by one any more: with closed set, its norm stands for the whole.
         closed = torch.ones_like(here.radius) if closed is None else closed
@@ -151,37 +151,39 @@ def _pooled(
 
 
 def _residual_step(
-    path: str, layer: Residual, reach: PropagatedSet, rules: Rules, log: list[LayerBound], depth: int
+    path: str, layer: Residual, inputs: PropagatedSet, rules: Rules, log: list[LayerBound], depth: int
 ) -> Step:
     inner = path if isinstance(layer.body, Sequence) else f"{path}.body" if path else "body"
-    body = sequence_step([(inner, layer.body)], reach, rules, log, depth + 1)
-    y = reach.x if layer.skip is None else layer.skip(reach.x)
-    if body.reach.x.shape != y.shape:
+    body = sequence_step([(inner, layer.body)], inputs, rules, log, depth + 1)
+    y = inputs.x if layer.skip is None else layer.skip(inputs.x)
+    if body.outputs.x.shape != y.shape:
         raise InvalidInput(
             f"the body of a residual must keep the shape of its input, got {tuple(y.shape)} and "
-            f"{tuple(body.reach.x.shape)} at {path or 'the network'}."
+            f"{tuple(body.outputs.x.shape)} at {path or 'the network'}."
         )
-    through, y = y, y + body.reach.x
-    skip = identity(reach) if layer.skip is None else _skip(layer.skip, reach)
+    through, y = y, y + body.outputs.x
+    skip = identity(inputs) if layer.skip is None else _skip(layer.skip, inputs)
     if body.per_token:
-        step = per_token(plus(skip, body.jacobians), reach, y)
+        step = per_token(plus(skip, body.jacobians), inputs, y)
     else:
         norm = inflate(skip.norm.amax(-1) + total_norm(body), 2)
-        step = mixing(norm, reach, y)
-    apart = inflate(product(skip.norm, reach.token_radii) + body.reach.token_radii, 4)
-    tokens = torch.minimum(step.reach.token_radii, apart)
-    whole = inflate(product(skip.norm.amax(-1), reach.radius) + body.reach.radius, 4)
-    after = PropagatedSet(y, torch.minimum(step.reach.radius, whole), tokens, lost=None)
-    if body.reach.lost is not None:
-        lost = body.reach.lost if layer.skip is None else body.reach.lost + lost_by(layer.skip, reach.x, through, 2)
-        sizes = (through.abs() + body.reach.x.abs()).flatten(-2).norm(dim=-1)
+        step = mixing(norm, inputs, y)
+    apart = inflate(product(skip.norm, inputs.token_radii) + body.outputs.token_radii, 4)
+    tokens = torch.minimum(step.outputs.token_radii, apart)
+    whole = inflate(product(skip.norm.amax(-1), inputs.radius) + body.outputs.radius, 4)
+    after = PropagatedSet(y, torch.minimum(step.outputs.radius, whole), tokens, lost=None)
+    if body.outputs.lost is not None:
+        lost = (
+            body.outputs.lost if layer.skip is None else body.outputs.lost + lost_by(layer.skip, inputs.x, through, 2)
+        )
+        sizes = (through.abs() + body.outputs.x.abs()).flatten(-2).norm(dim=-1)
         after = dc.replace(after, lost=inflate(lost + 2 * UNIT_ROUNDOFF * sizes, 16))
     return Step(step.jacobians, step.per_token, after)
 
 
-def _skip(layer: Linear, reach: PropagatedSet) -> Enclosure:
+def _skip(layer: Linear, inputs: PropagatedSet) -> Enclosure:
     """The matrix of a skip connection; with what it lost if it was folded."""
-    skip = matrix(layer.weight, reach.token_radii)
+    skip = matrix(layer.weight, inputs.token_radii)
     if not isinstance(layer, FoldedLinear):
         return skip
     assert skip.deviation is not None

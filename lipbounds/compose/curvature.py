@@ -50,9 +50,9 @@ def curvature(block: Attention, radius: float) -> Float[Tensor, "*batch"]:
     ).unsqueeze(-1)
     beta = spectral_norm_upper(_centred(values, upper, block))
     beta = (beta + 0.5**0.5 * radius * value_weights) * (1 + SLACK) + _row_error(block, "v")
-    reach = (block.queries @ block.w_k.mT).norm(dim=-1)
-    reach_error = _row_error(block, "q") * block.w_k.norm(dim=(-2, -1)).unsqueeze(-1)
-    nu = (scale * (reach + reach_error) + radius * product) * (1 + SLACK)
+    gradient = (block.queries @ block.w_k.mT).norm(dim=-1)
+    gradient_error = _row_error(block, "q") * block.w_k.norm(dim=(-2, -1)).unsqueeze(-1)
+    nu = (scale * (gradient + gradient_error) + radius * product) * (1 + SLACK)
     distance = torch.cdist(values, values, compute_mode="donot_use_mm_for_euclid_dist").amax((-2, -1)).unsqueeze(-1)
     diameter = (distance + 2**0.5 * radius * value_weights) * (1 + SLACK) + 2 * _row_error(block, "v")
     x1 = value_weights * alpha + product * beta + diameter * nu * alpha

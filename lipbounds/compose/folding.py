@@ -68,13 +68,13 @@ def folding_change(layer: AttentionLayer, x: Float[Tensor, "*batch n dim"], radi
     if not isinstance(layer, FoldedAttention):
         return torch.zeros_like(radius)
     block = layer.block
-    reach = (_norm(x, 2) + radius).unsqueeze(-1)
+    size = (_norm(x, 2) + radius).unsqueeze(-1)
     turned = (
         rotation_norm(block.query_rotation, block.w_q[..., 0, 0]),
         rotation_norm(block.key_rotation, block.w_k[..., 0, 0]),
     )
     q, k, v = (
-        _size(block, layer.lost, name, reach, rotation)
+        _size(block, layer.lost, name, size, rotation)
         for name, rotation in zip("qkv", (*turned, torch.ones_like(turned[0])), strict=True)
     )
     scale, root = abs(block.scale_value), math.sqrt(x.shape[-2])
@@ -86,11 +86,11 @@ def folding_change(layer: AttentionLayer, x: Float[Tensor, "*batch n dim"], radi
     return never_nan(inflate((heads * _norm(block.w_o, 2)).sum(-1), 64 + block.heads)).expand(radius.shape)
 
 
-def _size(block: Attention, lost: dict[str, Tensor], name: str, reach: Tensor, rotation: Tensor) -> _Size:
+def _size(block: Attention, lost: dict[str, Tensor], name: str, size: Tensor, rotation: Tensor) -> _Size:
     root = math.sqrt(block.x.shape[-2])
     weight, weight_off = _norm(getattr(block, f"w_{name}"), 2), _norm(lost[f"w_{name}"], 2)
     bias, bias_off = getattr(block, f"b_{name}"), lost.get(f"b_{name}")
-    tokens, off = reach * weight, reach * weight_off
+    tokens, off = size * weight, size * weight_off
     tokens = tokens if bias is None else tokens + root * _norm(bias, 1)
     off = off if bias_off is None else off + root * _norm(bias_off, 1)
     return _Size(

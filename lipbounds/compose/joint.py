@@ -184,7 +184,7 @@ class JointNetwork:
         z, inner = x, torch.eye(x.numel(), dtype=x.dtype, device=x.device)
         if before:
             step = sequence_step(before, _still(x), self._rules, [], depth=1)
-            z, inner = step.reach.x, _dense(step, x, "what stands before attention")
+            z, inner = step.outputs.x, _dense(step, x, "what stands before attention")
         block = attention.block.at(z)
         own = jacobian(block)
         operator = JacobianOperator(block)
@@ -226,17 +226,17 @@ class JointNetwork:
         norms, deviations, radii, moved = [], [], [], []
         for stage in self._stages:
             # A ball of radius 0 stays a point however steep the layers are, hence `product`, not infinity times 0.
-            reach = PropagatedSet(stage.x, product(norm, radius), None if tokens is None else product(tokens, radius))
-            reach = dc.replace(reach.grown(lost), lost=torch.zeros_like(lost))
+            inputs = PropagatedSet(stage.x, product(norm, radius), None if tokens is None else product(tokens, radius))
+            inputs = dc.replace(inputs.grown(lost), lost=torch.zeros_like(lost))
             # NaN is infinity less or times something (a normalisation that may collapse): no bound is known.
-            deviation, change = (never_nan(found) for found in self._change(stage, reach, norm, tokens))
+            deviation, change = (never_nan(found) for found in self._change(stage, inputs, norm, tokens))
             apart = never_nan(inflate(stage.norm * apart + change, 8))
             lost = never_nan(inflate(product(stage.norm + deviation, lost) + stage.lost, 8))
             total = apart + stage.so_far_rounding
             through = never_nan((stage.norm + deviation) * norm)
             norm = torch.minimum(inflate(stage.so_far_norm + total, 4), inflate(through, 4))
             tokens = torch.minimum(inflate(stage.token_norms + total, 4), norm)
-            radii.append((stage.path, float(reach.radius)))
+            radii.append((stage.path, float(inputs.radius)))
             norms.append(float(norm))
             deviations.append(float(deviation))
             moved.append(change)
@@ -264,7 +264,7 @@ class JointNetwork:
         return never_nan(inflate(total + vector_norm(tail) + error, tail.shape[1] + 8))
 
     def _change(
-        self, stage: _Stage, reach: PropagatedSet, norm: Tensor, tokens: Tensor | None
+        self, stage: _Stage, inputs: PropagatedSet, norm: Tensor, tokens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """e_l, and a bound on ||(J_l - B_l) J_{l-1} ... J_1||."""
         layer = stage.layer
@@ -273,27 +273,27 @@ class JointNetwork:
             return rounded, rounded * norm
         if stage.attention is not None:
             assert tokens is not None
-            return self._attention_change(stage, stage.attention, reach, norm, tokens)
-        step = sequence_step([(stage.path, layer)], reach, self._rules, [], depth=1)
+            return self._attention_change(stage, stage.attention, inputs, norm, tokens)
+        step = sequence_step([(stage.path, layer)], inputs, self._rules, [], depth=1)
         each = step.jacobians.deviation
         if not step.per_token or each is None or tokens is None:
             raise Unsupported(f"{type(layer).__name__} has no known deviation at {stage.path}.")
         return each.amax(-1), norm_over_tokens(each, tokens, norm)
 
     def _attention_change(
-        self, stage: _Stage, attention: _AttentionStage, reach: PropagatedSet, norm: Tensor, tokens: Tensor
+        self, stage: _Stage, attention: _AttentionStage, inputs: PropagatedSet, norm: Tensor, tokens: Tensor
     ) -> tuple[Tensor, Tensor]:
         """As `_change`. With N' the Jacobian of the layers before attention, d and n its deviation and norm a token:
         (J - B) A' = A0 (N' - N0) A' + (A - A0) N' A', at most ||A0|| |d A'| + e |n A'|."""
         ones, one = torch.ones_like(tokens), torch.ones_like(norm)
         inner, gain = torch.zeros_like(ones), ones
         if attention.before:
-            step = sequence_step(attention.before, reach, self._rules, [], depth=1)
+            step = sequence_step(attention.before, inputs, self._rules, [], depth=1)
             if not step.per_token or step.jacobians.deviation is None:
                 raise Unsupported("what stands before attention in a residual must act on tokens one by one.")
-            inner, gain, reach = step.jacobians.deviation, step.jacobians.norm, step.reach
-        folding = folding_change(attention.layer, attention.block.x, reach.radius)
-        turn = self._turn(attention, float(reach.radius)) + attention.rounding + folding
+            inner, gain, inputs = step.jacobians.deviation, step.jacobians.norm, step.outputs
+        folding = folding_change(attention.layer, attention.block.x, inputs.radius)
+        turn = self._turn(attention, float(inputs.radius)) + attention.rounding + folding
         deviation, change = (
             product(attention.norm, norm_over_tokens(inner, each, whole))
             + product(turn, norm_over_tokens(gain, each, whole))

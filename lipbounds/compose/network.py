@@ -80,7 +80,7 @@ def network_bound(
     delta = rules.failures(wide) if "probable" in kinds else None
     claim = Claim(kind="probable" if "probable" in kinds else "proved", scope="ball" if radius else "point")
     result = BoundResult(name="network_bound", value=value, claim=claim, radius=radius if radius else None, delta=delta)
-    return NetworkBound(result=result, layers=tuple(log), output=step.reach.x, lost=step.reach.lost)
+    return NetworkBound(result=result, layers=tuple(log), output=step.outputs.x, lost=step.outputs.lost)
 
 
 def attention_specs(names: str | tuple[str, ...] | None, *, on_ball: bool) -> tuple[BoundSpec, ...]:

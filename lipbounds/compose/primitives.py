@@ -35,57 +35,61 @@ MATRIX_ENTRIES = 2**24  # of all matrices a token of one layer; beyond it norms 
 HIDDEN_ENTRIES = 2**26  # of the scaled weights a token of one feed-forward layer; beyond it tokens share one matrix
 
 
-def leaf_step(layer: Layer, reach: PropagatedSet, rules: Rules) -> Step:
+def leaf_step(layer: Layer, inputs: PropagatedSet, rules: Rules) -> Step:
     """A layer without parts.
 
     Args:
         layer: the layer.
-        reach: what reaches it.
+        inputs: that can reach it.
         rules: how attention is bounded.
     """
-    y = layer(reach.x)
+    y = layer(inputs.x)
     if isinstance(layer, Patches):
-        norm = torch.full_like(reach.radius, math.sqrt(layer.copies) * (1 + 4 * UNIT_ROUNDOFF))
-        step = mixing(norm, reach, y)
+        norm = torch.full_like(inputs.radius, math.sqrt(layer.copies) * (1 + 4 * UNIT_ROUNDOFF))
+        step = mixing(norm, inputs, y)
         # No window holds a pixel twice.
         return Step(
-            step.jacobians, False, PropagatedSet(y, step.reach.radius, reach.radius.unsqueeze(-1).expand(y.shape[:-1]))
+            step.jacobians,
+            False,
+            PropagatedSet(y, step.outputs.radius, inputs.radius.unsqueeze(-1).expand(y.shape[:-1])),
         )
     if isinstance(layer, Flatten):
-        return mixing(torch.ones_like(reach.radius), reach, y)
+        return mixing(torch.ones_like(inputs.radius), inputs, y)
     if isinstance(layer, Positions):
-        return _positions_step(layer, reach, y)
+        return _positions_step(layer, inputs, y)
     if isinstance(layer, AttentionLayer):
-        off = folding_change(layer, reach.x, reach.radius)
-        return mixing(inflate(_attention_norm(layer.block, reach, rules) + off, 2), reach, y)
+        off = folding_change(layer, inputs.x, inputs.radius)
+        return mixing(inflate(_attention_norm(layer.block, inputs, rules) + off, 2), inputs, y)
     if isinstance(layer, Linear):
-        return per_token(matrix(layer.weight, reach.token_radii[..., :1]), reach, y)
+        return per_token(matrix(layer.weight, inputs.token_radii[..., :1]), inputs, y)
     if isinstance(layer, Pointwise):
-        return per_token(_pointwise(layer, reach, rules), reach, y)
+        return per_token(_pointwise(layer, inputs, rules), inputs, y)
     if isinstance(layer, Normalization):
-        return _normalization_step(layer, reach, y)
+        return _normalization_step(layer, inputs, y)
     if isinstance(layer, FeedForward):
-        return per_token(_feed_forward(layer, reach, rules), reach, y)
+        return per_token(_feed_forward(layer, inputs, rules), inputs, y)
     raise InvalidInput(f"network must be built of the layers of lipbounds.targets.layers, got {type(layer).__name__}.")
 
 
-def _positions_step(layer: Positions, reach: PropagatedSet, y: Tensor) -> Step:
-    tokens = reach.token_radii
+def _positions_step(layer: Positions, inputs: PropagatedSet, y: Tensor) -> Step:
+    tokens = inputs.token_radii
     if layer.first is None:
-        return Step(identity(reach), True, PropagatedSet(y, reach.radius, tokens))
+        return Step(identity(inputs), True, PropagatedSet(y, inputs.radius, tokens))
     still = tokens.new_zeros(*tokens.shape[:-1], len(layer.first))
     return Step(
-        only_norm(torch.ones_like(reach.radius)), False, PropagatedSet(y, reach.radius, torch.cat([still, tokens], -1))
+        only_norm(torch.ones_like(inputs.radius)),
+        False,
+        PropagatedSet(y, inputs.radius, torch.cat([still, tokens], -1)),
     )
 
 
-def _normalization_step(layer: Normalization, reach: PropagatedSet, y: Tensor) -> Step:
-    radii, dim = reach.token_radii, reach.x.shape[-1]
-    known = normalization_range(reach.x, radii, layer.epsilon, centred=layer.centred)
+def _normalization_step(layer: Normalization, inputs: PropagatedSet, y: Tensor) -> Step:
+    radii, dim = inputs.token_radii, inputs.x.shape[-1]
+    known = normalization_range(inputs.x, radii, layer.epsilon, centred=layer.centred)
     if radii.numel() * dim**2 > MATRIX_ENTRIES:
         jacobians = only_norm(known.norm)
     else:
-        centre = normalization_jacobian(reach.x, layer.epsilon, centred=layer.centred)
+        centre = normalization_jacobian(inputs.x, layer.epsilon, centred=layer.centred)
         jacobians = Enclosure(limit=known.norm, centre=centre, deviation=known.deviation, tight=True)
     largest = torch.ones_like(radii[..., :1])
     if layer.weight is not None:
@@ -93,9 +97,11 @@ def _normalization_step(layer: Normalization, reach: PropagatedSet, y: Tensor) -
         jacobians = then(jacobians, diagonal(layer.weight, radii[..., :1]))
     own = inflate(product(known.norm, largest), 2)
     jacobians = dc.replace(jacobians, limit=torch.minimum(jacobians.limit, own))
-    step = per_token(jacobians, reach, y, own.amax(-1))
+    step = per_token(jacobians, inputs, y, own.amax(-1))
     sphere = inflate(2 * math.sqrt(dim) * largest, 4)
-    return dc.replace(step, reach=PropagatedSet(y, step.reach.radius, torch.minimum(step.reach.token_radii, sphere)))
+    return dc.replace(
+        step, outputs=PropagatedSet(y, step.outputs.radius, torch.minimum(step.outputs.token_radii, sphere))
+    )
 
 
 def _middle(low: Tensor, high: Tensor, at_point: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
@@ -105,29 +111,29 @@ def _middle(low: Tensor, high: Tensor, at_point: tuple[Tensor, Tensor] | None) -
     return middle, (half + 4 * UNIT_ROUNDOFF * (low.abs() + high.abs())) * (1 + 4 * UNIT_ROUNDOFF)
 
 
-def _pointwise(layer: Pointwise, reach: PropagatedSet, rules: Rules) -> Enclosure:
-    radii = reach.token_radii.unsqueeze(-1)
-    low, high = slope_interval(layer.activation, reach.x - radii, reach.x + radii)
+def _pointwise(layer: Pointwise, inputs: PropagatedSet, rules: Rules) -> Enclosure:
+    radii = inputs.token_radii.unsqueeze(-1)
+    low, high = slope_interval(layer.activation, inputs.x - radii, inputs.x + radii)
     limit = torch.maximum(low.abs(), high.abs()).amax(-1)
-    if reach.x.numel() * reach.x.shape[-1] > MATRIX_ENTRIES:
+    if inputs.x.numel() * inputs.x.shape[-1] > MATRIX_ENTRIES:
         return only_norm(limit)
     middle, half = _middle(
-        low, high, slope_interval(layer.activation, reach.x, reach.x) if rules.centre_at_point else None
+        low, high, slope_interval(layer.activation, inputs.x, inputs.x) if rules.centre_at_point else None
     )
     return Enclosure(limit=limit, centre=torch.diag_embed(middle), deviation=half.amax(-1))
 
 
-def _feed_forward(layer: FeedForward, reach: PropagatedSet, rules: Rules) -> Enclosure:
+def _feed_forward(layer: FeedForward, inputs: PropagatedSet, rules: Rules) -> Enclosure:
     first, second = layer.first.weight, layer.second.weight
     size = first.shape[1]
     rows = inflate(vector_norm(first), size + 4)
     bias = 0.0 if layer.first.bias is None else layer.first.bias.abs()
-    lengths = inflate(vector_norm(reach.x), size + 4).unsqueeze(-1)
+    lengths = inflate(vector_norm(inputs.x), size + 4).unsqueeze(-1)
     error = 2 * gamma(size + 4) * (rows * lengths + bias)
-    moved = inflate(product(rows, reach.token_radii.unsqueeze(-1)) + error, 4)
-    hidden = layer.first(reach.x)
+    moved = inflate(product(rows, inputs.token_radii.unsqueeze(-1)) + error, 4)
+    hidden = layer.first(inputs.x)
     low, high = slope_interval(layer.activation.activation, hidden - moved, hidden + moved)
-    if reach.token_radii.numel() * max(first.numel(), second.numel()) > HIDDEN_ENTRIES:
+    if inputs.token_radii.numel() * max(first.numel(), second.numel()) > HIDDEN_ENTRIES:
         low, high = low.amin(-2, keepdim=True), high.amax(-2, keepdim=True)
     at_point = slope_interval(layer.activation.activation, hidden, hidden) if rules.centre_at_point else None
     middle, half = _middle(low, high, at_point)
@@ -151,20 +157,20 @@ def _split_norm(first: Tensor, slopes: Tensor, second: Tensor) -> Tensor:
     )
 
 
-def _attention_norm(block: Attention, reach: PropagatedSet, rules: Rules) -> Float[Tensor, "*batch"]:
+def _attention_norm(block: Attention, inputs: PropagatedSet, rules: Rules) -> Float[Tensor, "*batch"]:
     """The smallest of the chosen bounds; on balls one call for each batch item, whose radii differ."""
-    block = block.at(reach.x)
+    block = block.at(inputs.x)
     rules.calls += 1
     values = []
     for spec in rules.attention:
         if not spec.needs_radius:
-            values.append(spec(block, grad=True).value.expand(reach.radius.shape))
+            values.append(spec(block, grad=True).value.expand(inputs.radius.shape))
             continue
         each = [
-            spec(item, radius=radius, grad=True).value if radius < math.inf else reach.radius.new_tensor(math.inf)
-            for item, radius in zip(block_items(block), reach.radius.flatten().tolist(), strict=True)
+            spec(item, radius=radius, grad=True).value if radius < math.inf else inputs.radius.new_tensor(math.inf)
+            for item, radius in zip(block_items(block), inputs.radius.flatten().tolist(), strict=True)
         ]
-        values.append(torch.stack(each).view(reach.radius.shape))
+        values.append(torch.stack(each).view(inputs.radius.shape))
     return torch.stack(values).amin(0)
 
 

@@ -101,61 +101,61 @@ class Step:
     Args:
         jacobians: of every token if `per_token`, else of the whole.
         per_token: the layer acts on every token alone.
-        reach: what its outputs can reach.
+        outputs: the set that its outputs lie in.
         own: its norm where that is known without an eigenproblem.
     """
 
     jacobians: Enclosure
     per_token: bool
-    reach: PropagatedSet
+    outputs: PropagatedSet
     own: Tensor | None = None
 
 
 def total_norm(step: Step) -> Float[Tensor, "*batch"]:
-    """The norm of the Jacobian of a step over its reach: of tokens, the largest.
+    """The norm of the Jacobian of a step over its inputs: of tokens, the largest.
 
     Args:
         step: the step.
     """
     norm = step.jacobians.norm
-    shape = step.reach.radius.shape
+    shape = step.outputs.radius.shape
     return norm.expand(*shape, norm.shape[-1]).amax(-1) if step.per_token else norm.expand(shape)
 
 
-def per_token(jacobians: Enclosure, reach: PropagatedSet, y: Tensor, own: Tensor | None = None) -> Step:
+def per_token(jacobians: Enclosure, inputs: PropagatedSet, y: Tensor, own: Tensor | None = None) -> Step:
     """A layer that acts on every token alone.
 
     Args:
         jacobians: of every token.
-        reach: what reaches it.
+        inputs: that can reach it.
         y: its output at the centre.
         own: its norm, where it is known without an eigenproblem.
     """
     norms = jacobians.norm
-    tokens = inflate(product(norms, reach.token_radii), 2)
-    radius = norm_over_tokens(norms, reach.token_radii, reach.radius)
+    tokens = inflate(product(norms, inputs.token_radii), 2)
+    radius = norm_over_tokens(norms, inputs.token_radii, inputs.radius)
     return Step(jacobians, True, PropagatedSet(y, radius, tokens), own)
 
 
-def mixing(norm: Tensor, reach: PropagatedSet, y: Tensor) -> Step:
+def mixing(norm: Tensor, inputs: PropagatedSet, y: Tensor) -> Step:
     """A layer of which only the norm is known.
 
     Args:
         norm: of its Jacobian.
-        reach: what reaches it.
+        inputs: that can reach it.
         y: its output at the centre.
     """
-    radius = times(norm, reach.radius)
+    radius = times(norm, inputs.radius)
     return Step(only_norm(norm), False, PropagatedSet(y, radius, radius.unsqueeze(-1).expand(y.shape[:-1])))
 
 
-def identity(reach: PropagatedSet) -> Enclosure:
+def identity(inputs: PropagatedSet) -> Enclosure:
     """The Jacobian of the identity on every token.
 
     Args:
-        reach: of the tokens.
+        inputs: the tokens.
     """
-    return diagonal(torch.ones_like(reach.x.flatten(0, -2)[0]), reach.token_radii[..., :1])
+    return diagonal(torch.ones_like(inputs.x.flatten(0, -2)[0]), inputs.token_radii[..., :1])
 
 
 def norm_over_tokens(

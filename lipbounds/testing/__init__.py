@@ -1,4 +1,4 @@
-"""The kit that verifies a bound, ours or a stranger's; it needs the packages of the extra `verify`."""
+"""Tools that verify a bound, ours or a stranger's; they need the packages of the extra `verify`."""
 
 from lipbounds.testing.contract import CHECKS as CHECKS
 from lipbounds.testing.contract import Check as Check

@@ -251,7 +251,7 @@ def suite_for(spec: BoundSpec) -> Callable[..., None]:
     Assign it to a name that pytest collects: `test_mine = suite_for(MINE)`. The number of examples and the seed are
     those of the Hypothesis profile and of `--hypothesis-seed`.
     """
-    import pytest  # only here: the kit can be used without it
+    import pytest  # only here: all else works without it
 
     @pytest.mark.parametrize("check", checks_for(spec))
     def test_contract(check: str) -> None:

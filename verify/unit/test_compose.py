@@ -391,7 +391,7 @@ FAULTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
             leaves,
             "per_token",
             lambda f: (
-                lambda j, reach, y, own=None: Step(j, True, PropagatedSet(y, reach.radius, reach.token_radii), own)
+                lambda j, inputs, y, own=None: Step(j, True, PropagatedSet(y, inputs.radius, inputs.token_radii), own)
             ),
         ),
     ),
@@ -401,8 +401,8 @@ FAULTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
             leaves,
             "mixing",
             lambda f: (
-                lambda norm, reach, y: Step(
-                    enclosure.only_norm(norm), False, PropagatedSet(y, norm * reach.radius, reach.tokens)
+                lambda norm, inputs, y: Step(
+                    enclosure.only_norm(norm), False, PropagatedSet(y, norm * inputs.radius, inputs.tokens)
                 )
             ),
         ),

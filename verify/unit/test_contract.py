@@ -260,7 +260,7 @@ def test_a_seed_repeats_a_search() -> None:
     assert shapes(5) != shapes(6)
 
 
-# What the long search called refuted and was not, each seen to fail before the kit was mended.
+# What the long search called refuted and was not, each seen to fail before the check was mended.
 FALSE_ALARMS = {
     "a number below all floats of a short dtype": (
         "centred.weights",

@@ -20,8 +20,7 @@ from lipbounds.errors import InvalidInput, UnknownBound, Unsupported
 from lipbounds.estimators import tokens
 from lipbounds.estimators.tokens import token_lower
 from lipbounds.models.loading import load_model
-from lipbounds.report import evaluation as stages
-from lipbounds.report import from_json, maps, measure, to_json
+from lipbounds.report import evaluation, from_json, maps, measure, to_json
 from lipbounds.report.heads import heads_alone
 from lipbounds.report.inputs import default_inputs
 from lipbounds.report.page import page
@@ -113,7 +112,7 @@ def test_every_number_lies_on_its_side_of_the_truth() -> None:
             truth = float(true_norm(target))
             assert part.constant is not None
             assert part.lower is not None
-            assert [number.method for number in part.proved] == [*stages.AT_POINT, "sharp"]
+            assert [number.method for number in part.proved] == [*evaluation.AT_POINT, "sharp"]
             assert all(number.value >= truth for number in part.proved)
             assert truth <= part.constant.value <= truth * (1 + 1e-6)
             assert truth * (1 - 1e-6) <= part.lower.value <= truth
@@ -178,7 +177,7 @@ def test_what_there_was_no_time_for_is_named() -> None:
 
 
 def test_tokens_are_left_out_where_there_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "MAX_TOKENS", 5)
+    monkeypatch.setattr(evaluation, "MAX_TOKENS", 5)
     report = measure(tiny_model(), tiny_input(), bounds=["covariance.trace"], radii=[], layers=[0])
     layer = report.inputs[0].layers[0]
     assert layer.tokens == ()
@@ -195,8 +194,8 @@ def test_the_bound_that_is_shown_is_the_least_of_all_that_cover_the_point() -> N
 
 
 def test_sharp_is_left_out_and_named_where_it_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "SHARP_ENTRIES", 10)
-    monkeypatch.setattr(stages, "EXACT_ENTRIES", 10)
+    monkeypatch.setattr(evaluation, "SHARP_ENTRIES", 10)
+    monkeypatch.setattr(evaluation, "EXACT_ENTRIES", 10)
     (run,) = measure(tiny_model(), tiny_input(), radii=[]).inputs
     assert all(number.method != "sharp" for number in run.layers[0].proved)
     (note,) = notes_of(run)
@@ -381,9 +380,9 @@ def test_the_limit_of_time_holds_for_runs_of_the_model_too(monkeypatch: pytest.M
 
 def test_what_is_found_is_told_number_by_number() -> None:
     seen: list[list[str]] = []
-    wanted = stages.plan(bounds=["covariance.trace", "covariance.exact"], radii=[], delta=1e-9, seed=0)
+    wanted = evaluation.plan(bounds=["covariance.trace", "covariance.exact"], radii=[], delta=1e-9, seed=0)
     keep = lambda found: seen.append([one.method for one in found.items[0].proved])  # noqa: E731
-    found = stages.compute([random_block(0)], stages.stages(wanted)[0], wanted, keep=keep)
+    found = evaluation.compute([random_block(0)], evaluation.stages(wanted)[0], wanted, keep=keep)
     assert seen == [["covariance.trace"], ["covariance.trace", "covariance.exact"], seen[1]]
     assert found.items[0].constant is not None
 

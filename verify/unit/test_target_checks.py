@@ -1,4 +1,4 @@
-"""The kit for attention types other than `Attention`: the truth, each check on a bound that it must refute, ascent."""
+"""Checks of other attention types than `Attention`: the truth, each check on a bound that it must refute, ascent."""
 
 from __future__ import annotations
 

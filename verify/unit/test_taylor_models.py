@@ -77,7 +77,7 @@ def directions(margin: TaylorMargin, draw: Draw, count: int) -> Tensor:
     inputs = len(margin.margins.linear.matrix)
     found = [draw(inputs) for _ in range(count)]
     for operation in margin.operations[1:4]:
-        moved = operation.output.parts[INPUT].matrix.flatten(1)
+        moved = operation.output.coefficients[INPUT].matrix.flatten(1)
         left = torch.linalg.svd(moved, full_matrices=False)[0][:, 0]
         found += [left, -left]
     stacked = torch.stack(found)
@@ -100,7 +100,7 @@ class Promises:
 
     def check(self, value: Tensor, h: Tensor, remainders: dict[str, Tensor]) -> None:
         """The remainder at one displacement, from the value there, against every promise."""
-        parts, name = self.operation.output.parts, self.operation.name
+        parts, name = self.operation.output.coefficients, self.operation.name
         linear = torch.tensordot(h, parts[INPUT].matrix, 1)
         rest = value - self.operation.output.centre - linear
         for other, q in remainders.items():
@@ -131,8 +131,8 @@ class Promises:
 
 
 def promises(operation: Any, ranges: Any, draw: Draw) -> Promises:
-    first, later = ranges.reach(operation.output, 0)
-    rows = draw(6, len(operation.output.parts[operation.name].matrix))
+    first, later = ranges.linear_and_rest(operation.output, 0)
+    rows = draw(6, len(operation.output.coefficients[operation.name].matrix))
     error = torch.zeros(len(rows)).double()
     formed = operation.functional(rows, error, ranges)
     return Promises(

@@ -43,19 +43,19 @@ class Bilinear(Operation):
         self._columns = right.arranged(lambda t: t.mT)
         self.heads, self.rows, self.inner = left.centre.shape
         self.cols = right.centre.shape[-1]
-        x, y = left.parts[CENTRE], right.parts[CENTRE]
+        x, y = left.coefficients[CENTRE], right.coefficients[CENTRE]
         terms = self.inner + 2
-        by_left = {k: p.times(y, torch.matmul, terms) for k, p in left.parts.items() if k != CENTRE}
-        by_right = {k: p.times(x, lambda t, c: c @ t, terms) for k, p in right.parts.items() if k != CENTRE}
-        parts = {CENTRE: x.times(y, torch.matmul, terms)} | together(by_left, by_right)
-        self.output = Value(parts).with_outputs(name) if self._both_move else Value(parts)
+        by_left = {k: p.times(y, torch.matmul, terms) for k, p in left.coefficients.items() if k != CENTRE}
+        by_right = {k: p.times(x, lambda t, c: c @ t, terms) for k, p in right.coefficients.items() if k != CENTRE}
+        coefficients = {CENTRE: x.times(y, torch.matmul, terms)} | together(by_left, by_right)
+        self.output = Value(coefficients).with_outputs(name) if self._both_move else Value(coefficients)
         self._crossed: Tensor | None = None
 
     def measure(self, ranges: Ranges) -> Range:
         """See the top of this file."""
         left, right = self.left, self.right
-        row, row_rest = ranges.reach(left, 1)
-        col, col_rest = ranges.reach(self._columns, 1)
+        row, row_rest = ranges.linear_and_rest(left, 1)
+        col, col_rest = ranges.linear_and_rest(self._columns, 1)
         x, y = ranges.total(left, 0), ranges.total(right, 0)
         first = self._first_order(ranges)
         mixed = row.unsqueeze(-1) * col_rest.unsqueeze(-2) + row_rest.unsqueeze(-1) * (col + col_rest).unsqueeze(-2)
@@ -86,8 +86,8 @@ class Bilinear(Operation):
 
         Coefficients that are exactly 0 keep an error of TINY and what was multiplied to it; nothing else is that small.
         """
-        parts = ([part for key, part in v.parts.items() if key != CENTRE] for v in (self.left, self.right))
-        return all(any(bool(part.matrix.any() | (part.error > 1e-120).any()) for part in side) for side in parts)
+        sides = ([part for key, part in v.coefficients.items() if key != CENTRE] for v in (self.left, self.right))
+        return all(any(bool(part.matrix.any() | (part.error > 1e-120).any()) for part in side) for side in sides)
 
     def _folded_right(self, v: Tensor) -> Tensor:
         """The functionals sum_o v_io C_Y,do, [rows, h i d, inputs]."""
@@ -137,9 +137,9 @@ class Bilinear(Operation):
     def beyond(self, rows: Tensor, error: Tensor, ranges: Ranges) -> Tensor:
         """See the top of this file."""
         v = rows.unflatten(1, (self.heads, self.rows, self.cols))
-        entries = (ranges.reach(self.left, 0)[1] @ ranges.reach(self.right, 0)[1]).flatten(1)
+        entries = (ranges.linear_and_rest(self.left, 0)[1] @ ranges.linear_and_rest(self.right, 0)[1]).flatten(1)
         one = entries @ rows.abs().mT + norm_upper(entries).unsqueeze(-1) * error
-        heads = product(ranges.reach(self.left, 2)[1], ranges.reach(self.right, 2)[1])
+        heads = product(ranges.linear_and_rest(self.left, 2)[1], ranges.linear_and_rest(self.right, 2)[1])
         two = heads @ spectral_upper(v).mT + norm_upper(heads).unsqueeze(-1) * error
         return inflate(torch.minimum(one, two), 2 * rows.shape[1] + self.inner + 16).nan_to_num(nan=torch.inf)
 
@@ -164,8 +164,8 @@ class Bilinear(Operation):
         slack = _frobenius(size * scale, off * scale, other / scale, lost / scale, matrix.shape[1])
         both = inflate((own * theirs + spectral_upper(crossed) + slack) / 2, 16)
         first = ranges.per_radius(ranges.radii.square(), both)
-        x_first, x_rest = (part.flatten(1) for part in ranges.reach(self.left, 0))
-        y_rest = ranges.reach(self.right, 0)[1]
+        x_first, x_rest = (part.flatten(1) for part in ranges.linear_and_rest(self.left, 0))
+        y_rest = ranges.linear_and_rest(self.right, 0)[1]
         mixed = ranges.radii.unsqueeze(1) * (x_rest @ other.mT)
         weights = torch.einsum("khid,khdo->khio", x_first.unflatten(1, x.error.shape), y_rest).flatten(1)
         mixed = mixed + weights @ rows.abs().mT + norm_upper(weights).unsqueeze(1) * error
@@ -183,14 +183,14 @@ class Bilinear(Operation):
 def _frobenius(size: Tensor, off: Tensor, other: Tensor, lost: Tensor, sums: int) -> Tensor:
     """Bound on the Frobenius norm of the error of A B^T, from the sizes and errors of the rows."""
     one, two = norm_upper(size), norm_upper(other)
-    spread = one * norm_upper(lost) + norm_upper(off) * two + gamma(sums + 4) * one * two
-    return inflate(spread, 16)
+    total = one * norm_upper(lost) + norm_upper(off) * two + gamma(sums + 4) * one * two
+    return inflate(total, 16)
 
 
 def _lost(v: Tensor, error: Tensor, x: Coefficient, y: Coefficient, terms: int) -> Tensor:
     """Error, in the Frobenius norm, of sum v_io x_id y_do^T for coefficients x and y."""
-    spread = _total(v, x.error, y.sizes) + _total(v, x.sizes, y.error) + gamma(terms) * _total(v, x.sizes, y.sizes)
-    return inflate(spread + error * norm_upper((x.sizes @ y.sizes).flatten()), terms + 8)
+    total = _total(v, x.error, y.sizes) + _total(v, x.sizes, y.error) + gamma(terms) * _total(v, x.sizes, y.sizes)
+    return inflate(total + error * norm_upper((x.sizes @ y.sizes).flatten()), terms + 8)
 
 
 def _total(v: Tensor, x: Tensor, y: Tensor) -> Tensor:

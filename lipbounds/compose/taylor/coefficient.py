@@ -76,8 +76,8 @@ class Coefficient:
             absolute: the same with the absolute values of the weights.
             terms: roundings in a row in each sum.
         """
-        spread = absolute((self.error + gamma(terms) * self.sizes).unsqueeze(0)).squeeze(0)
-        return Coefficient(weigh(self.matrix), inflate(spread, terms + 8))
+        lost = absolute((self.error + gamma(terms) * self.sizes).unsqueeze(0)).squeeze(0)
+        return Coefficient(weigh(self.matrix), inflate(lost, terms + 8))
 
     def times(self, other: Coefficient, multiply: Product, terms: int) -> Coefficient:
         """The product with one known row of numbers.
@@ -88,9 +88,9 @@ class Coefficient:
             terms: roundings in a row in each sum.
         """
         mine, theirs = self.sizes.unsqueeze(0), other.sizes
-        spread = multiply(self.error.unsqueeze(0), theirs) + multiply(mine, other.error)
-        spread = spread + gamma(terms) * multiply(mine, theirs)
-        return Coefficient(multiply(self.matrix, other.matrix[0]), inflate(spread.squeeze(0), terms + 12))
+        lost = multiply(self.error.unsqueeze(0), theirs) + multiply(mine, other.error)
+        lost = lost + gamma(terms) * multiply(mine, theirs)
+        return Coefficient(multiply(self.matrix, other.matrix[0]), inflate(lost.squeeze(0), terms + 12))
 
     def plus(self, other: Coefficient) -> Coefficient:
         """The sum with a coefficient of the same columns.
@@ -138,8 +138,8 @@ def weighted_product(
     else:
         matrices = (left * weights.unsqueeze(1)) @ right.mT
     both = size * other_size
-    spread = one.error.flatten() * other_size + size * other.error.flatten() + gamma(len(size) + 8) * both
-    return matrices, inflate(weights.abs() @ spread + weight_error @ (both + spread), len(size) + 16)
+    lost = one.error.flatten() * other_size + size * other.error.flatten() + gamma(len(size) + 8) * both
+    return matrices, inflate(weights.abs() @ lost + weight_error @ (both + lost), len(size) + 16)
 
 
 def largest_eigenvalue(gram: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ class TaylorMargin:
     @property
     def at_point(self) -> Float[Tensor, " others"]:
         """Lower bounds on the margins at the input."""
-        centre = self.margins.parts[CENTRE]
+        centre = self.margins.coefficients[CENTRE]
         return centre.matrix[0] - inflate(centre.error, 2)
 
     @property
@@ -122,7 +122,7 @@ class TaylorMargin:
             radii: of the balls, > 0.
         """
         ranges = self.ranges(radii)
-        first, rest = ranges.reach(self.margins, 0)
+        first, rest = ranges.linear_and_rest(self.margins, 0)
         simple = -inflate(first + rest, 4)
         inside = ((self.at_point - inflate(rest, 4)) / inflate(self.slopes, 4)).clamp(min=0)
         inside = inside.nan_to_num(nan=0.0) * (1 - 8 * torch.finfo(inside.dtype).eps)
@@ -142,12 +142,12 @@ class TaylorMargin:
 
     def _rows(self, operation: Operation) -> tuple[Tensor, Tensor]:
         """The functionals v_s of the margins, and the error of each."""
-        part = self.margins.parts[operation.name]
+        part = self.margins.coefficients[operation.name]
         return part.matrix.mT, part.error
 
     def _second_order(self) -> None:
         """Adds up the forms of all operations."""
-        gradient = self.margins.parts[INPUT]
+        gradient = self.margins.coefficients[INPUT]
         rows, inputs = gradient.matrix.shape[1], len(gradient.matrix)
         total = Summed(gradient.matrix.new_zeros(rows, inputs, inputs))
         crossed: dict[str, Summed] = {}

@@ -37,38 +37,38 @@ class Value:
     """One value of the network as a Taylor model.
 
     Args:
-        parts: its coefficients, by the name of what they multiply: 1, h, or the remainder of an operation.
+        coefficients: its coefficients, by the name of what they multiply: 1, h, or the remainder of an operation.
     """
 
-    def __init__(self, parts: dict[str, Coefficient]) -> None:
-        self.parts = parts
+    def __init__(self, coefficients: dict[str, Coefficient]) -> None:
+        self.coefficients = coefficients
         self._norms: dict[tuple[str, int], Tensor] = {}
         self._groups: dict[tuple[str, int], Tensor] = {}
 
     @property
     def centre(self) -> Float[Tensor, "*shape"]:
         """c, as computed."""
-        return self.parts[CENTRE].matrix[0]
+        return self.coefficients[CENTRE].matrix[0]
 
     @property
     def centre_error(self) -> Float[Tensor, "*shape"]:
         """Bound on how far c is from the exact value, entry by entry."""
-        return self.parts[CENTRE].error
+        return self.coefficients[CENTRE].error
 
     @property
     def linear(self) -> Coefficient:
         """C."""
-        return self.parts[INPUT]
+        return self.coefficients[INPUT]
 
     @property
     def terms(self) -> dict[str, Coefficient]:
         """T_s, by the names of the operations."""
-        return {name: part for name, part in self.parts.items() if name not in (CENTRE, INPUT)}
+        return {name: part for name, part in self.coefficients.items() if name not in (CENTRE, INPUT)}
 
     @property
     def moves(self) -> bool:
         """Whether anything of it depends on the input; a value of a centre alone is a running error analysis."""
-        return self.parts.keys() != {CENTRE}
+        return self.coefficients.keys() != {CENTRE}
 
     def each(self, change: Callable[[Coefficient], Coefficient]) -> Value:
         """The same linear change of every coefficient.
@@ -76,7 +76,7 @@ class Value:
         Args:
             change: of one coefficient.
         """
-        return Value({name: change(part) for name, part in self.parts.items()})
+        return Value({name: change(part) for name, part in self.coefficients.items()})
 
     def arranged(self, rearrange: Map) -> Value:
         """Entries moved, dropped or repeated; see `Coefficient.arranged`."""
@@ -94,7 +94,7 @@ class Value:
         """
         if constants is None:
             return self
-        return Value(self.parts | {CENTRE: self.parts[CENTRE].shifted(constants)})
+        return Value(self.coefficients | {CENTRE: self.coefficients[CENTRE].shifted(constants)})
 
     def plus(self, other: Value) -> Value:
         """The sum of two values.
@@ -102,7 +102,7 @@ class Value:
         Args:
             other: of the same shape.
         """
-        return Value(together(self.parts, other.parts))
+        return Value(together(self.coefficients, other.coefficients))
 
     def with_outputs(self, name: str) -> Value:
         """The value with the remainder of the operation that made it; unchanged if it does not move.
@@ -123,7 +123,7 @@ class Value:
             name: of the operation.
             term: its coefficient.
         """
-        return Value(self.parts | {name: term})
+        return Value(self.coefficients | {name: term})
 
     def norms(self, name: str, dims: int) -> Float[Tensor, "*lead"]:
         """Spectral norm, rounded up, of the coefficient restricted to each view: the last `dims` axes together.
@@ -133,7 +133,7 @@ class Value:
             dims: 0: entries.
         """
         if (name, dims) not in self._norms:
-            self._norms[name, dims] = view_norms(self.parts[name], dims)
+            self._norms[name, dims] = view_norms(self.coefficients[name], dims)
         return self._norms[name, dims]
 
     def group_norms(self, name: str, groups: int) -> Float[Tensor, " groups *shape"]:
@@ -144,7 +144,7 @@ class Value:
             groups: how many groups, each of as many neighbouring columns.
         """
         if (name, groups) not in self._groups:
-            part = self.parts[name]
+            part = self.coefficients[name]
             split = part.matrix.unflatten(0, (groups, -1)).movedim(1, -1)
             self._groups[name, groups] = inflate(norm_upper(split) + part.error, 2)
         return self._groups[name, groups]
@@ -245,7 +245,9 @@ class Ranges:
         self._entries: dict[tuple[Value, str], Tensor] = {}
         self._duals: dict[Value, Tensor] = {}
 
-    def reach(self, value: Value, dims: int) -> tuple[Float[Tensor, " radii *lead"], Float[Tensor, " radii *lead"]]:
+    def linear_and_rest(
+        self, value: Value, dims: int
+    ) -> tuple[Float[Tensor, " radii *lead"], Float[Tensor, " radii *lead"]]:
         """Bounds on |C h| and on |X - c - C h| of each view.
 
         Args:
@@ -281,7 +283,7 @@ class Ranges:
             value: the value.
             dims: how many trailing axes a view has; 0: entries.
         """
-        first, rest = self.reach(value, dims)
+        first, rest = self.linear_and_rest(value, dims)
         return inflate(first + rest, 2)
 
     def _one(self, value: Value, name: str, dims: int) -> Tensor:
@@ -298,7 +300,7 @@ class Ranges:
             name: of the operation.
         """
         if (value, name) not in self._entries:
-            part, known = value.parts[name], self.known[name]
+            part, known = value.coefficients[name], self.known[name]
             best = self.per_radius(known.ball, part.sizes)
             if known.box is not None:
                 flat = part.matrix.flatten(1).abs()

@@ -194,22 +194,23 @@ def _linear(layer: Linear, value: Value) -> Value:
     return summed.shifted(layer.bias)
 
 
-def _known_up_to(output: Value, given: Value, spread: Map, terms: int) -> Value:
+def _known_up_to(output: Value, given: Value, weight_errors: Map, terms: int) -> Value:
     """The output of a linear map whose weights are known up to an error.
 
     Args:
         output: with the weights as they are.
         given: the input of the map.
-        spread: the map with the errors of its weights in place of the weights.
+        weight_errors: the map with the errors of its weights in place of the weights.
         terms: of its sums.
     """
-    parts = {
+    coefficients = {
         key: Coefficient(
-            part.matrix, inflate(part.error + spread(given.parts[key].sizes.unsqueeze(0)).squeeze(0), terms + 8)
+            part.matrix,
+            inflate(part.error + weight_errors(given.coefficients[key].sizes.unsqueeze(0)).squeeze(0), terms + 8),
         )
-        for key, part in output.parts.items()
+        for key, part in output.coefficients.items()
     }
-    return Value(parts)
+    return Value(coefficients)
 
 
 def _turned(heads: Value, rotation: Tensor | None) -> Value:
@@ -232,9 +233,9 @@ def _projected(value: Value, weights: Tensor, bias: Tensor | None, lost: dict[st
         summed = _known_up_to(summed, value, lambda t: split(t @ off), dim)
     summed = summed.shifted(None if bias is None else bias.unsqueeze(-2))
     if f"b_{name}" in lost:
-        centre = summed.parts[CENTRE]
+        centre = summed.coefficients[CENTRE]
         error = inflate(centre.error + lost[f"b_{name}"].unsqueeze(-2), 2)
-        summed = Value(summed.parts | {CENTRE: Coefficient(centre.matrix, error)})
+        summed = Value(summed.coefficients | {CENTRE: Coefficient(centre.matrix, error)})
     return summed
 
 
@@ -250,9 +251,9 @@ def _rearranged(layer: Layer, value: Value) -> Value:
         first = layer.first
         zeros = torch.zeros_like(first)
         moved = value.arranged(lambda t: torch.cat([zeros.expand(*t.shape[:-2], *zeros.shape), t], -2))
-        centre = value.parts[CENTRE]
+        centre = value.coefficients[CENTRE]
         constant = torch.cat([first, centre.matrix[0]], -2).unsqueeze(0)
-        moved = Value(moved.parts | {CENTRE: Coefficient(constant, moved.centre_error)})
+        moved = Value(moved.coefficients | {CENTRE: Coefficient(constant, moved.centre_error)})
         return moved.shifted(layer.added)
     if isinstance(layer, Positions):
         return value.shifted(layer.added)
@@ -262,7 +263,7 @@ def _rearranged(layer: Layer, value: Value) -> Value:
 
 
 def _check_size(value: Value, path: str, largest: float) -> None:
-    size = sum(part.matrix.numel() for part in value.parts.values())
+    size = sum(part.matrix.numel() for part in value.coefficients.values())
     if size > largest:
         raise Unsupported(
             f"method='taylor' needs coefficients of {size:.2g} numbers at {path}, more than {largest:g}; use "

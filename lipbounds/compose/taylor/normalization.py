@@ -59,8 +59,8 @@ class Normalize(Operation):
         inverse_error = inflate(off / (math.sqrt(dim) * lowest * sigma) + gamma(dim + 12) / sigma, 8)
         self.z = Coefficient(z.unsqueeze(0), z_error.expand_as(z).nan_to_num(nan=torch.inf))
         self.inverse = Coefficient((1 / sigma).expand_as(z).unsqueeze(0), inverse_error.expand_as(z))
-        parts = {k: self._slope(p) for k, p in self.value.parts.items() if k != CENTRE}
-        self.output = Value({CENTRE: self.z} | parts).with_outputs(name)
+        coefficients = {k: self._slope(p) for k, p in self.value.coefficients.items() if k != CENTRE}
+        self.output = Value({CENTRE: self.z} | coefficients).with_outputs(name)
 
     def _slope(self, part: Coefficient) -> Coefficient:
         """(part - z (z . part) / D) / sigma."""
@@ -68,20 +68,20 @@ class Normalize(Operation):
         away = along.times(self.z, torch.mul, 2)
         return part.plus(Coefficient(-away.matrix, away.error)).times(self.inverse, torch.mul, 2)
 
-    def _smallest_sigma(self, reach: Tensor) -> Tensor:
+    def _smallest_sigma(self, change: Tensor) -> Tensor:
         """Lower bound on sigma of tokens that moved by that, [radii, n]."""
         slack = 4 * gamma(self.dim + 16)
-        shortest = (self._length * (1 - slack) - (reach + self._off) * (1 + slack)).clamp(min=0)
+        shortest = (self._length * (1 - slack) - (change + self._off) * (1 + slack)).clamp(min=0)
         return ((shortest.square() / self.dim + self.epsilon) * (1 - slack)).sqrt()
 
     def measure(self, ranges: Ranges) -> Range:
         """See the top of this file."""
-        reach = ranges.total(self.value, 1)
-        lowest = self._smallest_sigma(reach)
+        change = ranges.total(self.value, 1)
+        lowest = self._smallest_sigma(change)
         bend = inflate(1 / (math.sqrt(3 * self.dim) * lowest.square()), 8)
-        most = 2 * math.sqrt(self.dim) + reach * self.inverse.sizes[..., 0]
-        rows = torch.minimum((bend * reach.square()).nan_to_num(nan=torch.inf), most)
-        energy = (bend * reach).amax(1) * ranges.total(self.value, 2)
+        most = 2 * math.sqrt(self.dim) + change * self.inverse.sizes[..., 0]
+        rows = torch.minimum((bend * change.square()).nan_to_num(nan=torch.inf), most)
+        energy = (bend * change).amax(1) * ranges.total(self.value, 2)
         rows = inflate(rows, 8)
         ball = torch.minimum(norm_upper(rows), inflate(energy, 8).nan_to_num(nan=torch.inf))
         return Range(ball=ball, groups=rows)
@@ -125,10 +125,10 @@ class Normalize(Operation):
 
     def beyond(self, rows: Tensor, error: Tensor, ranges: Ranges) -> Tensor:
         """See the top of this file."""
-        first, rest = ranges.reach(self.value, 1)
-        reach = first + rest
-        lowest, inverse = self._smallest_sigma(reach), self.inverse.sizes[..., 0]
-        each = rest.square() * inverse.square() / math.sqrt(3 * self.dim) + reach**3 / (2 * self.dim * lowest**3)
+        first, rest = ranges.linear_and_rest(self.value, 1)
+        change = first + rest
+        lowest, inverse = self._smallest_sigma(change), self.inverse.sizes[..., 0]
+        each = rest.square() * inverse.square() / math.sqrt(3 * self.dim) + change**3 / (2 * self.dim * lowest**3)
         size = norm_upper(rows.unflatten(1, self.z.error.shape))
         total = each @ size.mT + norm_upper(each).unsqueeze(1) * error
         return inflate(total, each.shape[1] + 32).nan_to_num(nan=torch.inf)

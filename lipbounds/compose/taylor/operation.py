@@ -37,7 +37,7 @@ class Operation(abc.ABC):
     @property
     def moves(self) -> bool:
         """Whether there is a remainder: not where the input of the operation does not move."""
-        return self.name in self.output.parts
+        return self.name in self.output.coefficients
 
     @abc.abstractmethod
     def measure(self, ranges: Ranges) -> Range:

@@ -92,20 +92,20 @@ class SmoothPointwise(Operation):
         c, off = value.centre, value.centre_error
         second_bound = self._rule.largest[0]
         slope = Coefficient(ACTIVATIONS[activation].slope(c).unsqueeze(0), inflate(second_bound * off + SLOPE_ERROR, 4))
-        parts = {k: p.times(slope, torch.mul, 2) for k, p in value.parts.items() if k != CENTRE}
-        self.output = Value({CENTRE: activated(activation, value)} | parts).with_outputs(name)
+        coefficients = {k: p.times(slope, torch.mul, 2) for k, p in value.coefficients.items() if k != CENTRE}
+        self.output = Value({CENTRE: activated(activation, value)} | coefficients).with_outputs(name)
         self._second = self._rule.second(c)
         self._second_error = inflate(self._rule.largest[1] * off + SLOPE_ERROR, 4)
 
     def measure(self, ranges: Ranges) -> Range:
         """See the top of this file."""
         c = self.value.centre
-        reach = inflate(ranges.total(self.value, 0), 2)
-        wide = inflate(reach + self.value.centre_error, 4) + 2 * UNIT_ROUNDOFF * c.abs()
+        change = inflate(ranges.total(self.value, 0), 2)
+        wide = inflate(change + self.value.centre_error, 4) + 2 * UNIT_ROUNDOFF * c.abs()
         bend = _sup(self._rule.second, self._rule.peaks[0], self._rule.largest[0], c - wide, c + wide)
-        box = inflate(bend * reach.square() / 2, 8).flatten(1)
+        box = inflate(bend * change.square() / 2, 8).flatten(1)
         # sum of squares of bend a^2 / 2, the sum of a^2 being bounded as a whole.
-        energy = inflate((bend * reach / 2).flatten(1).amax(1) * ranges.total(self.value, c.dim()), 4)
+        energy = inflate((bend * change / 2).flatten(1).amax(1) * ranges.total(self.value, c.dim()), 4)
         return Range(ball=torch.minimum(norm_upper(box), energy), box=box)
 
     def _weights(self, rows: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,15 +126,15 @@ class SmoothPointwise(Operation):
     def beyond(self, rows: Tensor, error: Tensor, ranges: Ranges) -> Tensor:
         """See the top of this file."""
         c = self.value.centre
-        first, rest = ranges.reach(self.value, 0)
-        reach = inflate(first + rest, 2)
-        wide = inflate(reach + self.value.centre_error, 4) + 2 * UNIT_ROUNDOFF * c.abs()
+        first, rest = ranges.linear_and_rest(self.value, 0)
+        change = inflate(first + rest, 2)
+        wide = inflate(change + self.value.centre_error, 4) + 2 * UNIT_ROUNDOFF * c.abs()
         turn = _sup(self._rule.third, self._rule.peaks[1], self._rule.largest[1], c - wide, c + wide)
         bend = (self._second.abs() + self._second_error) / 2
-        all_of_it, all_rest = ranges.total(self.value, c.dim()), ranges.reach(self.value, c.dim())[1]
+        all_of_it, all_rest = ranges.total(self.value, c.dim()), ranges.linear_and_rest(self.value, c.dim())[1]
         size = rows.abs() + error.unsqueeze(1)
         total = rows.new_zeros(())
-        for weight, each, energy in ((turn * reach / 6, reach, all_of_it), (bend.expand_as(rest), rest, all_rest)):
+        for weight, each, energy in ((turn * change / 6, change, all_of_it), (bend.expand_as(rest), rest, all_rest)):
             # sum w_i a_i^2, at most the largest w times the sum of a^2.
             by_entry = (weight * each.square()).flatten(1) @ size.mT
             largest = (weight.flatten(1).unsqueeze(1) * size).amax(-1)
@@ -155,8 +155,8 @@ class Relu(Operation):
         c = value.centre
         # Where the sign of the exact c is not known, any slope in [0, 1] is right: the remainder is the same.
         self.slope = (c > 0).to(c.dtype)
-        parts = {k: p.times(exact(self.slope.unsqueeze(0)), torch.mul, 2) for k, p in value.parts.items()}
-        self.output = Value(parts | {CENTRE: activated("relu", value)}).with_outputs(name)
+        coefficients = {k: p.times(exact(self.slope.unsqueeze(0)), torch.mul, 2) for k, p in value.coefficients.items()}
+        self.output = Value(coefficients | {CENTRE: activated("relu", value)}).with_outputs(name)
 
     def measure(self, ranges: Ranges) -> Range:
         """See the top of this file; 2 |error of c| pays for a slope on the wrong side."""
@@ -166,8 +166,8 @@ class Relu(Operation):
     def excess(self, ranges: Ranges) -> Tensor:
         """max(0, a - |c|), and what the error of c adds: bounds of the remainder."""
         c, off = self.value.centre.abs(), self.value.centre_error
-        reach = ranges.total(self.value, 0)
-        return inflate((reach + 2 * off - c * (1 - 4 * UNIT_ROUNDOFF)).clamp(min=0), 4)
+        change = ranges.total(self.value, 0)
+        return inflate((change + 2 * off - c * (1 - 4 * UNIT_ROUNDOFF)).clamp(min=0), 4)
 
     def quadratic(self, rows: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
         """None."""

@@ -62,9 +62,9 @@ class Quadratic:
         """
         side = self._matrices.shape[-1]
         identity = torch.eye(side, dtype=self._matrices.dtype, device=self._matrices.device)
-        spread = self._eigenvalues.abs().amax(1)
+        largest = self._eigenvalues.abs().amax(1)
         room = 1e-10 if self._vectors.shape[-1] == side else 0.01  # a smaller Krylov space sees the ends nearly
-        shift = (-self._eigenvalues[:, 0]).clamp(min=0) + room * spread + 1e-12 * self._size + TINY
+        shift = (-self._eigenvalues[:, 0]).clamp(min=0) + room * largest + 1e-12 * self._size + TINY
         for _ in range(TRIES):
             shifted = self._matrices + shift[:, None, None] * identity
             failed = ~try_cholesky(shifted)[1]

@@ -34,11 +34,11 @@ class Rounded(Operation):
 
     def measure(self, ranges: Ranges) -> Range:
         """See the top of this file."""
-        parts = self.value.parts
-        box = parts[CENTRE].error + ranges.per_radius(ranges.radii, parts[INPUT].error)
+        coefficients = self.value.coefficients
+        box = coefficients[CENTRE].error + ranges.per_radius(ranges.radii, coefficients[INPUT].error)
         for name, part in self.value.terms.items():
             box = box + ranges.per_radius(ranges.known[name].ball, part.error)
-        box = inflate(box, 2 * len(parts) + 8).flatten(1)
+        box = inflate(box, 2 * len(coefficients) + 8).flatten(1)
         return Range(ball=norm_upper(box), box=box)
 
     def quadratic(self, rows: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:

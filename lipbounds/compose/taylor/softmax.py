@@ -89,10 +89,12 @@ class Softmax(Operation):
         moved = torch.where(moved < 1, moved, torch.inf)
         spread = (probabilities * moved).nan_to_num(nan=torch.inf) + SMALLEST_NORMAL
         self.map = Coefficient(probabilities.unsqueeze(0), inflate(spread, 8).clamp(max=1) * self._visible)
-        moving = Value({k: p.arranged(lambda t: t * self._visible) for k, p in logits.parts.items() if k != CENTRE})
+        moving = Value(
+            {k: p.arranged(lambda t: t * self._visible) for k, p in logits.coefficients.items() if k != CENTRE}
+        )
         self.centred = moving.each(self._centred)
-        parts = {k: p.times(self.map, torch.mul, 2) for k, p in self.centred.parts.items()}
-        output = Value({CENTRE: self.map} | parts)
+        coefficients = {k: p.times(self.map, torch.mul, 2) for k, p in self.centred.coefficients.items()}
+        output = Value({CENTRE: self.map} | coefficients)
         self.output = output.with_term(name, self._columns()) if output.moves else output
         self._grams: tuple[Tensor, Tensor] | None = None
 
@@ -141,12 +143,12 @@ class Softmax(Operation):
         return self._grams
 
     def _movement(self, ranges: Ranges) -> _Movement:
-        first, rest = ranges.reach(self.centred, 0)
+        first, rest = ranges.linear_and_rest(self.centred, 0)
         odds = self._odds(ranges, first, rest)
         upper = self._upper(odds)
-        reach = inflate(first + rest, 2)
+        change = inflate(first + rest, 2)
         deviation = torch.minimum(_largest_mean(odds, upper.unsqueeze(-2)), odds.amax(-1))
-        variance = torch.minimum((odds.amax((-2, -1)) / 2).square(), _largest_mean(reach.square(), upper))
+        variance = torch.minimum((odds.amax((-2, -1)) / 2).square(), _largest_mean(change.square(), upper))
         gram, error = self._gram()
         root = upper.sqrt()
         weighted = root.unsqueeze(-1) * gram * root.unsqueeze(-2)
@@ -244,7 +246,9 @@ class Softmax(Operation):
         v, off = self._functionals(rows, error)
         size = v.abs() + off[:, None, None, None]
         squares = torch.einsum("khij,chij->kc", self.map.sizes * moved.rest.square() / 2, size)
-        whole = ranges.reach(self.centred, 3)[1].square()[:, None] * (size * self.map.sizes / 2).flatten(1).amax(1)
+        whole = ranges.linear_and_rest(self.centred, 3)[1].square()[:, None] * (size * self.map.sizes / 2).flatten(
+            1
+        ).amax(1)
         apart = (v.unsqueeze(-1) - v.unsqueeze(-2)).abs() + 2 * off[:, None, None, None, None]
         third = torch.stack([self._third(moved, k, size, apart) for k in range(len(ranges.radii))])
         total = torch.minimum(squares, whole) + third

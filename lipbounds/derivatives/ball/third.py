@@ -84,10 +84,10 @@ class BallThirdDerivative(BallDerivatives):
                 for rows, c in zip(self._value_rows, self.centre.query_shares, strict=True)
             )
         )
-        once = self._values.weighted((torch.maximum(far.square(), variance) + 2 * variance).square())
+        values = self._values.weighted((torch.maximum(far.square(), variance) + 2 * variance).square())
         terms["query_query_key"] = 3 * torch.minimum(
             *(
-                self._crossed(once.joint(1 / c), reached)
+                self._crossed(values.joint(1 / c), reached)
                 for c, reached in zip(self.centre.query_shares, self._logit_gradient_moments, strict=True)
             )
         )

@@ -1,4 +1,4 @@
-"""The steps of `python -m bench gpu`, most valuable first: each gives one result, or says why it cannot."""
+"""The measurements of `python -m bench gpu`, most valuable first: each gives one result, or says why it cannot."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ Result = dict[str, Any]
 
 
 class Skipped(Exception):
-    """A step that this machine cannot make; the reason is for the page."""
+    """A measurement that this machine cannot make; the reason is for the page."""
 
 
 @dc.dataclass(frozen=True, kw_only=True)
-class Step:
+class Measurement:
     """One result.
 
     Args:
@@ -43,7 +43,7 @@ class Step:
     work: Callable[[], Result]
 
 
-def steps(device: torch.device, *, quick: bool) -> list[Step]:
+def measurements(device: torch.device, *, quick: bool) -> list[Measurement]:
     """All of them in the order in which they are made.
 
     Args:
@@ -51,17 +51,17 @@ def steps(device: torch.device, *, quick: bool) -> list[Step]:
         quick: small sizes, which show that everything runs and nothing else.
     """
     parts = (_checks, _speed, _long_maps, _tightness)
-    return [step for part in parts for step in part(device, quick)]
+    return [each for part in parts for each in part(device, quick)]
 
 
 # -- checks ---------------------------------------------------------------------------------------------------------
 
 
-def _checks(device: torch.device, quick: bool) -> Iterator[Step]:
-    yield Step(part="checks", name="bounds are those of the CPU", work=lambda: _as_on_the_cpu(device))
+def _checks(device: torch.device, quick: bool) -> Iterator[Measurement]:
+    yield Measurement(part="checks", name="bounds are those of the CPU", work=lambda: _as_on_the_cpu(device))
     count = 20 if quick else 300
-    yield Step(part="checks", name="the certificate holds", work=lambda: _coverage(device, count))
-    yield Step(part="checks", name="the Triton kernel is the reference", work=lambda: _kernel(device))
+    yield Measurement(part="checks", name="the certificate holds", work=lambda: _coverage(device, count))
+    yield Measurement(part="checks", name="the Triton kernel is the reference", work=lambda: _kernel(device))
 
 
 def _as_on_the_cpu(device: torch.device) -> Result:
@@ -127,18 +127,18 @@ SMALL = {"small (n = 32, D = 64, 2 heads)": Shape(tokens=32, width=64, heads=2, 
 METHODS = ("yudin2025.biased", "sharp_cheap", "yudin2025_ball.biased")
 
 
-def _speed(device: torch.device, quick: bool) -> Iterator[Step]:
+def _speed(device: torch.device, quick: bool) -> Iterator[Measurement]:
     for (title, base), dtype in itertools.product((SMALL if quick else SHAPES).items(), ("bfloat16", "float32")):
         shape = dc.replace(base, dtype=dtype)
         for method in METHODS:
-            yield Step(
+            yield Measurement(
                 part="speed",
                 name=f"{method}, {title}, {dtype}",
                 work=lambda m=method, s=shape: _timed(m, s, device, quick),
             )
 
     model = "digits-vit" if quick else "vit-b-16"
-    yield Step(
+    yield Measurement(
         part="speed",
         name=f"training step of {model} with JaSMin, in units of one without",
         work=lambda: training_step(model, repeats=3 if quick else 7, enough=0.05 if quick else 4.0, device=device),
@@ -170,11 +170,11 @@ def _costs(make: Any, baseline: Any, device: torch.device, quick: bool) -> Resul
 # -- long maps ------------------------------------------------------------------------------------------------------
 
 
-def _long_maps(device: torch.device, quick: bool) -> Iterator[Step]:
+def _long_maps(device: torch.device, quick: bool) -> Iterator[Measurement]:
     heads, width = (2, 16) if quick else (16, 64)
     for tokens in (256,) if quick else (16_384, 32_768, 65_536, 131_072):
         for name in ("jasmin_scores (Triton)", "streaming_g1", "streaming_map_norm, one pass"):
-            yield Step(
+            yield Measurement(
                 part="long maps",
                 name=f"{name}, n = {tokens}, {heads} heads of {width}, bfloat16",
                 work=lambda f=name, n=tokens: _long(f, n, heads, width, device, quick),
@@ -204,16 +204,16 @@ def _long(name: str, tokens: int, heads: int, width: int, device: torch.device, 
 # -- tightness ------------------------------------------------------------------------------------------------------
 
 
-def _tightness(device: torch.device, quick: bool) -> Iterator[Step]:
+def _tightness(device: torch.device, quick: bool) -> Iterator[Measurement]:
     for model in {model.name: model for model in [*architectures(), *zoo()]}.values():
         if quick and model.name != "torch-encoder":
             continue
-        yield Step(
+        yield Measurement(
             part="tightness", name=model.name, work=lambda m=model: _ratios((c.block for c in m.cases(1)), device)
         )
-    yield Step(part="tightness", name="smollm2-135m, trained", work=lambda: _ratios(smollm2.trained(), device))
+    yield Measurement(part="tightness", name="smollm2-135m, trained", work=lambda: _ratios(smollm2.trained(), device))
     layers, width = (2, 36) if quick else (30, 576)
-    yield Step(
+    yield Measurement(
         part="tightness",
         name=f"shape of smollm2-135m, random start, {layers} layers of width {width}",
         work=lambda: _ratios(smollm2.at_random(layers=layers, width=width), device),
