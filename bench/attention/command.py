@@ -10,10 +10,10 @@ from bench.attention import figures, tables
 from bench.attention import task as attention
 from bench.engine.answers import Shown
 from bench.engine.machine import describe
-from bench.engine.migration import Old
 from bench.engine.options import profile_of, progress_bar
 from bench.engine.store import Store
 from bench.engine.task import Showing, Task, Written, file_of
+from bench.engine.version_1 import Old
 from bench.workloads.models import drawn_hashes
 from lipbounds.devices import device_named
 from lipbounds.files import write_atomically

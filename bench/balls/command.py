@@ -9,9 +9,9 @@ from pathlib import Path
 from bench.balls import page as balls
 from bench.balls import task as task
 from bench.engine.answers import Shown
-from bench.engine.migration import Old, blocks, newest
 from bench.engine.store import Store
 from bench.engine.task import Showing, Task, Written
+from bench.engine.version_1 import Old, blocks, newest
 from lipbounds.devices import device_named
 from lipbounds.files import write_atomically
 

@@ -10,10 +10,10 @@ from bench.certified import task as certified
 from bench.certified.radii import RADIUS_VERSION
 from bench.engine.answers import Shown
 from bench.engine.machine import describe
-from bench.engine.migration import Old
 from bench.engine.options import profile_of, progress_bar, write_page
 from bench.engine.store import Store
 from bench.engine.task import Showing, Task, Written
+from bench.engine.version_1 import Old
 from lipbounds.devices import device_named
 
 

@@ -15,7 +15,7 @@ from statistics import mean, median
 import torch
 from torch import Tensor, nn
 
-from bench.certified.models import Classifier
+from bench.certified.classifier import Classifier
 from bench.engine.store import Answer
 from lipbounds.adapters._modules import attention_layers, checked, linear
 from lipbounds.adapters.pixels import network_of_pixels

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses as dc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.workloads.hashes import tensors_hash
+from bench.certified.classifier import Classifier
+from bench.certified.mnist import load_mnist
 from lipbounds.errors import InvalidInput
 from lipbounds.models.digits_data import load_digits_split
 from lipbounds.models.digits_vit import load_digits_vit
@@ -26,30 +26,6 @@ CLASSIFIERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@dc.dataclass(frozen=True, eq=False, kw_only=True)
-class Classifier:
-    """A classifier with the images that are certified.
-
-    Args:
-        model: as its owner runs it.
-        network: the same function as a network, made when it is asked for.
-        images: of the test part, pixels in [0, 1], in the order in which they are certified.
-        labels: their classes.
-        indices: their places in the data.
-    """
-
-    model: nn.Module
-    network: Callable[[], Sequence]
-    images: Tensor
-    labels: Tensor
-    indices: list[int]
-
-    @property
-    def weights(self) -> str:
-        """Hash of the weights."""
-        return tensors_hash(self.model.state_dict().items())
-
-
 def load(name: str, device: torch.device, peer: Path | None = None) -> Classifier:
     """A classifier by its name.
 
@@ -62,8 +38,6 @@ def load(name: str, device: torch.device, peer: Path | None = None) -> Classifie
         InvalidInput: `MNIST` without a folder.
     """
     if name == MNIST:
-        from bench.certified.mnist import load_mnist
-
         if peer is None:
             raise InvalidInput(f"{MNIST} needs the folder of its weights; pass --deept FOLDER.")
         return load_mnist(peer, device)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bench.attacks.images import Ball, autoattack, distance, right
 from bench.attacks.smallest import Effort, smallest_found
-from bench.certified.models import Classifier
+from bench.certified.classifier import Classifier
 from bench.engine.store import Answer, Store
 from lipbounds.certify import Method, certify
 from lipbounds.smoothing import certify_smoothed

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.engine.answers import Shown
-from bench.engine.migration import Old
 from bench.engine.options import QUICK, STANDARD, command_of, folder_of, profile_of, shown, told
 from bench.engine.store import Store
+from bench.engine.version_1 import Old
 from bench.pages.stale import marked, older_bounds, older_code
 from lipbounds.errors import InvalidInput
 from lipbounds.files import write_atomically

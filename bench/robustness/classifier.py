@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from bench.robustness.folder import LabelledFolder
 from lipbounds.errors import InvalidInput, LipboundsError
-from lipbounds.models.loading import BUNDLED, ImageInput, load_model, python_path
+from lipbounds.models.image_input import ImageInput
+from lipbounds.models.loading import BUNDLED, load_model, python_path
 
 
 @dc.dataclass(frozen=True, kw_only=True)

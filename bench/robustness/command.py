@@ -8,11 +8,11 @@ from pathlib import Path
 
 from bench.engine.answers import Answered, Shown
 from bench.engine.machine import describe
-from bench.engine.migration import Old
 from bench.engine.options import profile_of, progress_bar, write_page
 from bench.engine.records import NotAnswered
 from bench.engine.store import Store
 from bench.engine.task import Showing, Task, Written
+from bench.engine.version_1 import Old
 from bench.robustness import figures, tables
 from bench.robustness import task as robustness
 from bench.robustness.measures import LANCZOS

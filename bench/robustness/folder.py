@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bench.workloads.hashes import tensors_hash
 from lipbounds.errors import InvalidInput
-from lipbounds.models.loading import ImageInput
+from lipbounds.models.image_input import ImageInput
 from lipbounds.models.pictures import SUFFIXES, picture, pictures_in
 
 

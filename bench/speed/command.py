@@ -9,10 +9,10 @@ from pathlib import Path
 
 from bench.engine.answers import Shown
 from bench.engine.machine import describe
-from bench.engine.migration import Old
 from bench.engine.options import profile_of, write_page
 from bench.engine.store import Store
 from bench.engine.task import Showing, Task, Written
+from bench.engine.version_1 import Old
 from bench.speed import plan, tables
 from bench.speed import task as speed
 from bench.speed.task import HERE

@@ -12,10 +12,10 @@ from tabulate import tabulate
 
 from bench.engine.answers import Shown
 from bench.engine.machine import describe
-from bench.engine.migration import Old
 from bench.engine.options import write_page
 from bench.engine.store import Store
 from bench.engine.task import Showing, Task, Written
+from bench.engine.version_1 import Old
 from bench.speed import scaling_task as scaling
 from bench.speed.task import place
 from lipbounds.devices import device_named

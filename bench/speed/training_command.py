@@ -9,10 +9,10 @@ from typing import Any
 
 from bench.engine.answers import Shown
 from bench.engine.machine import describe
-from bench.engine.migration import Old
 from bench.engine.options import profile_of, write_page
 from bench.engine.store import Store
 from bench.engine.task import Showing, Task, Written
+from bench.engine.version_1 import Old
 from bench.pages.formatting import table
 from bench.speed import training_task as training
 from bench.speed.tables import target_rows

@@ -15,11 +15,11 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from bench.engine.answers import Shown
 from bench.engine.machine import ROOT
-from bench.engine.migration import Old, blocks, newest
 from bench.engine.records import RecordError, without_infinities
 from bench.engine.reference import LOWER
 from bench.engine.store import Store
 from bench.engine.task import Showing, Task, Written
+from bench.engine.version_1 import Old, blocks, newest
 from bench.tightness import features, figures, tables
 from bench.tightness import task as tightness
 from bench.tightness.aggregate import aggregate

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from lipbounds.comparison.ground_truth import truth as truth
 from lipbounds.comparison.measure import compare as compare
+from lipbounds.comparison.row import Row as Row
 from lipbounds.comparison.table import Comparison as Comparison
-from lipbounds.comparison.table import Row as Row
 from lipbounds.lazy import submodules
 
 

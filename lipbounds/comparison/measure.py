@@ -14,7 +14,8 @@ from lipbounds.bound_spec import block_in
 from lipbounds.capture import capture
 from lipbounds.claims import BoundResult
 from lipbounds.comparison.ground_truth import truth
-from lipbounds.comparison.table import Comparison, Row
+from lipbounds.comparison.row import Row
+from lipbounds.comparison.table import Comparison
 from lipbounds.errors import InvalidInput, UnsupportedAttention
 from lipbounds.registry import BoundSpec, get, select
 from lipbounds.targets.attention import Attention

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from lipbounds.comparison.row import Row
 from lipbounds.errors import LipboundsError, install_advice
 from lipbounds.number_format import shown
 
-
-if TYPE_CHECKING:
-    from lipbounds.comparison.table import Comparison
 
 # The same colour for a name in every figure; dark enough for white paper, apart for people who see no red or green.
 PAPER, OWN, OTHERS = "#0072b2", "#d55e00", "#8a8a8a"
 
 
-def plot(comparison: Comparison, path: str | Path | None) -> Any:
+def plot(rows: Iterable[Row], model: str, path: str | Path | None) -> Any:
     """One line of dots for each bound: how many times the truth it is at each block.
 
     Args:
-        comparison: what is drawn; its upper bounds at the point in l2.
+        rows: what is drawn: the upper bounds at the point among them.
+        model: its name, for the title.
         path: where to write the figure; None for nowhere.
 
     Raises:
@@ -33,7 +33,7 @@ def plot(comparison: Comparison, path: str | Path | None) -> Any:
     except ModuleNotFoundError as error:
         raise LipboundsError(f"a figure needs matplotlib, which is not installed; {install_advice('bench')}") from error
     ratios: dict[str, list[float]] = defaultdict(list)
-    for row in comparison.rows:
+    for row in rows:
         upper = row.kind in ("proved", "probable") and row.scope == "point" and row.bound != "truth"
         if upper and row.ratio is not None and row.ratio < float("inf"):
             ratios[row.bound].append(row.ratio)
@@ -52,7 +52,7 @@ def plot(comparison: Comparison, path: str | Path | None) -> Any:
     axes.set_xlabel("value over the true constant, at the point, l2 (one dot for each block, a bar for the median)")
     best = names[-1]
     least = shown(median(ratios[best]), "proved")
-    axes.set_title(f"{comparison.model}: {best} is {least} times the truth", loc="left", fontsize=10)
+    axes.set_title(f"{model}: {best} is {least} times the truth", loc="left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)

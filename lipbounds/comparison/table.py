@@ -12,7 +12,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from lipbounds.claims import SCOPE_WORDS, Kind, Norm, Scope
+from lipbounds.claims import SCOPE_WORDS, Kind
+from lipbounds.comparison.plot import plot
+from lipbounds.comparison.row import Group, Row
 from lipbounds.errors import LipboundsError
 from lipbounds.files import json_text, write_atomically
 from lipbounds.number_format import shown
@@ -24,54 +26,6 @@ KIND_ORDER = ("proved", "probable", "estimate", "lower")
 TRUTHS: dict[Kind, str] = {"proved": "exact norm of the Jacobian", "probable": "certificate"}
 AT_CENTRE = "; the ratio is over the truth at the centre, which is at most the constant here"
 TITLES = ("bound", "median value", "times the truth: median", "worst", "blocks", "seconds")
-Group = tuple[Kind, Scope, Norm, float | None]
-
-
-@dc.dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One number of one bound, at one block.
-
-    Args:
-        input: its name, for people.
-        layer: the number of the attention call in the run, from 0.
-        module: that made the call.
-        item: the number of the batch item.
-        bound: its registered name, or `truth`.
-        kind: of the promise.
-        scope: of the promise.
-        norm: of the promise.
-        radius: of the ball in l2; None at a point.
-        delta: allowed probability of failure of a probable bound.
-        value: the number.
-        truth: the constant at the point from above; None without one in this norm.
-        truth_from_below: the same from below.
-        seconds: that the evaluation took, for all batch items together.
-    """
-
-    input: str
-    layer: int
-    module: str
-    item: int
-    bound: str
-    kind: Kind
-    scope: Scope
-    norm: Norm
-    radius: float | None
-    delta: float | None
-    value: float
-    truth: float | None
-    truth_from_below: float | None
-    seconds: float
-
-    @property
-    def ratio(self) -> float | None:
-        """How many times the truth the value is: at most, for an upper bound; at least, for a lower one."""
-        against = self.truth if self.kind == "lower" else self.truth_from_below
-        return self.value / against if against else None
-
-    @property
-    def group(self) -> Group:
-        return self.kind, self.scope, self.norm, self.radius
 
 
 @dc.dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,9 +188,7 @@ class Comparison:
         Raises:
             LipboundsError: matplotlib is not installed, or there is no ratio to draw.
         """
-        from lipbounds.comparison.plot import plot
-
-        return plot(self, path)
+        return plot(self.rows, self.model, path)
 
 
 def _summary(name: str, rows: list[Row]) -> Summary:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
 
 from lipbounds.errors import InvalidInput
-from lipbounds.models.loading import ImageInput
+from lipbounds.models.image_input import ImageInput
 from lipbounds.models.onnx_weights import read_onnx_weights
 from lipbounds.models.packages import check_fingerprint, package_file
 

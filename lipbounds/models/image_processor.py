@@ -22,7 +22,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from lipbounds.errors import InvalidInput, Unsupported
 from lipbounds.models.hub import clear_errors, not_found
-from lipbounds.models.loading import ImageInput
+from lipbounds.models.image_input import ImageInput
 
 
 TOLERANCE = 1e-5  # some tens of roundings of float32

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from lipbounds.errors import InvalidInput
-from lipbounds.models.loading import ImageInput
+from lipbounds.models.image_input import ImageInput
 
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")

@@ -18,7 +18,7 @@ from lipbounds import Comparison, InvalidInput
 from lipbounds.cli.app import app
 from lipbounds.comparison.ground_truth import chosen, cost
 from lipbounds.comparison.measure import compare_runs
-from lipbounds.comparison.table import Row
+from lipbounds.comparison.row import Row
 from lipbounds.difference import compare as difference
 from lipbounds.errors import LipboundsError
 from lipbounds.number_format import shown

@@ -15,7 +15,8 @@ from torch import nn
 from transformers import BertConfig, BertModel, BertTokenizer, ViTConfig, ViTModel
 
 from lipbounds.errors import InvalidInput, LipboundsError, Unsupported
-from lipbounds.models.loading import ImageInput, load_model
+from lipbounds.models.image_input import ImageInput
+from lipbounds.models.loading import load_model
 
 
 SMALL: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}

@@ -15,8 +15,9 @@ from PIL import Image
 from transformers import AutoImageProcessor, ViTConfig, ViTModel
 
 from lipbounds.errors import InvalidInput, Unsupported
+from lipbounds.models.image_input import ImageInput
 from lipbounds.models.image_processor import image_input
-from lipbounds.models.loading import ImageInput, LoadedModel, load_model
+from lipbounds.models.loading import LoadedModel, load_model
 from lipbounds.models.pictures import picture, pictures_in
 from lipbounds.report.inputs import from_images
 

@@ -56,7 +56,7 @@ def test_texts_and_images_need_a_model_for_them(tmp_path: Path) -> None:
 def test_a_picture_is_brought_to_the_size_of_the_model(tmp_path: Path) -> None:
     from PIL import Image
 
-    from lipbounds.models.loading import ImageInput
+    from lipbounds.models.image_input import ImageInput
 
     Image.new("RGB", (20, 30), (255, 0, 51)).save(tmp_path / "b.png")
     (tmp_path / "notes.txt").write_text("no picture")
