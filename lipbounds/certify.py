@@ -141,8 +141,50 @@ def certify(
     """
     x, labels = given_tensor("x", x), given_tensor("labels", labels)
     _check(network, x, labels, method, norm, largest, steps)
-    network = network.to(torch.float64)
-    x, labels = x.detach().to(torch.float64), labels.to(x.device, torch.int64)
+    network, x, labels = network.to(torch.float64), x.detach().to(torch.float64), labels.to(x.device, torch.int64)
+    logits = _logits(network, x, labels)
+    if model is not None:
+        check_same(network, model, x)
+    method = "taylor" if norm != "l2" else _fitting(network, x[0]) if method is None else method
+    radii, slopes = [], []
+    for image, row, label in zip(x, logits, labels.tolist(), strict=True):
+        radius, slope = _one(network, image, row, label, method, norm, largest, steps, attention)
+        radii.append(radius)
+        slopes.append(slope)
+        advance()
+    attacked = _attacked(network, x, labels, radii, norm) if check else None
+    return _certificate(x.new_tensor(radii), slopes, logits, labels, unit, method, norm, attacked)
+
+
+def _certificate(
+    radius: Tensor,
+    slopes: list[Tensor],
+    logits: Tensor,
+    labels: Tensor,
+    unit: str,
+    method: Method,
+    norm: Norm,
+    attacked: Tensor | None,
+) -> Certificate:
+    """The radii with what the logits say at the inputs themselves."""
+    chosen = logits.gather(1, labels[:, None])
+    others = logits.scatter(1, labels[:, None], -torch.inf).amax(1)
+    prediction = logits.argmax(1)
+    return Certificate(
+        radius=radius,
+        unit=unit,
+        correct=prediction == labels,
+        prediction=prediction,
+        margin=chosen.squeeze(1) - others,
+        lipschitz=torch.stack(slopes),
+        method=method,
+        norm=norm,
+        attacked=attacked,
+    )
+
+
+def _logits(network: Layer, x: Tensor, labels: Tensor) -> Tensor:
+    """The logits at the inputs, which tell whether the network is a classifier with these labels."""
     output = _output(network, x)
     if output.dim() != 3 or output.shape[1] != 1 or output.shape[2] < 2:
         raise InvalidInput(
@@ -153,31 +195,7 @@ def certify(
     logits = output.squeeze(1)
     if not bool(((labels >= 0) & (labels < logits.shape[1])).all()):
         raise InvalidInput(f"labels must be between 0 and {logits.shape[1] - 1}, got {labels.min()} to {labels.max()}.")
-    if model is not None:
-        check_same(network, model, x)
-    if norm != "l2":
-        method = "taylor"
-    method = _fitting(network, x[0]) if method is None else method
-    radii, slopes = [], []
-    for image, row, label in zip(x, logits, labels.tolist(), strict=True):
-        radius, slope = _one(network, image, row, label, method, norm, largest, steps, attention)
-        radii.append(radius)
-        slopes.append(slope)
-        advance()
-    chosen = logits.gather(1, labels[:, None])
-    others = logits.scatter(1, labels[:, None], -torch.inf).amax(1)
-    prediction = logits.argmax(1)
-    return Certificate(
-        radius=torch.tensor(radii, dtype=x.dtype, device=x.device),
-        unit=unit,
-        correct=prediction == labels,
-        prediction=prediction,
-        margin=chosen.squeeze(1) - others,
-        lipschitz=torch.stack(slopes),
-        method=method,
-        norm=norm,
-        attacked=_attacked(network, x, labels, radii, norm) if check else None,
-    )
+    return logits
 
 
 def _output(network: Layer, x: Tensor) -> Tensor:

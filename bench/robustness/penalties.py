@@ -20,7 +20,7 @@ from lipbounds import registry
 from lipbounds.capture import capture
 from lipbounds.jasmin import JaSMin
 from lipbounds.models.digits_vit import SelfAttention
-from lipbounds.models.train_digits import Loss, cross_entropy
+from lipbounds.models.training import Loss, cross_entropy
 
 
 Penalty = Callable[[nn.Module, Tensor, torch.Generator], tuple[Tensor, Tensor]]

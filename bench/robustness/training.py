@@ -25,7 +25,8 @@ from bench.workloads.hashes import tensors_hash
 from lipbounds.errors import InvalidInput
 from lipbounds.models.digits_data import DigitsSplit, LabelledImages
 from lipbounds.models.digits_vit import DigitsViT, load_digits_vit
-from lipbounds.models.train_digits import evaluate, train
+from lipbounds.models.train_digits import train
+from lipbounds.models.training import evaluate
 
 
 @dc.dataclass

@@ -55,17 +55,7 @@ def capture(
             `check=True`, a block that is not what the model computes when it is run again.
         InvalidInput: dropout that is active; a query that sees no key; inference mode.
     """
-    if not isinstance(model, nn.Module):
-        raise InvalidInput(f"model must be a torch.nn.Module, got {type(model).__name__}; wrap the function in one.")
-    if any(hasattr(module, "_orig_mod") for module in model.modules()):
-        raise InvalidInput("model must not be compiled, got one made by torch.compile; pass the module it was made of.")
-    if torch.is_inference_mode_enabled():
-        raise InvalidInput("capture cannot follow tensors under torch.inference_mode(); use torch.no_grad() instead.")
-    if cross_moves not in ("query", "memory"):
-        raise InvalidInput(f"cross_moves must be 'query' or 'memory', got {cross_moves=}.")
-    if on_unsupported not in ("raise", "skip"):
-        raise InvalidInput(f"on_unsupported must be 'raise' or 'skip', got {on_unsupported=}.")
-    _check_scripted(model)
+    _check(model, cross_moves, on_unsupported)
     recorder = Recorder(model)
     collector = Collector(recorder, cross_moves, on_unsupported)
     for tensor in tensors_in(args, kwargs):
@@ -84,8 +74,18 @@ def capture(
     return found
 
 
-def _check_scripted(model: nn.Module) -> None:
-    """Refuse compiled modules: what they compute is seen by nobody."""
+def _check(model: nn.Module, cross_moves: str, on_unsupported: str) -> None:
+    """Refuse options that are none, and compiled modules, whose calls are not seen."""
+    if not isinstance(model, nn.Module):
+        raise InvalidInput(f"model must be a torch.nn.Module, got {type(model).__name__}; wrap the function in one.")
+    if any(hasattr(module, "_orig_mod") for module in model.modules()):
+        raise InvalidInput("model must not be compiled, got one made by torch.compile; pass the module it was made of.")
+    if torch.is_inference_mode_enabled():
+        raise InvalidInput("capture cannot follow tensors under torch.inference_mode(); use torch.no_grad() instead.")
+    if cross_moves not in ("query", "memory"):
+        raise InvalidInput(f"cross_moves must be 'query' or 'memory', got {cross_moves=}.")
+    if on_unsupported not in ("raise", "skip"):
+        raise InvalidInput(f"on_unsupported must be 'raise' or 'skip', got {on_unsupported=}.")
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise Unsupported(

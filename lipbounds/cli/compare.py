@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -44,7 +45,6 @@ def command(
     import torch
 
     from lipbounds.capture import capture
-    from lipbounds.comparison.ground_truth import cost
     from lipbounds.comparison.measure import compare_runs
     from lipbounds.models.loading import load_model
 
@@ -59,11 +59,7 @@ def command(
                 run.name: capture(loaded.module, *run.args, **run.kwargs)
                 for run in runs_of(loaded, text, data, images, device, dtype)
             }
-        if truth in ("auto", "exact", "certificate"):
-            first = next(iter(found.values()))[0]
-            blocks = sum(map(len, found.values()))
-            said = f"truth: {cost(first, method=truth)}, for each of {blocks} blocks"
-            remarks.print(said, highlight=False, soft_wrap=True)
+        _say_cost(truth, found.values())
         compared = compare_runs(
             found,
             bounds=bounds or None,
@@ -79,3 +75,12 @@ def command(
     if figure is not None:
         compared.plot(figure)
     print(compared.to_json() if as_json else repr(compared))  # noqa: T201 - a table as it is, whatever the width
+
+
+def _say_cost(truth: str, runs: Collection[Sequence[Any]]) -> None:
+    """What the truth will cost, on stderr before it is computed."""
+    from lipbounds.comparison.ground_truth import cost
+
+    if truth in ("auto", "exact", "certificate"):
+        said = f"truth: {cost(next(iter(runs))[0], method=truth)}, for each of {sum(map(len, runs))} blocks"
+        remarks.print(said, highlight=False, soft_wrap=True)

@@ -9,40 +9,20 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
 from rich.console import Console
-from rich.progress import Progress
-from safetensors.torch import save
-from torch import Tensor, nn
-from torch.nn import functional as F
 
-from lipbounds.files import write_atomically
 from lipbounds.models.digits_data import LabelledImages, load_digits_split
-from lipbounds.models.digits_vit import IMAGE_SIZE, DigitsViT
+from lipbounds.models.digits_vit import DigitsViT
+from lipbounds.models.training import Loss, cross_entropy, evaluate, fit, save_weights
 
 
-BATCH = 32
 EPOCHS = 60
 PEAK_LEARNING_RATE = 1e-3
-WARM_UP = 0.1
 WEIGHT_DECAY = 0.05
-# In pixels, and as the entries added to the 2 x 2 matrix of the affine map.
-LARGEST_SHIFT = 0.5
-LARGEST_STRETCH = 0.15
-
-# The model, distorted images, their labels, and the generator that everything random comes from.
-Loss = Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor]
-
-
-def cross_entropy(model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-    """The loss of the committed weights; draws nothing."""
-    return F.cross_entropy(model(images), labels)
 
 
 def train(
@@ -74,59 +54,20 @@ def train(
         torch.manual_seed(seed)
         model = DigitsViT()
     generator = torch.Generator().manual_seed(seed)
-    steps = epochs * -(-len(train_part) // BATCH)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: share_of_peak_rate(step, steps))
     best, best_score = copy.deepcopy(model.state_dict()), (-1.0, 0.0)
-    with Progress(console=console) as progress:
-        task = progress.add_task("training", total=epochs)
-        for _ in range(epochs):
-            model.train()
-            for images, labels in batches(train_part, generator):
-                value = loss(model, distorted(images, generator), labels, generator)
-                optimizer.zero_grad()
-                value.backward()
-                optimizer.step()
-                schedule.step()
-            accuracy, validation_loss = evaluate(model, validation_part)
-            after_epoch(accuracy, validation_loss)
-            if (accuracy, -validation_loss) > best_score:
-                best, best_score = copy.deepcopy(model.state_dict()), (accuracy, -validation_loss)
-            shown = f"validation accuracy {accuracy:.4f}, best {best_score[0]:.4f}"
-            progress.update(task, advance=1, description=shown)
+
+    def judge() -> str:
+        nonlocal best, best_score
+        accuracy, validation_loss = evaluate(model, validation_part)
+        after_epoch(accuracy, validation_loss)
+        if (accuracy, -validation_loss) > best_score:
+            best, best_score = copy.deepcopy(model.state_dict()), (accuracy, -validation_loss)
+        return f"validation accuracy {accuracy:.4f}, best {best_score[0]:.4f}"
+
+    fit(model, train_part, optimizer, lambda epoch: loss, epochs, generator, console, after_epoch=judge)
     model.load_state_dict(best)
     return model.eval()
-
-
-def batches(part: LabelledImages, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images and labels, `BATCH` at a time, in random order."""
-    for chosen in torch.randperm(len(part), generator=generator).split(BATCH):
-        yield part.images[chosen], part.labels[chosen]
-
-
-def share_of_peak_rate(step: int, steps: int) -> float:
-    """The learning rate as a share of its peak: a straight rise over `WARM_UP` of the steps, then half a cosine."""
-    warm_up = max(1, round(WARM_UP * steps))
-    if step < warm_up:
-        return (step + 1) / warm_up
-    return (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up))) / 2
-
-
-def distorted(images: Float[Tensor, "batch 1 8 8"], generator: torch.Generator) -> Float[Tensor, "batch 1 8 8"]:
-    """Every image under its own small affine map (shift, turn, stretch, shear), black coming in at the edges."""
-    uniform = 2 * torch.rand(len(images), 2, 3, generator=generator) - 1
-    # affine_grid measures in half image widths, seen from the centre.
-    largest = torch.tensor([LARGEST_STRETCH, LARGEST_STRETCH, LARGEST_SHIFT * 2 / IMAGE_SIZE])
-    grid = F.affine_grid(torch.eye(2, 3) + uniform * largest, list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, align_corners=False)
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, part: LabelledImages) -> tuple[float, float]:
-    """Accuracy (a share) and mean cross-entropy of the model on a part, in evaluation mode."""
-    logits = model.eval()(part.images)
-    accuracy = (logits.argmax(-1) == part.labels).double().mean().item()
-    return accuracy, F.cross_entropy(logits, part.labels).item()
 
 
 def train_and_save(output: Path, *, seed: int = 0, epochs: int = EPOCHS, console: Console) -> float:
@@ -141,15 +82,8 @@ def train_and_save(output: Path, *, seed: int = 0, epochs: int = EPOCHS, console
     split = load_digits_split()
     model = train(split.train, split.validation, seed=seed, epochs=epochs, console=console)
     accuracy, _ = evaluate(model, split.test)
-    history = {
-        "command": f"python -m lipbounds.models.train_digits --seed {seed} --epochs {epochs}",
-        "seed": seed,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "test_accuracy": round(accuracy, 4),
-    }
-    # One entry only: safetensors writes several in an order of its own, and the same weights must be the same bytes.
-    write_atomically(output, save(model.state_dict(), {"training": json.dumps(history)}))
+    command = f"python -m lipbounds.models.train_digits --seed {seed} --epochs {epochs}"
+    save_weights(output, model, command, accuracy, seed=seed)
     return accuracy
 
 

@@ -9,18 +9,16 @@ looked at once, at the end.
 from __future__ import annotations
 
 import argparse
-import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
-from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from lipbounds.models.digits_data import LabelledImages, load_digits_split
 from lipbounds.models.lipschitz_vit import WEIGHTS, LipschitzViT, constrain, release
-from lipbounds.models.train_digits import BATCH, batches, distorted, evaluate, share_of_peak_rate
+from lipbounds.models.training import Loss, evaluate, fit, save_weights
 
 
 EPOCHS = 60
@@ -28,36 +26,40 @@ PEAK_LEARNING_RATE = 5e-3
 SHARPNESS = 6.0
 
 
-def train(part: LabelledImages, *, seed: int, epochs: int, sharpness: float, console: Console) -> LipschitzViT:
+def train(
+    part: LabelledImages,
+    *,
+    seed: int,
+    epochs: int,
+    console: Console,
+    loss_of: Callable[[int], Loss],
+) -> LipschitzViT:
     """The model after the last epoch.
 
     Args:
         part: images the gradients come from, distorted at random.
-        seed: of the first weights, the order of the images and the distortions.
+        seed: of the first weights, the order of the images, the distortions, and what the loss draws.
         epochs: passes over the training images.
-        sharpness: factor of the logits in the loss.
         console: where the progress goes.
+        loss_of: the loss of an epoch, counted from 0.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LipschitzViT()
     constrain(model)
-    generator = torch.Generator().manual_seed(seed)
-    steps = epochs * -(-len(part) // BATCH)
     optimizer = torch.optim.Adam(model.parameters(), lr=PEAK_LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: share_of_peak_rate(step, steps))
-    with Progress(console=console) as progress:
-        task = progress.add_task("training", total=epochs)
-        for _ in range(epochs):
-            for images, labels in batches(part, generator):
-                loss = F.cross_entropy(sharpness * model(distorted(images, generator)), labels)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-            progress.update(task, advance=1)
+    fit(model, part, optimizer, loss_of, epochs, torch.Generator().manual_seed(seed), console)
     release(model)
     return model.eval()
+
+
+def sharp_cross_entropy(sharpness: float) -> Loss:
+    """The cross-entropy of the logits times a factor.
+
+    Args:
+        sharpness: the factor.
+    """
+    return lambda model, images, labels, generator: F.cross_entropy(sharpness * model(images), labels)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -74,20 +76,11 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--epochs must be at least 1 and --sharpness above 0")
     console = Console(stderr=True)
     split = load_digits_split()
-    model = train(split.train, seed=options.seed, epochs=options.epochs, sharpness=options.sharpness, console=console)
+    loss = sharp_cross_entropy(options.sharpness)
+    model = train(split.train, seed=options.seed, epochs=options.epochs, console=console, loss_of=lambda epoch: loss)
     accuracy, _ = evaluate(model, split.test)
-    history = {
-        "command": f"{parser.prog} --seed {options.seed} --epochs {options.epochs} --sharpness {options.sharpness:g}",
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "test_accuracy": round(accuracy, 4),
-    }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: weight.contiguous() for name, weight in model.state_dict().items()},
-        options.output,
-        {"training": json.dumps(history)},
-    )
+    command = f"{parser.prog} --seed {options.seed} --epochs {options.epochs} --sharpness {options.sharpness:g}"
+    save_weights(options.output, model, command, accuracy)
     console.print(f"test accuracy {accuracy:.4f}; weights in {options.output}")
 
 

@@ -15,7 +15,7 @@ from lipbounds.capture import Captured, CapturedAttention, capture
 from lipbounds.cluster import Cluster
 from lipbounds.errors import InvalidInput, Unsupported
 from lipbounds.report.deadline import Deadline, TimeUp
-from lipbounds.report.evaluation import plan, stages
+from lipbounds.report.evaluation import Stage, plan, stages
 from lipbounds.report.jobs import Progress, run_jobs
 from lipbounds.report.layer import LayerWork
 from lipbounds.report.maps import without_most_maps
@@ -76,9 +76,8 @@ def measure(
         layers: numbers of the blocks wanted; all if empty.
         delta: with which each probable bound may fail.
         seed: of all random starts.
-        max_seconds: after which the computation ends, whatever it is at (on a cluster, nothing new is begun); what is
-            there is in the report, what is missing is named. The runs of the model count, and are ended five seconds
-            after it, or when the torch call ends that they are in by then.
+        max_seconds: after which the computation ends (on a cluster, nothing new is begun); the report names what is
+            missing. A run of the model is ended five seconds later, or when the torch call ends that it is in by then.
         cluster: where the numbers are computed, from `lipbounds.cluster.connect`; None for this process.
         progress: told what is being done, and which share is.
 
@@ -92,36 +91,53 @@ def measure(
         raise InvalidInput(f"max_seconds must be above 0, got {max_seconds=}; leave it out for no limit.")
     runs, start = _runs(inputs), time.monotonic()
     tell = progress or (lambda what, share: None)
-    work: list[list[LayerWork]] = []
-    left_out: list[Captured] = []
-    pictures: list[Picture | None] = []
-    end = None if max_seconds is None else start + max_seconds + GRACE
+    captured: list[_CapturedRun] = []
     for number, run in enumerate(runs):
         tell("running the model", 0.02 * number / len(runs))
-        try:
-            with torch.no_grad(), Deadline(end):
-                found = capture(model, *run.args, on_unsupported="skip", **run.kwargs)
-            chosen = _chosen(found, layers)
-        except TimeUp:
-            found, chosen = _not_run(max_seconds or 0.0, first=not work), []
-        pictures.append(None if run.picture is None else picture_of(run.picture))
-        work.append([LayerWork(one, run.labels, pictures[-1]) for one in chosen])
-        left_out.append(found)
+        captured.append(_run(model, run, layers, start, max_seconds, first=not captured))
     order = stages(wanted)
-    jobs = [(one, stage) for stage in order for blocks in work for one in blocks]
+    jobs = [(layer, stage) for stage in order for run in captured for layer in run.layers]
     run_jobs(jobs, wanted, cluster, max_seconds, lambda what, share: tell(what, 0.02 + 0.98 * share), start)
-    measured = tuple(
-        InputReport(
-            name=run.name,
-            layers=tuple(part for one in blocks for part in one.reports(order)),
-            skipped=tuple(
-                SkippedReport(layer=one.index, module=one.module, reason=one.reason) for one in found.skipped
-            ),
-            warnings=found.warnings,
-            picture=picture,
+    return _report(model, name, seed, tuple(run.report(order) for run in captured))
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class _CapturedRun:
+    """One run of the model: the layers that are measured, and what capture left out."""
+
+    name: str
+    found: Captured
+    layers: list[LayerWork]
+    picture: Picture | None
+
+    def report(self, order: Sequence[Stage]) -> InputReport:
+        skipped = [SkippedReport(layer=one.index, module=one.module, reason=one.reason) for one in self.found.skipped]
+        return InputReport(
+            name=self.name,
+            layers=tuple(part for layer in self.layers for part in layer.reports(order)),
+            skipped=tuple(skipped),
+            warnings=self.found.warnings,
+            picture=self.picture,
         )
-        for run, blocks, found, picture in zip(runs, work, left_out, pictures, strict=True)
-    )
+
+
+def _run(
+    model: nn.Module, run: ModelInput, layers: Sequence[int], start: float, max_seconds: float | None, *, first: bool
+) -> _CapturedRun:
+    """Run the model at one input, unless the time is up."""
+    end = None if max_seconds is None else start + max_seconds + GRACE
+    try:
+        with torch.no_grad(), Deadline(end):
+            found = capture(model, *run.args, on_unsupported="skip", **run.kwargs)
+        chosen = _chosen(found, layers)
+    except TimeUp:
+        found, chosen = _not_run(max_seconds or 0.0, first=first), []
+    picture = None if run.picture is None else picture_of(run.picture)
+    work = [LayerWork(one, run.labels, picture) for one in chosen]
+    return _CapturedRun(name=run.name, found=found, layers=work, picture=picture)
+
+
+def _report(model: nn.Module, name: str | None, seed: int, inputs: tuple[InputReport, ...]) -> ModelReport:
     parameter = next(iter(model.parameters()), torch.zeros((), dtype=torch.get_default_dtype(), device="cpu"))
     return ModelReport(
         model=name or type(model).__name__,
@@ -130,7 +146,7 @@ def measure(
         seed=seed,
         lipbounds=__version__,
         torch=torch.__version__,
-        inputs=without_most_maps(measured),
+        inputs=without_most_maps(inputs),
     )
 
 

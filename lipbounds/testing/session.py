@@ -121,7 +121,6 @@ def verify(spec: BoundSpec, *, seconds: float = 60.0, seed: int = 0, progress: P
     begun = time.process_time()
     report = Report(name=spec.name, kind=spec.claim.kind, scope=spec.claim.scope, seed=seed)
     examples: dict[str, int] = dict.fromkeys(checks_for(spec), 0)
-    about_attention = spec.target is Attention
     climbs = can_climb(spec) or can_climb_target(spec)
     until = seconds * (1 - SHARE_OF_ASCENT) if climbs else seconds
 
@@ -149,30 +148,32 @@ def verify(spec: BoundSpec, *, seconds: float = 60.0, seed: int = 0, progress: P
     except Refuted as refuted:
         examples[refuted.check] += refuted.examples or 0
         return done(refuted_by=refuted.check, **_shown(spec, refuted.reason, refuted.snippet))
-    worst = starts = None
-    if climbs and not about_attention:
+    climbed: dict[str, Any] = {}
+    if climbs:
         tell("ascent")
-        left = max(0.0, seconds - elapsed())
-        climbed = climb_widely(spec, seed=seed, seconds=left, progress=lambda ratio: tell("ascent"))
-        worst, starts = climbed.ratio, climbed.starts
-        if climbed.refuted:
-            claimed, reached = climbed.claimed, climbed.reached
-            reason = f"the truth must be <= the bound, got the bound {claimed!r} and the truth {reached!r}"
-            source = check_snippet(spec, "value", climbed.block, None, 0)
-            return done(refuted_by="ascent", worst_ratio=worst, starts=starts, **_shown(spec, reason, source))
-    elif climbs:
-        tell("ascent")
-        found = falsify_widely(
-            spec, seed=seed, seconds=max(0.0, seconds - elapsed()), progress=lambda step, ratio: tell("ascent")
-        )
-        worst, starts = found.ratio, found.starts
-        if found.refuted:
-            found = shrink(spec, found)
-            reason = f"the truth must be <= the bound, got the bound {found.claimed!r} and the truth {found.reached!r}"
-            shown = _shown(spec, reason, _snippet_of(spec, found))
-            return done(refuted_by="ascent", worst_ratio=found.ratio, starts=starts, **shown)
+        climbed = _ascent(spec, seed, max(0.0, seconds - elapsed()), lambda: tell("ascent"))
+    if "refuted_by" in climbed:
+        return done(**climbed)
     tell("tightness")
-    return done(worst_ratio=worst, starts=starts, comparisons=compare(spec))
+    return done(**climbed, comparisons=compare(spec))
+
+
+def _ascent(spec: BoundSpec, seed: int, seconds: float, advance: Callable[[], None]) -> dict[str, Any]:
+    """Search for a block on which the bound is too small: what a report says of the search and of what it found."""
+    if spec.target is Attention:
+        found = falsify_widely(spec, seed=seed, seconds=seconds, progress=lambda step, ratio: advance())
+    else:
+        found = climb_widely(spec, seed=seed, seconds=seconds, progress=lambda ratio: advance())
+    starts = found.starts
+    if not found.refuted:
+        return {"worst_ratio": found.ratio, "starts": starts}
+    if isinstance(found, Falsification):
+        found = shrink(spec, found)
+        source = _snippet_of(spec, found)
+    else:
+        source = check_snippet(spec, "value", found.block, None, 0)
+    reason = f"the truth must be <= the bound, got the bound {found.claimed!r} and the truth {found.reached!r}"
+    return {"refuted_by": "ascent", "worst_ratio": found.ratio, "starts": starts, **_shown(spec, reason, source)}
 
 
 def _shown(spec: BoundSpec, message: str, source: str) -> dict[str, str]:

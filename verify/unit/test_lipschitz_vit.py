@@ -14,7 +14,8 @@ from lipbounds.adapters.lipschitz_vit import lipschitz_vit_network
 from lipbounds.certify import certify
 from lipbounds.models.digits_data import LabelledImages, load_digits_split
 from lipbounds.models.lipschitz_vit import CERTIFIED, WEIGHTS, LipschitzViT, constrain, load_lipschitz_vit, release
-from lipbounds.models.train_certified import moved_against, train
+from lipbounds.models.train_certified import loss_under_attack, moved_against
+from lipbounds.models.train_lipschitz import train
 from verify.unit.networks import Draw
 from verify.unit.test_certify import attacked
 
@@ -86,10 +87,8 @@ def test_a_step_of_training_moves_images_by_the_reach(tmp_path: Path) -> None:
     moved = moved_against(LipschitzViT(), part.images[:4], part.labels[:4], 0.6, 12.0, torch.Generator().manual_seed(0))
     torch.testing.assert_close((moved - part.images[:4]).flatten(1).norm(dim=1), torch.full((4,), 0.6))
     few = LabelledImages(part.images[:40], part.labels[:40], part.indices[:40])
-    one, two = (
-        train(few, seed=1, epochs=1, sharpness=2.0, reach=0.3, console=Console(quiet=True)).head.weight
-        for _ in range(2)
-    )
+    losses = loss_under_attack(sharpness=2.0, radius=0.3, epochs=1)
+    one, two = (train(few, seed=1, epochs=1, console=Console(quiet=True), loss_of=losses).head.weight for _ in range(2))
     assert torch.equal(one, two)
 
 

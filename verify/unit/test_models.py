@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lipbounds.errors import InvalidInput
-from lipbounds.models import train_digits
+from lipbounds.models import train_digits, training
 from lipbounds.models.digits_data import DigitsSplit, LabelledImages, load_digits_split
 from lipbounds.models.digits_vit import WEIGHTS, DigitsViT, SelfAttention, load_digits_vit
 
@@ -72,7 +72,7 @@ def test_the_split_never_changes(split: DigitsSplit) -> None:
 
 
 def test_committed_weights_reach_97_percent_on_test_images(vit: DigitsViT, split: DigitsSplit) -> None:
-    accuracy, _ = train_digits.evaluate(vit, split.test)
+    accuracy, _ = training.evaluate(vit, split.test)
     assert accuracy >= 0.97
     history = read_history(WEIGHTS)
     # Another machine rounds differently: at most one image may change sides.
@@ -195,8 +195,8 @@ def blobs() -> Tensor:
 
 
 def test_shifts_are_random_and_at_most_half_a_pixel(blobs: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_digits, "LARGEST_STRETCH", 0)
-    moved = train_digits.distorted(blobs, torch.Generator().manual_seed(0))
+    monkeypatch.setattr(training, "LARGEST_STRETCH", 0)
+    moved = training.distorted(blobs, torch.Generator().manual_seed(0))
     centres, masses = centres_and_masses(moved)
     assert masses == pytest.approx(4, rel=1e-4)
     for distance in centres:
@@ -206,8 +206,8 @@ def test_shifts_are_random_and_at_most_half_a_pixel(blobs: Tensor, monkeypatch: 
 
 
 def test_stretches_are_random_and_leave_the_centre(blobs: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_digits, "LARGEST_SHIFT", 0)
-    centres, masses = centres_and_masses(train_digits.distorted(blobs, torch.Generator().manual_seed(0)))
+    monkeypatch.setattr(training, "LARGEST_SHIFT", 0)
+    centres, masses = centres_and_masses(training.distorted(blobs, torch.Generator().manual_seed(0)))
     assert centres.abs().max() < 1e-5
     # The area grows by at most 1 / det, with the determinant at least 0.85 * 0.85 - 0.15 * 0.15.
     assert 0.2 < masses.std() < masses.max() - 4 < 4 / 0.7 - 4 + 0.5
