@@ -1,6 +1,7 @@
 """Which check catches which planted fault: `python -m verify.faults.detection` writes results/detection.{md,json}.
 
-Most of its time goes into sound bounds, which survive everything. `--new` hunts what the record lacks, and says so.
+Most of its time goes into sound bounds, which survive everything. `--new` hunts what the record lacks, `--again NAME`
+what changed since; the page says which rows such a run made.
 """
 
 from __future__ import annotations
@@ -33,25 +34,31 @@ def main() -> None:
     """Hunt every fault and every control and write the two files."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--new", action="store_true", help="hunt only faults and sound bounds that the record lacks")
-    new = parser.parse_args().new
+    parser.add_argument("--again", nargs="+", metavar="NAME", help="hunt these anew, and what the record lacks")
+    options = parser.parse_args()
+    names = {fault.name: name for name, fault in (FAULTS | CONTROLS).items()}
+    again = options.again or []
+    if unknown := sorted(set(again) - names.keys()):
+        parser.error(f"--again takes names of rows of results/detection.md, got {', '.join(unknown)}")
     begun = time.monotonic()
+    new = bool(options.new or again)
     known = json.loads((RESULTS / "detection.json").read_text()) if new else {"faults": [], "controls": []}
-    kept = {fault.name: name for name, fault in (FAULTS | CONTROLS).items()}
+    kept = {name: key for name, key in names.items() if name not in again}
     rows = {kept[row["name"]]: row for row in [*known["faults"], *known["controls"]] if row["name"] in kept}
     missing = [name for name in [*FAULTS, *CONTROLS] if name not in rows]
     with multiprocessing.get_context("spawn").Pool(JOBS) as pool:
         rows |= dict(zip(missing, pool.map(_row, missing, chunksize=1), strict=True))
+    runs = [_run([rows[name]["name"] for name in missing], round(time.monotonic() - begun, 1))] if new else []
     faults, controls = [rows[name] for name in FAULTS], [rows[name] for name in CONTROLS]
-    seconds = round(time.monotonic() - begun, 1)
     record = {
         "command": COMMAND,
         "environment": known.get("environment", _environment()),
-        "added": [*known.get("added", []), _run([rows[name]["name"] for name in missing], seconds)] if new else [],
+        "added": [*_still(known.get("added", []), again), *runs],
         "seed": SEED,
         "max_examples": MAX_EXAMPLES,
         "falsify_seconds": SECONDS,
         "control_examples": CONTROL_EXAMPLES,
-        "seconds": known.get("seconds", seconds),
+        "seconds": known.get("seconds", round(time.monotonic() - begun, 1)),
         "faults": faults,
         "controls": controls,
         "not_expressible": NOT_EXPRESSIBLE,
@@ -135,6 +142,12 @@ def _run(names: list[str], seconds: float) -> dict[str, Any]:
     return {"names": names, "seconds": seconds, "environment": _environment()}
 
 
+def _still(runs: list[dict[str, Any]], again: list[str]) -> list[dict[str, Any]]:
+    """The later runs, each with the rows of its own that no run since has made again."""
+    left = [run | {"names": [name for name in run["names"] if name not in again]} for run in runs]
+    return [run for run in left if run["names"]]
+
+
 def _how(record: dict[str, Any]) -> list[str]:
     return [
         "## How it was measured",
@@ -162,7 +175,8 @@ def _added(runs: list[dict[str, Any]]) -> list[str]:
     lines: list[str] = []
     for run in runs:
         lines += [
-            f"{len(run['names'])} rows were added by a later run of `{COMMAND} --new`, in {run['seconds']:.0f} s: "
+            f"{len(run['names'])} rows are those of a later run of `{COMMAND}` (`--new` or `--again`), in "
+            f"{run['seconds']:.0f} s: "
             + ", ".join(f"`{name}`" for name in run["names"])
             + ". The others are those of the whole run before; `verify/faults/test_faults.py` hunts every fault again.",
             "",
