@@ -9,8 +9,10 @@
                  on small blocks each part is replaced by (3) to (5) where these are smaller
 
 J_i is the part of the Jacobian for output token i; T1, T2, T3 are mixing, query and key part. What is evaluated depends
-on the size of the block, not of the batch (lipbounds.derivatives.first.gram_norm, `SMALL`). Formulas, size rules and
-proof: docs/bounds/sharp.md.
+on the size of the block, not of the batch (lipbounds.derivatives.first.gram_norm, `SMALL`). With rotary positions or
+QK-norm each key has a gradient of the logits of its own, u_hij = s W_K^h T_hj^T q_hi in place of u_hi, the covariances
+of T2 meet the map T_hi of the query, and (6), which needs a factor that all keys share, is left out. Formulas, size
+rules and proof: docs/bounds/sharp.md.
 
 Numerics: float64. The rounding of (1) and (2) is added to every norm of a block: it costs 1e-7 of the number at most
 where the factors do not cancel, and the sums over heads take over where they do.
@@ -38,7 +40,7 @@ SMALL = 1e11  # multiplications and additions of (5), up to which `sharp_fast` e
     name="sharp",
     claim=Claim(kind="proved", scope="point", norm="l2"),
     source=Source(title="lipbounds", statement="norms of Gram blocks of the Jacobian, derived here"),
-    supports=("heads", "biases", "mask", "cross", "some_queries"),
+    supports=("heads", "biases", "mask", "cross", "rotary", "qk_norm", "some_queries"),
     cost="O(n^2 D^2 (D + n)) up to a size, then O(n D^3), then that of sharp_fast",
     version=4,
 )
@@ -65,7 +67,7 @@ def sharp(block: Attention) -> tuple[Tensor, Terms]:
     name="sharp_fast",
     claim=Claim(kind="proved", scope="point", norm="l2"),
     source=Source(title="lipbounds", statement="three parts of the differential with all heads, derived here"),
-    supports=("heads", "biases", "mask", "cross", "some_queries"),
+    supports=("heads", "biases", "mask", "cross", "rotary", "qk_norm", "some_queries"),
     cost="O(H^2 n^2 (n + d) + D^3); on small blocks also O(n D^2 (n + D) + n^2 H^4)",
     version=3,
 )
@@ -83,10 +85,10 @@ def _parts(block: Attention, *, with_rows: bool) -> tuple[Tensor, Terms]:
     if with_rows:
         mixing, query, key = differential_parts(block)
     if block.query_moves:
-        own = torch.minimum(parts.query, joint_query(parts))
+        own = torch.minimum(parts.query, joint_query(parts)) if parts.is_plain else parts.query
         query = torch.minimum(query, own) if with_rows else own
     if block.memory_moves:
-        own = torch.minimum(parts.key, stacked_key(parts))
+        own = torch.minimum(parts.key, stacked_key(parts)) if parts.is_plain else parts.key
         key = torch.minimum(key, own) if with_rows else own
         mixing = torch.minimum(mixing, parts.mixing.norm) if with_rows else parts.mixing.norm
         memory = parts.memory(mixing, key)

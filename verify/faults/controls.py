@@ -10,6 +10,7 @@ from lipbounds.rounding import cast_down, cast_up
 from lipbounds.targets.attention import Attention
 from verify.faults.fault import UNNORMED, planted
 from verify.faults.faults_estimators import certified, sound_factor
+from verify.faults.faults_pulled import Differential
 from verify.faults.faults_sharp import GramBlocks, Parts
 from verify.faults.right import (
     CENTRED,
@@ -97,6 +98,12 @@ def mixing_by_gram_blocks(block: Attention) -> Tensor:
 def turned_queries_and_keys(block: Attention) -> Tensor:
     """Right: the norms of turned queries and keys, apart from those of the weights."""
     return turned()(block)
+
+
+@planted(supports=UNNORMED)
+def differential_with_a_gradient_for_each_key(block: Attention) -> Tensor:
+    """Right: the norm of the three parts of the differential, each query pulled back by the turn of each key."""
+    return Differential()(block)
 
 
 @planted(supports=tuple(FEATURES))

@@ -11,7 +11,7 @@ import lipbounds
 from lipbounds import Attention
 from lipbounds.derivatives.first import gram_norm as module
 from lipbounds.derivatives.first.differential_parts import differential_parts, key_part, mixing_part, query_part
-from lipbounds.derivatives.first.gram_blocks import RowProducts
+from lipbounds.derivatives.first.gram_blocks import row_products
 from lipbounds.derivatives.first.gram_norm import gram_norm
 from lipbounds.derivatives.first.rows import jacobian_rows
 from lipbounds.ops.schatten import schatten_norm_upper
@@ -21,7 +21,7 @@ from verify.unit.blocks import random_block, true_norm
 
 NAMES = ["sharp", "sharp_fast"]
 MEMORY = random_block(3, n=5).x
-CASES: dict[str, dict[str, Any]] = {
+PLAIN: dict[str, dict[str, Any]] = {
     "self": {},
     "causal": {"causal": True},
     "one head": {"heads": 1, "biases": False},
@@ -30,7 +30,33 @@ CASES: dict[str, dict[str, Any]] = {
     "query": {"memory": MEMORY, "moves": "query"},
     "memory": {"memory": MEMORY, "moves": "memory"},
 }
-IDS = {"argvalues": CASES, "ids": lambda name: name.replace(" ", "-")}
+
+
+def turns(tokens: int) -> torch.Tensor:
+    """Rotary positions of heads of width 3: a pair of features is turned, the third is not; a little off length 1."""
+    angles = 2.5 * torch.arange(1, tokens + 1, dtype=torch.float64)[:, None]
+    return 1.005 * torch.stack([angles.cos(), angles.sin()], -2)
+
+
+def normed(over: str) -> dict[str, Any]:
+    """QK-norm of two heads of width 3."""
+    gains = torch.linspace(0.5, 3.0, 6, dtype=torch.float64).reshape(2, 3)
+    return {"query_norm_weight": gains, "key_norm_weight": gains.flip(0), "norm_eps": 0.05, "norm_over": over}
+
+
+# Each key has a gradient of the logits of its own.
+PULLED: dict[str, dict[str, Any]] = {
+    "turned": {"query_rotation": turns(4), "key_rotation": turns(4), "causal": True},
+    "turned query": {"query_rotation": turns(4), "key_rotation": turns(5), **PLAIN["query"]},
+    "turned memory": {"query_rotation": turns(4), "key_rotation": turns(5), **PLAIN["memory"]},
+    "normed": normed("head"),
+    "normed and turned": {"query_rotation": turns(4), "key_rotation": turns(4), **normed("head")},
+    "normed together": {"query_rotation": turns(4), "key_rotation": turns(4), **normed("all_heads")},
+    "normed together memory": {**PLAIN["memory"], **normed("all_heads")},
+}
+CASES = PLAIN | PULLED
+NAMED: dict[str, Any] = {"ids": lambda name: name.replace(" ", "-")}
+IDS: dict[str, Any] = {"argvalues": CASES, **NAMED}
 
 
 def block_jacobian(block: Attention) -> torch.Tensor:
@@ -47,17 +73,19 @@ def spectral(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def three_parts(block: Attention) -> dict[str, torch.Tensor]:
-    """T1, T2, T3 as dense matrices, straight from the formula of the differential."""
-    maps, values, keys = block.probabilities, block.values, block.keys
-    reach = block.scale_value * block.queries @ block.w_k.mT
-    means = (maps @ values).unsqueeze(-2)
-    spread = maps.unsqueeze(-1) * (values.unsqueeze(-3) - means)
-    mixing = torch.einsum("hij,hva,hbv->iajb", maps, block.w_o, block.w_v.mT.mT)
-    key = torch.einsum("hijv,hva,hib->iajb", spread, block.w_o, reach)
-    covariance = torch.einsum("hijv,hjd->hivd", spread, keys)
-    own = block.scale_value * torch.einsum("hva,hivd,hbd->iab", block.w_o, covariance, block.w_q)
-    query = torch.einsum("iab,ij->iajb", own, torch.eye(len(own)).double())
-    return {"mixing": dense(mixing), "query": dense(query), "key": dense(key)}
+    """T1, T2, T3 as dense matrices: T2 is what queries alone move, T1 + T3 what keys and values do."""
+    parts = {}
+    apart = {moves: block for moves in (block.moves,)}
+    if block.moves == "self":
+        fixed: dict[str, Any] = {"memory": block.x, "causal": False, "logit_bias": block.mask}
+        apart = {moves: block.replace(moves=moves, **fixed) for moves in ("query", "memory")}
+    if "query" in apart:
+        parts["query"] = dense(block_jacobian(apart["query"]))
+    if "memory" in apart:
+        mixing = torch.einsum("hij,hva,hbv->iajb", block.probabilities, block.w_o, block.w_v.mT.mT)
+        parts["mixing"] = dense(mixing)
+        parts["key"] = dense(block_jacobian(apart["memory"])) - parts["mixing"]
+    return parts
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -74,12 +102,12 @@ def test_gram_blocks_are_those_of_the_jacobian(case: str) -> None:
     """The factored products against autodiff, within the slack that the bound adds for them."""
     block = random_block(21, **CASES[case])
     rows = jacobian_rows(block)
-    products, jacobian = RowProducts(rows), block_jacobian(block)
+    products, jacobian = row_products(rows), block_jacobian(block)
     exact = torch.einsum("iajb,kcjb->ikac", jacobian, jacobian)
     unit = rows.scale.unsqueeze(-1) * rows.scale * rows.unit**2
     for i in range(block.tokens):
         for squares_only in (False, True):
-            found = RowProducts(rows, squares_only)(i, 0, block.tokens) * unit[i, :, None, None]
+            found = row_products(rows, squares_only)(i, 0, block.tokens) * unit[i, :, None, None]
             torch.testing.assert_close(found, exact[i], rtol=1e-9, atol=1e-9)
             off = torch.linalg.matrix_norm(found - exact[i])
             assert (off <= products.slack()[i] * unit[i] + 1e-13 * torch.linalg.matrix_norm(exact[i])).all()
@@ -91,7 +119,8 @@ def test_size_and_error_of_rows_are_upper_bounds(case: str) -> None:
     rows = jacobian_rows(block)
     lengths = block_jacobian(block).flatten(1).norm(dim=-1)
     assert (lengths <= (rows.size + rows.error) * rows.scale * rows.unit * (1 + 1e-12)).all()
-    assert (rows.error < 1e-9 * rows.size).all()
+    # Of the turned blocks one has a row that rests on one key: its covariances nearly vanish.
+    assert (rows.error < (1e-9 if case in PLAIN else 1e-6) * rows.size).all()
 
 
 @pytest.mark.parametrize("case", **IDS)
@@ -116,7 +145,7 @@ def test_between_the_truth_and_the_norm_of_block_norms(case: str) -> None:
     assert value <= spectral(norms) * width ** (1 / 16) * (1 + 1e-6)
 
 
-@pytest.mark.parametrize("case", **IDS)
+@pytest.mark.parametrize("case", PLAIN, **NAMED)
 def test_never_above_the_three_term_form(case: str) -> None:
     """T1 + T2 + T3 with all heads joined, as it was before Gram blocks (theory.md, section 2)."""
     block = random_block(25, **CASES[case])
@@ -192,9 +221,10 @@ def test_a_batch_is_its_items(name: str) -> None:
 
 @pytest.mark.usefixtures("as_a_user_runs_it")  # a search: the other tests keep the shape checks
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("case", ["self", "causal", "query", "memory"])
+@pytest.mark.parametrize("case", ["causal", "query", "memory", "pulled"])
 def test_gradient(name: str, case: str) -> None:
-    block = random_block(14, **{"n": 3, **CASES[case]})
+    pulled = {"query_rotation": turns(3), "key_rotation": turns(3), **normed("all_heads")}
+    block = random_block(14, **{"n": 3, **(pulled if case == "pulled" else CASES[case])})
     bound = lipbounds.get(name)
     moving = block.moving_input.clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: bound(block.at(x), grad=True).value, moving, atol=1e-5)

@@ -19,6 +19,8 @@ from lipbounds.derivatives.first.covariance import (
     map_upper,
     row_covariance,
 )
+from lipbounds.derivatives.first.key_rows import joint_rows, pulled_joint_rows
+from lipbounds.derivatives.first.pulled_queries import through_query_maps
 from lipbounds.derivatives.first.rows import deviation_error, logit_gradient_error, scaled_weights
 from lipbounds.derivatives.norms import map_norm
 from lipbounds.ops.spectral import power_of_two, product_norm_upper, root, spectral_norm_upper, vector_norm
@@ -28,7 +30,6 @@ from lipbounds.targets.attention import Attention
 
 CANCELLED = 2.0**-40  # a product of matrices this far below the product of their norms is taken for rounding
 SAME = 1e-6  # relative; the roots of the rounding slack are below it
-CHUNK_ENTRIES = 2**22  # of the kernels of the rows that are made at a time
 
 
 def differential_parts(
@@ -37,7 +38,7 @@ def differential_parts(
     """Norms of T1, T2 and T3, rounded up; 0 for a part whose input does not move.
 
     Args:
-        block: in float64, without rotary positions.
+        block: in float64.
     """
     nothing = torch.zeros_like(block.logits[..., 0, 0, 0])
     mixing, key = (mixing_part(block), key_part(block)) if block.memory_moves else (nothing, nothing)
@@ -79,13 +80,14 @@ def query_part(block: Attention) -> Float[Tensor, "*batch"]:
     """
     w_v, w_o, unit = scaled_weights(block)
     cross, error = row_covariance(block, centred_projection(block.source_input, w_v), centred_keys(block))
+    cross, error, w_q = through_query_maps(block, cross, error)
     scale = abs(block.scale_value)
-    outputs, queries = w_o.mT.unsqueeze(-3), block.w_q.mT.unsqueeze(-3)
-    off = error * (w_o.norm(dim=(-2, -1)) * block.w_q.norm(dim=(-2, -1))).unsqueeze(-1)
+    outputs, queries = w_o.mT.unsqueeze(-3), w_q.mT.unsqueeze(-3)
+    off = error * (w_o.norm(dim=(-2, -1)) * w_q.norm(dim=(-2, -1))).unsqueeze(-1)
     by_head = scale * (_steady_norm(outputs, cross, queries) + off).sum(-2)
     # W_Q^h of order 1, its size moved to the covariances, and these of order 1 for each row.
-    of_queries = power_of_two(block.w_q.detach())
-    w_q = block.w_q / of_queries
+    of_queries = power_of_two(w_q.detach())
+    w_q = (w_q / of_queries).expand(*w_q.shape[:-3], block.heads, -1, -1)
     cross = cross * of_queries.unsqueeze(-3)
     of_row = power_of_two(cross.detach().movedim(-4, -3).flatten(-3, -2))
     cross = cross / of_row.unsqueeze(-4)
@@ -107,21 +109,27 @@ def key_part(block: Attention) -> Float[Tensor, "*batch"]:
     """
     w_v, w_o, unit = scaled_weights(block)
     values = centred_projection(block.source_input, w_v)
-    logit_gradient = block.scale_value * block.queries @ block.w_k.mT
-    logit_gradient_size = vector_norm(logit_gradient) + logit_gradient_error(block)
     outputs = w_o.mT.unsqueeze(-3)
     covariance, error = row_covariance(block, values, values)
     # ||W_O^hT Cov W_O^h|| as computed, and what its error adds.
     through = _steady_norm(outputs, covariance, outputs.mT)
     through = through + error * w_o.square().sum((-2, -1)).unsqueeze(-1)
-    weighted = logit_gradient_size.square() * through
-    columns = (weighted.unsqueeze(-2) @ map_upper(block)).squeeze(-2)
+    if block.key_norm is None and block.key_rotation is None:
+        logit_gradient = block.scale_value * block.queries @ block.w_k.mT
+        gradient_error = logit_gradient_error(block)
+        gradient_size = vector_norm(logit_gradient) + gradient_error
+        weighted = gradient_size.square() * through
+        columns = (weighted.unsqueeze(-2) @ map_upper(block)).squeeze(-2)
+        rows = joint_rows(block, values.rows, w_o, logit_gradient)
+    else:
+        rows, lengths, gradient_error = pulled_joint_rows(block, values.rows, w_o)
+        columns = ((lengths.square() * through.unsqueeze(-1)) * map_upper(block)).sum(-2)
+        gradient_size = lengths.amax(-1)
     by_head = root(columns.amax(-1)).sum(-1)
-    rows = _joint_rows(block, values.rows, w_o, logit_gradient)
     with torch.no_grad():
         weight = w_o.norm(dim=(-2, -1)).unsqueeze(-1)
         own = map_upper(block).norm(dim=-1) * 2 * values.size.unsqueeze(-1)
-        off = weight * (deviation_error(block, values) * logit_gradient_size + own * logit_gradient_error(block))
+        off = weight * (deviation_error(block, values) * gradient_size + own * gradient_error)
     jointly = vector_norm(rows + off.sum(-2))
     operations = block.tokens + block.logits.shape[-1] + sum(block.w_k.shape[-2:]) + block.heads + 64
     return inflate(_smaller(jointly, by_head), operations) * unit
@@ -179,48 +187,3 @@ def _squared_sum(cross: Tensor, w_o: Tensor, w_q: Tensor) -> Float[Tensor, "*bat
         terms = (left * right).sum((-3, -1))
         total = total + (terms[..., 0, :] + 2 * terms[..., 1:, :].sum(-2))
     return total
-
-
-def _joint_rows(block: Attention, values: Tensor, w_o: Tensor, logit_gradient: Tensor) -> Float[Tensor, "*batch n"]:
-    """||T3_i T3_i^T||_F^(1/2) for every row i, for the factors as computed, rounded up."""
-    outputs = w_o.flatten(-3, -2) @ w_o.flatten(-3, -2).mT
-    of_row = power_of_two(logit_gradient.detach().movedim(-3, -2))  # [*, n, 1, 1]
-    turned = logit_gradient.movedim(-3, -2) / of_row  # [*, n, h, D]
-    maps = block.probabilities.movedim(-3, -2)  # [*, n, h, j]
-    rows = values.movedim(-3, -2)  # [*, j, h, v]
-    operations = rows.shape[-3] + outputs.shape[-1] + w_o.shape[-1] + logit_gradient.shape[-1] + 16
-    chunk = max(1, CHUNK_ENTRIES // (outputs.shape[-1] * max(outputs.shape[-1], rows.shape[-3])))
-    squares = [
-        _row_norms(maps[..., start : start + chunk, :, :], rows, turned[..., start : start + chunk, :, :], outputs, w_o,
-                   operations)
-        for start in range(0, block.tokens, chunk)
-    ]  # fmt: skip
-    return inflate(root(torch.cat(squares, -1)), 8) * of_row[..., 0, 0]
-
-
-def _row_norms(
-    maps: Tensor, rows: Tensor, turned: Tensor, outputs: Tensor, w_o: Tensor, operations: int
-) -> Float[Tensor, "*batch count"]:
-    """||T3_i T3_i^T||_F for some rows i, as tr (S C S C)^(1/2) with the (h, g) block <u_hi, u_gi> x_hi^T x_gi in C.
-
-    Args:
-        maps: [*, count, h, j].
-        rows: the centred values, [*, j, h, v].
-        turned: u_hi, [*, count, h, D].
-        outputs: S, all heads in one.
-        w_o: for the size of the slack.
-        operations: roundings in an entry of S C.
-    """
-    means = torch.einsum("...chj,...jhv->...chv", maps, rows)
-    deviations = maps.mT.unsqueeze(-1) * (rows.unsqueeze(-4) - means.unsqueeze(-3))  # [*, count, j, h, v]
-    width = rows.shape[-1]
-    alike = (turned @ turned.mT).repeat_interleave(width, -1).repeat_interleave(width, -2)
-    flat = deviations.flatten(-2)
-    product = outputs.unsqueeze(-3) @ (alike * (flat.mT @ flat))
-    squared = (product * product.mT).sum((-2, -1))
-    with torch.no_grad():
-        length = (deviations.norm(dim=(-3, -1)) * turned.norm(dim=-1)).square().sum(-1)
-        error = 2 * gamma(operations) * length * w_o.square().sum((-3, -2, -1)).unsqueeze(-1)
-        size = product.flatten(-2).norm(dim=-1)
-        slack = 2 * gamma(product.shape[-1] ** 2 + 8) * size.square() + 2 * error * size + error.square()
-    return root(squared.clamp(min=0) + slack)

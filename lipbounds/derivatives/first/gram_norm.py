@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.derivatives.cache import cached_per_block
-from lipbounds.derivatives.first.gram_blocks import RowProducts
+from lipbounds.derivatives.first.gram_blocks import row_products
 from lipbounds.derivatives.first.rows import Rows, jacobian_rows
 from lipbounds.ops.schatten import schatten_norm_upper
 from lipbounds.ops.spectral import root, spectral_norm_upper
@@ -51,14 +51,14 @@ def gram_norm(block: Attention) -> Float[Tensor, "*#batch"]:
     """The root of (1): an upper bound of the norm of the Jacobian, rounded up; differentiable.
 
     Args:
-        block: in float64, with `has_gram_norm`, without rotary positions and QK-norm.
+        block: in float64, with `has_gram_norm`.
     """
     squarings = _squarings(block)
     assert squarings is not None
     rows = jacobian_rows(block)
-    products = RowProducts(rows)
+    products = row_products(rows)
     count = rows.scale.shape[-1]
-    chunk = max(1, CHUNK_ENTRIES // max(rows.w_o.shape[-1], products.output.shape[-2]) ** 2)
+    chunk = max(1, CHUNK_ENTRIES // products.entries)
     lines = []
     for i in range(count):
         norms = [schatten_norm_upper(products(i, k, min(k + chunk, count)), squarings) for k in range(i, count, chunk)]
@@ -73,10 +73,10 @@ def rows_norm(block: Attention) -> Float[Tensor, "*#batch"]:
     """The root of (2): an upper bound of the norm of the Jacobian, rounded up; differentiable.
 
     Args:
-        block: in float64, without rotary positions and QK-norm.
+        block: in float64.
     """
     rows = jacobian_rows(block)
-    products = RowProducts(rows, squares_only=True)
+    products = row_products(rows, squares_only=True)
     norms = [schatten_norm_upper(products(i, i, i + 1), ROWS_SQUARINGS) for i in range(rows.scale.shape[-1])]
     squares = torch.cat(norms, -1) + products.slack().diagonal(dim1=-2, dim2=-1)
     scale, largest = _relative(rows)
@@ -103,4 +103,9 @@ def _work(block: Attention, squarings: int, products: int) -> int:
     """Multiplications and additions for the norms of that many products of rows, the large ones counted."""
     heads, keys = block.heads, block.logits.shape[-1]
     inner, out = heads * block.w_v.shape[-1], block.w_o.shape[-1]
-    return products * 2 * (inner * inner * (keys + out) + inner * out * out + squarings * out**3)
+    work = inner * inner * (keys + out) + inner * out * out + squarings * out**3
+    if block.memory_moves and (block.key_norm is not None or block.key_rotation is not None):
+        own = block.w_k.shape[-1]
+        features = heads * own if block.norm_over == "all_heads" else own
+        work += inner * heads * keys * (block.w_v.shape[-1] + features) + heads**2 * keys * features**2
+    return products * 2 * work
