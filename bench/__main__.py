@@ -147,8 +147,12 @@ def _parser() -> argparse.ArgumentParser:
         "--pytest-benchmark-json", type=Path, metavar="FILE",
         what="also write the times in the format of pytest-benchmark",
     )  # fmt: skip
-    add("--data", type=Path, metavar="FILE", what="texts or a tensor as inputs of --model")
-    add("--images", type=Path, metavar="DIR", what="a folder of pictures for each class of --model")
+    add("--data", type=Path, metavar="FILE", what="texts, a tensor, or images as --images takes them, for --model")
+    add(
+        "--images", type=Path, metavar="DIR",
+        what="a folder of pictures for each class of --model, or pictures with the class in their names, or the IDX "
+        "files of MNIST or Fashion-MNIST in a folder, or mnist-5k",
+    )  # fmt: skip
     add(
         "--classes", type=Path, metavar="FILE",
         what="a JSON object with the number of the class of each folder by its name",

@@ -15,7 +15,7 @@ from bench.engine.task import Showing, Task, Written
 from bench.robustness import classifier_page
 from bench.robustness import classifier_task as task
 from bench.robustness.classifier import check_numbered, load_classifier
-from bench.robustness.folder import read_classes, read_folder
+from bench.robustness.folder import read_classes, read_images
 from lipbounds.devices import device_named
 from lipbounds.errors import InvalidInput
 
@@ -38,7 +38,7 @@ def measure(options: argparse.Namespace, store: Store) -> Showing:
     loaded = load_classifier(options.model)
     count = profile.images if options.count is None else options.count
     classes = loaded.classes if options.classes is None else read_classes(options.classes)
-    given = read_folder(options.images, count, settings=loaded.image, classes=classes)
+    given = read_images(options.images, count, settings=loaded.image, classes=classes)
     check_numbered(loaded, given)
     with progress_bar(task.pieces(profile, len(given.names))) as advance:
         data = task.run(store, loaded, given, profile, device=device, force=options.force, advance=advance)

@@ -103,6 +103,7 @@ def run(
     about = {
         **{"model": classifier.name, "classes": classes, "images": len(given.names), "available": given.available},
         **{"shape": list(given.images.shape[1:]), "device": device.type, "names": given.names},
+        **({"source": given.source} if given.source else {}),
     }
     shared = {
         "version": VERSION,

