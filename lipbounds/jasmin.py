@@ -12,7 +12,8 @@ of Theorem 3), the mean over heads, batch and layers. How the paper itself aggre
 available to us. Rows that see one key are constant and do not count; a head that has no other row contributes 0.
 
 With the largest row of each head nothing else has a gradient: all scores are computed without one, and only the row
-that was found is computed again with it.
+that was found is computed again with it. On CUDA the Triton kernel finds it where it takes the map, and then no map is
+stored (lipbounds.kernels.jasmin_rows).
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 
 from lipbounds.capture import operations as ops
-from lipbounds.capture.masks import additive, future
+from lipbounds.capture.masks import additive
 from lipbounds.capture.multi_head import multi_head_arguments, multi_head_logit_inputs
 from lipbounds.capture.replay import tensors_in
 from lipbounds.errors import InvalidInput, Unsupported
+from lipbounds.kernels.jasmin_rows import kernel_scores, kernel_takes
 from lipbounds.ops.log_g import log_g_1, log_g_ratio, scores
 from lipbounds.targets.attention import Attention
 
@@ -50,6 +52,7 @@ PRODUCTS = ops.PRODUCT | ops.OTHER_PRODUCT
 WATCHED = ops.FUSED_ATTENTION | ops.MULTI_HEAD_ATTENTION | ops.SOFTMAX | EXP | KEEP | CHANGE | PRODUCTS
 Handle = torch.utils.hooks.RemovableHandle
 Reduction = Literal["max", "mean"]
+Fused = Callable[[], tuple[Tensor, Tensor]] | None  # scores of rows, and which of them count
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -260,11 +263,8 @@ class JaSMin(TorchFunctionMode):
     ) -> None:
         del value, dropout_p
         mask = None if attn_mask is None else additive(attn_mask, _wide(query.dtype))
-        if is_causal:
-            mask = future(query.shape[-2], key.shape[-2], query.to(_wide(query.dtype)))
-        if enable_gqa:
-            key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
-        self._take(query, key, query.shape[-1] ** -0.5 if scale is None else scale, mask)
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        self._take(query, key, scale, mask, causal=is_causal, grouped=enable_gqa)
 
     @_uncompiled
     def _multi_head(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -327,22 +327,38 @@ class JaSMin(TorchFunctionMode):
             return self.layers is None
         return self._numbers.setdefault(self._running[-1], len(self._numbers)) in self.layers
 
-    def _take(self, query: Tensor, key: Tensor, scale: float, mask: Tensor | None) -> None:
+    def _take(
+        self,
+        query: Tensor,
+        key: Tensor,
+        scale: float,
+        mask: Tensor | None,
+        *,
+        causal: bool = False,
+        grouped: bool = False,
+    ) -> None:
         with torch.autocast(query.device.type, enabled=False):
+            fused = None
+            if kernel_takes(query, key, self.k, mask, causal=causal):
+                fused = partial(kernel_scores, query, key, scale, self.k, mask, causal=causal)
+            if grouped:
+                key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
             query, key = query.to(_wide(query.dtype)) * scale, key.to(_wide(key.dtype))
             if mask is not None:
                 mask = mask.expand(*torch.broadcast_shapes(mask.shape[:-1], query.shape[:-1]), mask.shape[-1])
 
             def logits(chosen: Tensor | None) -> Tensor:
                 product = _rows(query, chosen) @ key.mT
-                return product if mask is None else product + _rows(mask, chosen)
+                if mask is not None:
+                    product = product + _rows(mask, chosen)
+                return _without_later(product, chosen) if causal else product
 
-            self._keep(logits, fresh=True)
+            self._keep(logits, fresh=True, fused=fused)
 
-    def _keep(self, logits: Callable[[Tensor | None], Tensor], fresh: bool = False) -> None:
+    def _keep(self, logits: Callable[[Tensor | None], Tensor], fresh: bool = False, fused: Fused = None) -> None:
         if not self._counts():
             return
-        heads = _of_heads(self.k, self.over_rows, logits, fresh)
+        heads = _of_heads(self.k, self.over_rows, logits, fresh, fused)
         score = _reduced(_reduced(heads, self.over_heads, -1).flatten(), self.over_batch, 0)
         # Other models do not count, nor do layers that backward runs again: those must save the same, no more.
         if "" in self._running:
@@ -359,6 +375,7 @@ def _of_heads(
     over_rows: Reduction,
     logits: Callable[[Tensor | None], Float[Tensor, "*batch heads rows m"]],
     fresh: bool = False,
+    fused: Fused = None,
 ) -> Float[Tensor, "*batch heads"]:
     """Score of each head.
 
@@ -367,15 +384,22 @@ def _of_heads(
         over_rows: as in `jasmin`.
         logits: gives the logits of one row of each head, or of all rows for None.
         fresh: whether it makes them anew, so that they may be overwritten.
+        fused: gives the score of each row, and whether it counts, without the logits; None where nothing can.
     """
     if over_rows == "mean":
-        table = logits(None)
-        counts = (table > -torch.inf).sum(-1) > 1
-        return torch.where(counts, _scores(table, k), 0.0).sum(-1) / counts.sum(-1).clamp(min=1)
+        if fused is None:
+            table = logits(None)
+            found, counts = _scores(table, k), (table > -torch.inf).sum(-1) > 1
+        else:
+            found, counts = fused()
+        return torch.where(counts, found, 0.0).sum(-1) / counts.sum(-1).clamp(min=1)
     with torch.no_grad():
-        table = logits(None)
-        wide = table.to(_wide(table.dtype), copy=not fresh)
-        chosen = scores(wide, k).argmax(-1, keepdim=True)
+        if fused is None:
+            table = logits(None)
+            found = scores(table.to(_wide(table.dtype), copy=not fresh), k)
+        else:
+            found, _ = fused()
+        chosen = found.argmax(-1, keepdim=True)
     found = _scores(logits(chosen), k)[..., 0]
     return torch.where(found.isfinite(), found, 0.0)
 
@@ -388,6 +412,13 @@ def _scores(logits: Tensor, k: int) -> Tensor:
 def _rows(table: Tensor, chosen: Tensor | None) -> Tensor:
     """One row of each head, or all of them."""
     return table if chosen is None else table.take_along_dim(chosen.unsqueeze(-1), -2)
+
+
+def _without_later(table: Tensor, chosen: Tensor | None) -> Tensor:
+    """The causal mask of torch: row i sees the keys 0 .. i, counted from the first key."""
+    rows, keys = table.shape[-2:]
+    places = torch.arange(rows, device=table.device) if chosen is None else chosen
+    return table.masked_fill(torch.arange(keys, device=table.device) > places.unsqueeze(-1), -torch.inf)
 
 
 def _reduced(values: Tensor, how: Reduction, dim: int) -> Tensor:

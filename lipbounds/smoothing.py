@@ -105,7 +105,7 @@ def certify_smoothed(
     """
     x, labels = given_tensor("x", x), given_tensor("labels", labels)
     _check(x, labels, sigma, samples, selection, delta, batch)
-    generator = torch.Generator(device=x.device).manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)  # of the CPU: a seed means the same noise on every device
     radii, predictions, lower = [], [], []
     for image in x:
         first = _counts(model, image, sigma, selection, batch, generator)
@@ -159,7 +159,7 @@ def _counts(
     total: Tensor | None = None
     for start in range(0, samples, batch):
         size = (min(batch, samples - start), *image.shape)
-        noise = torch.randn(size, generator=generator, dtype=image.dtype, device=image.device)
+        noise = torch.randn(size, generator=generator, dtype=image.dtype, device=generator.device).to(image.device)
         logits = model(image + sigma * noise)
         if logits.dim() != 2 or logits.shape[1] < 2:
             raise InvalidInput(f"model must return logits [batch, classes], got shape {tuple(logits.shape)}.")

@@ -52,8 +52,9 @@ def smallest_found(model: nn.Module, images: Tensor, labels: Tensor, norm: Norm,
         effort: how hard to search.
     """
     found = images.clone()
-    best = torch.full((len(images),), torch.inf, dtype=torch.float64)
-    with torch.random.fork_rng(devices=[]):
+    best = torch.full((len(images),), torch.inf, dtype=torch.float64, device=images.device)
+    # The attacks draw on the CPU and move what they drew; the seed is that of every device.
+    with torch.random.fork_rng(devices=[images.device] if images.device.type == "cuda" else []):
         torch.manual_seed(SEED)
         for moved in _fab(model, images, labels, norm, effort):
             _keep(model, images, labels, norm, moved, found, best)
@@ -75,7 +76,8 @@ def smallest_found(model: nn.Module, images: Tensor, labels: Tensor, norm: Norm,
 def _fab(model: nn.Module, images: Tensor, labels: Tensor, norm: Norm, effort: Effort) -> Iterator[Tensor]:
     from pyautoattack.fab_pt import FABAttack_PT  # pyright: ignore[reportMissingImports]
 
-    attack = FABAttack_PT(model, norm=norm, n_iter=effort.iterations, targeted=True, device="cpu", eps=1.0)
+    device = str(images.device)
+    attack = FABAttack_PT(model, norm=norm, n_iter=effort.iterations, targeted=True, device=device, eps=1.0)
     for rank in range(2, effort.fab_targets + 2):
         attack.target_class = rank  # counted from the most probable class, which is 1
         yield attack.attack_single_run(images, labels, is_targeted=True)
@@ -87,7 +89,7 @@ def _apgd(
     from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted  # pyright: ignore[reportMissingImports]
 
     shared = {"n_iter": effort.iterations, "norm": norm, "eps": radii.float().reshape(-1, 1, 1, 1), "seed": SEED}
-    shared |= {"device": "cpu", "logger": logging.getLogger("auto-attack")}
+    shared |= {"device": str(images.device), "logger": logging.getLogger("auto-attack")}
     plain = APGDAttack(model, loss="ce", **shared)
     plain.init_hyperparam(images)
     yield plain.attack_single_run(images, labels)[3]
@@ -103,7 +105,8 @@ def _apgd(
 @torch.no_grad()
 def _segment(model: nn.Module, images: Tensor, labels: Tensor, found: Tensor) -> Tensor:
     """The point of another class nearest to the image that bisection meets on the segment to what was found."""
-    low, high = torch.zeros(len(images), 1, 1, 1), torch.ones(len(images), 1, 1, 1)
+    low = torch.zeros_like(images[:, :1, :1, :1])
+    high = torch.ones_like(low)
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         changed = (model(images + middle * (found - images)).argmax(1) != labels).reshape(-1, 1, 1, 1)

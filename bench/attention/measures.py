@@ -118,7 +118,7 @@ def part_norms(block: Attention) -> tuple[float, float]:
         "mixing": (mixing.jvp, mixing.vjp),
         "softmax": (lambda v: block.jvp(v) - mixing.jvp(v), lambda v: block.vjp(v) - mixing.vjp(v)),
     }
-    found = {name: _norm(forward, backward, *shape) for name, (forward, backward) in products.items()}
+    found = {name: _norm(forward, backward, *shape, block.device) for name, (forward, backward) in products.items()}
     return found["mixing"], found["softmax"]
 
 
@@ -132,7 +132,7 @@ def row_correlations(block: Attention) -> dict[str, float | None] | None:
     """
     if max(block.moving_input.numel(), block.tokens * block.w_o.shape[-1]) > SMALL:
         return None
-    g_1 = g_upper_from_logits(block.logits).mean(-2).numpy()
+    g_1 = g_upper_from_logits(block.logits).mean(-2).cpu().numpy()
     whole, mixing = jacobian(block), jacobian(mixing_block(block))
     parts = {"constant": whole, "mixing": mixing, "softmax": whole - mixing}
     found: dict[str, float | None] = {}
@@ -145,16 +145,22 @@ def row_correlations(block: Attention) -> dict[str, float | None] | None:
 
 def _row_norms(dense: Tensor, tokens: int) -> np.ndarray:
     rows = dense.unflatten(0, (tokens, -1))
-    return torch.linalg.eigvalsh(rows @ rows.mT)[..., -1].clamp(min=0).sqrt().numpy()
+    return torch.linalg.eigvalsh(rows @ rows.mT)[..., -1].clamp(min=0).sqrt().cpu().numpy()
 
 
-def _norm(forward: Any, backward: Any, out_shape: tuple[int, ...], in_shape: tuple[int, ...]) -> float:
+def _norm(
+    forward: Any, backward: Any, out_shape: tuple[int, ...], in_shape: tuple[int, ...], device: torch.device
+) -> float:
     from scipy.sparse.linalg import LinearOperator, svds  # half a second of imports
 
     size = int(np.prod(out_shape)), int(np.prod(in_shape))
 
     def product(function: Any, shape: tuple[int, ...]) -> Any:
-        return lambda vector: function(torch.from_numpy(np.asarray(vector).reshape(shape).copy())).numpy().ravel()
+        def apply(vector: np.ndarray) -> np.ndarray:
+            moved = torch.from_numpy(np.asarray(vector).reshape(shape).copy()).to(device)
+            return function(moved).cpu().numpy().ravel()
+
+        return apply
 
     make: Any = LinearOperator  # the stubs of scipy know one of its two forms
     operator = make(size, matvec=product(forward, in_shape), rmatvec=product(backward, out_shape), dtype=np.float64)

@@ -227,14 +227,15 @@ def _blocks(cases: list[Case], known: Mapping[str, Entry], rows: bool, device: t
     with torch.no_grad():
         for case in cases:
             constant, source = true_constant(case, known, device)
-            mixing, softmax = part_norms(case.block)
+            block = case.block.to(device)
+            mixing, softmax = part_norms(block)
             layers.append(
                 {
                     **{"layer": case.layer, "module": case.module, "tokens": case.block.tokens},
-                    **statistics(case.block.logits),
+                    **statistics(block.logits),
                     **{"constant": constant, "source": source, "mixing": mixing, "softmax": softmax},
                     "bounds": bounds(case, known, device),
-                    "rows": row_correlations(case.block) if rows else None,
+                    "rows": row_correlations(block) if rows else None,
                 }
             )
     return {"layers": layers, "seconds": round(time.perf_counter() - start, 3)}

@@ -188,7 +188,7 @@ def smallest(model: nn.Module, images: Tensor, labels: Tensor) -> Answer:
         labels: the right classes.
     """
     start, kept = time.process_time(), right(model, images, labels)
-    distances = torch.zeros(len(images), dtype=torch.float64)
+    distances = torch.zeros(len(images), dtype=torch.float64, device=images.device)
     if bool(kept.any()):
         distances[kept] = smallest_found(model, images[kept], labels[kept], "L2", EFFORT)
     listed = [value if math.isfinite(value) else None for value in distances.tolist()]

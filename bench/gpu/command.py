@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from bench.engine.evaluate import TimeLimitReached, limited
 from bench.engine.machine import ROOT
 from bench.engine.options import check_folder
 from bench.gpu.measurements import Measurement, Skipped, measurements
@@ -39,6 +40,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--minutes", type=float, default=MINUTES, help="no measurement begins later (default: %(default)s)"
     )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="folder of the four files of Fashion-MNIST; default: 8 x 8 digits",
+    )
     parser.add_argument("--results", type=Path, default=ROOT / "results", metavar="DIR", help="default: results")
     options = parser.parse_args(arguments)
     try:
@@ -57,7 +64,10 @@ def _run(device: torch.device, options: argparse.Namespace) -> int:
     here = place(device, quick=options.quick)
     folder = options.results / "quick" if options.quick else options.results
     name = "gpu_" + "".join(letter if letter.isalnum() else "-" for letter in here["hardware"].lower())
-    results, every = Results(folder / f"{name}.jsonl", here), measurements(device, quick=options.quick)
+    results, every = (
+        Results(folder / f"{name}.jsonl", here),
+        measurements(device, quick=options.quick, data=options.data),
+    )
     target = folder / f"{name}.md"
     end, troubles = time.monotonic() + 60 * options.minutes, 0
     for number, measurement in enumerate(every, 1):
@@ -84,9 +94,12 @@ def _made(measurement: Measurement) -> dict[str, Any]:
     """The result of a measurement, or why there is none: what comes after it is made all the same."""
     began = time.perf_counter()
     try:
-        result: dict[str, Any] = measurement.work()
+        with limited(measurement.limit):
+            result: dict[str, Any] = measurement.work()
     except Skipped as reason:
         result = {"skipped": str(reason)}
+    except TimeLimitReached:
+        result = {"error": f"no result within {measurement.limit:g} s"}
     except Exception as error:  # out of memory, a kernel that does not compile: the page says so
         result = {
             "error": f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 from bench.gpu.measurements import Measurement
@@ -33,8 +33,13 @@ def page(
         else "Times are processor times of all threads, in turns with the baseline: median and quartiles. Memory is "
         "how far the resident set rose.",
     ]
-    for part in dict.fromkeys(each.part for each in measurements):
-        rows = [_row(each, found.get((part, each.name))) for each in measurements if each.part == part]
+    for part in dict.fromkeys(measurement.part for measurement in measurements):
+        known = [
+            (measurement, found.get((part, measurement.name)))
+            for measurement in measurements
+            if measurement.part == part
+        ]
+        rows = _by_setting(known) if part == ROBUST else [_row(measurement, result) for measurement, result in known]
         lines += ["", f"## {part.capitalize()}", "", table(HEADS[part], rows)]
     return "\n".join(lines) + "\n"
 
@@ -43,11 +48,14 @@ DRY_RUN = (
     "**Not run on a GPU.** A dry run, which shows that every step runs to its end or says why it is skipped; nothing "
     "on this page says how fast, how large or how exact anything is on a GPU."
 )
+ROBUST = "robust training"
 NOT_TOLD = ("part", "name", "place", "passed", "seconds_in_all")
+ATTACKED = ("clean", "fgsm", "pgd", "autoattack")
 HEADS = {
     "checks": ["check", "result"],
     "speed": ["bound and block", "cost in forward passes", "seconds", "MB, forward pass"],
     "long maps": ["function", "cost in fused attention", "seconds", "MB", "TFLOP/s"],
+    ROBUST: ["training", "seeds", "clean", "FGSM", "PGD-40", "AutoAttack", "local constant of the logits, l2"],
     "tightness": ["model", "blocks", "bound by the lower bound of Lanczos: median (largest), at a point, float64"],
 }
 
@@ -60,6 +68,24 @@ def _row(measurement: Measurement, result: dict[str, Any] | None) -> list[str]:
     if reason:
         return [measurement.name, f"{'skipped' if 'skipped' in result else 'failed'}: {reason}", *rest]
     return [measurement.name, *CELLS[measurement.part](result)]
+
+
+def _by_setting(measurements: Sequence[tuple[Measurement, dict[str, Any] | None]]) -> list[list[str]]:
+    """A row for each setting: means over the seeds that are there, with the smallest and the largest value."""
+    rows = []
+    for title in dict.fromkeys(measurement.name.rpartition(", seed")[0] for measurement, _ in measurements):
+        results = [result for measurement, result in measurements if measurement.name.rpartition(", seed")[0] == title]
+        made = [result for result in results if result is not None and "clean" in result]
+        lacking = [result for result in results if result is not None and "clean" not in result]
+        reasons = {str(result.get("skipped") or result.get("error")) for result in lacking}
+        told = "; ".join([f"{len(made)} of {len(results)}", *sorted(reasons)])
+        cells = [_mean_of([result[name] for result in made]) for name in (*ATTACKED, "constant")] if made else [""] * 5
+        rows.append([title, told, *cells])
+    return rows
+
+
+def _mean_of(values: Sequence[float]) -> str:
+    return f"{mean(values):.3g} [{min(values):.3g}, {max(values):.3g}]"
 
 
 def _check(result: dict[str, Any]) -> list[str]:

@@ -54,7 +54,8 @@ def jacobian(model: nn.Module, images: Tensor, generator: torch.Generator) -> tu
     moving = images.detach().requires_grad_()
     with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
         logits = model(moving)
-    direction = F.normalize(torch.randn(logits.shape, generator=generator), dim=-1)
+    drawn = torch.randn(logits.shape, generator=generator, dtype=logits.dtype, device=generator.device)
+    direction = F.normalize(drawn.to(logits.device), dim=-1)
     (row,) = torch.autograd.grad((logits * direction).sum(), moving, create_graph=True)
     return logits, logits.shape[-1] / 2 * row.flatten(1).square().sum(1).mean()
 

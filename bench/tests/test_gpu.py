@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,13 @@ import pytest
 import torch
 
 from bench.__main__ import main
-from bench.gpu import command
+from bench.gpu import command, robust
+from bench.gpu import measurements as module
 from bench.gpu.measurements import Measurement, Skipped, measurements
+from bench.gpu.page import page
 from bench.gpu.results import Results, place
+from bench.robustness.settings import SETTINGS
+from lipbounds.errors import InvalidInput
 
 
 def run(folder: Path, *options: str, device: str = "pretend") -> int:
@@ -32,29 +38,32 @@ def written(folder: Path) -> tuple[str, list[dict[str, Any]]]:
 def test_a_step_of_each_kind_runs_on_a_device_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("pretend:0")
     every = measurements(device, quick=True)
-    assert [*dict.fromkeys(step.part for step in every)] == ["checks", "speed", "long maps", "tightness"]
+    parts = ["checks", "speed", "long maps", "tightness", "robust training"]
+    assert [*dict.fromkeys(step.part for step in every)] == parts
     # The first of each kind; the Triton kernel among the long maps is skipped as among the checks.
     names = (
         "yudin2025.biased, small",
         "training step",
         "streaming_g1",
         "streaming_map_norm",
+        "streaming_sharp_cheap",
         "torch-encoder",
-        "shape of",
+        "no penalty",
     )
     some = [*every[:3], *(next(step for step in every if step.name.startswith(name)) for name in names)]
-    monkeypatch.setattr(command, "measurements", lambda device, quick: some)
+    monkeypatch.setattr(command, "measurements", lambda device, **_: some)
+    monkeypatch.setattr(module, "peak_memory", lambda make, device: None)  # it collects garbage, for seconds
     assert run(tmp_path) == 0
-    page, lines = written(tmp_path)
+    text, lines = written(tmp_path)
     assert [line["name"] for line in lines] == [step.name for step in some]
     assert not any("error" in line for line in lines)
     assert lines[0]["passed"]
     assert lines[1]["passed"]
     assert lines[2]["skipped"].startswith("the kernel needs CUDA, got pretend")
-    assert all(step.name in page for step in some)
-    assert "small sizes" in page
+    assert all(step.name.partition(", seed")[0] in text for step in some)  # seeds share a row
+    assert "small sizes" in text
     assert run(tmp_path) == 0
-    assert written(tmp_path) == (page, lines)  # nothing is measured twice
+    assert written(tmp_path) == (text, lines)  # nothing is measured twice
 
 
 def told(step: str) -> Any:
@@ -72,22 +81,22 @@ def test_what_fails_is_said_and_stops_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
-        command, "measurements", lambda device, quick: [told(s) for s in ("cannot", "breaks", "false", "right")]
+        command, "measurements", lambda device, **_: [told(s) for s in ("cannot", "breaks", "false", "right")]
     )
     assert run(tmp_path, device="cpu") == 1
-    page, lines = written(tmp_path)
+    text, lines = written(tmp_path)
     assert len(lines) == 4
     for row in ("| cannot | skipped: no such card |", "| breaks | failed: RuntimeError: out of memory |"):
-        assert row in page
-    assert "| false | **failed**" in page
-    assert "| right | passed" in page
+        assert row in text
+    assert "| false | **failed**" in text
+    assert "| right | passed" in text
     assert "breaks: RuntimeError: out of memory" in capsys.readouterr().err
     run(tmp_path, device="cpu")  # only what broke is made again
     assert [line["name"] for line in written(tmp_path)[1][4:]] == ["breaks"]
 
 
 def test_when_the_time_is_over_the_page_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "measurements", lambda device, quick: [told("right")])
+    monkeypatch.setattr(command, "measurements", lambda device, **_: [told("right")])
     assert run(tmp_path, "--minutes", "0", device="cpu") == 0
     (page,) = (tmp_path / "quick").glob("gpu_*.md")
     assert "| right | not reached |" in squeezed(page)
@@ -111,3 +120,55 @@ def test_misuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["gpu", "--device", "cpu", "--results", str(tmp_path)])
     assert not any(tmp_path.iterdir())
+
+
+def fashion(folder: Path, images: int) -> Path:
+    """Files like those of Fashion-MNIST, with random pixels."""
+    for part in ("train", "t10k"):
+        pixels = torch.randint(256, (images, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        for kind, header, values in (
+            ("images-idx3", 16, pixels.flatten().tolist()),
+            ("labels-idx1", 8, [number % 10 for number in range(images)]),
+        ):
+            (folder / f"{part}-{kind}-ubyte.gz").write_bytes(gzip.compress(bytes(header) + bytes(values)))
+    return folder
+
+
+def test_fashion_mnist_is_read_and_checked(tmp_path: Path) -> None:
+    data = robust.load(fashion(tmp_path, 20))
+    assert [tuple(part.shape) for part in data.train] == [(20, 1, 28, 28), (20,)]
+    assert data.test[0].max() == 1
+    assert data.test[1].tolist() == [*range(10), *range(10)]
+    model = robust.ImageViT(28, data.patch, 16, 1)
+    assert model(data.train[0][:2]).shape == (2, 10)
+    (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(8 + 19)))
+    with pytest.raises(InvalidInput, match="28 x 28 pixels"):
+        robust.load(tmp_path)
+    (tmp_path / "train-images-idx3-ubyte.gz").unlink()
+    with pytest.raises(InvalidInput, match="four files of Fashion-MNIST"):
+        robust.load(tmp_path)
+
+
+def test_every_setting_is_trained_with_every_seed() -> None:
+    every = [step for step in measurements(torch.device("cpu"), quick=False) if step.part == "robust training"]
+    assert len({step.name for step in every}) == 5 * len(SETTINGS)
+    assert all("seed 0" in step.name for step in every[: len(SETTINGS)])
+    assert [robust.weight_of(SETTINGS[name]) for name in ("none", "jasmin", "spectral")] == [None, 0.003, 0.1]
+
+
+def test_seeds_share_a_row(tmp_path: Path) -> None:
+    def trained(seed: int) -> Measurement:
+        numbers = {"clean": 0.9 + seed / 100, "fgsm": 0.5, "pgd": 0.4, "autoattack": 0.3, "constant": 2.0}
+        return Measurement(part="robust training", name=f"no penalty, digits, seed {seed}", work=lambda: numbers)
+
+    every = [trained(seed) for seed in range(3)]
+    found = {(step.part, step.name): step.work() for step in every[:2]}
+    text = re.sub(" +", " ", page(every, found, place(torch.device("cpu"), quick=True)))
+    assert "| no penalty, digits | 2 of 3 | 0.905 [0.9, 0.91] | 0.5 [0.5, 0.5] |" in text
+
+
+def test_a_step_that_takes_too_long_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = Measurement(part="checks", name="slow", work=lambda: time.sleep(5) or {}, limit=0.05)
+    monkeypatch.setattr(command, "measurements", lambda device, **_: [slow])
+    assert run(tmp_path, device="cpu") == 1
+    assert "no result within 0.05 s" in written(tmp_path)[0]

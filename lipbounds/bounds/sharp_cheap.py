@@ -27,7 +27,7 @@ from torch import Tensor
 from lipbounds.claims import Claim, Source
 from lipbounds.derivatives.first.overlap_parts import OverlapParts
 from lipbounds.registry import Terms, bound
-from lipbounds.rounding import cast_up, inflate
+from lipbounds.rounding import cast_up
 from lipbounds.targets.attention import Attention
 
 
@@ -41,9 +41,7 @@ from lipbounds.targets.attention import Attention
 def sharp_cheap(block: Attention) -> tuple[Tensor, Terms]:
     """Three parts of the differential through overlaps of heads, from Gram matrices of keys and values."""
     parts = OverlapParts(block.double)
-    memory, terms = parts.nothing, {}
+    terms = {"detail.query_part": parts.query, "detail.memory_part": parts.joint_memory}
     if block.memory_moves:
-        memory = parts.memory(parts.mixing.norm, parts.key)
-        terms = {"detail.mixing": parts.mixing.norm, "detail.key_part": parts.key}
-    value = inflate(memory + parts.query, 8).expand(block.batch_shape)
-    return cast_up(value, block.dtype), {"detail.query_part": parts.query, "detail.memory_part": memory, **terms}
+        terms |= {"detail.mixing": parts.mixing.norm, "detail.key_part": parts.key}
+    return cast_up(parts.cheap, block.dtype), terms

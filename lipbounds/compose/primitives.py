@@ -167,7 +167,7 @@ def _attention_norm(block: Attention, inputs: PropagatedSet, rules: Rules) -> Fl
             values.append(spec(block, grad=True).value.expand(inputs.radius.shape))
             continue
         each = [
-            spec(item, radius=radius, grad=True).value if radius < math.inf else inputs.radius.new_tensor(math.inf)
+            spec(item, radius=radius, grad=True).value if radius < math.inf else inputs.radius.new_full((), math.inf)
             for item, radius in zip(block_items(block), inputs.radius.flatten().tolist(), strict=True)
         ]
         values.append(torch.stack(each).view(inputs.radius.shape))

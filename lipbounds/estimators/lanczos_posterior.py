@@ -141,11 +141,13 @@ def _run(operator: JacobianOperator, steps: int, seed: int, limit: Decimal, fact
 
 
 def _coefficients(alphas: Tensor, betas: Tensor, ended: Tensor) -> list[Coefficients]:
-    counts = ended.flatten().tolist()
-    columns = zip(
-        alphas.reshape(len(alphas), -1).T.tolist(), betas.reshape(len(betas), -1).T.tolist(), counts, strict=True
-    )
-    return [(alpha[:count], beta[:count]) for alpha, beta, count in columns]
+    steps, flat = len(alphas), ended.reshape(1, -1).double()
+    # All at once: the host waits for a device of its own each time it reads from it.
+    columns = torch.cat([flat, alphas.reshape(steps, -1), betas.reshape(steps, -1)]).T.tolist()
+    found = []
+    for count, *both in columns:
+        found.append((both[: int(count)], both[steps : steps + int(count)]))
+    return found
 
 
 def _ritz_value(run: Coefficients) -> float:

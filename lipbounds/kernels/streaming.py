@@ -22,6 +22,7 @@ from torch import Tensor
 from lipbounds.derivatives.logit_changes import change_by_keys, change_by_queries
 from lipbounds.derivatives.norms import LARGEST_EXPONENT, combine_heads, value_norm
 from lipbounds.derivatives.rounding.logits import logit_error
+from lipbounds.devices import waits_for
 from lipbounds.errors import InvalidInput, UnsupportedAttention
 from lipbounds.ops.softmax import g_upper_from_logits
 from lipbounds.ops.spectral import vector_norm
@@ -30,6 +31,7 @@ from lipbounds.targets.attention import Attention
 
 
 ENTRIES = 2**22  # of the logits made at a time, all heads together: 32 MiB
+ENTRIES_APART = 2**27  # the same on a device of its own, which many small products would leave idle: 1 GiB
 PASSES = 4
 SMALLEST_ENTRY = 1e-150  # of the vector: any positive one will do, and quotients stay in range
 SMALLEST_NORMAL = torch.finfo(torch.float64).tiny
@@ -72,13 +74,13 @@ def streaming_g1(
         scale: of the logits.
         causal: hide the keys after each query; n = m.
         logit_bias: added to the logits, -inf where a key is hidden; sliced, so a broadcast view costs nothing.
-        chunk: rows at a time; by default as many as make about four million logits.
+        chunk: rows at a time; by default as many as make about four million logits, 130 million on a GPU.
 
     Raises:
         InvalidInput: a shape or `chunk` does not fit, a logit is NaN or +inf, or a row has no visible key.
     """
     parts: list[tuple[Tensor, ...]] = []
-    for logits, error in _chunks(queries, keys, scale, causal, logit_bias, chunk):
+    for logits, error in logit_chunks(queries, keys, scale, causal, logit_bias, chunk):
         g_1 = _blurred(g_upper_from_logits(logits), error)
         largest, index = logits.max(-1)
         rest = logits.scatter(-1, index.unsqueeze(-1), -torch.inf)
@@ -117,10 +119,10 @@ def streaming_map_norm(
         raise InvalidInput(f"passes must be at least 1, got passes={passes}.")
     n, m = queries.shape[-2], keys.shape[-2]
     vector = torch.ones_like(keys[..., :1].double().mT)
-    smallest = torch.tensor(float(n), dtype=torch.float64, device=keys.device)  # ||P||^2 <= n: rows sum to 1
+    smallest = torch.full((), float(n), dtype=torch.float64, device=keys.device)  # ||P||^2 <= n: rows sum to 1
     for _ in range(passes):
         again = torch.zeros_like(vector)
-        for logits, error in _chunks(queries, keys, scale, causal, logit_bias, chunk):
+        for logits, error in logit_chunks(queries, keys, scale, causal, logit_bias, chunk):
             maps = logits.softmax(-1) * _factor(2 * error).unsqueeze(-1)
             maps = inflate(maps.clamp(max=1.0), m + 24).masked_fill(logits.isneginf(), 0.0) + SMALLEST_NORMAL
             again = again + (vector @ maps.mT) @ maps
@@ -137,7 +139,7 @@ def streaming_theorem_3(block: Attention, *, passes: int = PASSES, chunk: int | 
     As `yudin2025.biased`, with ||P|| from `streaming_map_norm`: never below it but for rounding. Not differentiable.
 
     Args:
-        block: self- or cross-attention without rotary positions and QK-norm. A causal block holds an n x n mask itself.
+        block: self- or cross-attention without rotary positions and QK-norm.
         passes: as in `streaming_map_norm`.
         chunk: as in `streaming_g1`.
 
@@ -152,26 +154,70 @@ def streaming_theorem_3(block: Attention, *, passes: int = PASSES, chunk: int | 
             "streaming_theorem_3 takes no QK-norm; lipbounds.select(block=block) lists what does."
         )
     wide = block.double
-    error = logit_error(wide)  # of the queries and keys, too, which the two functions below take as given
-    options = {"logit_bias": wide.mask, "chunk": chunk}
-    rows = streaming_g1(wide.queries, wide.keys, wide.scale_value, **options)
-    norms = _blurred(rows.g_1, error).amax(-1)
+    norms = block_g_1(wide, chunk).amax(-1)
     change = mixing = torch.zeros_like(norms)
     if wide.query_moves:
         change = change + change_by_queries(wide)
     if wide.memory_moves:
         change = change + change_by_keys(wide)
-        maps = streaming_map_norm(wide.queries, wide.keys, wide.scale_value, passes=passes, **options)
-        maps = inflate(maps * _factor(2 * error.amax(-1)), 4).clamp(max=wide.tokens**0.5 * (1 + 1e-15))
-        mixing = wide.weight_norms.values * maps
+        mixing = wide.weight_norms.values * block_map_norm(wide, passes, chunk)
     softmax_part = value_norm(wide) * norms * abs(wide.scale_value) * change
     return cast_up(inflate(combine_heads(wide, mixing + softmax_part), 16), block.dtype)
 
 
-def _chunks(
+def block_g_1(block: Attention, chunk: int | None) -> Float[Tensor, "*batch heads n"]:
+    """g_1 of each row at the exact logits, rounded up.
+
+    Args:
+        block: in float64.
+        chunk: as in `streaming_g1`.
+    """
+    rows = [g_upper_from_logits(logits) for logits, _ in logit_chunks(*logits_of(block), chunk)]
+    return _blurred(torch.cat(rows, -1), logit_error(block))
+
+
+def block_map_norm(block: Attention, passes: int, chunk: int | None) -> Float[Tensor, "*batch heads"]:
+    """||P|| of each head at the exact logits, rounded up.
+
+    Args:
+        block: in float64.
+        passes: as in `streaming_map_norm`.
+        chunk: as in `streaming_g1`.
+    """
+    queries, keys, scale, causal, bias = logits_of(block)
+    found = streaming_map_norm(queries, keys, scale, passes=passes, causal=causal, logit_bias=bias, chunk=chunk)
+    # `streaming_map_norm` takes queries and keys as given.
+    return inflate(found * _factor(2 * logit_error(block).amax(-1)), 4).clamp(max=block.tokens**0.5 * (1 + 1e-15))
+
+
+def logits_of(block: Attention) -> tuple[Tensor, Tensor, float, bool, Tensor | None]:
+    """What `logit_chunks` needs of a block; no causal mask is made.
+
+    Args:
+        block: in float64.
+    """
+    bias = block.logit_bias
+    if bias is not None:
+        bias = bias.expand(*bias.shape[:-2], block.tokens, block.source_input.shape[-2])
+    return block.queries, block.keys, block.scale_value, block.causal, bias
+
+
+def logit_chunks(
     queries: Tensor, keys: Tensor, scale: float, causal: bool, logit_bias: Tensor | None, chunk: int | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits of some rows after the other in float64, and how far those of a row can be from the exact ones."""
+    """Logits of some rows after the other in float64, and how far those of a row can be from the exact ones.
+
+    Args:
+        queries: as in `streaming_g1`.
+        keys: as in `streaming_g1`.
+        scale: as in `streaming_g1`.
+        causal: as in `streaming_g1`.
+        logit_bias: as in `streaming_g1`.
+        chunk: as in `streaming_g1`.
+
+    Raises:
+        InvalidInput: as `streaming_g1`.
+    """
     n, m = queries.shape[-2], keys.shape[-2]
     if queries.shape[-1] != keys.shape[-1]:
         raise InvalidInput(f"queries and keys must have one width, got {queries.shape[-1]} and {keys.shape[-1]}.")
@@ -182,7 +228,8 @@ def _chunks(
             f"logit_bias must end in the shape ({n}, {m}), got {tuple(logit_bias.shape)}; expand it, which is a view."
         )
     if chunk is None:
-        chunk = max(1, ENTRIES // (m * max(queries[..., 0, 0].numel(), keys[..., 0, 0].numel())))
+        entries = ENTRIES_APART if waits_for(keys) else ENTRIES
+        chunk = max(1, entries // (m * max(queries[..., 0, 0].numel(), keys[..., 0, 0].numel())))
     if chunk < 1:
         raise InvalidInput(f"chunk must be at least 1, got chunk={chunk}.")
     wide = keys.double()

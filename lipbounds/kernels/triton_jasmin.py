@@ -30,8 +30,9 @@ from typing import Any, Literal
 import torch
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lipbounds.errors import InvalidInput
 
@@ -81,6 +82,33 @@ def jasmin_scores(
     Raises:
         InvalidInput: shapes do not fit, the width of the heads is no power of two from 16 to 128, or k is out of range.
     """
+    return scored_rows(queries, keys, scale, k, causal=causal, logit_bias=logit_bias, precision=precision)[0]
+
+
+def scored_rows(
+    queries: Float[Tensor, "*batch heads n d"],
+    keys: Float[Tensor, "*batch groups m d"],
+    scale: float,
+    k: int = 0,
+    *,
+    causal: bool = False,
+    logit_bias: Float[Tensor, "*bias rows cols"] | None = None,
+    precision: Precision = "ieee",
+) -> tuple[Float[Tensor, "*batch heads n"], Bool[Tensor, "*batch heads n"]]:
+    """`jasmin_scores`, and which rows see more than one key.
+
+    Args:
+        queries: as in `jasmin_scores`.
+        keys: as in `jasmin_scores`.
+        scale: as in `jasmin_scores`.
+        k: as in `jasmin_scores`.
+        causal: as in `jasmin_scores`.
+        logit_bias: as in `jasmin_scores`.
+        precision: as in `jasmin_scores`.
+
+    Raises:
+        InvalidInput: as `jasmin_scores`.
+    """
     if not 0 <= k <= LARGEST_K:
         raise InvalidInput(f"k must be from 0 to {LARGEST_K}, got {k=}; use lipbounds.ops.log_g on the logits.")
     if precision not in ENTRY:
@@ -89,7 +117,7 @@ def jasmin_scores(
     flat, held, bias = _flattened(queries, keys, causal, logit_bias)
     kept = triton.next_power_of_2(max(k, 1) + 1)
     top, rest = _Largest.apply(flat, held, bias, scale, causal, kept, precision)  # pyright: ignore[reportGeneralTypeIssues]
-    return _score(top, rest, k).reshape(shape)
+    return _score(top, rest, k).reshape(shape), (~top[..., 1].isneginf()).reshape(shape)
 
 
 def logit_error(
@@ -189,6 +217,7 @@ class _Largest(torch.autograd.Function):
         return top, rest
 
     @staticmethod
+    @once_differentiable  # a second derivative would be wrong without a word
     def backward(ctx: Any, of_top: Tensor, of_rest: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         queries, keys, bias, place, rest = ctx.saved_tensors
         (batch, heads, n, _), (groups, m) = queries.shape, keys.shape[1:3]

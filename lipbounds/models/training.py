@@ -91,10 +91,12 @@ def share_of_peak_rate(step: int, steps: int) -> float:
 
 def distorted(images: Float[Tensor, "batch 1 8 8"], generator: torch.Generator) -> Float[Tensor, "batch 1 8 8"]:
     """Every image under its own small affine map (shift, turn, stretch, shear), black coming in at the edges."""
-    uniform = 2 * torch.rand(len(images), 2, 3, generator=generator) - 1
+    drawn = torch.rand(len(images), 2, 3, generator=generator, device=generator.device)
+    uniform = 2 * drawn.to(images.device) - 1
     # affine_grid measures in half image widths, seen from the centre.
-    largest = torch.tensor([LARGEST_STRETCH, LARGEST_STRETCH, LARGEST_SHIFT * 2 / IMAGE_SIZE])
-    grid = F.affine_grid(torch.eye(2, 3) + uniform * largest, list(images.shape), align_corners=False)
+    largest = torch.tensor([LARGEST_STRETCH, LARGEST_STRETCH, LARGEST_SHIFT * 2 / IMAGE_SIZE], device=images.device)
+    still = torch.eye(2, 3, device=images.device)
+    grid = F.affine_grid(still + uniform * largest, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, align_corners=False)
 
 

@@ -145,6 +145,9 @@ class PretendTensor(Tensor):
             raise TypeError(f"can't convert {self.device} device type tensor to numpy. Use Tensor.cpu() first.")
         return self.detach().cpu().numpy()
 
+    def __format__(self, spec: str) -> str:
+        return format(self.item(), spec) if self.dim() == 0 else super().__format__(spec)
+
     def __repr__(self, *, tensor_contents: str | None = None) -> str:
         return f"{self.raw!r} on {self.device}"
 

@@ -125,6 +125,7 @@ def test_what_cuda_refuses_is_refused(call: Callable[[], Any], error: type[Excep
         (lambda: X.item() if X.numel() == 1 else X.sum().item(), ["scalar"]),
         (lambda: bool((X > 0).any()), ["scalar"]),
         (lambda: float(X[0, 0]) + int(X[0, 1]), ["scalar", "scalar"]),
+        (lambda: f"{X[0, 0]:.3f}", ["scalar"]),
         (lambda: torch.equal(X, X), ["scalar"]),
         (lambda: torch.allclose(X, X), ["scalar"]),
         (lambda: X.tolist(), ["to host"]),

@@ -63,6 +63,25 @@ def test_a_bound_at_a_point_makes_the_host_wait_twice(spec: BoundSpec, name: str
     assert len(seen) <= 1, seen
 
 
+def test_every_formula_at_a_point_is_counted() -> None:
+    at_point = {spec.name for spec in registry.select(scope="point") if spec.role == "bound"}
+    assert {"sharp_cheap", "sharp_fast", "yudin2025.biased"} < at_point
+    assert at_point <= {case.values[0].name for case in FORMULAS}  # pyright: ignore
+
+
+@pytest.mark.usefixtures("as_a_user_runs_it")
+def test_lanczos_reads_the_run_at_once() -> None:
+    block, spec = BLOCKS["plain"].to("pretend"), registry.get("lanczos_posterior")
+    spec(block, steps=20)  # the first one checks the block
+    with synchronisations() as whole:
+        spec(block, steps=20)
+    with synchronisations() as seen:
+        made = spec(block, steps=20, within=1 + 1e-9).details["steps"]  # looks at the bound every second step
+    assert made >= 10
+    assert len(seen) == len(whole) + int(made) // 2
+    assert len(whole) <= 8, whole
+
+
 def test_the_largest_eigenvalue_is_found_without_a_wait() -> None:
     factors = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     factors[1] *= 1e-150

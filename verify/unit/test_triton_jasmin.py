@@ -62,6 +62,65 @@ for heads, groups, n, m, k, scale, causal, biased, dtype in CASES:
         assert off <= allowed * wanted.grad.abs().max(), (k, off)
 """
 
+# What `JaSMin` gives where the kernel takes the maps, beside what it gives without.
+PENALTIES = """
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention as attend
+from lipbounds.jasmin import JaSMin
+from lipbounds.kernels import jasmin_rows
+
+generator = torch.Generator().manual_seed(1)
+BIAS = torch.randn(20, 20, generator=generator).masked_fill(torch.eye(20) > 0, -torch.inf)
+
+
+class Model(nn.Module):
+    def __init__(self, options, groups):
+        super().__init__()
+        self.options = options
+        self.query = nn.Parameter(2 * torch.randn(1, 4, 20, 16, generator=generator))
+        self.key = nn.Parameter(2 * torch.randn(1, groups, 20, 16, generator=generator))
+
+    def forward(self):
+        return attend(self.query, self.key, torch.ones_like(self.key), **self.options)
+
+
+def penalty(model, use, **options):
+    jasmin_rows.available, jasmin_rows.LONG = (lambda device: use), 16
+    model.zero_grad()
+    with JaSMin(model, **options) as reg:
+        model()
+        found = reg.penalty()
+    found.backward()
+    return [found.detach(), model.query.grad, model.key.grad]
+
+
+plain = jasmin_rows.kernel_takes
+for options, groups, k, over_rows in (
+    ({}, 4, 10, "max"),
+    ({"is_causal": True, "enable_gqa": True}, 2, 0, "max"),
+    ({"attn_mask": BIAS, "scale": 0.7}, 4, 3, "mean"),
+    ({"is_causal": True}, 4, 0, "mean"),
+):
+    model = Model(options, groups)
+    q, keys = model.query, model.key
+    there, here = (penalty(model, use, k=k, over_rows=over_rows) for use in (True, False))
+    jasmin_rows.available = lambda device: True
+    assert plain(q, keys, k, options.get("attn_mask"), causal="is_causal" in options) is True
+    for found, wanted in zip(there, here):
+        torch.testing.assert_close(found, wanted, rtol=2e-4, atol=2e-5)
+for given in (
+    (q.double(), keys.double(), 0, None),
+    (q[..., :12], keys[..., :12], 0, None),
+    (q[..., :8, :], keys[..., :8, :], 0, None),
+    (q, keys, 16, None),
+    (q, keys, 0, torch.zeros(20, 20, requires_grad=True)),
+    (q, keys, 0, torch.zeros(3, 1, 20, 20)),
+):
+    assert not plain(*given, causal=False)
+assert not plain(q[:, :, :18], keys, 0, None, causal=True)
+"""
+
 REFUSED = """
 import torch
 from lipbounds.kernels.triton_jasmin import jasmin_scores
@@ -114,7 +173,7 @@ def run(program: str, **environment: str) -> None:
 
 
 def test_the_kernels_are_the_reference() -> None:
-    run(COMPARE + REFUSED, TRITON_INTERPRET="1")
+    run(COMPARE + REFUSED + PENALTIES, TRITON_INTERPRET="1")  # one process: torch is loaded once
 
 
 def test_the_kernel_compiles_for_tensor_cores(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def _sup(
     best = torch.maximum(function(low).abs(), function(high).abs())
     for peak in peaks:
         inside = (low <= peak) & (peak <= high)
-        best = torch.where(inside, best.clamp(min=float(function(low.new_tensor(peak)).abs())), best)
+        best = torch.where(inside, best.clamp(min=float(function(low.new_full((), peak)).abs())), best)
     return best + SLOPE_ERROR
 
 

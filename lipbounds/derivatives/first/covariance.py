@@ -7,6 +7,7 @@ their mean over the keys. The slack for rounding carries no gradient. Proof: doc
 from __future__ import annotations
 
 import dataclasses as dc
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -24,6 +25,20 @@ class CentredRows:
     rows: Float[Tensor, "*batch heads m width"]
     size: Float[Tensor, "*batch heads"]
     error: Float[Tensor, "*batch heads"]
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """Rows of each head: the largest norm of a row and the largest rounding error of one."""
+
+    @property
+    def rows(self) -> Float[Tensor, "*batch heads m width"]: ...
+
+    @property
+    def size(self) -> Float[Tensor, "*batch heads"]: ...
+
+    @property
+    def error(self) -> Float[Tensor, "*batch heads"]: ...
 
 
 def centred_projection(
@@ -76,7 +91,7 @@ def map_error(block: Attention) -> Float[Tensor, "*batch heads n"]:
     Args:
         block: in float64.
     """
-    relative = torch.expm1(2 * logit_error(block)) + (block.logits.shape[-1] + 16) * UNIT_ROUNDOFF
+    relative = torch.expm1(2 * logit_error(block)) + (block.source_input.shape[-2] + 16) * UNIT_ROUNDOFF
     return relative.clamp(max=2.0)
 
 
@@ -113,7 +128,7 @@ def row_covariance(
     pairs = (left.rows.unsqueeze(-1) * right.rows.unsqueeze(-2)).flatten(-2)
     second = (maps @ pairs).unflatten(-1, (left.rows.shape[-1], right.rows.shape[-1]))
     means = (maps @ left.rows).unsqueeze(-1) * (maps @ right.rows).unsqueeze(-2)
-    return second - means, _moment_error(block, left, right)
+    return second - means, moment_error(block, left, right)
 
 
 def row_variance(block: Attention, centred: CentredRows) -> Float[Tensor, "*batch heads n"]:
@@ -126,12 +141,19 @@ def row_variance(block: Attention, centred: CentredRows) -> Float[Tensor, "*batc
     maps = block.probabilities
     squares = (maps @ centred.rows.square().sum(-1, keepdim=True)).squeeze(-1)
     variance = squares - (maps @ centred.rows).square().sum(-1)
-    error = _moment_error(block, centred, centred) + 4 * gamma(centred.rows.shape[-1]) * squares
+    error = moment_error(block, centred, centred) + 4 * gamma(centred.rows.shape[-1]) * squares
     return variance.clamp(min=0) + error
 
 
 @torch.no_grad()
-def _moment_error(block: Attention, left: CentredRows, right: CentredRows) -> Float[Tensor, "*batch heads n"]:
-    relative = 4 * gamma(block.logits.shape[-1] + 8) + 4 * map_error(block)
+def moment_error(block: Attention, left: Rows, right: Rows) -> Float[Tensor, "*batch heads n"]:
+    """How far `second - means` of `row_covariance` can be off in Frobenius norm, without a gradient.
+
+    Args:
+        block: in float64.
+        left: rows whose covariance it is.
+        right: the others.
+    """
+    relative = 4 * gamma(block.source_input.shape[-2] + 8) + 4 * map_error(block)
     rows = 2 * (left.error * right.size + right.error * left.size + left.error * right.error)
     return relative * (left.size * right.size).unsqueeze(-1) + rows.unsqueeze(-1)

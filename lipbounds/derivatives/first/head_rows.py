@@ -79,6 +79,50 @@ def through(
     return HeadRows(rows=image, size=size, error=off, unit=scale[..., 0, 0] * heads.unit)
 
 
+def largest_eigenvalue_upper(
+    frobenius: Float[Tensor, "*batch"], trace: Float[Tensor, "*batch"], off: Float[Tensor, "*batch"], *, rank: int
+) -> Float[Tensor, "*batch"]:
+    """The largest eigenvalue of positive semidefinite matrices, rounded up; see the top of this file.
+
+    Args:
+        frobenius: at least the Frobenius norm of each.
+        trace: of each, as computed.
+        off: how far it can be off.
+        rank: at least that of each.
+    """
+    lowest = (trace - off).clamp(min=0)
+    rest = (frobenius.square() - lowest.square() / rank).clamp(min=0) * (1 - 1 / rank)
+    by_trace = inflate(lowest / rank + root(rest) + 16 * gamma(8) * frobenius.detach(), 16)
+    bounded = torch.where(lowest > frobenius, torch.minimum(by_trace, frobenius), frobenius)
+    return torch.minimum(bounded, trace.clamp(min=0) + off)
+
+
+def change_under(
+    maps: Float[Tensor, "*batch heads n m"], vector: Float[Tensor, "*batch m"], values: HeadRows
+) -> Float[Tensor, "*batch heads n"]:
+    """|V'^T J_i f| of each row as computed.
+
+    Args:
+        maps: the rows P_i.
+        vector: f, of length at most 1 but for rounding.
+        values: V'.
+    """
+    weighted = maps * vector[..., None, None, :]
+    return ((weighted - maps * weighted.sum(-1, keepdim=True)) @ values.rows).norm(dim=-1)
+
+
+@torch.no_grad()
+def change_error(off: Float[Tensor, "*batch heads n"], values: HeadRows) -> Float[Tensor, "*batch heads n"]:
+    """How far `change_under` can be off.
+
+    Args:
+        off: error of each row of the maps.
+        values: V'.
+    """
+    relative = 4 * off + 8 * gamma(4 * values.rows.shape[-2] + values.rows.shape[-1] + 32)
+    return relative * values.size.unsqueeze(-1) + 4 * values.error.unsqueeze(-1)
+
+
 class GramMatrices:
     """The maps of a block against the Gram matrices of V' (and K').
 
@@ -106,18 +150,13 @@ class GramMatrices:
         values = self.values
         frobenius = self._rounded_up(self._frobenius(self.gram, self.met, self.squares), values)
         keys, width = values.rows.shape[-2:]
-        rank = max(1, min(width, keys - 1))
         lengths = self.gram.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
         trace = (self.maps @ lengths).squeeze(-1) - self.squares
         with torch.no_grad():
             relative = 4 * self.off + 8 * gamma(width + 2 * keys + 16)
             off = 2 * values.size * values.error + values.error.square()
             off = inflate(relative * values.size.square().unsqueeze(-1) + off.unsqueeze(-1), 8)
-        lowest = (trace - off).clamp(min=0)
-        rest = (frobenius.square() - lowest.square() / rank).clamp(min=0) * (1 - 1 / rank)
-        by_trace = inflate(lowest / rank + root(rest) + 16 * gamma(8) * frobenius.detach(), 16)
-        bounded = torch.where(lowest > frobenius, torch.minimum(by_trace, frobenius), frobenius)
-        return torch.minimum(bounded, trace.clamp(min=0) + off)
+        return largest_eigenvalue_upper(frobenius, trace, off, rank=max(1, min(width, keys - 1)))
 
     def image(self, vector: Float[Tensor, "*batch m"]) -> Float[Tensor, "*batch heads n"]:
         """|V'^T J_i f| of each row, rounded up.
@@ -125,14 +164,7 @@ class GramMatrices:
         Args:
             vector: f, of length at most 1 but for rounding.
         """
-        values = self.values
-        weighted = self.maps * vector[..., None, None, :]
-        change = weighted - self.maps * weighted.sum(-1, keepdim=True)
-        found = (change @ values.rows).norm(dim=-1)
-        with torch.no_grad():
-            relative = 4 * self.off + 8 * gamma(4 * values.rows.shape[-2] + values.rows.shape[-1] + 32)
-            error = relative * values.size.unsqueeze(-1) + 4 * values.error.unsqueeze(-1)
-        return found + error
+        return change_under(self.maps, vector, self.values) + change_error(self.off, self.values)
 
     def _met(self, rows: HeadRows) -> tuple[Tensor, Tensor]:
         """(G p_i)^T as rows and p_i^T G p_i, from the means sum_j p_ij r_j: shorter products than those with G."""

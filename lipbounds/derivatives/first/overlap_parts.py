@@ -6,6 +6,7 @@ Formulas and proof: docs/bounds/sharp_cheap.md; those of `stacked_key` and `join
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -30,6 +31,25 @@ from lipbounds.targets.weight_norms import WeightNorms
 Side = tuple[HeadFactors, Float[Tensor, "..."]]  # factors, and the largest norm of the maps of the tokens of each head
 
 
+@runtime_checkable
+class Covariances(Protocol):
+    """What is asked of V'^T J_i Z under each row of the attention maps."""
+
+    values: HeadRows
+
+    def cross(self, keys: HeadRows) -> Float[Tensor, "*batch heads n"]:
+        """||V'^T J_i K'||_F of each row, rounded up."""
+        ...
+
+    def largest_variance(self) -> Float[Tensor, "*batch heads n"]:
+        """The largest eigenvalue of V'^T J_i V' of each row, rounded up."""
+        ...
+
+    def image(self, vector: Float[Tensor, "*batch m"]) -> Float[Tensor, "*batch heads n"]:
+        """|V'^T J_i f| of each row, rounded up."""
+        ...
+
+
 class OverlapParts:
     """Norms of the parts of the differential of a block, rounded up, each made at its first use.
 
@@ -41,13 +61,19 @@ class OverlapParts:
         self.block, self.norms = block, block.weight_norms
         self.values = centred_projection(block.source_input, block.w_v)
         outputs = self.norms.factors("w_o")
-        self.grams = GramMatrices(block, through(self.values.rows, self.values.error, outputs))
-        self.softmax = row_g_1(block)
+        self.grams = self._covariances(through(self.values.rows, self.values.error, outputs))
+        self.softmax = self._softmax_norms()
+
+    def _covariances(self, values: HeadRows) -> Covariances:
+        return GramMatrices(self.block, values)
+
+    def _softmax_norms(self) -> Float[Tensor, "*batch heads n"]:
+        return row_g_1(self.block)
 
     @property
     def nothing(self) -> Float[Tensor, "*batch"]:
         """0, for a part whose input does not move."""
-        return torch.zeros_like(self.block.logits[..., 0, 0, 0])
+        return torch.zeros_like(self.softmax[..., 0, 0])
 
     @property
     def is_plain(self) -> bool:
@@ -70,6 +96,16 @@ class OverlapParts:
         found = root(mixture_norm_upper(weights, outputs.overlap, outputs.jointly))
         weights = inflate(weights * gain.square().unsqueeze(-2), 8)
         return inflate((found * root(mixture_norm_upper(weights, heads.overlap, heads.jointly))).amax(-1), 16)
+
+    @property
+    def cheap(self) -> Float[Tensor, "*batch"]:
+        """The bound `sharp_cheap`: the parts that move, put together."""
+        return inflate(self.joint_memory + self.query, 8).expand(self.block.batch_shape)
+
+    @cached_property
+    def joint_memory(self) -> Float[Tensor, "*batch"]:
+        """||T1 + T3|| from the norms of both, or 0 where the memory does not move."""
+        return self.memory(self.mixing.norm, self.key) if self.block.memory_moves else self.nothing
 
     @cached_property
     def mixing(self) -> SplitMixing:

@@ -86,11 +86,29 @@ def split_mixing(block: Attention, norms: WeightNorms) -> SplitMixing:
         moved = moved.sum(-1)
     columns = inflate(root(means.amax(-1) / even + moved), rows + 16)
     largest = torch.minimum(schatten_norm_upper(inner, DOUBLINGS) + off, columns)
+    sizes = across.norm(dim=-1) + off, rest.norm(dim=-1) + off, largest
+    return put_together(direction, along, off, sizes, norms)
+
+
+def put_together(
+    direction: Float[Tensor, "*batch m"],
+    along: Float[Tensor, "*batch heads"],
+    off: Float[Tensor, "*batch heads"],
+    sizes: tuple[Tensor, Tensor, Tensor],
+    norms: WeightNorms,
+) -> SplitMixing:
+    """The four parts from the numbers of each head.
+
+    Args:
+        direction: f.
+        along: e^T P_h f as computed.
+        off: how far it can be off.
+        sizes: norms of e^T P_h (I - f f^T), of (I - e e^T) P_h f and of (I - e e^T) P_h (I - f f^T), rounded up.
+        norms: of the weights.
+    """
     middle = (along.amax(-1) + along.amin(-1)) / 2
-    sizes = torch.stack(
-        [(along - middle.unsqueeze(-1)).abs() + off, across.norm(dim=-1) + off, rest.norm(dim=-1) + off, largest], -2
-    )
-    spread, t12, t21, t22 = _mixed(sizes, norms).unbind(-1)
+    apart = (along - middle.unsqueeze(-1)).abs() + off
+    spread, t12, t21, t22 = _mixed(torch.stack([apart, *sizes], -2), norms).unbind(-1)
     t11 = inflate(middle * norms.through_jointly + spread, 8)
     first, second = _length(t11, t21), _length(t12, t22)
     return SplitMixing(direction=direction, along=first, across=second, norm=_norm_of_two(t11, t12, t21, t22))

@@ -36,7 +36,7 @@ class Roundoff:
     def __init__(self, block: Attention) -> None:
         self.block = block
         self.w_q, self.w_k, self.w_v, self.w_o = (Pair(w.abs()) for w in (block.w_q, block.w_k, block.w_v, block.w_o))
-        self.scale = Pair(block.x.new_tensor(abs(block.scale_value)))
+        self.scale = Pair(block.x.new_full((), abs(block.scale_value)))
         self.query_norm = self.key_norm = None
         if block.query_norm is None or block.key_norm is None:
             self.queries = _projected(block.query_input, block.w_q, block.b_q, block.queries, block.query_rotation)

@@ -28,7 +28,8 @@ def logit_error(block: Attention) -> Float[Tensor, "*batch heads n"]:
         block: in float64 (`block.double`).
     """
     error = abs(block.scale_value) * _product_error(block)
-    if block.mask is not None:
+    if block.logit_bias is not None:  # a causal mask alone adds nothing to what is visible, and is not made
+        assert block.mask is not None
         visible = torch.where(block.mask.isneginf(), 0.0, block.mask).abs().amax(-1)
         error = error + 2 * UNIT_ROUNDOFF * visible
     return error * (1 + 1e-9)  # pays for the rounding in this very formula

@@ -61,7 +61,7 @@ class NormRoundoff:
 
     def _without_radial(self, change: Pair) -> Pair:
         radial = (self.unit * change).sum(self.norm.axes, keepdim=True)
-        share = Pair(radial.size.new_tensor(1 / self.norm.width))
+        share = Pair(radial.size.new_full((), 1 / self.norm.width))
         return self.root * (change + self.unit * (radial * share))
 
 
