@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 
+from bench.attacks.images import NORMS, Ball, Norm
 from bench.attention.command import TASK as ATTENTION
 from bench.balls.command import TASK as BALLS
 from bench.certified.command import TASK as CERTIFIED
@@ -47,7 +50,7 @@ TAKES = {
 }
 # Options that do not go together, and options that go with another one.
 APART = (("quick", "full"), ("ray", "jobs"), ("ray", "device"))
-WITH = {"gpus_per_job": "ray", "data": "model"}
+WITH = {"gpus_per_job": "ray", "data": "model", "eps": "model", "weight": "penalty"}
 
 
 def main(arguments: Sequence[str] | None = None, models: Sequence[Model] | None = None, *, processes: int = 1) -> int:
@@ -138,7 +141,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--gpus-per-job", type=float, default=0.0, metavar="G", what="with --ray: evaluate on GPUs, G for each job")
     add("--jobs", type=_number_of_jobs, default=1, metavar="N", what="models at a time, each in a process")
     add("--time-limit", type=_seconds, default=120.0, metavar="S", what="seconds for one evaluation")
-    add("--model", metavar="NAME", what="a Hugging Face folder or name, package.module:attribute, ...")
+    add(
+        "--model", action="append", metavar="NAME",
+        what="a model of yours: a Hugging Face folder or name, package.module:attribute, a bundled name; repeatable",
+    )  # fmt: skip
     add(
         "--bounds", action="append", metavar="PATH",
         what="package.module:ATTRIBUTE of a bound of yours, measured with all others; repeatable; goes with --results",
@@ -147,11 +153,27 @@ def _parser() -> argparse.ArgumentParser:
         "--pytest-benchmark-json", type=Path, metavar="FILE",
         what="also write the times in the format of pytest-benchmark",
     )  # fmt: skip
+    add(
+        "--penalty", action="append", metavar="PATH",
+        what="package.module:function of a penalty of yours, one more setting of the study; repeatable",
+    )  # fmt: skip
+    add(
+        "--loss", action="append", metavar="PATH",
+        what="package.module:function of a training loss of yours, one more setting of the study; repeatable",
+    )  # fmt: skip
+    add(
+        "--weight", action="append", type=_weight, metavar="W",
+        what="weights that those of --penalty are chosen from, by default 0.01, 0.1 and 1; repeatable",
+    )  # fmt: skip
     add("--data", type=Path, metavar="FILE", what="texts, a tensor, or images as --images takes them, for --model")
     add(
         "--images", type=Path, metavar="DIR",
         what="a folder of pictures for each class of --model, or pictures with the class in their names, or the IDX "
-        "files of MNIST or Fashion-MNIST in a folder, or mnist-5k",
+        "files of MNIST or Fashion-MNIST in a folder, or mnist-5k, or `digits`, the bundled test images",
+    )  # fmt: skip
+    add(
+        "--eps", action="append", type=_ball, metavar="NORM:RADIUS",
+        what="a radius to attack in, such as l_inf:8/255 or l2:0.5, of pixels in [0, 1]; repeatable",
     )  # fmt: skip
     add(
         "--classes", type=Path, metavar="FILE",
@@ -171,6 +193,28 @@ def _number_of_jobs(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"--jobs is a number from 1, got {text}")
     return int(text)
+
+
+def _ball(text: str) -> Ball:
+    norm, _, radius = text.partition(":")
+    try:
+        eps = float(Fraction(radius))
+    except (ValueError, ZeroDivisionError, OverflowError):
+        eps = 0.0
+    known: list[Norm] = [name for name in NORMS if name == norm]
+    if not known or not eps > 0:
+        raise argparse.ArgumentTypeError(f"--eps must be NORM:RADIUS, such as l_inf:8/255 or l2:0.5, got {text}")
+    return Ball(known[0], eps)
+
+
+def _weight(text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not 0 <= found < math.inf:
+        raise argparse.ArgumentTypeError(f"--weight must be a number of at least 0, got {text}")
+    return found
 
 
 def _seconds(text: str) -> float:

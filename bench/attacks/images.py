@@ -11,19 +11,19 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bench.attacks.ways import STANDARD, Way
 from lipbounds.errors import InvalidInput
 
 
 Norm = Literal["l_inf", "l2"]
-NORMS: dict[Norm, str] = {"l_inf": "Linf", "l2": "L2"}  # with the names that pyautoattack has for them
-AUTOATTACK_CLASSES = 10  # the standard version aims at nine other classes
+NORMS: dict[Norm, str] = {"l_inf": "Linf", "l2": "L2"}  # with the names that AutoAttack has for them
 STEP_SHARE = 2.5  # the steps of PGD together are that many radii long
 
 
@@ -82,7 +82,7 @@ def pgd(
         InvalidInput: an image is outside of [0, 1], the norm is unknown, eps or steps are not above 0, or eps is
             beyond the range of pixels.
     """
-    _check(images, ball)
+    check_ball(images, ball)
     if steps < 1:
         raise InvalidInput(f"steps must be at least 1, got steps={steps}.")
     length = STEP_SHARE * ball.eps / steps if step is None else step
@@ -107,10 +107,11 @@ def autoattack(
     ball: Ball,
     *,
     seed: int,
+    way: Way = STANDARD,
 ) -> Float[Tensor, "batch channels *rest"]:
-    """AutoAttack in its standard version (APGD-CE, APGD-T, FAB-T, Square) with the defaults of pyautoattack.
+    """AutoAttack, by default in its standard version (APGD-CE, APGD-T, FAB-T, Square), with the package's defaults.
 
-    Returned as pyautoattack leaves it, in the ball up to a rounding: see `within`. The caller's random state is left
+    Returned as the package leaves it, in the ball up to a rounding: see `within`. The caller's random state is left
     as it was.
 
     Args:
@@ -119,27 +120,26 @@ def autoattack(
         labels: the right classes.
         ball: around each image.
         seed: of all that is random.
+        way: package, attacks and targets.
 
     Raises:
         InvalidInput: pixels outside of [0, 1], to which the attack would move them without a word; other than four
-            dimensions; fewer than ten classes, with which its nine targets fail.
+            dimensions; fewer classes than it aims at, ten for the standard version.
     """
-    from pyautoattack import AutoAttack  # pyright: ignore[reportMissingImports]
-
-    _check(images, ball)
+    check_ball(images, ball)
     if images.dim() != 4:
         raise InvalidInput(f"images must have four dimensions, got shape {tuple(images.shape)}.")
     with torch.no_grad():
         classes = model(images[:1]).shape[1]
-    if classes < AUTOATTACK_CLASSES:
-        raise InvalidInput(f"AutoAttack-standard aims at nine other classes: need at least ten, got {classes}.")
+    if classes < way.classes:
+        raise InvalidInput(
+            f"model must have at least {way.classes} classes for {way.name}, which aims at "
+            f"{way.targets} others, got {classes}."
+        )
     device = images.device
     cuda = [device] if device.type == "cuda" else []
     with _quiet(), torch.random.fork_rng(devices=cuda):
-        settings: dict[str, Any] = {"norm": NORMS[ball.norm], "eps": ball.eps, "version": "standard"}
-        attacker: Any = AutoAttack(model, **settings, seed=seed, device=str(device))
-        moved, _ = attacker.run_standard_evaluation(images, labels, batch_size=len(images))
-    return moved
+        return way.moved(model, images, labels, norm=NORMS[ball.norm], eps=ball.eps, seed=seed)
 
 
 def distance(
@@ -195,7 +195,17 @@ def right(
     return model(images).argmax(1) == labels
 
 
-def _check(images: Tensor, ball: Ball) -> None:
+def check_ball(images: Float[Tensor, "batch channels *rest"], ball: Ball) -> None:
+    """Refuse images and balls that no attack takes.
+
+    Args:
+        images: at least one.
+        ball: around each image.
+
+    Raises:
+        InvalidInput: an image is outside of [0, 1], the norm is unknown, or eps is not above 0 or beyond the range of
+            pixels.
+    """
     norm, eps = ball.norm, ball.eps
     if norm not in NORMS:
         raise InvalidInput(f"norm must be one of {sorted(NORMS)}, got {norm=}.")
@@ -248,7 +258,7 @@ def _wide(values: Tensor, images: Tensor) -> Tensor:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the notes of pyautoattack, which it logs."""
+    """Without the notes that AutoAttack logs."""
     logging.disable(logging.INFO)
     try:
         yield

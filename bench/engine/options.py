@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -11,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
 
 from bench.engine.machine import ROOT
 from bench.engine.records import without_infinities
+from lipbounds.cli.console import LinePerMinute
 from lipbounds.cluster import Cluster, connect
 from lipbounds.errors import InvalidInput
 from lipbounds.files import write_atomically
@@ -74,6 +75,45 @@ def check_folder(results: Path) -> None:
             )
 
 
+def keep_apart(options: argparse.Namespace, what: str) -> None:
+    """Refuse to write what is not of this repository into its results.
+
+    Args:
+        options: the command line.
+        what: the options that bring it.
+
+    Raises:
+        InvalidInput: no other folder is named.
+    """
+    if committed(options):
+        raise InvalidInput(
+            f"{what} measure what is not of this repository, and its results are left alone; pass another folder by "
+            "--results DIR."
+        )
+
+
+def committed(options: argparse.Namespace) -> bool:
+    """Whether results go where those of this repository are.
+
+    Args:
+        options: the command line.
+    """
+    return options.results.resolve() == (ROOT / "results").resolve()
+
+
+def copy_committed(name: str, results: Path) -> None:
+    """Put a copy of the records of this repository where there are none yet: what is known is not measured again.
+
+    Args:
+        name: of the file.
+        results: the folder.
+    """
+    source, records = ROOT / "results" / name, results / name
+    if not records.exists() and source.exists():
+        results.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, records)
+
+
 def write_page(folder: Path, name: str, text: str, data: dict[str, Any]) -> list[Path]:
     """Write a page and its numbers; returns their paths.
 
@@ -96,8 +136,8 @@ def shown(path: Path) -> str:
 
 @contextmanager
 def progress_bar(pieces: int) -> Iterator[Callable[[str], None]]:
-    """A progress bar on stderr; what it gives is called before each piece with its name."""
-    with Progress(console=Console(stderr=True)) as progress:
+    """A progress bar on stderr, without a terminal a line per minute; called before each piece with its name."""
+    with LinePerMinute(console=Console(stderr=True)) as progress:
         task = progress.add_task("starting", total=pieces + 1)
         yield lambda what: progress.update(task, advance=1, description=what)
         progress.update(task, completed=pieces + 1, description="done")

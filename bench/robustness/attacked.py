@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from bench.attacks.images import Ball, Norm, autoattack, fgsm, pgd, right, within
+from bench.attacks.ways import STANDARD, Way
 from bench.engine.store import Answer
 from bench.robustness.statistics import worst_case
 
@@ -18,6 +19,8 @@ from bench.robustness.statistics import worst_case
 PGD_STEPS = 40
 ATTACK_SEED = 0
 Advance = Callable[[str], None]
+# For each radius of a norm, which images are right after FGSM, after PGD, and after every attack up to that radius.
+Standing = dict[float, dict[str, list[bool]]]
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -30,6 +33,7 @@ class Subject:
         ask: gives the answer to a question about it, made by the function if it is new.
         given: gives the images, in [0, 1], and their right classes when something has to be computed with them.
         indices: what the images are called in questions.
+        way: of AutoAttack; None leaves it out.
     """
 
     name: str
@@ -37,6 +41,7 @@ class Subject:
     ask: Callable[[dict[str, Any], Callable[[], Answer]], Answer]
     given: Callable[[], tuple[Float[Tensor, "n channels height width"], Int[Tensor, " n"]]]
     indices: list[int]
+    way: Way | None = STANDARD
 
     def some(self, places: list[int]) -> tuple[Tensor, Tensor]:
         """Images and labels at these places."""
@@ -46,8 +51,8 @@ class Subject:
 
 def attacked(
     subject: Subject, norm: Norm, radii: tuple[float, ...], batch: int, clean: list[bool], advance: Advance
-) -> list[dict[str, Any]]:
-    """Accuracy under each attack and under the worst of all, for each radius of a norm.
+) -> Standing:
+    """Which images are right after each attack, and after every one of that radius or a smaller one ("worst").
 
     Args:
         subject: the classifier and its images.
@@ -58,7 +63,7 @@ def attacked(
         advance: called before each piece of work with its name.
     """
     runs: dict[float, list[list[bool]]] = {}
-    rows = []
+    result: Standing = {}
     for eps in radii:
         found: dict[str, list[bool]] = {"fgsm": [], "pgd": [], "autoattack": []}
         for start in range(0, len(clean), batch):
@@ -69,9 +74,19 @@ def attacked(
             for name, flags in _batch(subject, norm, eps, range(start, stop), standing).items():
                 found[name] += flags
         runs[eps] = list(found.values())
-        standing = worst_case(clean, runs)[eps]
-        rows.append({"eps": eps, **{name: share(found[name]) for name in ("fgsm", "pgd")}, "worst": share(standing)})
-    return rows
+        result[eps] = {"fgsm": found["fgsm"], "pgd": found["pgd"], "worst": worst_case(clean, runs)[eps]}
+    return result
+
+
+def shares(standing: Standing) -> list[dict[str, float]]:
+    """Accuracy under each attack and under the worst of all, for each radius.
+
+    Args:
+        standing: which images are right.
+    """
+    return [
+        {"eps": eps, **{attack: share(flags) for attack, flags in found.items()}} for eps, found in standing.items()
+    ]
 
 
 def share(flags: list[bool]) -> float:
@@ -87,8 +102,8 @@ def _batch(subject: Subject, norm: Norm, eps: float, places: range, standing: li
     first = subject.ask({**question, "attack": asked}, lambda: _gradient_attacks(subject, list(places), ball))
     both = zip(standing, first["fgsm"], first["pgd"], strict=True)
     still = [place for place, flags in zip(places, both, strict=True) if all(flags)]
-    flags = dict.fromkeys(places, False)
-    if still:
+    flags = {place: subject.way is None and place in still for place in places}
+    if still and subject.way is not None:
         question = {"what": "autoattack", "images": [subject.indices[place] for place in still]}
         last = subject.ask({**question, "attack": asked}, lambda: _autoattack(subject, still, ball))
         flags.update(zip(still, last["right"], strict=True))
@@ -107,6 +122,7 @@ def _gradient_attacks(subject: Subject, places: list[int], ball: Ball) -> Answer
 def _autoattack(subject: Subject, places: list[int], ball: Ball) -> Answer:
     images, labels = subject.some(places)
     model = subject.model()
-    found = autoattack(model, images, labels, ball, seed=ATTACK_SEED)
+    assert subject.way is not None
+    found = autoattack(model, images, labels, ball, seed=ATTACK_SEED, way=subject.way)
     moved = within(images, found.double() - images.double(), ball)
     return {"right": right(model, moved, labels).tolist()}

@@ -1,7 +1,8 @@
-"""Robust accuracy of a classifier that is given, on labelled images from disk, with its constants, bounds and g_1.
+"""Robust accuracy of classifiers that are given, on labelled images, with their constants, bounds and g_1.
 
 One answer for each attack of one batch with one norm and radius, one for each image whose constants are measured: a run
-that is killed goes on from there.
+that is killed goes on from there. Each answer is about one model, so a model that was attacked before, alone or next to
+others, is not attacked again.
 """
 
 from __future__ import annotations
@@ -20,18 +21,20 @@ import torch
 from torch import Tensor, nn
 
 from bench.attacks.images import Norm, right
+from bench.attacks.ways import Way, version_of
 from bench.engine.answers import Shown
-from bench.engine.records import content_hash
+from bench.engine.records import RecordError, content_hash
 from bench.engine.store import Answer, Store
-from bench.robustness.attacked import Advance, Subject, attacked, share
+from bench.robustness.attacked import Advance, Subject, attacked
 from bench.robustness.classifier import LoadedClassifier, check_classes
 from bench.robustness.folder import LabelledFolder
 from bench.robustness.measures import BINS, LANCZOS, blocks, versions
 from bench.workloads.hashes import tensors_hash
+from lipbounds.errors import LipboundsError
 from lipbounds.estimators.whole_model import whole_model_constant
 
 
-VERSION = 1  # of what is computed here: raise it when numbers change
+VERSION = 2  # of what is computed here: raise it when numbers change
 PACKAGES = ("torch", "transformers", "pyautoattack", "lipbounds")  # their modules have versions; others are read
 
 
@@ -80,17 +83,19 @@ def run(
     given: LabelledFolder,
     profile: Profile,
     *,
+    way: Way | None,
     device: torch.device,
     force: bool = False,
     advance: Advance = lambda what: None,
 ) -> dict[str, Any]:
-    """Everything that is not in the file yet; returns what the page is made of.
+    """Answer about one model what is not in the file yet; returns what its page says of it besides.
 
     Args:
         answers: the file.
         classifier: the model.
         given: the images.
         profile: how much is done.
+        way: of AutoAttack; None leaves it out.
         device: where it is computed.
         force: make again what is in the file.
         advance: called before each piece of work with its name.
@@ -100,15 +105,10 @@ def run(
     """
     classes = check_classes(classifier, given.images, given.labels, given.classes)
     model, images, labels = classifier.module.to(device), given.images.to(device), given.labels.to(device)
-    about = {
-        **{"model": classifier.name, "classes": classes, "images": len(given.names), "available": given.available},
-        **{"shape": list(given.images.shape[1:]), "device": device.type, "names": given.names},
-        **({"source": given.source} if given.source else {}),
-    }
     shared = {
         "version": VERSION,
         "weights": tensors_hash(classifier.module.state_dict().items()),
-        "computes": what_it_computes(classifier),
+        "computes": what_it_computes(classifier, way),
         "data": given.hash(),
         "device": device.type,
     }
@@ -119,26 +119,49 @@ def run(
         given=lambda: (images, labels),
         advance=advance,
     )
-    return {**about, **_numbers(asking, profile, len(given.names))}
+    numbers(asking, profile, len(given.names), way)
+    return {
+        "model": classifier.name,
+        "classes": classes,
+        "shape": list(given.images.shape[1:]),
+        "attack": None if way is None else {**dc.asdict(way), "name": way.name, "version": version_of(way.package)},
+    }
 
 
-def shown(found: Shown, profile: Profile) -> dict[str, Any]:
+def shown(found: Shown) -> dict[str, Any]:
     """What the page is made of.
 
     Args:
         found: the answers of a run.
-        profile: of the run.
+
+    Raises:
+        RecordError: an older version kept the page.
     """
     about = found.page.data["about"]
-    asking = Asking(ask=lambda question, work, rest: found.ask(question), name=about["model"])
-    return {**about, **_numbers(asking, profile, about["images"])}
+    if "models" not in about:
+        raise RecordError(
+            f"{found.store.path} must hold pages of this version, got one of an older version, which knew one model "
+            "per page; run its command again with another --results folder."
+        )
+    profile = Profile(**about["profile"])
+    models = []
+    for model in about["models"]:
+        way = None if model["attack"] is None else _way(model["attack"])
+        asking = Asking(ask=lambda question, work, rest: found.ask(question), name=model["model"])
+        models.append({**model, **numbers(asking, profile, len(about["names"]), way)})
+    return {**about, "models": models}
 
 
-def what_it_computes(classifier: LoadedClassifier) -> dict[str, Any]:
-    """All that the logits depend on beside weights and images: structure, configuration, preprocessing, software.
+def _way(said: dict[str, Any]) -> Way:
+    return Way(package=said["package"], attacks=tuple(said["attacks"]), targets=said["targets"])
+
+
+def what_it_computes(classifier: LoadedClassifier, way: Way | None) -> dict[str, Any]:
+    """All that the answers depend on beside weights and images: structure, configuration, preprocessing, software.
 
     Args:
         classifier: the model.
+        way: of AutoAttack.
     """
     config: Any = getattr(getattr(classifier.module, "model", None), "config", None)
     settings = config.to_dict() if hasattr(config, "to_dict") else {}
@@ -149,12 +172,13 @@ def what_it_computes(classifier: LoadedClassifier) -> dict[str, Any]:
         if type(part).__module__.partition(".")[0] not in PACKAGES
         and (file := getattr(sys.modules.get(type(part).__module__), "__file__", None))
     }
+    attack = {} if way is None else {"attack": {**dc.asdict(way), "version": version_of(way.package)}}
     return {
         "structure": content_hash(repr(classifier.module)),
         "config": content_hash(json.loads(json.dumps(settings, default=str, sort_keys=True))),
         "preprocessing": content_hash(repr(classifier.image)),
         "code": content_hash(sorted(content_hash(path.read_text(encoding="utf-8")) for path in own)),
-        "software": {name: version(name).partition("+")[0] for name in PACKAGES if name != "lipbounds"},
+        "software": {name: version(name).partition("+")[0] for name in ("torch", "transformers")} | attack,
     }
 
 
@@ -194,23 +218,41 @@ class Asking:
         return self.ask({"task": "classifier", "model": self.name, **question}, timed, rest)
 
 
-def _numbers(asking: Asking, profile: Profile, count: int) -> dict[str, Any]:
-    asking.advance("accuracy")
+def numbers(asking: Asking, profile: Profile, count: int, way: Way | None) -> dict[str, Any]:
+    """Which images are right as they are ("clean") and after the attacks ("robust"), and constants ("measured").
+
+    Args:
+        asking: of a run or of the records.
+        profile: how much is done.
+        count: of images.
+        way: of AutoAttack.
+    """
+    asking.advance(f"{asking.name}: accuracy")
     clean = asking.answer({"what": "right"}, lambda: {"right": right(asking.model(), *asking.given()).tolist()})
     measured = [_measured(asking, place) for place in range(min(profile.blocks, count))]
     subject = Subject(
-        name=asking.name, model=asking.model, ask=asking.answer, given=asking.given, indices=list(range(count))
+        name=asking.name,
+        model=asking.model,
+        ask=asking.answer,
+        given=asking.given,
+        indices=list(range(count)),
+        way=way,
     )
     robust = {
-        norm: attacked(subject, norm, radii, profile.batch, clean["right"], asking.advance)
+        norm: [
+            {"eps": eps, **flags}
+            for eps, flags in attacked(
+                subject, norm, tuple(radii), profile.batch, clean["right"], asking.advance
+            ).items()
+        ]
         for norm, radii in profile.eps.items()
     }
-    return {"clean": share(clean["right"]), "robust": robust, "measured": measured}
+    return {"clean": clean["right"], "robust": robust, "measured": measured}
 
 
 def _measured(asking: Asking, place: int) -> dict[str, Any]:
     """Constants and bounds at one image."""
-    asking.advance(f"constants at image {place}")
+    asking.advance(f"{asking.name}: constants at image {place}")
     return asking.answer(
         {"what": "constants", "image": place},
         lambda: _constants(asking.model(), asking.given()[0][place : place + 1].double()),
@@ -219,6 +261,23 @@ def _measured(asking: Asking, place: int) -> dict[str, Any]:
 
 
 def _constants(model: nn.Module, image: Tensor) -> Answer:
+    """Those of the whole model and of its attention; what cannot be had is refused with its reason."""
     wide = copy.deepcopy(model).double()
-    whole = whole_model_constant(wide, image, **LANCZOS)
-    return {"constant": float(whole.value), "reached": float(whole.terms["lower"]), **blocks(wide, image)}
+    answer: Answer = {"refused": []}
+    try:
+        with torch.no_grad():
+            wide(image)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # a model that names a dtype inside
+        reason = f"constants, since the model does not run in float64: {str(error).splitlines()[0]}"
+        return {"constant": None, "reached": None, "layers": [], "refused": [reason]}
+    try:
+        whole = whole_model_constant(wide, image, **LANCZOS)
+        answer |= {"constant": float(whole.value), "reached": float(whole.terms["lower"])}
+    except LipboundsError as error:
+        answer |= {"constant": None, "reached": None, "refused": [f"the constant of the whole model: {error}"]}
+    try:
+        return answer | blocks(wide, image)
+    except LipboundsError as error:
+        return answer | {"layers": [], "refused": [*answer["refused"], f"attention: {error}"]}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses as dc
+import shlex
 from pathlib import Path
+from typing import Any
 
 from bench.engine.answers import Answered, Shown
 from bench.engine.machine import describe
-from bench.engine.options import profile_of, progress_bar, write_page
+from bench.engine.options import command_of, copy_committed, keep_apart, profile_of, progress_bar, write_page
 from bench.engine.records import NotAnswered
 from bench.engine.store import Store
 from bench.engine.task import Showing, Task, Written
@@ -16,10 +18,11 @@ from bench.engine.version_1 import Old
 from bench.robustness import figures, tables
 from bench.robustness import task as robustness
 from bench.robustness.measures import LANCZOS
-from bench.robustness.settings import PROFILES, VERSION, Recipe
+from bench.robustness.settings import OF_USER, PROFILES, VERSION, Recipe, Setting
 from bench.robustness.summary import summarised
 from bench.robustness.training import Workshop
 from lipbounds.devices import device_named
+from lipbounds.errors import InvalidInput
 from lipbounds.models.digits_data import load_digits_split
 
 
@@ -33,12 +36,46 @@ def measure(options: argparse.Namespace, store: Store) -> Showing:
         options: the command line.
         store: the records.
     """
-    profile = PROFILES[profile_of(options)]
+    own = tuple(options.own)
+    profile = dc.replace(PROFILES[profile_of(options)], own=own)
     device = device_named(options.device).type
     workshop = Workshop(store, options.results / WEIGHTS, load_digits_split(), options.force, device)
     with progress_bar(robustness.pieces(profile)) as advance:
         robustness.run(workshop, profile, jobs=options.jobs, cluster=options.cluster, advance=advance)
-    return Showing(keys=store.asked)
+    if not own:
+        return Showing(keys=store.asked)
+    data = {"own": [dc.asdict(setting) for setting in own], "command": _command(options)}
+    return Showing(keys=store.asked, data=data)
+
+
+def prepare(options: argparse.Namespace) -> None:
+    """Try the penalties and losses of a user, which are trained upon a copy of the records that are there.
+
+    Args:
+        options: the command line.
+
+    Raises:
+        InvalidInput: one breaks its contract, or no other folder than that of the repository is named.
+    """
+    options.own = []
+    if not (options.penalty or options.loss):
+        return
+    keep_apart(options, "--penalty and --loss")
+    from bench.robustness.own import loss_setting, penalty_setting  # loads a model: not to show a page
+
+    options.own += [penalty_setting(path, options.weight or ()) for path in options.penalty or ()]
+    options.own += [loss_setting(path) for path in options.loss or ()]
+    names = [setting.name for setting in options.own]
+    if len(set(names)) < len(names):
+        raise InvalidInput(f"--penalty and --loss must name each function once, got {', '.join(names)}.")
+    copy_committed(TASK.path(options.results).name, options.results)
+
+
+def _command(options: argparse.Namespace) -> str:
+    words = command_of(options, TASK.name).split()
+    for flag in ("penalty", "loss", "weight"):
+        words += [word for value in getattr(options, flag) or () for word in (f"--{flag}", str(value))]
+    return shlex.join(words)
 
 
 def pages(found: Shown, folder: Path) -> Written:
@@ -49,11 +86,17 @@ def pages(found: Shown, folder: Path) -> Written:
         folder: where the files go.
     """
     command, profile = (found.page.data[name] for name in ("command", "profile"))
-    numbers = robustness.run(Workshop(found, folder / WEIGHTS), PROFILES[profile])
+    own = tuple(_setting(said) for said in found.page.data.get("own", ()))
+    numbers = robustness.run(Workshop(found, folder / WEIGHTS), dc.replace(PROFILES[profile], own=own))
     data = {"command": command, "profile": profile, **numbers, "environments": [*map(describe, found.states)]}
     summary = summarised(data)
     written = write_page(folder, "robustness", tables.report(data, summary, command), {**summary, **data})
     return Written(paths=[*written, *figures.draw(data, summary, folder)])
+
+
+def _setting(said: dict[str, Any]) -> Setting:
+    """A setting of a user, as the records keep it."""
+    return Setting(**{**said, "grid": tuple(said["grid"])})
 
 
 def migrated(old: Old) -> Showing:
@@ -64,7 +107,7 @@ def migrated(old: Old) -> Showing:
     """
     shared = ("task", "version", "what", "setting", "seed", "weights")
     asked = {
-        "train": (*shared[:3], *(field.name for field in dc.fields(Recipe))),
+        "train": (*shared[:3], *(field.name for field in dc.fields(Recipe) if field.name not in OF_USER)),
         "choice": (*shared, "norm", "eps", "steps"),
         "network": (*shared, "images"),
         "blocks": (*shared, "images", "bins", "bounds", *LANCZOS),
@@ -86,7 +129,8 @@ TASK = Task(
     help="robust accuracy of models trained with and without penalties",
     measure=measure,
     pages=pages,
-    takes=frozenset({"quick", "full", "force", "results", "device", "ray", "jobs"}),
+    takes=frozenset({"quick", "full", "force", "results", "device", "ray", "jobs", "penalty", "loss", "weight"}),
+    prepare=prepare,
     versions={"": VERSION},
     migrate=migrated,
 )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bench.workloads.hashes import tensors_hash
 from lipbounds.errors import InvalidInput
+from lipbounds.models.digits_data import load_digits_split
 from lipbounds.models.image_data import is_image_data, read_image_data
 from lipbounds.models.image_input import ImageInput
 from lipbounds.models.pictures import SUFFIXES, picture, pictures_in
@@ -23,18 +24,19 @@ from lipbounds.models.pictures import SUFFIXES, picture, pictures_in
 
 SAMPLE_SEED = 0
 CLASS_IN_NAME = re.compile(r"_([0-9]{1,9})$")
+DIGITS = "digits"  # the bundled test images, where no folder has that name
 
 
 @dc.dataclass(frozen=True, kw_only=True)
 class LabelledFolder:
-    """Images of a folder.
+    """Images of a folder, or of the bundled digits.
 
     Args:
         images: in [0, 1].
         labels: the right classes.
         names: their paths in the folder.
         classes: number of class folders.
-        available: number of images in the folder.
+        available: number of images there are.
         numbered: whether the names of the class folders are the numbers of the classes.
         source: where a data set comes from, and its licence; empty for folders of pictures.
     """
@@ -56,9 +58,9 @@ def read_images(where: Path, count: int, *, settings: ImageInput | None, classes
     """A sample of the images of a data set or of a folder, drawn as in `read_folder`.
 
     Args:
-        where: `mnist-5k`; a folder with the IDX files of MNIST or Fashion-MNIST, of which the test images are taken; a
-            folder of pictures whose names end in an underscore and the number of the class (`shoe_00_7.png`); or one as
-            `read_folder` takes it.
+        where: `digits`, the test images of the digits in this package; `mnist-5k`; a folder with the IDX files of MNIST
+            or Fashion-MNIST, of which the test images are taken; a folder of pictures whose names end in an underscore
+            and the number of the class (`shoe_00_7.png`); or one as `read_folder` takes it.
         count: of images; fewer if there are fewer.
         settings: what the model takes.
         classes: the number of each class by its name, where folders are called by names.
@@ -69,6 +71,8 @@ def read_images(where: Path, count: int, *, settings: ImageInput | None, classes
     """
     if count < 1:
         raise InvalidInput(f"count must be at least 1, got {count}.")
+    if str(where) == DIGITS and not where.exists():
+        return _digits(count, settings, classes)
     if is_image_data(where):
         data = read_image_data(where)
         numbers = _sample([*range(len(data))], count)
@@ -92,6 +96,27 @@ def read_images(where: Path, count: int, *, settings: ImageInput | None, classes
         classes=len({number for _, number in chosen}),
         available=len(pictures),
         numbered=False,
+    )
+
+
+def _digits(count: int, settings: ImageInput | None, classes: Mapping[str, int]) -> LabelledFolder:
+    test = load_digits_split().test
+    shape = tuple(test.images.shape[1:])
+    if settings is not None and (settings.channels, settings.height, settings.width) != shape:
+        raise InvalidInput(
+            f"--images {DIGITS} are of shape {shape}, but the model takes {settings.channels} x {settings.height} x "
+            f"{settings.width}; pass a folder of pictures by --images DIR."
+        )
+    chosen = _sample([*range(len(test))], count)
+    numbers = class_numbers([str(digit) for digit in range(10)], classes)
+    return LabelledFolder(
+        images=test.images[chosen],
+        labels=torch.tensor([numbers[str(int(test.labels[place]))] for place in chosen]),
+        names=[f"{DIGITS}/{int(test.indices[place])}" for place in chosen],
+        classes=len(numbers),
+        available=len(test),
+        numbered=not classes,
+        source="test digits of this package (scikit-learn's digits)",
     )
 
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.attacks.images import Ball, pgd
+from bench.robustness.own import function_of
 from bench.robustness.settings import Recipe
 from lipbounds import registry
 from lipbounds.capture import capture
@@ -83,12 +84,18 @@ def loss_of(recipe: Recipe) -> Loss:
         recipe: how the model is trained.
     """
 
+    if recipe.loss:
+        return function_of(recipe.loss)
+    penalise = PENALTIES.get(recipe.penalty)
+    if recipe.penalty and penalise is None:
+        penalise = function_of(recipe.penalty)
+
     def loss(model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         if recipe.adversary is not None:
             images = moved(model, images, labels, recipe, generator)
-        if not recipe.penalty:
+        if penalise is None:
             return cross_entropy(model, images, labels, generator)
-        logits, penalty = PENALTIES[recipe.penalty](model, images, generator)
+        logits, penalty = penalise(model, images, generator)
         return F.cross_entropy(logits, labels) + recipe.weight * penalty
 
     return loss

@@ -15,6 +15,7 @@ BASELINE = "none"
 CHOICE_SEED = 1000
 CHOICE_EPS = 0.05
 CHOICE_STEPS = 10
+OF_USER = ("loss", "code")  # parts of a recipe that only a user's function has
 CLEAN_LOSS = 0.01  # validation accuracy that a weight may cost, as a share
 
 
@@ -40,10 +41,12 @@ class Setting:
     Args:
         name: unique.
         title: for tables.
-        penalty: of `bench.robustness.penalties`; empty for none.
+        penalty: of `bench.robustness.penalties`, or the path of a function of a user; empty for none.
         grid: weights to choose from; of the penalty, or of the decay where there is no penalty; empty for none.
         adversary: what moves the training images, if anything.
         reference: the setting that weights are judged against, and that results are compared with beside the baseline.
+        loss: the path of a function of a user that is minimised instead; empty for none.
+        code: hash of what the user wrote; empty where nothing is a user's.
     """
 
     name: str
@@ -52,6 +55,13 @@ class Setting:
     grid: tuple[float, ...] = ()
     adversary: Adversary | None = None
     reference: str = BASELINE
+    loss: str = ""
+    code: str = ""
+
+    @property
+    def decay(self) -> bool:
+        """Whether the weight is that of the decay."""
+        return bool(self.grid) and not self.penalty
 
 
 SETTINGS = {
@@ -85,12 +95,14 @@ class Recipe:
 
     Args:
         setting: its name.
-        penalty: of `bench.robustness.penalties`; empty for none.
+        penalty: of `bench.robustness.penalties`, or the path of a function of a user; empty for none.
         weight: of the penalty.
         weight_decay: of AdamW.
         adversary: what moves the training images, if anything.
         epochs: passes over the training images.
         seed: of the first weights, the order of the images, the distortions, and of penalty and adversary.
+        loss: the path of a function of a user that is minimised instead; empty for none.
+        code: hash of what the user wrote; empty where nothing is a user's.
     """
 
     setting: str
@@ -100,10 +112,13 @@ class Recipe:
     adversary: Adversary | None
     epochs: int
     seed: int
+    loss: str = ""
+    code: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
-        return dc.asdict(self)
+        """Ready for JSON, without what only a user's function has."""
+        found = dc.asdict(self)
+        return {name: value for name, value in found.items() if value or name not in OF_USER}
 
 
 def recipe(setting: Setting, weight: float | None, *, epochs: int, seed: int) -> Recipe:
@@ -120,11 +135,22 @@ def recipe(setting: Setting, weight: float | None, *, epochs: int, seed: int) ->
         setting=setting.name,
         penalty=setting.penalty,
         weight=chosen if setting.penalty else 0.0,
-        weight_decay=chosen if setting.grid and not setting.penalty else WEIGHT_DECAY,
+        weight_decay=chosen if setting.decay else WEIGHT_DECAY,
         adversary=setting.adversary,
         epochs=epochs,
         seed=seed,
+        loss=setting.loss,
+        code=setting.code,
     )
+
+
+def reference_of(name: str) -> str:
+    """What a setting is compared with beside the baseline; of a user's setting it is the baseline.
+
+    Args:
+        name: of the setting.
+    """
+    return SETTINGS[name].reference if name in SETTINGS else BASELINE
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -140,6 +166,7 @@ class Profile:
         eps: radii in each norm, rising.
         blocks: test images at which attention blocks are measured, the first ones.
         largest_grid: weights of a grid that are tried, from its middle; 0 for all.
+        own: settings of a user, which follow the others.
     """
 
     settings: tuple[str, ...]
@@ -150,6 +177,12 @@ class Profile:
     eps: dict[Norm, tuple[float, ...]]
     blocks: int
     largest_grid: int = 0
+    own: tuple[Setting, ...] = ()
+
+    @property
+    def chosen(self) -> list[Setting]:
+        """All settings, in order."""
+        return [*(SETTINGS[name] for name in self.settings), *self.own]
 
 
 PROFILES = {

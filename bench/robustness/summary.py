@@ -10,7 +10,7 @@ import math
 from statistics import mean, median
 from typing import Any
 
-from bench.robustness.settings import BASELINE, SETTINGS
+from bench.robustness.settings import BASELINE, reference_of
 from bench.robustness.statistics import holm, interval, paired
 
 
@@ -74,7 +74,7 @@ def constants(model: Data) -> dict[str, float]:
 def _comparisons(values: dict[str, list[dict[str, float]]]) -> list[Data]:
     """Every setting with the baseline, and with its own reference where that is another."""
     pairs = [(name, BASELINE) for name in values if name != BASELINE]
-    own = [(name, SETTINGS[name].reference) for name in values]
+    own = [(name, reference_of(name)) for name in values]
     pairs += [pair for pair in own if pair[1] != BASELINE and pair[1] in values]
     rows = []
     for name, reference in pairs:

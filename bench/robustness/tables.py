@@ -13,7 +13,7 @@ from bench.robustness.settings import (
     CHOICE_EPS,
     CHOICE_SEED,
     CHOICE_STEPS,
-    SETTINGS,
+    reference_of,
 )
 from bench.robustness.summary import CONSTANTS, measure_name, verdict
 
@@ -163,7 +163,7 @@ def _choices(data: Data) -> str:
         choice = setting["choice"]
         if not choice["rows"]:
             continue
-        reference = data["settings"].get(SETTINGS[name].reference, {"title": SETTINGS[name].reference})["title"]
+        reference = data["settings"].get(reference_of(name), {"title": reference_of(name)})["title"]
         row = choice["reference"]
         body.append([f"{reference} (reference)", "-", f"{100 * row['clean']:.1f}", f"{100 * row['robust']:.1f}", ""])
         for row in choice["rows"]:

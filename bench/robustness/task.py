@@ -12,19 +12,19 @@ from typing import Any
 
 from bench.attacks.images import right
 from bench.engine.store import Answer
-from bench.robustness.attacked import Advance, Subject, attacked, share
+from bench.robustness.attacked import Advance, Subject, attacked, share, shares
 from bench.robustness.choice import choose, tried
 from bench.robustness.measures import BINS, LANCZOS, blocks, network_constants, versions
 from bench.robustness.on_cluster import answered_on
 from bench.robustness.processes import answered
-from bench.robustness.settings import SETTINGS, Profile, recipe
+from bench.robustness.settings import Profile, recipe
 from bench.robustness.training import Trained, Workshop
 from lipbounds.cluster import Cluster
 
 
 def pieces(profile: Profile) -> int:
     """How often `run` calls `advance`."""
-    chosen = [SETTINGS[name] for name in profile.settings]
+    chosen = profile.chosen
     weights = sum(len(tried(setting.grid, profile.largest_grid)) + 1 for setting in chosen if setting.grid)
     return weights + len(chosen) * len(profile.seeds) * _pieces_of_a_model(profile)
 
@@ -46,13 +46,12 @@ def run(
         cluster: where models are trained and attacked instead.
         advance: called with the name of each piece of work: before it, or when all those of a model are done elsewhere.
     """
-    chosen = {name: choose(workshop, SETTINGS[name], profile, advance) for name in profile.settings}
-    settings = {
-        name: {"title": SETTINGS[name].title, "choice": choice, "models": []} for name, choice in chosen.items()
-    }
+    known = {setting.name: setting for setting in profile.chosen}
+    chosen = {name: choose(workshop, setting, profile, advance) for name, setting in known.items()}
+    settings = {name: {"title": known[name].title, "choice": choice, "models": []} for name, choice in chosen.items()}
     # Seed by seed, so that a run that is stopped early leaves whole seeds.
     ways = [
-        recipe(SETTINGS[name], choice["weight"], epochs=profile.epochs, seed=seed)
+        recipe(known[name], choice["weight"], epochs=profile.epochs, seed=seed)
         for seed in profile.seeds
         for name, choice in chosen.items()
     ]
@@ -105,7 +104,7 @@ def _measured(model: Trained, profile: Profile, advance: Advance) -> dict[str, A
         indices=network["images"],
     )
     robust = {
-        norm: attacked(subject, norm, radii, profile.batch, network["right"], advance)
+        norm: shares(attacked(subject, norm, radii, profile.batch, network["right"], advance))
         for norm, radii in profile.eps.items()
     }
     return {

@@ -160,7 +160,7 @@ def test_no_point_of_the_ball_is_clamped_away(monkeypatch: pytest.MonkeyPatch) -
         (torch.full((1, 2, 2), torch.inf), 10, 0.1, "finite"),
         (torch.full((1, 2, 2), 1e8), 10, 0.1, "rounding of the tokens"),
         (torch.zeros(1, 2, 2), 10, 0.0, "eps must be above 0"),
-        (torch.zeros(1, 2, 2), 9, 0.1, "at least ten"),
+        (torch.zeros(1, 2, 2), 9, 0.1, "at least 10 classes"),
     ],
 )
 def test_tokens_that_cannot_be_attacked_are_refused(tokens: Tensor, classes: int, eps: float, message: str) -> None:

@@ -153,7 +153,7 @@ def test_every_radius_is_in_the_file_with_its_kind(tmp_path: Path) -> None:
     [
         (torch.full((1, 1, 2, 2), 1.5), 10, "pixels"),
         (torch.full((1, 4), 0.5), 10, "four dimensions"),
-        (torch.full((1, 1, 2, 2), 0.5), 9, "at least ten"),
+        (torch.full((1, 1, 2, 2), 0.5), 9, "at least 10 classes"),
     ],
 )
 def test_what_the_attack_would_silently_change_is_refused(images: torch.Tensor, classes: int, message: str) -> None:

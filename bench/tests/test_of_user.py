@@ -41,7 +41,7 @@ def test_a_model_and_a_bound_of_a_stranger(tmp_path: Path, monkeypatch: pytest.M
     torch.save(torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0)), tmp_path / "x.pt")
     folder = tmp_path / "mine"
     committed = (ROOT / "results" / "tightness.jsonl").read_bytes()
-    monkeypatch.setattr("bench.tightness.command.ROOT", tmp_path)  # no records are copied: this is another test's
+    monkeypatch.setattr("bench.engine.options.ROOT", tmp_path)  # no records are copied: this is another test's
     place = "bench.tests.test_of_user"
     status = command_line.main(
         [
@@ -85,7 +85,7 @@ def test_what_is_brought_stays_out_of_the_results_of_the_repository(
 def test_bounds_of_other_packages_stay_out_of_the_results_of_the_repository(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("bench.tightness.command.ROOT", tmp_path)
+    monkeypatch.setattr("bench.engine.options.ROOT", tmp_path)
     monkeypatch.setattr(registry.registry, "_specs", {**registry.registry._specs, LOOSE.name: LOOSE})
     assert command_line.main(["tightness", "--results", str(tmp_path / "results")]) == command_line.MISUSE
     assert "other packages have registered stranger.loose; pass another folder" in capsys.readouterr().err

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bench import __main__ as program
 from bench.attacks.images import Ball
+from bench.attacks.ways import Way
 from bench.engine.answers import Shown
 from bench.engine.records import NotAnswered, RecordError
 from bench.engine.store import Store
@@ -24,12 +25,14 @@ from bench.engine.store_file import Page
 from bench.robustness import attacked, choice, figures, measures, penalties, settings, tables, training
 from bench.robustness import task as robustness
 from bench.robustness.choice import best, tried
+from bench.robustness.own import loss_setting, penalty_setting
 from bench.robustness.penalties import loss_of
 from bench.robustness.settings import PROFILES, SETTINGS, Profile, recipe
 from bench.robustness.statistics import holm, interval, paired, worst_case
 from bench.robustness.summary import summarised, verdict
 from bench.robustness.training import Workshop
 from lipbounds.capture import capture
+from lipbounds.errors import InvalidInput
 from lipbounds.estimators.exact import exact_norm
 from lipbounds.models.digits_data import DigitsSplit, LabelledImages, load_digits_split
 from lipbounds.models.digits_vit import DigitsViT, load_digits_vit
@@ -212,7 +215,9 @@ class Fakes:
         after_epoch(0.5, 1.0)
         return model
 
-    def autoattack(self, model: nn.Module, images: Tensor, labels: Tensor, ball: Ball, *, seed: int) -> Tensor:
+    def autoattack(
+        self, model: nn.Module, images: Tensor, labels: Tensor, ball: Ball, *, seed: int, way: Way
+    ) -> Tensor:
         self.count(f"attack {ball.norm} {ball.eps}")
         noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
         return (images + ball.eps * noise).clamp(0, 1)
@@ -296,6 +301,87 @@ def test_several_processes_make_the_same_answers(split: DigitsSplit, tmp_path: P
     assert sorted(keys) == sorted(together.store.entries)
 
 
+def squeezed(model: nn.Module, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A penalty as a user writes it."""
+    logits = model(images)
+    return logits, logits.square().mean()
+
+
+def smoothed(model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+    """A loss as a user writes it."""
+    return nn.functional.cross_entropy(model(images), labels, label_smoothing=0.1)
+
+
+OWN = ["--penalty", f"{__name__}:squeezed", "--weight", "0.5", "--loss", f"{__name__}:smoothed"]
+
+
+def test_functions_of_a_user_are_what_is_minimised(split: DigitsSplit) -> None:
+    model: Any = load_digits_vit()
+    images, labels = split.train.images[:4], split.train.labels[:4]
+    logits, generator = model(images), torch.Generator()
+    plain = nn.functional.cross_entropy(logits, labels)
+    given = penalty_setting(f"{__name__}:squeezed", [0.5, 2.0])
+    assert given.grid == (0.5, 2.0)
+    used = recipe(given, 0.5, epochs=1, seed=0)
+    found = loss_of(used)(model, images, labels, generator)
+    torch.testing.assert_close(found, plain + 0.5 * logits.square().mean())
+    other = recipe(loss_setting(f"{__name__}:smoothed"), None, epochs=1, seed=0)
+    expected = smoothed(model, images, labels, generator)
+    torch.testing.assert_close(loss_of(other)(model, images, labels, generator), expected)
+    # What tells it from other code is kept with its answers, and the answers of other settings stay as they are.
+    assert {"code", "loss"} & set(used.to_dict()) == {"code"}
+    assert not {"code", "loss"} & set(recipe(SETTINGS["jasmin"], 0.1, epochs=1, seed=0).to_dict())
+
+
+def test_settings_of_a_user_stand_beside_the_others(
+    fakes: Fakes, split: DigitsSplit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = dc.replace(TINY, settings=("none",), eps={"l2": (0.1,)}, images=2)
+    monkeypatch.setitem(PROFILES, "standard", few)
+    monkeypatch.setattr(figures, "draw", lambda *parts: [])
+    monkeypatch.setattr("bench.engine.options.ROOT", tmp_path)  # no records are copied
+    monkeypatch.setattr("bench.robustness.command.load_digits_split", lambda: split)
+    mine = tmp_path / "mine"
+    assert program.main(["robustness", *OWN, "--results", str(mine)]) == 0
+    page, data = (mine / "robustness.md").read_bytes(), json.loads((mine / "robustness.json").read_text())
+    names = [*data["settings"]]
+    assert names[0] == "none"
+    assert [name.rsplit("-", 1)[-1] for name in names[1:]] == ["squeezed", "smoothed"]
+    assert all(len(setting["models"]) == len(TINY.seeds) for setting in data["settings"].values())
+    assert data["settings"][names[1]]["choice"]["weight"] == 0.5
+    assert data["settings"][names[2]]["choice"]["weight"] is None
+    compared = {(row["setting"], row["reference"]) for row in data["comparisons"]}
+    assert {(name, "none") for name in names[1:]} == compared
+    assert f"{__name__}:squeezed".encode() in page
+    assert b"--penalty" in page
+    # The page can be made again without the functions, and nothing is made twice.
+    monkeypatch.delattr(f"{__name__}.smoothed")
+    (mine / "robustness.md").unlink()
+    assert program.main(["render", "--results", str(mine)]) == 0
+    assert (mine / "robustness.md").read_bytes() == page
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda model, images: None, "raised TypeError"),
+        (lambda model, images, generator: model(images).mean(), "must return the pair .*, got a tensor of shape"),
+        (lambda model, images, generator: (model(images), model(images)), r"got \(a tensor of shape \(4, 10\)"),
+        (lambda model, images, generator: (model(images)[:2], model(images).mean()), "logits of shape \\(4, 10\\)"),
+        (lambda model, images, generator: (model(images), torch.tensor(1.0)), "without a gradient"),
+        (lambda model, images, generator: (model(images), images.mean().requires_grad_()), "must return a finite"),
+        (lambda model, images, generator: (model(images), model(images).mean() / 0), "must return a finite"),
+        ("no function", "must be a function, got str"),
+    ],
+)
+def test_a_function_that_breaks_the_contract_is_refused(
+    function: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"{__name__}.squeezed", function)
+    with pytest.raises(InvalidInput, match=message):
+        penalty_setting(f"{__name__}:squeezed")
+
+
 def test_autoattack_sees_only_images_that_still_stand(fakes: Fakes, split: DigitsSplit, tmp_path: Path) -> None:
     place = workshop(tmp_path, split)
     robustness.run(place, TINY)
@@ -372,6 +458,10 @@ def test_the_page_says_what_the_numbers_say(fakes: Fakes, split: DigitsSplit, tm
         (["robustness", "--full", "--quick"], "--quick and --full do not go together"),
         (["balls", "--full"], "--full goes with the tasks certified, robustness, got balls"),
         (["robustness", "--jobs", "0"], "--jobs is a number from 1"),
+        (["robustness", "--penalty", "a:b"], "its results are left alone"),
+        (["robustness", "--penalty", "no.such:function", "--results", "mine"], "must be given as package.module"),
+        (["robustness", "--weight", "1", "--results", "mine"], "--weight goes with --penalty"),
+        (["robustness", "--penalty", "a:b", "--weight", "-1"], "--weight must be a number of at least 0"),
         (["balls", "--jobs", "2"], "--jobs goes with the tasks robustness, got balls"),
         (["robustness", "--jobs", "2", "--model", "a", "--images", "b"], "--jobs goes with the tasks robustness, got"),
     ],

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bench.engine.answers import Shown
-from bench.engine.machine import ROOT
+from bench.engine.options import committed, copy_committed, keep_apart
 from bench.engine.records import RecordError, without_infinities
 from bench.engine.reference import LOWER
 from bench.engine.store import Store
@@ -26,6 +25,7 @@ from bench.tightness.aggregate import aggregate
 from bench.workloads.case import Case
 from bench.workloads.models import Model, drawn_hashes, zoo
 from lipbounds import registry
+from lipbounds.cli.console import LinePerMinute
 from lipbounds.devices import device_named
 from lipbounds.errors import InvalidInput
 from lipbounds.files import write_atomically
@@ -65,7 +65,7 @@ def _brought(options: argparse.Namespace) -> list[Model]:
 
     for path in options.bounds or ():
         register(path)
-    return [model_of(options.model, options.data)] if options.model else []
+    return [model_of(name, options.data) for name in options.model or ()]
 
 
 def prepare(options: argparse.Namespace) -> None:
@@ -77,25 +77,16 @@ def prepare(options: argparse.Namespace) -> None:
     Raises:
         InvalidInput: a model or bound is brought, or registered by another package, but no other folder is named.
     """
-    committed = ROOT / "results"
-    is_committed = options.results.resolve() == committed.resolve()
     foreign = [spec.name for spec in registry.registry if not spec.compute.__module__.startswith("lipbounds.")]
-    if is_committed and foreign:
+    if committed(options) and foreign:
         raise InvalidInput(
             f"the results of this repository hold its own bounds, and other packages have registered "
             f"{', '.join(foreign)}; pass another folder by --results DIR, or set LIPBOUNDS_NO_PLUGINS=1."
         )
     if not (options.model or options.bounds):
         return
-    if is_committed:
-        raise InvalidInput(
-            "--model and --bounds measure what is not of this repository, and its results are left alone; pass another "
-            "folder by --results DIR."
-        )
-    records = TASK.path(options.results)
-    if not records.exists() and TASK.path(committed).exists():
-        options.results.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(TASK.path(committed), records)
+    keep_apart(options, "--model and --bounds")
+    copy_committed(TASK.path(options.results).name, options.results)
 
 
 def pages(found: Shown, folder: Path) -> Written:
@@ -171,7 +162,7 @@ def _failures(aggregates: dict[str, Any]) -> Iterator[str]:
 
 @contextmanager
 def _progress(models: Sequence[Model], quick: bool) -> Iterator[Any]:
-    """A progress bar on stderr; blocks count by what they are expected to cost, for a fair remaining time."""
+    """A progress bar on stderr, or a line per minute; blocks count by their expected cost, for the remaining time."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -180,7 +171,7 @@ def _progress(models: Sequence[Model], quick: bool) -> Iterator[Any]:
         TimeRemainingColumn(),
     )
     total = sum(len(model.bounded) * model.count(quick) * model.seconds for model in models)
-    with Progress(*columns, console=Console(stderr=True), speed_estimate_period=120) as progress:
+    with LinePerMinute(*columns, console=Console(stderr=True), speed_estimate_period=120) as progress:
         task = progress.add_task("starting", total=total)
 
         def advance(case: Case, seconds: float) -> None:

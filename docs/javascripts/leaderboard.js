@@ -45,6 +45,14 @@ document$.subscribe(({ body }) => {
       row.hidden = !(fits && words.includes(wanted));
       shown += !row.hidden;
     }
+    // A column that says the same in every row takes the room of the numbers, most of all on a phone.
+    const chosen = selects.filter(({ value }) => value).map(({ dataset }) => dataset.column);
+    const visible = rows.filter((row) => !row.hidden);
+    const same = visible.length && visible.every((row) => textOf(row, "radius") === "-") ? ["radius"] : [];
+    const left = [...chosen, ...same];
+    for (const { cells } of [table.tHead.rows[0], ...rows]) {
+      names.forEach((name, index) => (cells[index].hidden = left.includes(name)));
+    }
     const mixed = selects.filter(({ value, dataset }) => !value && dataset.column !== "model");
     const warning = mixed.length ? "; of several kinds, scopes or norms: not to be ranked against each other" : "";
     count.textContent = `${shown} of ${rows.length} rows${warning}`;

@@ -141,7 +141,7 @@ def print_json(content: dict[str, Any]) -> None:
     print(json_text(content), end="")  # noqa: T201
 
 
-class _EveryMinute(Progress):
+class LinePerMinute(Progress):
     """A progress bar on a terminal; elsewhere, such as in a log, a line when a minute has passed since the last."""
 
     def __init__(self, *columns: Any, **options: Any) -> None:
@@ -165,7 +165,7 @@ class _EveryMinute(Progress):
 def progress() -> Progress:
     """A progress bar on stderr, gone when it is done; without a terminal a line per minute. Callers add tasks."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    return _EveryMinute(*columns, console=remarks, transient=True, disable=not remarks.is_terminal or remarks.quiet)
+    return LinePerMinute(*columns, console=remarks, transient=True, disable=not remarks.is_terminal or remarks.quiet)
 
 
 def _explain(error: Any) -> None:
