@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lipbounds.claims import Claim, Source
 from lipbounds.derivatives.first.differential_parts import differential_parts
-from lipbounds.derivatives.first.gram_norm import gram_norm, has_gram_norm, has_rows_norm, rows_norm
+from lipbounds.derivatives.first.gram_norm import gram_norm, has_gram_norm, has_rows_norm, norm_work, rows_norm
 from lipbounds.derivatives.first.joint_heads import joint_query, stacked_key
 from lipbounds.derivatives.first.overlap_parts import OverlapParts
 from lipbounds.registry import Terms, bound
@@ -76,6 +76,15 @@ def sharp_fast(block: Attention) -> tuple[Tensor, Terms]:
     wide = block.double
     value, terms = _parts(wide, with_rows=_is_small(wide))
     return cast_up(inflate(value, 8).expand(block.batch_shape), block.dtype), terms
+
+
+def sharp_work(block: Attention) -> int:
+    """Floating-point operations of `sharp` for one batch item, beside those of `sharp_fast`; large ones are counted.
+
+    Args:
+        block: the attention block.
+    """
+    return norm_work(block)
 
 
 def _parts(block: Attention, *, with_rows: bool) -> tuple[Tensor, Terms]:

@@ -21,13 +21,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.claims import Claim, Feature, Source
-from lipbounds.derivatives.ball.first import BallDerivatives, Centre
+from lipbounds.derivatives.ball.first import BallDerivatives, centre_of
 from lipbounds.derivatives.ball.logits import theorem_3_on_ball
 from lipbounds.derivatives.ball.third import BallThirdDerivative
 from lipbounds.derivatives.ball.units import Compute, Parts, in_own_units
+from lipbounds.derivatives.cache import cached_per_block
 from lipbounds.derivatives.first.dense import dense_norm, jacobian_entries
 from lipbounds.derivatives.first.differential_parts import differential_parts
-from lipbounds.derivatives.first.gram_norm import gram_norm, has_gram_norm
+from lipbounds.derivatives.first.gram_norm import gram_norm, has_gram_norm, norm_work
 from lipbounds.derivatives.rounding.range import check_range
 from lipbounds.derivatives.second.norm import second_norm, second_work
 from lipbounds.derivatives.second.rows import rows_work, second_norm_by_rows
@@ -61,7 +62,7 @@ def direct(block: Attention, radius: float) -> tuple[Tensor, Terms]:
     """Mixing, query and key part of all heads jointly, each bounded over the ball."""
 
     def parts(wide: Attention, eps: float) -> Parts:
-        return BallDerivatives(Centre(wide), eps).first()
+        return BallDerivatives(centre_of(wide), eps).first()
 
     return _sum_of(block, radius, parts)
 
@@ -76,18 +77,19 @@ def direct(block: Attention, radius: float) -> tuple[Tensor, Terms]:
     cost=COST,
     version=3,
 )
-def deviation(block: Attention, radius: float, *, dense: int = DENSE) -> tuple[Tensor, Terms]:
+def deviation(block: Attention, radius: float, *, dense: int = DENSE, gram: bool = True) -> tuple[Tensor, Terms]:
     """The norm of the Jacobian at the centre plus how far the Jacobian can move over the ball.
 
     Args:
         block: the attention block.
         radius: of the ball.
         dense: number of entries up to which the Jacobian of a batch item is formed for its norm at the centre.
+        gram: whether that norm may come from Gram blocks, too, which takes as long as `sharp`.
     """
 
     def parts(wide: Attention, eps: float) -> Parts:
         balls = _Balls(wide, eps, SECOND_WORK)
-        return _deviation(balls, _centre_norm(balls, dense))
+        return _deviation(balls, _centre_norm(balls, dense, gram=gram))
 
     return _sum_of(block, radius, parts)
 
@@ -171,6 +173,21 @@ def jacobian_change(block: Attention, radius: float) -> Float[Tensor, "*batch"] 
     return in_own_units(block, radius, least)["least"]
 
 
+def sharp_ball_work(block: Attention) -> int:
+    """Floating-point operations of `sharp_ball` for one batch item that do not depend on the radius, at most.
+
+    They are those of the norms of the first and the second differential at the centre, which balls about one input
+    share; 0 for a block that is too large for them.
+
+    Args:
+        block: the attention block.
+    """
+    if _is_large(block, SECOND_WORK):
+        return 0
+    by_pairs = second_work(block)
+    return norm_work(block) + (by_pairs if by_pairs <= PAIRS_WORK else rows_work(block))
+
+
 def _is_large(block: Attention, limit: float) -> bool:
     return second_work(block) > PAIRS_WORK and rows_work(block) > limit
 
@@ -189,7 +206,7 @@ class _Balls:
         # Small blocks take as long one by one as together; of large ones all balls may not fit into memory.
         entries = block.logits.numel() * max(block.w_q.shape[-1], block.w_v.shape[-1])
         groups = [radii] if radii.numel() * entries <= TOGETHER else [*radii.split(1)]
-        centre = Centre(block)
+        centre = centre_of(block)
         self.groups = [BallThirdDerivative(centre, group) for group in groups]
 
     @cached_property
@@ -210,16 +227,20 @@ class _Balls:
         return {name: torch.cat([part[name] for part in found])[1 - self.radii.shape[0] :] for name in found[0]}
 
 
-def _centre_norm(balls: _Balls, dense: int) -> Tensor:
+def _centre_norm(balls: _Balls, dense: int, *, gram: bool = True) -> Tensor:
     """The norm of the Jacobian at the centre."""
     if jacobian_entries(balls.block) <= dense:
         return dense_norm(balls.block)
-    mixing, query, key = differential_parts(balls.block)
-    fast = {"mixing": mixing, "query_part": query, "key_part": key}
-    value = torch.minimum(_total(balls.block, balls.first[0]), _total(balls.block, fast))
-    if balls.large or not has_gram_norm(balls.block):
+    value = torch.minimum(_total(balls.block, balls.first[0]), _sum_of_parts(balls.block))
+    if not gram or balls.large or not has_gram_norm(balls.block):
         return value
     return torch.minimum(value, _known(inflate(gram_norm(balls.block), 8)))
+
+
+@cached_per_block
+def _sum_of_parts(block: Attention) -> Tensor:
+    mixing, query, key = differential_parts(block)
+    return _total(block, {"mixing": mixing, "query_part": query, "key_part": key})
 
 
 def _deviation(balls: _Balls, centre: Tensor) -> Parts:

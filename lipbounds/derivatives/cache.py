@@ -6,6 +6,7 @@ import dataclasses as dc
 import functools
 import weakref
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,16 +14,19 @@ from torch import Tensor
 from lipbounds.targets.attention import Attention
 
 
-def cached_per_block(function: Callable[[Attention], Tensor]) -> Callable[[Attention], Tensor]:
+Found = TypeVar("Found")
+
+
+def cached_per_block(function: Callable[[Attention], Found]) -> Callable[[Attention], Found]:
     """Keep what the function returns as long as the block lives (blocks are frozen); not where a gradient is wanted.
 
     Args:
-        function: of a block alone.
+        function: of a block alone; what it returns must not refer to the block, which would live for ever.
     """
-    found: weakref.WeakKeyDictionary[Attention, Tensor] = weakref.WeakKeyDictionary()
+    found: weakref.WeakKeyDictionary[Attention, Found] = weakref.WeakKeyDictionary()
 
     @functools.wraps(function)
-    def cached(block: Attention) -> Tensor:
+    def cached(block: Attention) -> Found:
         if torch.is_grad_enabled() and is_tracked(block):
             return function(block)
         if block not in found:

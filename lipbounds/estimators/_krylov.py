@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Protocol, runtime_checkable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lipbounds.estimators._operator import JacobianOperator, sphere
+from lipbounds.estimators._operator import sphere
 from lipbounds.ops.eigen import eigen
 from lipbounds.rounding import UNIT_ROUNDOFF
 
 
+@runtime_checkable
+class Symmetric(Protocol):
+    """A batch of positive semidefinite operators on vectors of length `size`."""
+
+    size: int
+    batch_shape: torch.Size
+    device: torch.device
+
+    def gram(self, v: Tensor) -> Tensor: ...
+
+
 def largest_ritz_pair(
-    operator: JacobianOperator, steps: int, seed: int
+    operator: Symmetric, steps: int, seed: int
 ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch size"]]:
-    """Largest Ritz value of J^T J or J J^T (divided by scale squared) over a Krylov space, and its Ritz vector.
+    """Largest Ritz value of each operator over a Krylov space, and its Ritz vector.
 
     The start vectors are uniform on the sphere, independent across the batch. min(steps, N) operator products are made.
 
@@ -23,7 +36,7 @@ def largest_ritz_pair(
     order, since that no longer grows, and the Ritz value is that of the larger space.
 
     Args:
-        operator: the Jacobian.
+        operator: such as J^T J or J J^T of a Jacobian, divided by its scale squared.
         steps: the dimension k of the Krylov space; capped at N.
         seed: of the random start.
     """

@@ -19,13 +19,14 @@ from lipbounds.targets.attention import Attention
 
 
 AT_POINT = ("sharp_fast", "covariance.exact", "yudin2025.biased")
-ON_BALL = ("sharp_ball", "yudin2025_ball.biased")
+ON_BALL = ("sharp_ball.deviation", "sharp_ball.direct", "yudin2025_ball.biased")
 RADII = (0.01, 0.1, 1.0)
 EXACT_ENTRIES = 1200**2  # of a Jacobian whose exact norm takes about a second
-STEPS = 60  # of Lanczos; its vectors for all heads treated at once stay below
+STEPS = 60  # of Lanczos at most; its vectors for all heads treated at once stay below
 KRYLOV_ENTRIES = 2**25
-MAX_TOKENS = 256  # each of which is a power iteration of its own
-SHARP_ENTRIES = 2**25  # of a Jacobian at which `sharp` takes about two seconds
+WITHIN = 1.02  # of its Ritz value, where a probable bound is good enough
+LOWER_STEPS = 30
+MAX_TOKENS = 256  # each of which is an iteration of its own
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,8 @@ class Plan:
         radii: of the balls, ascending.
         delta: of each probable bound.
         seed: of random starts.
-        sharp: whether blocks get `sharp`, too, where it takes seconds.
+        sharp: whether layers get `sharp`, too, as far as the budget goes (lipbounds.report.budget); small heads do.
+        sharp_ball: the same of `sharp_ball`.
     """
 
     at_point: tuple[str, ...]
@@ -47,6 +49,7 @@ class Plan:
     delta: float
     seed: int
     sharp: bool
+    sharp_ball: bool
 
 
 def plan(*, bounds: Sequence[str], radii: Sequence[float] | None, delta: float, seed: int) -> Plan:
@@ -85,6 +88,7 @@ def plan(*, bounds: Sequence[str], radii: Sequence[float] | None, delta: float, 
         delta=delta,
         seed=seed,
         sharp=not by_scope["point"],
+        sharp_ball=not by_scope["ball"],
     )
 
 
@@ -93,24 +97,45 @@ class Stage:
     """One sort of numbers of a block.
 
     Args:
-        name: for people; `layers`, `heads`, `tokens`, or a ball with its radius.
+        name: for people; `layers`, `heads`, `tokens`, `sharp`, or a ball with its radius.
         share: of the time, in units of that of the tokens.
         radius: of the ball.
+        sharp: of a ball, whether the norm at its centre may be that of `sharp`, as it is known.
+        sharp_ball: of a ball, whether `sharp_ball` is wanted.
     """
 
     name: str
     share: float
     radius: float | None = None
+    sharp: bool = False
+    sharp_ball: bool = False
 
 
-def stages(plan: Plan) -> list[Stage]:
-    """All stages, in the order in which a limit of time leaves the most.
+def cheap_stages() -> list[Stage]:
+    """What every block gets, in the order in which a limit of time leaves the most."""
+    return [Stage(name="layers", share=2.0), Stage(name="heads", share=2.0), Stage(name="tokens", share=1.0)]
+
+
+def costly_stages(plan: Plan, *, sharp: bool = True, sharp_ball: bool = True) -> list[Stage]:
+    """What comes after the cheap stages.
 
     Args:
         plan: what is wanted.
+        sharp: whether `sharp` is affordable.
+        sharp_ball: whether `sharp_ball` is.
     """
-    at_point = [Stage(name="layers", share=2.0), Stage(name="heads", share=2.0), Stage(name="tokens", share=1.0)]
-    return [*at_point, *(Stage(name=f"ball {radius:g}", share=1.5, radius=radius) for radius in plan.radii)]
+    at_point = [Stage(name="sharp", share=2.0)] if plan.sharp and sharp else []
+    balls = (
+        Stage(
+            name=f"ball {radius:g}",
+            share=1.0,
+            radius=radius,
+            sharp=sharp and plan.sharp,
+            sharp_ball=sharp_ball and plan.sharp_ball,
+        )
+        for radius in plan.radii
+    )
+    return [*at_point, *balls]
 
 
 @dc.dataclass(kw_only=True)
@@ -192,11 +217,19 @@ def compute(
 def _parts(block: Attention, stage: Stage, plan: Plan, notes: list[str]) -> Iterator[Numbers]:
     """The numbers of one stage, one after the other."""
     if stage.radius is not None:
-        for name in plan.on_ball:
-            values = _evaluated([name], block, notes, radius=stage.radius)
-            yield Numbers(balls=[each[0] for each in values])
+        yield from _ball(block, stage, plan, notes)
     else:
-        yield from {"layers": _whole, "heads": _heads, "tokens": _tokens}[stage.name](block, plan, notes)
+        parts = {"layers": _whole, "heads": _heads, "tokens": _tokens, "sharp": _sharp}[stage.name]
+        yield from parts(block, plan, notes)
+
+
+def _ball(block: Attention, stage: Stage, plan: Plan, notes: list[str]) -> Iterator[Numbers]:
+    """Bounds on one ball."""
+    for name in ("sharp_ball", *plan.on_ball) if stage.sharp_ball else plan.on_ball:
+        options: dict[str, Any] = {"radius": stage.radius}
+        if name == "sharp_ball.deviation" and plan.sharp_ball:  # no one asked for it: its centre may not cost more
+            options["gram"] = stage.sharp
+        yield Numbers(balls=[values[0] for values in _evaluated([name], block, notes, **options)])
 
 
 def _whole(block: Attention, plan: Plan, notes: list[str]) -> Iterator[Numbers]:
@@ -205,10 +238,12 @@ def _whole(block: Attention, plan: Plan, notes: list[str]) -> Iterator[Numbers]:
         yield Numbers(proved=[values[0] for values in _evaluated([name], block, notes)])
     (constant,), (lower,) = _truth(block, plan)
     yield Numbers(constant=constant, lower=lower)
-    if plan.sharp and jacobian_entries(block) <= SHARP_ENTRIES:
-        yield Numbers(proved=[values[0] for values in _evaluated(["sharp"], block, notes)])
-    elif plan.sharp:
-        _note(notes, "sharp, the tightest proved bound, was left out for its cost; ask for it by --bounds sharp")
+
+
+def _sharp(block: Attention, plan: Plan, notes: list[str]) -> Iterator[Numbers]:
+    """The tightest proved bound of the whole block."""
+    del plan
+    yield Numbers(proved=[values[0] for values in _evaluated(["sharp"], block, notes)])
 
 
 def _heads(block: Attention, plan: Plan, notes: list[str]) -> Iterator[Numbers]:
@@ -237,11 +272,11 @@ def _tokens(block: Attention, plan: Plan, notes: list[str]) -> Iterator[Numbers]
     yield Numbers(tokens=[dc.replace(lower, value=value) for value in values])
 
 
-def _evaluated(names: Sequence[str], block: Attention, notes: list[str], **radius: Any) -> list[list[Number]]:
+def _evaluated(names: Sequence[str], block: Attention, notes: list[str], **options: Any) -> list[list[Number]]:
     found = []
     for name in names:
         try:
-            found.append(numbers_of(get(name)(block, **radius)))
+            found.append(numbers_of(get(name)(block, **options)))
         except UnsupportedAttention as error:
             _note(notes, str(error).partition(";")[0])
     return found
@@ -252,8 +287,8 @@ def _truth(block: Attention, plan: Plan) -> tuple[list[Number], list[Number]]:
     if jacobian_entries(block) <= EXACT_ENTRIES:
         constant = get("exact")(block)
     else:
-        constant = get("lanczos_certificate")(block, delta=plan.delta, steps=STEPS, seed=plan.seed)
-    return numbers_of(constant), numbers_of(get("lanczos")(block, steps=STEPS, seed=plan.seed))
+        constant = get("lanczos_posterior")(block, delta=plan.delta, steps=STEPS, within=WITHIN, seed=plan.seed)
+    return numbers_of(constant), numbers_of(get("lanczos")(block, steps=LOWER_STEPS, seed=plan.seed))
 
 
 def _note(notes: list[str], note: str) -> None:

@@ -14,10 +14,12 @@ from lipbounds.targets.serialize import detached_copy
 
 Progress = Callable[[str, float], None]
 Job = tuple[LayerWork, Stage]
+Round = Callable[[], Sequence[Job]]
 
 
 def run_jobs(
-    jobs: Sequence[Job],
+    rounds: Sequence[Round],
+    total: float,
     plan: Plan,
     cluster: Cluster | None,
     max_seconds: float | None,
@@ -27,7 +29,8 @@ def run_jobs(
     """Do the jobs in their order until the time is up; the layers keep what is found.
 
     Args:
-        jobs: a layer and a stage each.
+        rounds: each gives its jobs, a layer and a stage each, once all numbers of the round before are there.
+        total: of the shares of all jobs, at most.
         plan: what is wanted.
         cluster: None for this process.
         max_seconds: after which nothing new is begun, or handed out, and what runs in this process is ended.
@@ -40,7 +43,11 @@ def run_jobs(
     timed = deadline is not None and cluster is None and time.monotonic() < deadline
     worker = Worker(deadline) if timed and deadline is not None else None
     try:
-        _run(jobs, plan, cluster, worker, deadline, f"the limit of {max_seconds or 0:g} seconds was reached", tell)
+        late, done = f"the limit of {max_seconds or 0:g} seconds was reached", 0.0
+        for jobs in rounds:
+            done = _run(
+                jobs(), plan, cluster, worker, deadline, late, lambda what, sum_: tell(what, sum_ / total), done
+            )
     finally:
         if worker is not None:
             worker.close()
@@ -54,13 +61,14 @@ def _run(
     deadline: float | None,
     late: str,
     tell: Progress,
-) -> None:
-    total, done = sum(stage.share for _, stage in jobs), 0.0
+    done: float,
+) -> float:
+    """One round; returns the shares that are done after it."""
     for layer, stage in jobs:
         if cluster is not None:
             while not cluster.room:
-                done += _take_one(cluster, done / total, tell)
-        tell(f"layer {layer.found.index}: {stage.name}", done / total)
+                done += _take_one(cluster, done, tell)
+        tell(f"layer {layer.found.index}: {stage.name}", done)
         if deadline is not None and time.monotonic() > deadline:
             layer.leave_out(stage, late)
             done += stage.share
@@ -76,7 +84,8 @@ def _run(
         else:
             _hand_out(cluster, layer, stage, plan)
     while cluster is not None and cluster.busy:
-        done += _take_one(cluster, done / total, tell)
+        done += _take_one(cluster, done, tell)
+    return done
 
 
 def _hand_out(cluster: Cluster, layer: LayerWork, stage: Stage, plan: Plan) -> None:

@@ -34,25 +34,37 @@ class LayerWork:
         self._labels = labels
         self._picture = picture
         self._stages: dict[str, Found] = {}
+        self._notes: list[str] = []
 
     def take(self, stage: Stage, found: Found) -> None:
         """Keep what a stage found."""
         self._stages[stage.name] = found
 
+    def note(self, note: str) -> None:
+        """Keep a note on the layer beside those of its stages."""
+        self._notes.append(note)
+
+    @property
+    def size(self) -> float:
+        """How fragile it is: its largest constant or, where there is none, its smallest proved bound; 0 if unknown."""
+        found = [item for stage in self._stages.values() for item in stage.items]
+        constants = [item.constant.value for item in found if item.constant is not None]
+        bounds = [min(number.value for number in item.proved) for item in found if item.proved]
+        return max(constants or bounds, default=0.0)
+
     def leave_out(self, stage: Stage, reason: str) -> None:
         """Note that a stage has no numbers, and why."""
         self.take(stage, Found(notes=[f"{stage.name}: not computed, {reason}"]))
 
-    def reports(self, stages: Sequence[Stage]) -> list[LayerReport]:
+    def reports(self, order: Sequence[str]) -> list[LayerReport]:
         """What was computed; a batch item after the first has its number in the name of the module.
 
         Args:
-            stages: in the order in which their numbers are shown.
+            order: names of stages, in which their numbers are shown.
         """
         numbers = [Numbers() for _ in self.items]
-        notes: dict[str, None] = {}
-        for stage in stages:
-            found = self._stages[stage.name]
+        notes = dict.fromkeys(self._notes)
+        for found in (self._stages[name] for name in order if name in self._stages):
             notes |= dict.fromkeys(found.notes)
             for mine, more in zip(numbers, found.items, strict=False):  # none, of a stage that was left out
                 mine.add(more)

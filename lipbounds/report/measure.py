@@ -14,8 +14,9 @@ from lipbounds import __version__
 from lipbounds.capture import Captured, CapturedAttention, capture
 from lipbounds.cluster import Cluster
 from lipbounds.errors import InvalidInput, Unsupported
+from lipbounds.report.budget import within_budget
 from lipbounds.report.deadline import Deadline, TimeUp
-from lipbounds.report.evaluation import Stage, plan, stages
+from lipbounds.report.evaluation import Plan, cheap_stages, costly_stages, plan
 from lipbounds.report.jobs import Progress, run_jobs
 from lipbounds.report.layer import LayerWork
 from lipbounds.report.maps import without_most_maps
@@ -95,10 +96,28 @@ def measure(
     for number, run in enumerate(runs):
         tell("running the model", 0.02 * number / len(runs))
         captured.append(_run(model, run, layers, start, max_seconds, first=not captured))
-    order = stages(wanted)
-    jobs = [(layer, stage) for stage in order for run in captured for layer in run.layers]
-    run_jobs(jobs, wanted, cluster, max_seconds, lambda what, share: tell(what, 0.02 + 0.98 * share), start)
+    work = [run.layers for run in captured]
+    order = _compute(work, wanted, cluster, max_seconds, lambda what, share: tell(what, 0.02 + 0.98 * share), start)
     return _report(model, name, seed, tuple(run.report(order) for run in captured))
+
+
+def _compute(
+    work: Sequence[Sequence[LayerWork]],
+    wanted: Plan,
+    cluster: Cluster | None,
+    max_seconds: float | None,
+    tell: Progress,
+    start: float,
+) -> list[str]:
+    """Compute the numbers of all layers: first what is cheap, which says who gets what is not; returns the stages."""
+    order = [*cheap_stages(), *costly_stages(wanted)]
+    rounds = [
+        lambda: [(layer, stage) for stage in cheap_stages() for layers in work for layer in layers],
+        lambda: [job for layers in work for job in within_budget(layers, wanted)],
+    ]
+    total = sum(stage.share for stage in order) * sum(map(len, work))
+    run_jobs(rounds, total, wanted, cluster, max_seconds, tell, start)
+    return [stage.name for stage in order]
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -110,7 +129,7 @@ class _CapturedRun:
     layers: list[LayerWork]
     picture: Picture | None
 
-    def report(self, order: Sequence[Stage]) -> InputReport:
+    def report(self, order: Sequence[str]) -> InputReport:
         skipped = [SkippedReport(layer=one.index, module=one.module, reason=one.reason) for one in self.found.skipped]
         return InputReport(
             name=self.name,

@@ -36,6 +36,7 @@ class Worker:
         self._process = subprocess.Popen([sys.executable, "-c", start], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self._answers: queue.Queue[Any] = queue.Queue()
         self._folder, self._count = TemporaryDirectory(), 0
+        self._sent: list[Sequence[Attention]] = []
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
         self._send(torch.get_num_threads())
@@ -52,7 +53,12 @@ class Worker:
             LipboundsError: as `compute` does.
         """
         found = Found()
-        self._send(([detached_copy(item) for item in items], stage, plan))
+        # Blocks are sent once: what several stages ask of one is kept with it.
+        number = next((i for i, sent in enumerate(self._sent) if sent is items), len(self._sent))
+        new = number == len(self._sent)
+        if new:
+            self._sent.append(items)
+        self._send((number, [detached_copy(item) for item in items] if new else None, stage, plan))
         while True:
             try:
                 done, answer = self._answers.get(timeout=max(0.0, self._deadline - time.monotonic()))
@@ -108,8 +114,11 @@ def serve() -> None:
 
     messages = (pickle.loads(Path(line.rstrip("\n")).read_bytes()) for line in sys.stdin)
     torch.set_num_threads(next(messages))
-    for items, stage, plan in messages:
+    known: list[Sequence[Attention]] = []
+    for number, items, stage, plan in messages:
+        if items is not None:
+            known.append(items)
         try:
-            put(True, compute(items, stage, plan, keep=lambda found: put(False, found)))
+            put(True, compute(known[number], stage, plan, keep=lambda found: put(False, found)))
         except LipboundsError as error:
             put(True, error)

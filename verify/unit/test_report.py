@@ -20,7 +20,7 @@ from lipbounds.errors import InvalidInput, UnknownBound, Unsupported
 from lipbounds.estimators import tokens
 from lipbounds.estimators.tokens import token_lower
 from lipbounds.models.loading import load_model
-from lipbounds.report import evaluation, from_json, maps, measure, to_json
+from lipbounds.report import budget, evaluation, from_json, maps, measure, to_json
 from lipbounds.report.heads import heads_alone
 from lipbounds.report.inputs import default_inputs
 from lipbounds.report.page import page
@@ -116,7 +116,8 @@ def test_every_number_lies_on_its_side_of_the_truth() -> None:
             assert all(number.value >= truth for number in part.proved)
             assert truth <= part.constant.value <= truth * (1 + 1e-6)
             assert truth * (1 - 1e-6) <= part.lower.value <= truth
-        assert [number.radius for number in layer.balls] == [0.5, 0.5]
+        assert [number.method for number in layer.balls] == ["sharp_ball", *evaluation.ON_BALL]
+        assert all(number.radius == 0.5 for number in layer.balls)
         assert all(number.value >= layer.constant.value for number in layer.balls)
 
 
@@ -194,12 +195,18 @@ def test_the_bound_that_is_shown_is_the_least_of_all_that_cover_the_point() -> N
 
 
 def test_sharp_is_left_out_and_named_where_it_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "SHARP_ENTRIES", 10)
-    monkeypatch.setattr(evaluation, "EXACT_ENTRIES", 10)
-    (run,) = measure(tiny_model(), tiny_input(), radii=[]).inputs
-    assert all(number.method != "sharp" for number in run.layers[0].proved)
-    (note,) = notes_of(run)
-    assert note.startswith("All layers: sharp, the tightest proved bound, was left out for its cost")
+    monkeypatch.setattr(budget, "BUDGET", 1e3)
+    monkeypatch.setattr(budget, "LARGEST", 2 * budget.sharp_work(random_block(0, n=6, dim=12, heads=3)))
+    (run,) = measure(tiny_model(), tiny_input(), radii=[0.5]).inputs
+    fragile = fragile_layer(run)
+    for place, layer in enumerate(run.layers):  # the layer of the sentence at the top gets it, and no other
+        methods = [number.method for number in layer.proved]
+        assert methods == [*evaluation.AT_POINT, "sharp"] if place == fragile else methods == [*evaluation.AT_POINT]
+        assert [number.method for number in layer.balls] == [*evaluation.ON_BALL]
+    at_point, on_ball = sorted(notes_of(run))[::-1]
+    assert at_point.startswith(f"Layer {1 - fragile}: sharp, the tightest proved bound at a point, was left out: it")
+    assert at_point.endswith("the most fragile first; --bounds sharp computes it.")
+    assert on_ball.startswith("All layers: sharp_ball, the tightest proved bound on a ball, was left out: it takes")
     (asked,) = measure(tiny_model(), tiny_input(), bounds=["sharp"], radii=[], layers=[1]).inputs
     assert [number.method for number in asked.layers[0].proved] == ["sharp"]
 
@@ -382,7 +389,7 @@ def test_what_is_found_is_told_number_by_number() -> None:
     seen: list[list[str]] = []
     wanted = evaluation.plan(bounds=["covariance.trace", "covariance.exact"], radii=[], delta=1e-9, seed=0)
     keep = lambda found: seen.append([one.method for one in found.items[0].proved])  # noqa: E731
-    found = evaluation.compute([random_block(0)], evaluation.stages(wanted)[0], wanted, keep=keep)
+    found = evaluation.compute([random_block(0)], evaluation.cheap_stages()[0], wanted, keep=keep)
     assert seen == [["covariance.trace"], ["covariance.trace", "covariance.exact"], seen[1]]
     assert found.items[0].constant is not None
 

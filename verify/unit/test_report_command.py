@@ -102,7 +102,7 @@ def test_the_command_writes_the_page_and_the_same_numbers_as_json(
     report = from_json(numbers.read_text())
     assert json.loads(Elements(out.read_text()).texts["data"]) == json.loads(numbers.read_text())
     assert summary(report.inputs[0]) in printed
-    assert [number.radius for number in report.inputs[0].layers[0].balls] == [0.5, 0.5]
+    assert [number.radius for number in report.inputs[0].layers[0].balls] == 4 * [0.5]
 
 
 def test_a_bound_that_is_refused_is_said_on_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 import lipbounds
 from lipbounds import Attention
 from lipbounds.bounds import sharp_ball
-from lipbounds.derivatives.ball.first import BallDerivatives, Centre
+from lipbounds.derivatives.ball.first import BallDerivatives, Centre, centre_of
 from lipbounds.derivatives.ball.rows import joint_norms
 from lipbounds.derivatives.ball.suprema import logit_gradient_moment
 from lipbounds.derivatives.ball.third import BallThirdDerivative
@@ -399,3 +401,20 @@ def test_a_batch_of_blocks_in_very_different_units_is_its_items() -> None:
             item = block.replace(**{n: getattr(many, n)[0, i] for n in ("w_q", "w_k", "w_v")}, x=many.x[i])
             alone = spec(item, 0.3)
             torch.testing.assert_close(together.value[:, i], alone.value.expand(2), rtol=1e-9, atol=0)
+
+
+def test_balls_about_one_input_share_their_centre_and_do_not_keep_the_block() -> None:
+    block = random_block(3)
+    first = DEVIATION(block, 0.1).value
+    assert centre_of(block) is centre_of(block)
+    torch.testing.assert_close(DEVIATION(random_block(3), 0.1).value, first, rtol=0, atol=0)
+    known = weakref.ref(block)
+    del block
+    gc.collect()
+    assert known() is None
+
+
+def test_without_gram_blocks_the_centre_is_known_less_well_but_holds() -> None:
+    block = random_block(5, n=5, dim=8)
+    tight, loose = (DEVIATION(block, 0.0, dense=0, gram=gram).value for gram in (True, False))
+    assert true_norm(block) <= tight < loose

@@ -26,6 +26,7 @@ from lipbounds.derivatives.ball.suprema import (
     maps_on_ball,
     rounding_of_maps,
 )
+from lipbounds.derivatives.cache import cached_per_block, is_tracked
 from lipbounds.ops.spectral import root, spectral_norm_upper, vector_norm
 from lipbounds.rounding import inflate
 from lipbounds.targets.attention import Attention
@@ -47,6 +48,18 @@ class Centre:
             self.queries: Queries = query_rows(block)
             self.mixing_weights = joint_norms(block.w_v, block.w_o)
             self.query_shares = (self.even, balance(sizes, self.queries.sizes))
+
+
+@cached_per_block
+def centre_of(block: Attention) -> Centre:
+    """What does not depend on the radius, made once for all balls about the input of a block.
+
+    Args:
+        block: in float64, without rotary positions.
+    """
+    # Of a copy, as what is kept for a block must not keep that block alive.
+    tracked = torch.is_grad_enabled() and is_tracked(block)
+    return Centre(block if tracked else block.replace())
 
 
 class BallDerivatives:

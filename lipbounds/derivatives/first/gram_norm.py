@@ -37,6 +37,18 @@ def has_gram_norm(block: Attention) -> bool:
     return _squarings(block) is not None
 
 
+def norm_work(block: Attention) -> int:
+    """Floating-point operations of the one of (1) and (2) that the block is small enough for; 0 where it is for none.
+
+    Args:
+        block: the attention block.
+    """
+    squarings = _squarings(block)
+    if squarings is not None:
+        return _work(block, squarings, block.tokens * (block.tokens + 1) // 2)
+    return _work(block, ROWS_SQUARINGS, block.tokens) if has_rows_norm(block) else 0
+
+
 def has_rows_norm(block: Attention) -> bool:
     """Whether the block is small enough for (2).
 
