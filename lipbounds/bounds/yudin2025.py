@@ -22,14 +22,17 @@ up. `biased` at a block in a shorter dtype, on the CPU: float32 with its roundin
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.claims import Claim, Source
-from lipbounds.derivatives.first.single_precision import has_single_precision, theorem_3_in_single_precision
+from lipbounds.derivatives.first.single_precision import (
+    Precision,
+    theorem_3_in_single_precision,
+    wanted_in_single_precision,
+)
 from lipbounds.derivatives.logit_changes import change_by_keys, change_by_queries
 from lipbounds.derivatives.norms import (
     combine_heads,
@@ -39,7 +42,6 @@ from lipbounds.derivatives.norms import (
     output_norm,
     value_norm,
 )
-from lipbounds.errors import InvalidInput
 from lipbounds.ops.spectral import spectral_norm_upper
 from lipbounds.registry import BoundSpec, Terms, bound
 from lipbounds.rounding import cast_up, product
@@ -86,20 +88,11 @@ def _with_biases(block: Attention, softmax_norm: SoftmaxNorm) -> tuple[Tensor, T
     return _combine(block, mixing, product(values, norms, abs(block.scale_value), logit_change), norms)
 
 
-SLACK = 1.05  # of a value that float32 gave, over what it was without the rounding that is added
-Precision = Literal["auto", "float64"]
-
-
 def _biased(block: Attention, precision: Precision = "auto") -> tuple[Tensor, Terms]:
-    if precision not in ("auto", "float64"):
-        raise InvalidInput(f"precision must be auto or float64, got {precision!r}.")
-    # Elsewhere than on the CPU the host would wait once more to learn which of the two it is.
-    if precision == "auto" and block.device.type == "cpu" and has_single_precision(block):
+    if wanted_in_single_precision(block, precision):
         short = theorem_3_in_single_precision(block)
-        if bool((short.upper <= SLACK * short.found).all()):  # not where it is NaN
-            value = short.upper.expand(block.batch_shape)
-            added = (short.upper / short.found - 1).expand(block.batch_shape)
-            return cast_up(value, block.dtype), {"detail.bits": torch.full_like(value, 32), "detail.added": added}
+        if short.is_close():
+            return short.result(block)
     value, terms = _with_biases(block.double, largest_g_1)
     return cast_up(value, block.dtype), {**terms, "detail.bits": torch.full_like(value, 64)}
 

@@ -199,6 +199,7 @@ def test_sharp_is_left_out_and_named_where_it_takes_long(monkeypatch: pytest.Mon
     monkeypatch.setattr(budget, "LARGEST", 2 * budget.sharp_work(random_block(0, n=6, dim=12, heads=3)))
     (run,) = measure(tiny_model(), tiny_input(), radii=[0.5]).inputs
     fragile = fragile_layer(run)
+    assert fragile is not None
     for place, layer in enumerate(run.layers):  # the layer of the sentence at the top gets it, and no other
         methods = [number.method for number in layer.proved]
         assert methods == [*evaluation.AT_POINT, "sharp"] if place == fragile else methods == [*evaluation.AT_POINT]

@@ -10,13 +10,17 @@ import torch
 from torch import Tensor
 
 from lipbounds import Attention, InvalidInput, get
+from lipbounds.derivatives.ball import single_precision as ball
+from lipbounds.derivatives.ball.logits import logit_radius
 from lipbounds.derivatives.first import single_precision
 from lipbounds.derivatives.first.single_precision import has_single_precision, theorem_3_in_single_precision
+from lipbounds.derivatives.rounding.logits import logit_error
 from lipbounds.ops.eigen import eigenvalue_by_squaring
 from verify.unit.blocks import random_block
 
 
 BOUND = get("yudin2025.biased")
+ON_BALL = get("yudin2025_ball.biased")
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -54,6 +58,8 @@ BLOCKS = {
     "huge numbers": wide(x=1e25 * draw(40, 300)),
     "peaked": wide(spread=60.0),
 }
+ONE = torch.eye(2).unsqueeze(0)
+ONE_HOT = Attention(x=torch.eye(2), w_q=30.0 * ONE, w_k=ONE, w_v=ONE, w_o=ONE, scale=1.0)
 IN_FLOAT64 = {"tiny numbers", "huge numbers", "peaked"}
 
 
@@ -69,16 +75,61 @@ def test_it_is_never_below_float64_and_five_per_cent_above_at_most(name: str) ->
 
 
 @pytest.mark.usefixtures("as_a_user_runs_it")
+@pytest.mark.parametrize("radius", [0.0, 0.3])
+@pytest.mark.parametrize("name", [*BLOCKS, "one-hot"])
+def test_on_a_ball_it_is_never_below_float64_and_one_per_cent_above_at_most(name: str, radius: float) -> None:
+    block = ONE_HOT if name == "one-hot" else BLOCKS[name]
+    found, expected = (ON_BALL(block, radius, precision=precision) for precision in ("auto", "float64"))
+    short = name not in IN_FLOAT64
+    assert set(found.details["bits"].flatten().tolist()) == {32.0 if short else 64.0}
+    assert bool(((found.value >= expected.value) | expected.value.isnan()).all())
+    assert bool((found.value <= expected.value * (1.01 if short else 1.0)).all() or expected.value.isnan().all())
+
+
+@pytest.mark.usefixtures("as_a_user_runs_it")
+@pytest.mark.parametrize("name", ["self", "causal", "query moves", "memory moves", "batch", "small", "one-hot"])
+def test_the_interval_of_a_ball_holds_what_is_in_it(name: str) -> None:
+    """Of logits that move by the radii, towards and away from each key; and the radii are those of float64."""
+    block = ONE_HOT if name == "one-hot" else BLOCKS[name]
+    exact, norms = block.double, block.double.weight_norms
+    queries = single_precision.single_rows(block.x, norms, "w_q")
+    keys = single_precision.single_rows(block.source_input, norms, "w_k")
+    weights, sums, _, error = single_precision.single_weights(block, queries, keys)
+    reach = ball._logit_radius(block, queries, keys, 0.2)
+    truth = logit_radius(exact, 0.2)
+    assert bool((reach >= truth - logit_error(exact).unsqueeze(-1) - 1e-9 * truth).all())
+    assert bool((reach <= truth * 1.01 + 1e-5).all())
+    moved = truth + error.unsqueeze(-1)
+    softmax, norm = ball._over_interval(block, weights, sums, moved.float() * (1 + 1e-6))
+    for key in range(0, weights.shape[-1], 7):
+        sign = torch.ones(weights.shape[-1], dtype=torch.float64)
+        sign[key] = -1
+        for direction in (sign, -sign):
+            p = (exact.logits + direction * truth).softmax(-1)
+            first, second = p.topk(2, -1).values.unbind(-1)
+            index = p.argmax(-1, keepdim=True)
+            g_1 = first * (p.scatter(-1, index, 0.0).sum(-1) + second)
+            assert bool((softmax >= g_1.amax(-1)).all())
+            assert bool((norm >= torch.linalg.matrix_norm(p, 2) - 1e-12).all() or not block.memory_moves)
+
+
+def test_a_ball_in_which_logits_move_far_is_for_float64() -> None:
+    assert ON_BALL(BLOCKS["self"], 100.0).details["bits"] == 64
+    with pytest.raises(InvalidInput, match="precision must be"):
+        ON_BALL(BLOCKS["self"], 0.1, precision="float16")
+
+
+@pytest.mark.usefixtures("as_a_user_runs_it")
 @pytest.mark.parametrize("name", ["self", "causal", "biased logits", "query moves", "batch", "small", "peaked"])
 def test_every_error_is_covered(name: str) -> None:
     block, exact = BLOCKS[name], BLOCKS[name].double
     norms = exact.weight_norms
-    queries = single_precision._rows(block.x, norms, "w_q")
-    keys = single_precision._rows(block.source_input, norms, "w_k")
+    queries = single_precision.single_rows(block.x, norms, "w_q")
+    keys = single_precision.single_rows(block.source_input, norms, "w_k")
     for rows, truth in ((queries, exact.queries), (keys, exact.keys)):
         assert bool(((rows.rows.double() - truth).norm(dim=-1) <= rows.error).all())
         assert bool((rows.length >= rows.rows.double().norm(dim=-1)).all())
-    weights, sums, softmax, error = single_precision._weights(block, queries, keys)
+    weights, sums, softmax, error = single_precision.single_weights(block, queries, keys)
     maps = (weights / sums.unsqueeze(-1)).double()
     factor, seen = (2 * error).exp().unsqueeze(-1), exact.probabilities > 1e-30
     assert bool((maps[seen] <= (exact.probabilities * factor * (1 + 1e-5))[seen]).all())
@@ -86,17 +137,15 @@ def test_every_error_is_covered(name: str) -> None:
     top = exact.probabilities.sort(-1, descending=True).values
     truth = (top[..., 0] * (top[..., 1:].sum(-1) + top[..., 1])).amax(-1)
     assert bool((softmax.upper >= truth).all())
-    norm = single_precision._map_norm(weights, sums, error)
+    norm = single_precision.map_norm_upper(weights, sums, error)
     assert bool((norm.upper >= torch.linalg.matrix_norm(exact.probabilities, 2)).all())
 
 
 def test_the_tail_of_a_one_hot_row_is_not_a_difference() -> None:
     """1 - p_(1) is 0 in float32 from logits that are 18 apart."""
-    one = torch.eye(2).unsqueeze(0)
-    block = Attention(x=torch.eye(2), w_q=30.0 * one, w_k=one, w_v=one, w_o=one, scale=1.0)
-    norms = block.double.weight_norms
-    rows = [single_precision._rows(block.x, norms, name) for name in ("w_q", "w_k")]
-    softmax = single_precision._weights(block, *rows)[2]
+    block, norms = ONE_HOT, ONE_HOT.double.weight_norms
+    rows = [single_precision.single_rows(block.x, norms, name) for name in ("w_q", "w_k")]
+    softmax = single_precision.single_weights(block, *rows)[2]
     assert softmax.upper.item() >= 2 * torch.tensor(-30.0, dtype=torch.float64).exp().item()
 
 

@@ -18,15 +18,17 @@ from __future__ import annotations
 
 import dataclasses as dc
 import math
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.derivatives.cache import is_tracked
+from lipbounds.errors import InvalidInput
 from lipbounds.ops.eigen import eigenvalue_by_squaring
 from lipbounds.ops.spectral import Factor
-from lipbounds.rounding import gamma
+from lipbounds.rounding import cast_up, gamma
 from lipbounds.targets.attention import Attention
 from lipbounds.targets.weight_norms import WeightNorms
 
@@ -38,6 +40,8 @@ OUT_OF_RANGE = 104.0  # exp of less is no float32
 STEPS = 12  # of the power method for the norm of the map, at most
 MET = 1e-3  # relative distance of its bounds at which it ends
 SQUARINGS = 8  # of Gram matrices: of 64 x 64, the norm is above by 0.4 % at most
+SLACK = 1.05  # of a value that float32 gave, over what it was without the rounding that is added
+Precision = Literal["auto", "float64"]
 OWN_ROUNDING = 1 + 1e-9  # pays for the float64 arithmetic of the few numbers of each head
 
 
@@ -47,6 +51,20 @@ class Rounded:
 
     found: Tensor
     upper: Tensor
+
+    def is_close(self) -> bool:
+        """Whether rounding added under 5 % to all items, and none is NaN."""
+        return bool((self.upper <= SLACK * self.found).all())
+
+    def result(self, block: Attention) -> tuple[Tensor, dict[str, Tensor]]:
+        """The value of a bound in the dtype of the block, and its details.
+
+        Args:
+            block: of the bound.
+        """
+        value = self.upper.expand(block.batch_shape)
+        added = (self.upper / self.found - 1).expand(block.batch_shape)
+        return cast_up(value, block.dtype), {"detail.bits": torch.full_like(value, 32), "detail.added": added}
 
     def __mul__(self, other: Rounded) -> Rounded:
         return Rounded(self.found * other.found, self.upper * other.upper)
@@ -79,6 +97,22 @@ def has_single_precision(block: Attention) -> bool:
     return plain and short and not tracked and _products_are_single()
 
 
+def wanted_in_single_precision(block: Attention, precision: str) -> bool:
+    """Whether float32 is to be tried.
+
+    Args:
+        block: of the bound.
+        precision: `auto` or `float64`.
+
+    Raises:
+        InvalidInput: it is neither.
+    """
+    if precision not in ("auto", "float64"):
+        raise InvalidInput(f"precision must be auto or float64, got {precision!r}.")
+    # Elsewhere than on the CPU the host would wait once more to learn which of the two it is.
+    return precision == "auto" and block.device.type == "cpu" and has_single_precision(block)
+
+
 def _products_are_single() -> bool:
     """Whether products of float32 matrices on the CPU are of float32 numbers, as far as torch says."""
     matmul = getattr(torch.backends.mkldnn, "matmul", None)  # not there before torch 2.9
@@ -101,42 +135,42 @@ def theorem_3_in_single_precision(block: Attention) -> Rounded:
         block: with `has_single_precision`; on the CPU.
     """
     norms = block.double.weight_norms
-    keys = _rows(block.source_input, norms, "w_k")
-    queries = _rows(block.x, norms, "w_q")
-    values = _rows(block.source_input, norms, "w_v")
-    weights, sums, softmax, error = _weights(block, queries, keys)
+    keys = single_rows(block.source_input, norms, "w_k")
+    queries = single_rows(block.x, norms, "w_q")
+    values = single_rows(block.source_input, norms, "w_v")
+    weights, sums, softmax, error = single_weights(block, queries, keys)
     scale = abs(block.scale_value)
     changes = []
     if block.query_moves:
         changes.append((keys, norms.query_factor, norms.queries))
     if block.memory_moves:
         changes.append((queries, norms.key_factor, norms.keys))
-    grams = [_gram(values)] + [_through(rows, factor, size) for rows, factor, size in changes]
-    value_norm, *change_norms = _norms(grams)
+    grams = [gram_of(values)] + [gram_through(rows, factor, size) for rows, factor, size in changes]
+    value_norm, *change_norms = norms_of_grams(grams)
     change = sum(change_norms[1:], change_norms[0])
     per_head = value_norm * softmax * Rounded(change.found * scale, change.upper * scale)
     if block.memory_moves:
-        map_norm = _map_norm(weights, sums, error)
+        map_norm = map_norm_upper(weights, sums, error)
         per_head = per_head + Rounded(map_norm.found * norms.values, map_norm.upper * norms.values)
-    return Rounded(_together(norms, per_head.found), _together(norms, per_head.upper) * OWN_ROUNDING)
+    return Rounded(together(norms, per_head.found), together(norms, per_head.upper) * OWN_ROUNDING)
 
 
-def _together(norms: WeightNorms, heads: Tensor) -> Tensor:
+def together(norms: WeightNorms, heads: Tensor) -> Tensor:
     return norms.output * heads.norm(dim=-1)
 
 
-def _gamma(operations: int) -> float:
+def gamma_single(operations: int) -> float:
     """As `lipbounds.rounding.gamma`, for float32."""
     return operations * UNIT_SINGLE / (1 - operations * UNIT_SINGLE)
 
 
-def _lengths(rows: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch"]:
+def lengths(rows: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch"]:
     """Lengths of float32 rows, rounded up; squares below 2^-126 may be lost."""
     width = rows.shape[-1]
-    return torch.linalg.vector_norm(rows, dim=-1).double() * (1 + 2 * _gamma(width + 8)) + 2.0**-62 * width**0.5
+    return torch.linalg.vector_norm(rows, dim=-1).double() * (1 + 2 * gamma_single(width + 8)) + 2.0**-62 * width**0.5
 
 
-def _rows(tokens: Float[Tensor, "*batch n dim"], norms: WeightNorms, name: str) -> SingleRows:
+def single_rows(tokens: Float[Tensor, "*batch n dim"], norms: WeightNorms, name: str) -> SingleRows:
     """X W + b of all heads: each chunk of terms is a product of its own."""
     flat, bias, size = norms.single(name)
     heads, dim = size.shape[-1], tokens.shape[-1]
@@ -149,23 +183,23 @@ def _rows(tokens: Float[Tensor, "*batch n dim"], norms: WeightNorms, name: str) 
     if bias is not None:
         total = total + bias.unsqueeze(-2)
     rows = total.unflatten(-1, (heads, -1)).movedim(-2, -3).contiguous()
-    length = _lengths(tokens)
+    length = lengths(tokens)
     if bias is not None:
         length = (length.square() + 1).sqrt() * (1 + 1e-15)
-    relative = _gamma(min(CHUNK, dim) + math.ceil(dim / CHUNK) + 2)
+    relative = gamma_single(min(CHUNK, dim) + math.ceil(dim / CHUNK) + 2)
     lost = 4 * (dim + 2) * SMALLEST_SINGLE * rows.shape[-1] ** 0.5
     error = relative * length.unsqueeze(-2) * size.unsqueeze(-1) + lost
-    return SingleRows(rows, _lengths(rows), error)
+    return SingleRows(rows, lengths(rows), error)
 
 
-def _weights(
+def single_weights(
     block: Attention, queries: SingleRows, keys: SingleRows
 ) -> tuple[Float[Tensor, "*b heads n m"], Float[Tensor, "*b heads n"], Rounded, Float[Tensor, "*b heads n"]]:
     """exp(S - max S) in float32, its sums, max_i g_1(P_i) and eta."""
     scale, width = abs(block.scale_value), queries.rows.shape[-1]
     longest, key_off = keys.length.amax(-1, keepdim=True), keys.error.amax(-1, keepdim=True)
     reach = queries.length * longest
-    error = queries.error * (longest + key_off) + queries.length * key_off + _gamma(width + 4) * reach
+    error = queries.error * (longest + key_off) + queries.length * key_off + gamma_single(width + 4) * reach
     error = scale * error + (width + 4) * (1 + scale) * SMALLEST_SINGLE
     logits = (queries.rows * block.scale_value) @ keys.rows.mT
     mask = None if block.mask is None else block.mask.float()
@@ -180,12 +214,12 @@ def _weights(
     weights.scatter_(-1, place, 1.0)
     sums, keys_count = 1 + tail, logits.shape[-1]
     found = ((tail + second) / (sums * sums)).double()
-    slack = (1 + 8 * _gamma(keys_count + 8)) * (4 * error).exp()
+    slack = (1 + 8 * gamma_single(keys_count + 8)) * (4 * error).exp()
     upper = ((found + 4 * (keys_count + 2) * SMALLEST_SINGLE) * slack).clamp(max=0.5)
     return weights, sums, Rounded(found.amax(-1), upper.amax(-1)), error
 
 
-def _map_norm(
+def map_norm_upper(
     weights: Float[Tensor, "*batch heads n m"], sums: Float[Tensor, "*batch heads n"], error: Float[Tensor, "..."]
 ) -> Rounded:
     """||P||: Collatz and Wielandt's bound at the vectors of the power method, as in lipbounds.ops.nonnegative."""
@@ -202,7 +236,7 @@ def _map_norm(
         if bool((best.sqrt() <= lower * (1 + MET)).all()):
             break
     found = best.double().sqrt()
-    slack = (1 + 2 * _gamma(2 * (rows + cols) + 24)) * (2 * error.amax(-1)).exp()
+    slack = (1 + 2 * gamma_single(2 * (rows + cols) + 24)) * (2 * error.amax(-1)).exp()
     upper = found * slack + rows * cols * SMALLEST_SINGLE
     return Rounded(found, upper.clamp(max=rows**0.5 * OWN_ROUNDING))
 
@@ -216,13 +250,13 @@ class _Gram:
     added: Float[Tensor, "*batch heads"]
 
 
-def _gram(values: SingleRows) -> _Gram:
+def gram_of(values: SingleRows) -> _Gram:
     """Of the exact rows."""
     matrix, off, _ = _squares(values)
     return _Gram(matrix, off, values.error.norm(dim=-1))
 
 
-def _through(rows: SingleRows, factor: Factor, size: Float[Tensor, "*weights heads"]) -> _Gram:
+def gram_through(rows: SingleRows, factor: Factor, size: Float[Tensor, "*weights heads"]) -> _Gram:
     """Of the exact rows times W^T, W of norm `size`, W^T = L Q^T with a small factor L."""
     matrix, off, total = _squares(rows)
     low = factor.narrow * factor.scale
@@ -239,10 +273,10 @@ def _squares(rows: SingleRows) -> tuple[Tensor, Tensor, Tensor]:
     count, width = rows.rows.shape[-2:]
     matrix = rows.rows.mT @ rows.rows
     total = rows.length.square().sum(-1) * OWN_ROUNDING
-    return matrix, _gamma(count + 2) * total + 4 * count * width * SMALLEST_SINGLE, total
+    return matrix, gamma_single(count + 2) * total + 4 * count * width * SMALLEST_SINGLE, total
 
 
-def _norms(grams: list[_Gram]) -> list[Rounded]:
+def norms_of_grams(grams: list[_Gram]) -> list[Rounded]:
     """Square roots of the largest eigenvalues: in one batch where the sizes agree."""
     matrices = [gram.matrix.float() for gram in grams]
     if len({matrix.shape for matrix in matrices}) == 1:

@@ -1,0 +1,177 @@
+r"""Theorem 3 on a ball, evaluated in float32, its rounding proved and added.
+
+Logits and rows of queries, keys and values are those of lipbounds.derivatives.first.single_precision, with errors eta
+and e; eta is added to the radius r of the logits. With E = exp(S - max S) and sums over the other keys,
+
+    upper_ij = E_ij e^r_ij / (E_ij e^r_ij + sum E_il e^(-r_il)),    lower_ij = E_ij e^(-r_ij) / (E_ij e^(-r_ij) + sum
+    E_il e^r_il),
+
+each up to gamma(3 m + 32). |W_Q k_j| is the length of k_j L with W_Q^T W_Q = L L^T, of d numbers in place of D. Proof:
+docs/derivatives.md, section 15.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lipbounds.derivatives.first.single_precision import (
+    OWN_ROUNDING,
+    SMALLEST_SINGLE,
+    UNIT_SINGLE,
+    Rounded,
+    SingleRows,
+    gamma_single,
+    gram_of,
+    gram_through,
+    lengths,
+    map_norm_upper,
+    norms_of_grams,
+    single_rows,
+    single_weights,
+    together,
+)
+from lipbounds.ops.interval import SoftmaxInterval, g_interval_upper
+from lipbounds.ops.spectral import Factor
+from lipbounds.rounding import gamma
+from lipbounds.targets.attention import Attention
+
+
+SMALLEST_LENGTH = 2.0**-60  # its square is a normal number of float32
+FARTHEST = 20.0  # of a logit: float64 takes over where it can move further
+
+
+@torch.no_grad()
+@torch.autocast("cpu", enabled=False)  # which would make products of bfloat16 numbers
+def theorem_3_on_ball_in_single_precision(block: Attention, radius: float) -> Rounded:
+    """`lipbounds.derivatives.ball.logits.theorem_3_on_ball`: with the rounding, and at least what it is without.
+
+    NaN or infinite where numbers leave float32, or logits can move by more than 20.
+
+    Args:
+        block: with `has_single_precision`; on the CPU.
+        radius: eps, Frobenius norm.
+    """
+    norms, scale = block.double.weight_norms, abs(block.scale_value)
+    keys = single_rows(block.source_input, norms, "w_k")
+    queries = single_rows(block.x, norms, "w_q")
+    values = single_rows(block.source_input, norms, "w_v")
+    weights, sums, _, error = single_weights(block, queries, keys)
+    reach = _logit_radius(block, queries, keys, radius) + (error * OWN_ROUNDING).float().unsqueeze(-1)
+    softmax, map_norm = _over_interval(block, weights, sums, reach)
+    changes = []
+    if block.query_moves:
+        changes.append((keys, norms.query_factor, norms.queries))
+    if block.memory_moves:
+        changes.append((queries, norms.key_factor, norms.keys))
+    grams = [gram_of(values)] + [gram_through(rows, factor, size) for rows, factor, size in changes]
+    value_norm, *change_norms = norms_of_grams(grams)
+    change = sum(change_norms[1:], change_norms[0])
+    if block.moves == "self":
+        change = change + _exact(2 * radius * norms.logits)
+    if block.memory_moves:
+        value_norm = value_norm + _exact(radius * norms.values)
+    lost = (-4 * error.amax(-1)).exp()  # what eta can have added to g_1 and to the norm of the map, at most
+    per_head = value_norm * Rounded(softmax * lost, softmax) * Rounded(change.found * scale, change.upper * scale)
+    if block.memory_moves:
+        per_head = per_head + Rounded(map_norm * lost * norms.values, map_norm * norms.values)
+    return Rounded(together(norms, per_head.found), together(norms, per_head.upper) * OWN_ROUNDING)
+
+
+def _exact(value: Tensor) -> Rounded:
+    """A number from float64, whose rounding `OWN_ROUNDING` pays for."""
+    return Rounded(value, value * OWN_ROUNDING)
+
+
+def _logit_radius(
+    block: Attention, queries: SingleRows, keys: SingleRows, radius: float
+) -> Float[Tensor, "*batch heads n m"]:
+    """How far each logit can move in the ball, rounded up; as lipbounds.derivatives.ball.logits.logit_radius."""
+    norms, scale = block.double.weight_norms, abs(block.scale_value)
+    by_query = _through_length(keys, norms.query_factor, norms.queries).unsqueeze(-2).clamp(min=SMALLEST_LENGTH)
+    by_key = _through_length(queries, norms.key_factor, norms.keys).unsqueeze(-1).clamp(min=SMALLEST_LENGTH)
+    up = 1 + 16 * UNIT_SINGLE
+    if block.moves == "query":
+        return (by_query * (scale * radius * up)).float() * up + torch.zeros_like(by_key.float())
+    if block.moves == "memory":
+        return (by_key * (scale * radius * up)).float() * up + torch.zeros_like(by_query.float())
+    curved = scale * norms.logits.unsqueeze(-1).unsqueeze(-1) * radius**2 * OWN_ROUNDING
+    squares = by_query.float().square() + by_key.float().square()
+    apart = squares.sqrt_().mul_(scale * radius * up).add_((curved / 2).float() * up).mul_(up)
+    own = scale * radius * _own_length(block, queries, keys, by_query, by_key) + curved[..., 0]
+    apart.diagonal(dim1=-2, dim2=-1).copy_((own * OWN_ROUNDING).float() * up)
+    return apart
+
+
+def _through_length(
+    rows: SingleRows, factor: Factor, size: Float[Tensor, "*weights heads"]
+) -> Float[Tensor, "*batch heads n"]:
+    """|W z| of the exact rows, rounded up, from the small factor of W."""
+    low = factor.narrow * factor.scale
+    frobenius = (factor.size * factor.scale[..., 0, 0] * OWN_ROUNDING).unsqueeze(-1)
+    found = lengths(rows.rows @ low.float())
+    turned = 16 * gamma(8 * math.prod(factor.matrix.shape[-2:])) + gamma_single(low.shape[-2] + 4)
+    lost = 4 * low.shape[-1] * (low.shape[-2] + 2) * SMALLEST_SINGLE * (1 + frobenius + rows.length)
+    return (found + turned * frobenius * rows.length + rows.error * size.unsqueeze(-1) + lost) * OWN_ROUNDING
+
+
+def _own_length(
+    block: Attention, queries: SingleRows, keys: SingleRows, by_query: Tensor, by_key: Tensor
+) -> Float[Tensor, "*batch heads n"]:
+    """|W_Q k_i + W_K q_i|, rounded up: the square of each, and twice the product."""
+    wide = block.double
+    inner = wide.w_q.mT @ wide.w_k
+    size = wide.w_q.norm(dim=(-2, -1)) * wide.w_k.norm(dim=(-2, -1)) * OWN_ROUNDING
+    product = ((keys.rows @ inner.float()) * queries.rows).sum(-1).double()
+    width = inner.shape[-1]
+    far, near = keys.length + keys.error, queries.length + queries.error
+    off = gamma_single(2 * width + 8) * keys.length * queries.length + keys.error * near + far * queries.error
+    off = off * size.unsqueeze(-1) + 4 * width**2 * SMALLEST_SINGLE * (1 + size.unsqueeze(-1)) * (1 + far) * (1 + near)
+    square = by_query.squeeze(-2).square() + by_key.squeeze(-1).square() + 2 * (product + off)
+    return square.clamp(min=0).sqrt() * OWN_ROUNDING
+
+
+def _over_interval(
+    block: Attention,
+    weights: Float[Tensor, "*b heads n m"],
+    sums: Float[Tensor, "*b heads n"],
+    reach: Float[Tensor, "*b heads n m"],
+) -> tuple[Float[Tensor, "*b heads"], Float[Tensor, "*b heads"]]:
+    """max_i sup g_1(P'_i) and sup ||P'||, rounded up, for logits that move by `reach` at most."""
+    rows, cols = weights.shape[-2:]
+    too_far = reach.amax((-2, -1)) > FARTHEST
+    grown = reach.mul(1 + 8 * UNIT_SINGLE).add_(16 * UNIT_SINGLE).exp_()  # at least e^r
+    high, low = weights * grown, weights / grown
+    over_low, over_high = _others(low), _others(high)
+    up = 1 + 3 * gamma_single(cols + 8) + 32 * UNIT_SINGLE
+    lost = 4 * (cols + 2) * SMALLEST_SINGLE * math.exp(2 * FARTHEST + 1)
+    upper = (high / (high + over_low)).mul_(up).add_(lost)
+    whole = low + over_high
+    lower = (low / whole).mul_(2 - up).sub_(lost)
+    top = upper.topk(min(2, cols), -1).values.clamp(max=1)
+    least, index = lower.max(-1, keepdim=True)
+    rest = (over_high.gather(-1, index) / whole.gather(-1, index)) * up + lost
+    interval = SoftmaxInterval(
+        lower=least.double().clamp(min=0), upper=top.double(), complement=rest.double().clamp(max=1)
+    )
+    # The lower end is too small by up to 2 (up - 1), and g_1 may be that times what is known of the rest.
+    softmax = (g_interval_upper(interval).amax(-1) * ((1 + 4 * (up - 1)) * OWN_ROUNDING)).clamp(max=0.5)
+    if not block.memory_moves:
+        return torch.where(too_far, torch.nan, softmax), torch.zeros_like(softmax)
+    maps = weights / sums.unsqueeze(-1)
+    away = torch.maximum(upper - maps, maps - lower).clamp_(min=0).add_(upper, alpha=16 * UNIT_SINGLE)
+    from_centre = lengths(away).norm(dim=-1)
+    centre = map_norm_upper(weights, sums, torch.zeros_like(sums, dtype=torch.float64)).upper
+    by_columns = (upper.sum(-2).amax(-1).double() * (1 + 2 * gamma_single(rows + 4))).sqrt()
+    norm = torch.minimum(from_centre + centre, by_columns) * OWN_ROUNDING
+    return torch.where(too_far, torch.nan, softmax), norm.clamp(max=rows**0.5 * OWN_ROUNDING)
+
+
+def _others(entries: Float[Tensor, "*batch m"]) -> Float[Tensor, "*batch m"]:
+    """Sums over all other entries of a row: for the largest one the others are summed, not subtracted."""
+    largest, index = entries.max(-1, keepdim=True)
+    rest = entries.scatter(-1, index, 0.0).sum(-1, keepdim=True)
+    return (rest + largest - entries).scatter_(-1, index, rest)
