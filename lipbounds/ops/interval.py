@@ -70,6 +70,23 @@ def g_interval_upper(interval: SoftmaxInterval) -> Float[Tensor, "*batch"]:
     second = top[..., 1] if top.shape[-1] > 1 else torch.zeros_like(largest)
     least, index = interval.lower.max(-1)
     rest = interval.complement.gather(-1, index.unsqueeze(-1)).squeeze(-1)  # 1 - L without a subtraction
+    return g_of_ends(largest, second, least, rest)
+
+
+def g_of_ends(
+    largest: Float[Tensor, "*batch"],
+    second: Float[Tensor, "*batch"],
+    least: Float[Tensor, "*batch"],
+    rest: Float[Tensor, "*batch"],
+) -> Float[Tensor, "*batch"]:
+    """`g_interval_upper` from what it looks at in a row.
+
+    Args:
+        largest: U, float64.
+        second: u.
+        least: L.
+        rest: 1 - L.
+    """
     peak = torch.clamp(torch.minimum(1 - second, (1 + second) / 2), min=0.5)
     point = torch.minimum(peak, largest)
     inside = _largest_g(point, 1 - point, second)

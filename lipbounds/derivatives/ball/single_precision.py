@@ -34,7 +34,7 @@ from lipbounds.derivatives.first.single_precision import (
     single_weights,
     together,
 )
-from lipbounds.ops.interval import SoftmaxInterval, g_interval_upper
+from lipbounds.ops.interval import g_of_ends
 from lipbounds.ops.spectral import Factor
 from lipbounds.rounding import gamma
 from lipbounds.targets.attention import Attention
@@ -151,14 +151,13 @@ def _over_interval(
     upper = (high / (high + over_low)).mul_(up).add_(lost)
     whole = low + over_high
     lower = (low / whole).mul_(2 - up).sub_(lost)
-    top = upper.topk(min(2, cols), -1).values.clamp(max=1)
+    top = upper.topk(min(2, cols), -1).values.double().clamp(max=1)
+    second = top[..., 1] if cols > 1 else torch.zeros_like(top[..., 0])
     least, index = lower.max(-1, keepdim=True)
     rest = (over_high.gather(-1, index) / whole.gather(-1, index)) * up + lost
-    interval = SoftmaxInterval(
-        lower=least.double().clamp(min=0), upper=top.double(), complement=rest.double().clamp(max=1)
-    )
+    ends = top[..., 0], second, least[..., 0].double().clamp(min=0), rest[..., 0].double().clamp(max=1)
     # The lower end is too small by up to 2 (up - 1), and g_1 may be that times what is known of the rest.
-    softmax = (g_interval_upper(interval).amax(-1) * ((1 + 4 * (up - 1)) * OWN_ROUNDING)).clamp(max=0.5)
+    softmax = (g_of_ends(*ends).amax(-1) * ((1 + 4 * (up - 1)) * OWN_ROUNDING)).clamp(max=0.5)
     if not block.memory_moves:
         return torch.where(too_far, torch.nan, softmax), torch.zeros_like(softmax)
     maps = weights / sums.unsqueeze(-1)
