@@ -122,13 +122,14 @@ def _own_length(
     block: Attention, queries: SingleRows, keys: SingleRows, by_query: Tensor, by_key: Tensor
 ) -> Float[Tensor, "*batch heads n"]:
     """|W_Q k_i + W_K q_i|, rounded up: the square of each, and twice the product."""
-    wide = block.double
-    inner = wide.w_q.mT @ wide.w_k
-    size = wide.w_q.norm(dim=(-2, -1)) * wide.w_k.norm(dim=(-2, -1)) * OWN_ROUNDING
-    product = ((keys.rows @ inner.float()) * queries.rows).sum(-1).double()
-    width = inner.shape[-1]
+    w_q, w_k = block.w_q.float(), block.w_k.float()
+    inner = w_q.mT @ w_k
+    dim, width = w_q.shape[-2:]
+    single = w_q.norm(dim=(-2, -1)).double() * w_k.norm(dim=(-2, -1)).double()
+    size = single * (1 + 4 * gamma_single(dim * width + 8)) + dim * width * 2.0**-60
+    product = ((keys.rows @ inner) * queries.rows).sum(-1).double()
     far, near = keys.length + keys.error, queries.length + queries.error
-    off = gamma_single(2 * width + 8) * keys.length * queries.length + keys.error * near + far * queries.error
+    off = gamma_single(dim + 2 * width + 8) * keys.length * queries.length + keys.error * near + far * queries.error
     off = off * size.unsqueeze(-1) + 4 * width**2 * SMALLEST_SINGLE * (1 + size.unsqueeze(-1)) * (1 + far) * (1 + near)
     square = by_query.squeeze(-2).square() + by_key.squeeze(-1).square() + 2 * (product + off)
     return square.clamp(min=0).sqrt() * OWN_ROUNDING
@@ -151,11 +152,11 @@ def _over_interval(
     upper = (high / (high + over_low)).mul_(up).add_(lost)
     whole = low + over_high
     lower = (low / whole).mul_(2 - up).sub_(lost)
-    top = upper.topk(min(2, cols), -1).values.double().clamp(max=1)
-    second = top[..., 1] if cols > 1 else torch.zeros_like(top[..., 0])
+    largest, place = upper.max(-1, keepdim=True)
+    second = upper.scatter(-1, place, 0.0).amax(-1)  # on rows of a few hundred keys much faster than topk
     least, index = lower.max(-1, keepdim=True)
     rest = (over_high.gather(-1, index) / whole.gather(-1, index)) * up + lost
-    ends = top[..., 0], second, least[..., 0].double().clamp(min=0), rest[..., 0].double().clamp(max=1)
+    ends = (end.double().clamp(0, 1) for end in (largest[..., 0], second, least[..., 0], rest[..., 0]))
     # The lower end is too small by up to 2 (up - 1), and g_1 may be that times what is known of the rest.
     softmax = (g_of_ends(*ends).amax(-1) * ((1 + 4 * (up - 1)) * OWN_ROUNDING)).clamp(max=0.5)
     if not block.memory_moves:
