@@ -6,9 +6,8 @@ B(x, eps) the margin falls by at most eps sup_B |grad (f_y - f_j)|, so the predi
     eps sup_B |grad (f_y - f_j)| <= m_j  for every j != y,
 
 each class with its own gradient, through the last layer with the row e_y - e_j. (At equality y still is a largest
-logit.) The suprema over a ball are bounds on every smaller ball in it: so each ball that is tried, of radius r, proves
-the radius min(r, min_j m_j / sup_B(r)). The search bisects, in logarithms, between the largest radius proved and the
-smallest ball that was too large; it starts from the slopes at the point, which no bound on a ball can beat.
+logit.) The suprema over a ball are bounds on every smaller ball in it, so what is proved is more: the margin falls by
+at most the integral of the suprema over the balls in between (lipbounds.compose.ray).
 
 That is for `joint` and `product`; `taylor` bounds the fall of the margins itself (lipbounds.compose.taylor).
 
@@ -32,6 +31,7 @@ from torch import Tensor
 from lipbounds.compose.attack import smallest_margin
 from lipbounds.compose.joint import JointNetwork
 from lipbounds.compose.network import network_bound
+from lipbounds.compose.ray import Slopes, farthest
 from lipbounds.compose.running_error import lost_by
 from lipbounds.compose.same_model import check_same
 from lipbounds.compose.taylor import TaylorMargin, taylor_radius
@@ -46,7 +46,7 @@ from lipbounds.targets.layers import Layer, Linear, Sequence
 
 QUICK = 8e6  # floats in one value of a Taylor model: about seconds per input, and less than a gigabyte
 UNIT = "the input of the network, as passed"
-PRECISION = 1e-3  # the search ends when the radius cannot be larger by more than this share
+PRECISION = 1e-3  # the search ends when the radius is not expected to grow by more than this share
 Method = Literal["taylor", "joint", "product"]
 
 
@@ -62,7 +62,7 @@ class Certificate:
         prediction: class of the largest logit.
         margin: smallest margin to another class; negative where the prediction is wrong.
         lipschitz: for each input and class, a bound on how far the margin f_y - f_j falls within the certified ball,
-            divided by its radius: for `joint` and `product` the bound on |grad (f_y - f_j)| over that ball.
+            divided by its radius.
         method: that was used.
         norm: of the balls.
         attacked: with `check=True`, the smallest margin that an attack found in each certified ball; >= 0.
@@ -257,28 +257,17 @@ def _one(
     rows = identity[label] - identity
     known_on = _joint(network, x, rows, attention) if method == "joint" else _product(network, x, rows, attention)
 
-    def allowed(radius: float) -> tuple[float, Tensor]:
-        """The radius that the slopes on this ball allow; certified as far as it is inside the ball."""
+    def slopes_on(radius: float) -> Slopes:
+        """The slopes of the margins to the other classes over a ball, and the margins less what rounding may do."""
         slopes, output, lost = known_on(radius)
         margins = output[label] - output
         off = inflate(2**0.5 * lost + 4 * UNIT_ROUNDOFF * margins.abs(), 8)
-        shares = (margins - off)[others] / inflate(slopes[others], 8)
-        inside = float(shares.nan_to_num(nan=0.0).min())
-        return max(min(inside * (1 - 8 * UNIT_ROUNDOFF), largest), 0.0), slopes
+        return Slopes(radius, slopes[others], (margins - off)[others])
 
-    # No bound can give more than the slopes at the point allow, so the search starts there.
-    high, low, found = allowed(0.0)[0], 0.0, unknown
-    trial = high
-    for _ in range(steps):
-        inside, slopes = allowed(trial)
-        if min(inside, trial) > low:
-            low, found = min(inside, trial), slopes
-        if inside < trial:
-            high = trial
-        if high <= low * (1 + PRECISION) or high < torch.finfo(torch.float64).tiny:
-            break
-        trial = math.sqrt(low) * math.sqrt(high) if low > 0 else high / 100
-    return low, found
+    radius, falls = farthest(slopes_on, largest=largest, steps=steps, precision=PRECISION)
+    if falls is None:
+        return 0.0, unknown
+    return radius, torch.zeros_like(logits).masked_scatter(others, inflate(falls / radius, 4))
 
 
 Known = tuple[Tensor, Tensor, Tensor]  # on a ball: the slopes of all margins, the logits, and how far they may be off

@@ -21,6 +21,7 @@ from lipbounds.targets.layers import Sequence
 
 
 RADIUS_VERSION = 1  # of certified radii: raise it when numbers change
+SEARCH = "ray"  # how slopes on balls become a radius: lipbounds.compose.ray
 METHODS: tuple[Method, ...] = ("taylor", "joint", "product")
 ATTACK_SEED = 0
 EFFORT = Effort(iterations=20, fab_targets=4, apgd_targets=2)
@@ -83,6 +84,8 @@ def measure(
             given = found.images[index : index + 1], found.labels[index : index + 1]
             question = {**shared, "what": "radius", "version": RADIUS_VERSION, "method": method, "norm": "l2"}
             question["image"] = found.indices[index]
+            if method != "taylor":
+                question["search"] = SEARCH
             answers.ask(question, lambda g=given, m=method: certificate(built(), *g, m), force=force)
     for index in range(amount.smoothed):
         advance(f"{shared['model']}: smoothing, image {index}")

@@ -80,7 +80,7 @@ PROFILES = {
         whole=WHOLE,
     ),
 }
-PEER = Amount(images=20, smoothed=1, attacked=20)  # of the ViT on MNIST, in every profile
+PEER = Amount(images=100, smoothed=1, attacked=20)  # of the ViT on MNIST, in every profile
 
 
 def run(

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lipbounds.claims import Claim, Feature, Source
 from lipbounds.derivatives.ball.first import BallDerivatives, centre_of
+from lipbounds.derivatives.ball.log_odds import maps_interval
 from lipbounds.derivatives.ball.logits import theorem_3_on_ball
 from lipbounds.derivatives.ball.third import BallThirdDerivative
 from lipbounds.derivatives.ball.units import Compute, Parts, in_own_units
@@ -57,6 +58,7 @@ TOTAL = "total"
     source=Source(title="lipbounds", statement="three joint parts with suprema over a ball, derived here"),
     supports=(*SUPPORTS, "some_queries"),
     cost="O(H n^2 (d^2 + H^2) + H D^3)",
+    version=2,
 )
 def direct(block: Attention, radius: float) -> tuple[Tensor, Terms]:
     """Mixing, query and key part of all heads jointly, each bounded over the ball."""
@@ -75,7 +77,7 @@ def direct(block: Attention, radius: float) -> tuple[Tensor, Terms]:
     ),
     supports=SUPPORTS,
     cost=COST,
-    version=3,
+    version=4,
 )
 def deviation(block: Attention, radius: float, *, dense: int = DENSE, gram: bool = True) -> tuple[Tensor, Terms]:
     """The norm of the Jacobian at the centre plus how far the Jacobian can move over the ball.
@@ -102,7 +104,7 @@ def deviation(block: Attention, radius: float, *, dense: int = DENSE, gram: bool
     ),
     supports=SUPPORTS,
     cost=COST,
-    version=2,
+    version=3,
 )
 def taylor(block: Attention, radius: float, *, dense: int = DENSE) -> tuple[Tensor, Terms]:
     """Norms of Jacobian and second differential at the centre, the third differential over the ball.
@@ -126,7 +128,7 @@ def taylor(block: Attention, radius: float, *, dense: int = DENSE) -> tuple[Tens
     source=Source(title="lipbounds", statement="least of the bounds on a ball, derived here"),
     supports=SUPPORTS,
     cost=COST,
-    version=3,
+    version=4,
 )
 def sharp_ball(block: Attention, radius: float, *, dense: int = DENSE) -> tuple[Tensor, Terms]:
     """The least of Taylor's formula, centre plus deviation, the three joint parts and Theorem 3 over the ball.
@@ -147,7 +149,7 @@ def sharp_ball(block: Attention, radius: float, *, dense: int = DENSE) -> tuple[
         }
 
     values = in_own_units(block.double, radius, three)
-    values["theorem_3"] = _known(theorem_3_on_ball(block.double, radius)[0])
+    values["theorem_3"] = _known(theorem_3_on_ball(block.double, radius, maps_interval(block.double, radius))[0])
     return _finish(block, torch.stack([*values.values()]).amin(0), values)
 
 

@@ -10,9 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lipbounds.bounds.yudin2025_ball import logit_radius
+from lipbounds.derivatives.ball.log_odds import maps_interval
 from lipbounds.derivatives.norms import combine_heads
-from lipbounds.ops.interval import softmax_interval
 from lipbounds.ops.spectral import product_norm_upper, spectral_norm_upper
 from lipbounds.rounding import gamma, inflate
 from lipbounds.targets.attention import Attention
@@ -38,8 +37,7 @@ def curvature(block: Attention, radius: float) -> Float[Tensor, "*batch"]:
         block: in float64, with `supports_curvature`.
         radius: eps, Frobenius norm.
     """
-    interval = softmax_interval(block.logits, logit_radius(block, radius))
-    upper = interval.upper
+    upper = maps_interval(block, radius).upper
     scale = abs(block.scale_value)
     value_weights = spectral_norm_upper(block.w_v).unsqueeze(-1)
     product = scale * product_norm_upper(block.w_q, block.w_k.mT).unsqueeze(-1)

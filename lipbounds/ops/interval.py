@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.ops._rows import SMALLEST_NORMAL
-from lipbounds.rounding import EXP_ULPS, UNIT_ROUNDOFF
+from lipbounds.rounding import EXP_ULPS, UNIT_ROUNDOFF, gamma
 
 
 @dc.dataclass(frozen=True, slots=True)
@@ -28,29 +28,51 @@ class SoftmaxInterval:
     complement: Float[Tensor, "*batch n"]
 
 
-def softmax_interval(logits: Float[Tensor, "*#batch n"], radius: Float[Tensor, "*#batch n"]) -> SoftmaxInterval:
+def softmax_interval(
+    logits: Float[Tensor, "*#batch n"],
+    radius: Float[Tensor, "*#batch n"],
+    gain: Float[Tensor, "*#batch n"] | None = None,
+) -> SoftmaxInterval:
     """Enclosure of softmax(S') over all |S'_j - S_j| <= radius_j, rounded outwards.
 
     Args:
         logits: float64, -inf where masked (such a key stays masked).
         radius: float64, finite and >= 0, one for each logit; more of them than rows of logits give an interval each.
+        gain: float64, >= 0: no log-odds S'_j - log sum_{l != j} exp(S'_l) is farther than that above that of S, where
+            more is known than the radii say.
     """
     masked = logits.isneginf()
     high, low = ((logits + moved).masked_fill(masked, -torch.inf) for moved in (radius, -radius))
     # Log-odds of each key at its best and at its worst.
     best = high - _log_sum_of_others(low)
     worst = low - _log_sum_of_others(high)
+    if gain is not None:
+        grown = logits - _log_sum_of_others(logits) + gain
+        best = torch.minimum(best, grown.masked_fill(masked, -torch.inf))
     slack = (4 * logits.shape[-1] + 4 * EXP_ULPS + 64) * UNIT_ROUNDOFF
     gained, lost = _spread(best) + slack, _spread(worst) + slack
     upper = torch.sigmoid(best) * (1 + gained) + SMALLEST_NORMAL
     lower = torch.sigmoid(worst) * (1 - lost) - SMALLEST_NORMAL
     # `lower` may be too small by twice the spread, sigmoid(-worst) by one: the fourth pays for second-order terms.
     complement = torch.sigmoid(-worst) * (1 + 4 * lost) + SMALLEST_NORMAL
-    return SoftmaxInterval(
+    interval = SoftmaxInterval(
         lower=lower.clamp(min=0).masked_fill(masked, 0.0),
         upper=upper.clamp(max=1).masked_fill(masked, 0.0),
         complement=complement.clamp(max=1).masked_fill(masked, 1.0),
     )
+    return interval if gain is None else _summing_to_one(interval)
+
+
+def _summing_to_one(interval: SoftmaxInterval) -> SoftmaxInterval:
+    """1 - P_j is at most the sum of the upper ends of the others, where that says more than the lower end does."""
+    upper = interval.upper
+    top = torch.zeros_like(upper, dtype=torch.bool).scatter(-1, upper.argmax(-1, keepdim=True), True)
+    # Without the largest end a sum of the others; of the rest this difference is at least half of what is summed.
+    others = torch.where(top, upper.masked_fill(top, 0.0).sum(-1, keepdim=True), upper.sum(-1, keepdim=True) - upper)
+    others = others * (1 + 4 * gamma(upper.shape[-1] + 8)) + SMALLEST_NORMAL
+    better = others < interval.complement
+    lower = torch.where(better, (1 - others - 2 * UNIT_ROUNDOFF).clamp(min=0), interval.lower)
+    return dc.replace(interval, lower=lower, complement=torch.where(better, others, interval.complement))
 
 
 def g_interval_upper(interval: SoftmaxInterval) -> Float[Tensor, "*batch"]:

@@ -65,7 +65,7 @@ def _with_maps(change: Callable[[BallDerivatives, Maps], Maps]) -> Part:
             self.maps = change(self, self.maps)
             for rows in (self._values, *((self._keys,) if self.block.query_moves else ())):
                 rows.maps = self.maps
-                rows.plain = rows._spread(self.maps.upper, rows._error, None)
+                rows.plain = rows._bound(torch.ones_like(self.maps.upper), rows._error, None)
 
     return Changed
 

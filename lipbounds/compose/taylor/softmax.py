@@ -40,6 +40,7 @@ from lipbounds.compose.taylor.coefficient import Coefficient, largest_eigenvalue
 from lipbounds.compose.taylor.model import CENTRE, Range, Ranges, Value
 from lipbounds.compose.taylor.operation import Operation
 from lipbounds.ops._rows import SMALLEST_NORMAL
+from lipbounds.ops.capped_mean import largest_mean
 from lipbounds.rounding import EXP_ULPS, UNIT_ROUNDOFF, gamma, inflate
 
 
@@ -147,14 +148,14 @@ class Softmax(Operation):
         odds = self._odds(ranges, first, rest)
         upper = self._upper(odds)
         change = inflate(first + rest, 2)
-        deviation = torch.minimum(_largest_mean(odds, upper.unsqueeze(-2)), odds.amax(-1))
-        variance = torch.minimum((odds.amax((-2, -1)) / 2).square(), _largest_mean(change.square(), upper))
+        deviation = torch.minimum(largest_mean(odds, upper.unsqueeze(-2)), odds.amax(-1))
+        variance = torch.minimum((odds.amax((-2, -1)) / 2).square(), largest_mean(change.square(), upper))
         gram, error = self._gram()
         root = upper.sqrt()
         weighted = root.unsqueeze(-1) * gram * root.unsqueeze(-2)
         weighted_error = norm_upper((root.unsqueeze(-1) * error * root.unsqueeze(-2)).flatten(-2))
         own = largest_eigenvalue(weighted) + inflate(weighted_error, 8)
-        spread = ranges.radii[:, None, None] * own.sqrt() + _largest_mean(rest.square(), upper).sqrt()
+        spread = ranges.radii[:, None, None] * own.sqrt() + largest_mean(rest.square(), upper).sqrt()
         variance = inflate(torch.minimum(variance, spread.square()), 16)
         return _Movement(first, rest, upper, inflate(deviation, 4), variance.nan_to_num(nan=torch.inf))
 
@@ -209,7 +210,7 @@ class Softmax(Operation):
         off = part.error + gamma(flat.shape[1] + count + 16) * part.sizes
         lost = 2 * (weights @ (part.sizes * off).flatten())
         linear = ranges.radii * (largest_eigenvalue(gram) + inflate(lost, flat.shape[1] + 8)).sqrt()
-        rest = _largest_mean(moved.rest.square(), moved.upper).flatten(1).sum(1).sqrt()
+        rest = largest_mean(moved.rest.square(), moved.upper).flatten(1).sum(1).sqrt()
         return inflate((linear + rest).square(), flat.shape[1] + 16)
 
     # -- of functionals ---------------------------------------------------------------------------------------------
@@ -285,9 +286,9 @@ class Softmax(Operation):
     def _third(self, moved: _Movement, k: int, size: Tensor, apart: Tensor) -> Tensor:
         """1/6 of the bound on the third derivative, summed over rows: one number for each functional."""
         upper, deviation, variance = moved.upper[k], moved.deviation[k], moved.variance[k]
-        spread = torch.minimum(_largest_mean(apart, upper.unsqueeze(-2)), apart.amax(-1))  # V
+        spread = torch.minimum(largest_mean(apart, upper.unsqueeze(-2)), apart.amax(-1))  # V
         cube = torch.minimum((upper * deviation**3 * spread).sum(-1), spread.amax(-1) * deviation.amax(-1) * variance)
-        deviations = (_largest_mean(size.square(), upper) * variance).sqrt()
+        deviations = (largest_mean(size.square(), upper) * variance).sqrt()
         slope = torch.minimum((upper * deviation * spread).sum(-1), deviations)
         return inflate((cube + 3 * variance * slope) / 6, 2 * upper.shape[-1] + 32).sum((-2, -1))
 
@@ -295,19 +296,3 @@ class Softmax(Operation):
 def _sums(rows: Tensor) -> Tensor:
     """The sum of each row in every place of it."""
     return rows.sum(-1, keepdim=True).expand_as(rows)
-
-
-def _largest_mean(values: Tensor, caps: Tensor) -> Tensor:
-    """max of sum_l p_l x_l over 0 <= p <= caps, sum p = 1: the largest values first. Rounded up.
-
-    Args:
-        values: x >= 0.
-        caps: upper bounds of probabilities that sum to 1; broadcast against the values.
-    """
-    ordered, index = values.sort(-1, descending=True)
-    shape = torch.broadcast_shapes(caps.shape, values.shape)
-    ordered, caps = ordered.expand(shape), caps.expand(shape).gather(-1, index.expand(shape))
-    before = torch.cat([torch.zeros_like(caps[..., :1]), caps.cumsum(-1)[..., :-1]], -1)
-    length = values.shape[-1]
-    taken = torch.minimum(caps, (1 - before + 2 * gamma(length + 2)).clamp(min=0))
-    return inflate(torch.where(taken > 0, ordered * taken, 0.0).sum(-1), length + 8)

@@ -25,6 +25,7 @@ from lipbounds.derivatives.ball.suprema import (
     logit_gradient_moment,
     maps_on_ball,
     rounding_of_maps,
+    stacked_queries,
 )
 from lipbounds.derivatives.cache import cached_per_block, is_tracked
 from lipbounds.ops.spectral import root, spectral_norm_upper, vector_norm
@@ -97,11 +98,16 @@ class BallDerivatives:
             products = [self._om.joint(c) * self._sg.joint(1 / c) for c in self.centre.key_shares]
             parts["query_part"] = torch.minimum(*products).amax(-1)
         if self.block.memory_moves:
+            norms = self.maps.softmax_norm
             products = [
-                (rows.square().unsqueeze(-1) * reached).sum(-2).amax(-1)
+                root((rows.square().unsqueeze(-1) * reached).sum(-2).amax(-1))
                 for rows, reached in zip(self._value_rows, self._logit_gradient_moments, strict=True)
             ]
-            parts["key_part"] = root(torch.minimum(*products))
+            together = [
+                stacked_queries(self.centre.queries, self._query_radius, rows.unsqueeze(-2).square() * c * norms)
+                for rows, c in zip(self._value_rows, self.centre.query_shares, strict=True)
+            ]
+            parts["key_part"] = torch.stack(torch.broadcast_tensors(*products, *together)).amin(0)
         return {name: inflate(part, self._operations) for name, part in parts.items()}
 
     def _mixing(self) -> Tensor:

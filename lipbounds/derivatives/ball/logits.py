@@ -25,14 +25,18 @@ from lipbounds.targets.attention import Attention
 SIZE_SLACK = 1e-11  # relative, for the norms of single rows: pays for sums of up to 40 000 squares
 
 
-def theorem_3_on_ball(block: Attention, radius: float) -> tuple[Tensor, dict[str, Tensor]]:
+def theorem_3_on_ball(
+    block: Attention, radius: float, interval: SoftmaxInterval | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Bias-aware Theorem 3 of Yudin et al. 2025 with every factor bounded over the ball, and its parts; in float64.
 
     Args:
         block: in float64.
         radius: eps, Frobenius norm.
+        interval: of the maps over the ball; by default that of independent logits.
     """
-    interval = softmax_interval(block.logits, logit_radius(block, radius))
+    if interval is None:
+        interval = softmax_interval(block.logits, logit_radius(block, radius))
     norms = g_interval_upper(interval).amax(-1)
     values = value_norm(block)
     mixing = torch.zeros_like(norms)
@@ -73,13 +77,17 @@ def logit_radius(block: Attention, radius: float | Float[Tensor, "*#batch"]) -> 
         else:
             tokens = torch.arange(apart.shape[-1], device=apart.device)
             change = torch.where(block.queries_at.unsqueeze(-1) == tokens, together, apart)
-    rounded = abs(block.scale_value) * (change + eps * _size_error(block)) * (1 + SIZE_SLACK)
+    rounded = abs(block.scale_value) * (change + eps * size_error(block)) * (1 + SIZE_SLACK)
     shape = broadcast_shape((rounded.shape, block.logits.shape))
     return rounded.expand(shape) + logit_error(block).unsqueeze(-1)
 
 
-def _size_error(block: Attention) -> Float[Tensor, "*batch heads 1 1"]:
-    """Rounding of W_Q k_j and W_K q_i together: gamma times Frobenius norms of the factors, for the largest token."""
+def size_error(block: Attention) -> Float[Tensor, "*batch heads 1 1"]:
+    """Rounding of W_Q k_j and W_K q_i together: gamma times Frobenius norms of the factors, for the largest token.
+
+    Args:
+        block: in float64.
+    """
     operations = 2 * (max(block.w_q.shape[-2], block.w_k.shape[-2]) + block.w_q.shape[-1] + 4)
     error = torch.zeros_like(block.logits[..., :1, :1])
     for (tokens, weights), other in ((block.query_factors, block.w_k), (block.key_factors, block.w_q)):

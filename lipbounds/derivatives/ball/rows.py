@@ -130,8 +130,9 @@ def joint_norms(
 
 @dc.dataclass(frozen=True, slots=True)
 class Queries:
-    """u_hi = s W_K^h q_hi: norms and inner products between heads, the error of a row; ||G_h|| and ||G|| as in Rows."""
+    """u_hi = s W_K^h q_hi, norms and inner products between heads, the error of a row; ||G_h|| and ||G|| as in Rows."""
 
+    rows: Float[Tensor, "*#batch heads n dim"]
     inner: Float[Tensor, "*#batch n heads heads"]
     sizes: Float[Tensor, "*#batch heads n"]
     error: Float[Tensor, "*#batch heads"]
@@ -157,4 +158,4 @@ def query_rows(block: Attention) -> Queries:
     sizes = inflate(vector_norm(rows), rows.shape[-1] + 8)
     change = scale * product_norm_upper(block.w_q, block.w_k.mT)
     joint_change = torch.minimum(*joint_norms(scale * block.w_q, block.w_k.mT))
-    return Queries(beside @ beside.mT, sizes, error, slack, change, joint_change)
+    return Queries(rows, beside @ beside.mT, sizes, error, slack, change, joint_change)

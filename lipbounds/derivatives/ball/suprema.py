@@ -12,14 +12,16 @@ Symbols and proof: docs/derivatives.md, sections 1 and 6.
 from __future__ import annotations
 
 import dataclasses as dc
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lipbounds.derivatives.ball.logits import logit_radius
+from lipbounds.derivatives.ball.log_odds import maps_interval
 from lipbounds.derivatives.ball.rows import Queries, Rows
 from lipbounds.derivatives.rounding.logits import logit_error
+from lipbounds.ops.capped_mean import largest_mean, threshold
 from lipbounds.ops.eigen import eigen, largest_eigenvalue
 from lipbounds.ops.interval import SoftmaxInterval, g_interval_upper, softmax_interval, variance_interval_upper
 from lipbounds.ops.spectral import root, spectral_norm_upper, vector_norm
@@ -54,7 +56,7 @@ def maps_on_ball(block: Attention, radius: Float[Tensor, "*#batch"]) -> Maps:
         block: in float64, without rotary positions.
         radius: eps; more radii than batch items, in front, give a result each, here and below.
     """
-    interval = softmax_interval(block.logits, logit_radius(block, radius))
+    interval = maps_interval(block, radius)
     peaked = block.probabilities.amax(-1, keepdim=True) > PEAKED
     pairs = torch.where(peaked, 2 * variance_interval_upper(interval), interval.upper)
     return Maps(interval.upper, pairs, g_interval_upper(interval), _away(block, interval))
@@ -144,7 +146,7 @@ class RowDeviations:
         self._operations = 2 * sum(self._away.shape[-2:]) + 32
         self._error = (rows.error + radius.unsqueeze(-1) * rows.change_error).unsqueeze(-1)
         self._error = self._error + torch.zeros_like(maps.upper[..., 0])
-        self.plain = self._bound(maps.upper, self._error, None)
+        self.plain = self._bound(torch.ones_like(maps.upper), self._error, None)
 
     def move(
         self, logit_deviation: Float[Tensor, "*#batch heads n"], rounding: Float[Tensor, "*#batch heads n m"]
@@ -155,11 +157,12 @@ class RowDeviations:
             logit_deviation: bound on sqrt(Var_hi(S)) over the ball, S how far the logits move.
             rounding: of the maps at the centre.
         """
-        distance = inflate(vector_norm(self._away), self._operations)
         # The computed mean differs from that under the computed map, and that map's sum from 1.
         lost = 8 * gamma(self._operations) * self.rows.reduced.detach().norm(dim=-1).amax(-1)
         own = (self.radius.unsqueeze(-1) * self.rows.reduced_change + lost).unsqueeze(-1)
-        by_entries = (self.maps.away * distance).sum(-1)
+        distance = self._distance
+        # The mean lies among the rows where these count as in the ball, and c is their mean where they count as before.
+        by_entries = torch.minimum((self.maps.away * distance).sum(-1), largest_mean(distance, self.maps.upper))
         by_rate = (rounding * distance).sum(-1) + logit_deviation * self.plain.alone()
         self.shift = inflate(torch.minimum(by_entries, by_rate) + own, self._operations)
         self._error_of_mean = (2 + logit_deviation) * self._error
@@ -172,12 +175,30 @@ class RowDeviations:
         Args:
             factors: f >= 0.
         """
-        return self._bound(self.maps.upper * factors, self._error_of_mean, self.shift)
+        return self._bound(factors, self._error_of_mean, self.shift)
 
-    def _bound(self, weights: Tensor, error: Tensor, shift: Tensor | None) -> DeviationBound:
-        heads = inflate(spectral_norm_upper(root(weights).unsqueeze(-1) * self._away), self._operations)
-        largest, total = weights.amax(-1), inflate(weights.sum(-1), self._operations)
+    def _bound(self, factors: Tensor, error: Tensor, shift: Tensor | None) -> DeviationBound:
+        """The maps sum to 1: sum_j P'_j f_j <z_j, b>^2 <= mu + sum_j U_j f_j (1 - mu / (f_j |z_j|^2))_+ <z_j, b>^2."""
+        weights = self.maps.upper * factors
+        sizes = inflate(factors * self._distance.square(), 8)
+        whole = self._weighted(weights)
+        # As if all keys shared the directions of the norm alike: then this is the best mu.
+        energy = (self.maps.upper * sizes).detach().sum(-1, keepdim=True)
+        share = whole.detach().square().unsqueeze(-1) / torch.where(energy > 0, energy, 1.0)
+        level = threshold(sizes, self.maps.upper * share).unsqueeze(-1)
+        kept = torch.where(sizes > level, 1 - level / torch.where(sizes > level, sizes, 1.0), 0.0)
+        apart = root(level.squeeze(-1) + self._weighted(weights * inflate(kept, 8)).square())
+        heads = inflate(torch.minimum(whole, apart), self._operations)
+        largest, total = weights.amax(-1), largest_mean(factors.expand(weights.shape), self.maps.upper)
         return DeviationBound(self.rows, self.radius, heads, largest, total, error, shift)
+
+    @cached_property
+    def _distance(self) -> Float[Tensor, "*#batch heads n m"]:
+        """Of each row from the mean."""
+        return inflate(vector_norm(self._away), self._operations)
+
+    def _weighted(self, weights: Tensor) -> Tensor:
+        return spectral_norm_upper(root(weights).unsqueeze(-1) * self._away)
 
 
 def head_sizes(block: Attention, rows: Rows) -> Float[Tensor, "*#batch heads n"]:
@@ -230,6 +251,23 @@ def logit_gradient_moment(
     lost = root((weights * queries.error.square()[..., None, None]).sum(-3))
     moved = (radius * queries.joint_change)[..., None, None] * root(weights.amax(-3))
     return inflate((root(square) + moved + lost).square(), 2 * heads + 32)
+
+
+def stacked_queries(
+    queries: Queries, radius: Float[Tensor, "*#batch"], weights: Float[Tensor, "*#batch heads n"]
+) -> Float[Tensor, "*#batch"]:
+    """Upper bound of sup over unit y of sqrt(sum_hi t_hi <u'_hi, y>^2) over the ball.
+
+    Args:
+        queries: of the block.
+        radius: of the ball, 0 where the queries do not move.
+        weights: t >= 0.
+    """
+    rows = root(weights).unsqueeze(-1) * queries.rows
+    moved = radius * queries.joint_change * root(weights.amax((-2, -1)))
+    lost = root((weights * queries.error.square().unsqueeze(-1)).sum((-2, -1)))
+    operations = rows.shape[-3:-1].numel() + 32
+    return inflate(spectral_norm_upper(rows.flatten(-3, -2)) + moved + lost, operations)
 
 
 def _largest_eigenvalue(gram: Float[Tensor, "*#batch size size"]) -> Float[Tensor, "*#batch"]:
