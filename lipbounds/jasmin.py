@@ -263,8 +263,8 @@ class JaSMin(TorchFunctionMode):
     ) -> None:
         del value, dropout_p
         mask = None if attn_mask is None else additive(attn_mask, _wide(query.dtype))
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
-        self._take(query, key, scale, mask, causal=is_causal, grouped=enable_gqa)
+        factor = query.shape[-1] ** -0.5 if scale is None else scale
+        self._take(query, key, factor, mask, causal=is_causal, grouped=enable_gqa)
 
     @_uncompiled
     def _multi_head(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses as dc
 import gzip
 import json
 import re
@@ -37,6 +38,9 @@ def written(folder: Path) -> tuple[str, list[dict[str, Any]]]:
 
 def test_a_step_of_each_kind_runs_on_a_device_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("pretend:0")
+    size = dc.replace(robust.QUICK, epochs=1, train=64, attacked=12)
+    monkeypatch.setattr(robust, "QUICK", size)
+    monkeypatch.setattr(robust, "autoattack", lambda model, images, *_, seed: images)  # thousands of small steps
     every = measurements(device, quick=True)
     parts = ["checks", "speed", "long maps", "tightness", "robust training"]
     assert [*dict.fromkeys(step.part for step in every)] == parts
@@ -59,6 +63,8 @@ def test_a_step_of_each_kind_runs_on_a_device_of_its_own(tmp_path: Path, monkeyp
     assert not any("error" in line for line in lines)
     assert lines[0]["passed"]
     assert lines[1]["passed"]
+    assert lines[-1]["clean"] >= lines[-1]["pgd"] == lines[-1]["autoattack"]
+    assert lines[-1]["clean"] > 0  # there was something to attack
     assert lines[2]["skipped"].startswith("the kernel needs CUDA, got pretend")
     assert all(step.name.partition(", seed")[0] in text for step in some)  # seeds share a row
     assert "small sizes" in text

@@ -21,7 +21,6 @@ LONG = 512  # keys
 CAPABILITY = (8, 0)  # of tensor cores that take bfloat16
 
 
-@torch.compiler.disable
 def kernel_takes(queries: Tensor, keys: Tensor, k: int, mask: Tensor | None, *, causal: bool) -> bool:
     """Whether `kernel_scores` can be asked.
 
@@ -71,7 +70,6 @@ def available(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= CAPABILITY
 
 
-@torch.compiler.disable
 def kernel_scores(
     queries: Tensor, keys: Tensor, scale: float, k: int, mask: Tensor | None, *, causal: bool
 ) -> tuple[Float[Tensor, "*batch heads n"], Bool[Tensor, "*batch heads n"]]:

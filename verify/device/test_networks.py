@@ -34,8 +34,9 @@ from verify.unit.test_certify import classifier
 
 pytestmark = pytest.mark.usefixtures("as_a_user_runs_it")
 X = draw(2, 3, 4)
-BLOCK = BLOCKS["biases"]
-assert isinstance(BLOCK, Attention)
+_FOUND = BLOCKS["biases"]
+assert isinstance(_FOUND, Attention)
+BLOCK: Attention = _FOUND
 
 
 def network(**options: Any) -> Sequence:

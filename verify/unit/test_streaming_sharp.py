@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -57,7 +59,7 @@ def test_covariances_are_those_of_the_stored_map(name: str, monkeypatch: pytest.
     keys = through(centred.rows, centred.error, block.weight_norms.factors("w_q"))
     assert isinstance(parts.grams, GramMatrices)
     found = StreamedCovariances(block, parts.grams.values, 2)
-    close = {"rtol": 1e-4, "atol": 1e-5}
+    close: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
     torch.testing.assert_close(found.cross(keys), parts.grams.cross(keys), **close)
     torch.testing.assert_close(found.largest_variance(), parts.grams.largest_variance(), **close)
     vector = torch.nn.functional.normalize(torch.ones_like(block.source_input[..., 0]), dim=-1)
