@@ -64,7 +64,7 @@ class Size:
 
 
 # Trained just enough that some images are right, so that every attack runs.
-QUICK = Size(seeds=(0,), settings=("none", "jasmin"), epochs=6, batch=32, train=1000, attacked=4, dim=16, depth=1)
+QUICK = Size(seeds=(0,), settings=("none", "jasmin"), epochs=10, batch=32, train=1000, attacked=4, dim=64, depth=1)
 
 
 @dc.dataclass(frozen=True, eq=False, kw_only=True)
