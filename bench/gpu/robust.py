@@ -63,7 +63,7 @@ class Size:
     depth: int = 4
 
 
-# Trained just enough that some images are right, so that every attack runs.
+# Trained enough that some images are right, and there is something to attack.
 QUICK = Size(seeds=(0,), settings=("none", "jasmin"), epochs=10, batch=32, train=1000, attacked=4, dim=64, depth=1)
 
 

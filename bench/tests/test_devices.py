@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.attacks.smallest import Effort
+from bench.attacks.ways import STANDARD
 from bench.attention import measures
 from bench.attention import task as attention
 from bench.balls import task as balls
@@ -151,8 +152,7 @@ def cases() -> Case:
 
 
 def test_robustness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pyautoattack = pytest.importorskip("pyautoattack")
-    monkeypatch.setattr(pyautoattack.AutoAttack, "_set_version", short)
+    shorten(monkeypatch)
     monkeypatch.setitem(robustness_measures.LANCZOS, "steps", 20)
     monkeypatch.setattr(robustness_measures, "BOUNDS", ("yudin2025.biased",))
     monkeypatch.setattr(attacked, "PGD_STEPS", 2)
@@ -165,8 +165,7 @@ def test_robustness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_classifier_that_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pyautoattack = pytest.importorskip("pyautoattack")
-    monkeypatch.setattr(pyautoattack.AutoAttack, "_set_version", short)
+    shorten(monkeypatch)
     monkeypatch.setattr(attacked, "PGD_STEPS", 2)
     test, profile = few_digits().test, classifier_task.Profile(images=2, batch=2, blocks=0, eps={"l_inf": (0.02,)})
     given = LabelledFolder(
@@ -175,15 +174,21 @@ def test_a_classifier_that_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     def run(store: Store, device: torch.device) -> None:
         found = LoadedClassifier(name="digits", module=FromPixels(load_digits_vit(), None), image=None, classes={})
-        classifier_task.run(store, found, given, profile, device=device)
+        classifier_task.run(store, found, given, profile, way=STANDARD, device=device)
 
     assert_same(*on_both(tmp_path, run))
 
 
-def short(attacker: Any, version: str) -> None:
-    """One of the four attacks, with few steps."""
-    assert version == "standard"
-    attacker.attacks_to_run, attacker.apgd.n_iter, attacker.apgd.n_restarts = ["apgd-ce"], 5, 1
+def shorten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AutoAttack is one of its four attacks, with few steps."""
+    attack = pytest.importorskip("pyautoattack").AutoAttack
+    whole = attack.run_standard_evaluation
+
+    def short(attacker: Any, *arguments: Any, **options: Any) -> Any:
+        attacker.attacks_to_run, attacker.apgd.n_iter, attacker.apgd.n_restarts = ["apgd-ce"], 5, 1
+        return whole(attacker, *arguments, **options)
+
+    monkeypatch.setattr(attack, "run_standard_evaluation", short)
 
 
 def few_digits() -> DigitsSplit:
