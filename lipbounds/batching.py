@@ -41,7 +41,7 @@ def bound_all(
 
     Raises:
         InvalidInput: as `spec` raises it.
-        UnsupportedAttention: as `spec` raises it, for the first block that it makes no promise for.
+        UnsupportedAttention: as `spec` raises it, for the first block that it does not cover.
     """
     groups: dict[Any, list[int]] = {}
     for place, block in enumerate(blocks):

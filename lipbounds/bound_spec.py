@@ -29,7 +29,7 @@ Role = Literal["bound", "estimator"]
 Status = Literal["standing", "refuted"]
 Terms = dict[str, Tensor]
 EXACT_ARITHMETIC = "arithmetic of the network taken as exact"
-NO_PROMISE = "makes no promise for a block with"  # in the error for features that a bound does not support
+NOT_COVERED = "does not cover a block with"  # in the error for features that a bound does not support
 COLUMNS = ("name", "target", "kind", "scope", "norm", "supports", "source")
 
 
@@ -86,7 +86,7 @@ class BoundSpec:
         return self.claim.scope in ("ball", "change", "compact")
 
     def missing_features(self, block: Target | Network) -> list[Feature]:
-        """The features of `block` that this bound makes no promise for."""
+        """The features of `block` that this bound does not cover."""
         return sorted(block.features - self.supports)
 
     @overload
@@ -114,7 +114,7 @@ class BoundSpec:
         Raises:
             InvalidInput: `radius` missing, superfluous, negative or not finite; an option the method does not have;
                 tokens or weights of an `Attention` too large or too small for a bound in float64.
-            UnsupportedAttention: the block has a feature the bound makes no promise for.
+            UnsupportedAttention: the block has a feature that the bound does not cover.
         """
         if isinstance(block, Sequence) and not isinstance(block, str):
             return [self(one, radius, grad=grad, **options) for one in block]
@@ -187,7 +187,7 @@ class BoundSpec:
         if missing:
             described = "; ".join(f"{feature} ({FEATURES[feature]})" for feature in missing)
             raise UnsupportedAttention(
-                f"{self.name} {NO_PROMISE} {described}; "
+                f"{self.name} {NOT_COVERED} {described}; "
                 "lipbounds.select(block=block) lists the bounds that hold for it."
             )
         if self.role == "bound" and isinstance(block, Attention):

@@ -16,7 +16,7 @@ class Unsupported(LipboundsError, NotImplementedError):
 
 
 class UnsupportedAttention(Unsupported):
-    """A bound was asked about an attention block with a feature it makes no promise for."""
+    """A bound was asked about an attention block with a feature that it does not cover."""
 
 
 class UnknownBound(LipboundsError, KeyError):

@@ -12,7 +12,7 @@ from typing import get_args
 
 from torch import Tensor
 
-from lipbounds.bound_spec import NO_PROMISE as NO_PROMISE
+from lipbounds.bound_spec import NOT_COVERED as NOT_COVERED
 from lipbounds.bound_spec import BoundSpec as BoundSpec
 from lipbounds.bound_spec import BoundTable, Captured, Role, Status, block_in
 from lipbounds.bound_spec import Terms as Terms

@@ -12,11 +12,13 @@ import json
 from functools import cached_property
 from typing import Any, Literal
 
+from lipbounds.bound_spec import NOT_COVERED
 from lipbounds.errors import LipboundsError
 from lipbounds.files import without_infinities as without_infinities
 
 
 SCHEMA_VERSION = 2
+UNCOVERED_IN_OLD_RECORDS = "makes no promise for a block with"  # what version 0.1 said
 KEY_LENGTH = 16  # hexadecimal digits: 64 bits, far from collisions at any number of records here
 Status = Literal["ok", "failed", "timeout", "unsupported"]
 
@@ -148,6 +150,8 @@ class Record:
                 for name in ("terms", "details")
             }
             fields: dict[str, Any] = {**answer, **numbers, **parts}
+            if "error" in answer:
+                fields["error"] = answer["error"].replace(UNCOVERED_IN_OLD_RECORDS, NOT_COVERED)
             record = cls(question=Question(**asked), environment=environment, **fields)
             record._check_types()
         except (TypeError, ValueError, AttributeError, OverflowError) as error:

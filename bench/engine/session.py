@@ -14,7 +14,7 @@ from bench.engine.schedule import Chain, PendingQuestion, RunningChain, chains_a
 from bench.engine.store import Store
 from bench.engine.succession import following
 from bench.workloads.case import Case
-from lipbounds.registry import NO_PROMISE, BoundSpec
+from lipbounds.registry import NOT_COVERED, BoundSpec
 
 
 @dc.dataclass
@@ -122,7 +122,7 @@ class Session:
 
 def _now_supported(known: Record, spec: BoundSpec, case: Case) -> bool:
     """Whether a block was refused for a feature that the bound has come to support since."""
-    return known.status == "unsupported" and NO_PROMISE in known.error and case.features <= spec.supports
+    return known.status == "unsupported" and NOT_COVERED in known.error and case.features <= spec.supports
 
 
 def declaration(spec: BoundSpec) -> dict[str, Any]:

@@ -58,7 +58,7 @@ class Comparison:
     Args:
         model: its name.
         rows: all numbers.
-        refused: the bounds that make no promise for one of the blocks, with the reason.
+        refused: the bounds that do not cover one of the blocks, with the reason.
     """
 
     model: str

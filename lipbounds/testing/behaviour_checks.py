@@ -20,7 +20,7 @@ GROWTH = (0.0, 1e-3, 0.25, 1.0, 1.5, 8.0)
 
 
 def unsupported(spec: BoundSpec, block: Attention, radius: float | None = None, seed: int = 0) -> None:
-    """A block with a feature the bound makes no promise for raises UnsupportedAttention."""
+    """A block with a feature that the bound does not cover raises UnsupportedAttention."""
     missing = spec.missing_features(block)
     if not missing:
         return

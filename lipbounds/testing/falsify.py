@@ -68,7 +68,7 @@ def falsify(
 
     Raises:
         InvalidInput: a bound of another kind or scope; `some_queries` among the features.
-        UnsupportedAttention: the bound makes no promise for the features.
+        UnsupportedAttention: the bound does not cover the features.
     """
     wanted = frozenset(features)
     if "some_queries" in wanted:
@@ -113,7 +113,7 @@ def attack(
 
     Raises:
         InvalidInput: a bound of another kind or scope; starts or steps below 1.
-        UnsupportedAttention: the bound makes no promise for the setting's features.
+        UnsupportedAttention: the bound does not cover the setting's features.
     """
     _check(spec, setting, starts, steps)
     setting = dc.replace(setting, compact=spec.claim.scope == "compact")
@@ -199,7 +199,7 @@ def _check(spec: BoundSpec, setting: Setting, starts: int, steps: int) -> None:
         raise InvalidInput(f"need at least one start and one step, got {starts=} and {steps=}.")
     missing = sorted(setting.features - spec.supports)
     if missing:
-        raise UnsupportedAttention(f"{spec.name} makes no promise for {missing}; choose features from its `supports`.")
+        raise UnsupportedAttention(f"{spec.name} does not cover {missing}; choose features from its `supports`.")
 
 
 def _confirm(claims: Claims, candidates: list[Parameters]) -> Falsification:

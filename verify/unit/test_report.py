@@ -263,12 +263,12 @@ def test_bounds_radii_and_layers_are_those_asked_for() -> None:
     assert [(number.method, number.radius) for number in layer.balls] == [("yudin2025_ball.biased", 0.5)]
 
 
-def test_a_bound_that_makes_no_promise_is_left_out_and_named() -> None:
+def test_a_bound_that_does_not_cover_a_block_is_left_out_and_named() -> None:
     report = measure(tiny_model(), tiny_input(), bounds=["yudin2025.theorem3"], radii=[], layers=[0])
     layer = report.inputs[0].layers[0]
     assert layer.proved == ()
     (note,) = layer.notes
-    assert note.startswith("yudin2025.theorem3 makes no promise for a block with biases")
+    assert note.startswith("yudin2025.theorem3 does not cover a block with biases")
     assert layer.constant is not None
     assert "is the most fragile" in summary(report.inputs[0])
 

@@ -110,7 +110,7 @@ def test_a_bound_that_is_refused_is_said_on_stderr(tmp_path: Path, capsys: pytes
     data = ["--data", str(tmp_path / "x.pt"), "--output", str(tmp_path / "r.html")]
     only = ["--bounds", "yudin2025.theorem3", "--layers", "0", "--eps", "0.5"]
     assert command("verify.unit.reported:tiny_model", *data, *only) == 0
-    assert "Layer 0: yudin2025.theorem3 makes no promise for a block with biases" in capsys.readouterr().err
+    assert "Layer 0: yudin2025.theorem3 does not cover a block with biases" in capsys.readouterr().err
 
 
 def test_token_ids_need_no_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
