@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 from matplotlib import rcParams
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
@@ -40,19 +39,20 @@ def save(canvas: Figure, folder: Path, name: str) -> list[Path]:
         name: without ending.
     """
     paths = [folder / f"{name}.{ending}" for ending in ("png", "svg")]
+    box = _tight(canvas)
     for path in paths:
         content = BytesIO()
         metadata = {"Date": None} if path.suffix == ".svg" else None
         svg = path.suffix == ".svg"
-        canvas.savefig(content, format=path.suffix[1:], bbox_inches=_tight(canvas, svg), metadata=metadata)
+        canvas.savefig(content, format=path.suffix[1:], bbox_inches=box, metadata=metadata)
         write_atomically(path, _renumbered(content.getvalue().decode()).encode() if svg else content.getvalue())
     return paths
 
 
-def _tight(canvas: Figure, svg: bool) -> Bbox:
-    """What `bbox_inches="tight"` stands for, rounded outwards, without drawing the figure once more to find it."""
+def _tight(canvas: Figure) -> Bbox:
+    """What `bbox_inches="tight"` stands for, rounded outwards: measured once, for both files, without drawing."""
     shown, dpi = canvas.canvas, canvas.dpi
-    (FigureCanvasSVG if svg else FigureCanvasAgg)(canvas)
+    FigureCanvasAgg(canvas)
     try:
         box = canvas.get_tightbbox().padded(rcParams["savefig.pad_inches"])
         return Bbox(np.stack([np.floor(box.min * ROUND), np.ceil(box.max * ROUND)]) / ROUND)
