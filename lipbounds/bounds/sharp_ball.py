@@ -62,11 +62,7 @@ TOTAL = "total"
 )
 def direct(block: Attention, radius: float) -> tuple[Tensor, Terms]:
     """Mixing, query and key part of all heads jointly, each bounded over the ball."""
-
-    def parts(wide: Attention, eps: float) -> Parts:
-        return BallDerivatives(centre_of(wide), eps).first()
-
-    return _sum_of(block, radius, parts)
+    return _sum_of(block, radius, lambda wide, eps: BallDerivatives(centre_of(wide), eps).first())
 
 
 @bound(
@@ -88,12 +84,7 @@ def deviation(block: Attention, radius: float, *, dense: int = DENSE, gram: bool
         dense: number of entries up to which the Jacobian of a batch item is formed for its norm at the centre.
         gram: whether that norm may come from Gram blocks, too, which takes as long as `sharp`.
     """
-
-    def parts(wide: Attention, eps: float) -> Parts:
-        balls = _Balls(wide, eps, SECOND_WORK)
-        return _deviation(balls, _centre_norm(balls, dense, gram=gram))
-
-    return _sum_of(block, radius, parts)
+    return _sum_of(block, radius, _from_centre(_deviation, dense, gram=gram))
 
 
 @bound(
@@ -114,12 +105,7 @@ def taylor(block: Attention, radius: float, *, dense: int = DENSE) -> tuple[Tens
         radius: of the ball.
         dense: number of entries up to which the Jacobian of a batch item is formed for its norm at the centre.
     """
-
-    def parts(wide: Attention, eps: float) -> Parts:
-        balls = _Balls(wide, eps, SECOND_WORK)
-        return _taylor(balls, _centre_norm(balls, dense))
-
-    return _sum_of(block, radius, parts)
+    return _sum_of(block, radius, _from_centre(_taylor, dense))
 
 
 @bound(
@@ -227,6 +213,16 @@ class _Balls:
         groups = self.groups if len(self.groups) == 1 else self.groups[1:]
         found = [terms(group) for group in groups]
         return {name: torch.cat([part[name] for part in found])[1 - self.radii.shape[0] :] for name in found[0]}
+
+
+def _from_centre(change: Callable[[_Balls, Tensor], Parts], dense: int, *, gram: bool = True) -> Compute:
+    """The norm at the centre and what a change over the balls adds to it."""
+
+    def parts(wide: Attention, eps: float) -> Parts:
+        balls = _Balls(wide, eps, SECOND_WORK)
+        return change(balls, _centre_norm(balls, dense, gram=gram))
+
+    return parts
 
 
 def _centre_norm(balls: _Balls, dense: int, *, gram: bool = True) -> Tensor:
