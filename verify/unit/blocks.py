@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 from lipbounds import Attention, get
 from lipbounds.testing import extended, oracles
 from lipbounds.testing._jacobian import jacobian_parts
+from lipbounds.testing.recipes import Recipe, build
 
 
 def random_block(
@@ -34,6 +36,46 @@ def random_block(
     if biases:
         drawn |= {"b_q": draw(heads, width), "b_k": draw(heads, width), "b_v": draw(heads, width), "b_o": draw(dim)}
     return Attention(**(drawn | fields))
+
+
+MEMORY = random_block(3, n=5).x
+# Arguments of `random_block`: one block of each kind that has neither rotary positions nor QK-norm.
+PLAIN: dict[str, dict[str, Any]] = {
+    "self": {},
+    "causal": {"causal": True},
+    "one head": {"heads": 1, "biases": False},
+    "three heads": {"heads": 3, "n": 5},
+    "one token": {"n": 1},
+    "query": {"memory": MEMORY, "moves": "query"},
+    "memory": {"memory": MEMORY, "moves": "memory"},
+}
+NAMED: dict[str, Any] = {"ids": lambda name: name.replace(" ", "-")}  # of parametrized tests
+
+
+def turned_block(moves: str = "self", **fields: Any) -> Attention:
+    """Two heads of width 5, grouped keys, biases, a mask where it may be causal; two pairs turned, a feature not."""
+    recipe: dict[str, Any] = {
+        "seed": 3, "n": 4, "m": None if moves == "self" else 3, "moves": moves, "dim": 3, "heads": 2, "groups": 1,
+        "head_dim": 5, "value_dim": 2, "out_dim": 4, "spread": 4.0, "rotary": "random",
+        "mask": "causal" if moves == "self" else "none", "biases": frozenset(("b_q", "b_k", "b_v", "b_o")),
+    }  # fmt: skip
+    return build(Recipe(**(recipe | fields)))
+
+
+def spectral(matrices: Tensor) -> Tensor:
+    """The spectral norm of each matrix."""
+    return torch.linalg.matrix_norm(matrices, 2)
+
+
+def error(computed: Tensor, exact: Any) -> Tensor:
+    """|computed - exact|, subtracted before it is rounded.
+
+    Args:
+        computed: floats.
+        exact: an array of decimals of that shape.
+    """
+    flat = [float(abs(Decimal(c) - e)) for c, e in zip(computed.flatten().tolist(), exact.reshape(-1), strict=True)]
+    return torch.tensor(flat, dtype=torch.float64).reshape(computed.shape)
 
 
 def true_norm(block: Attention) -> torch.Tensor:

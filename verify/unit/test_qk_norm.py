@@ -24,11 +24,11 @@ from lipbounds.targets.rotary import rotate
 from lipbounds.testing import extended, oracles
 from lipbounds.testing.contract import CHECKS
 from lipbounds.testing.falsify import Setting, attack, judge
-from lipbounds.testing.recipes import NORMS, Recipe, build
+from lipbounds.testing.recipes import NORMS
 from lipbounds.testing.relation_checks import rounding_room
 from lipbounds.testing.shrink import shrink
 from lipbounds.testing.snippet import snippet
-from verify.unit.blocks import check_batch_is_its_items, check_function
+from verify.unit.blocks import check_batch_is_its_items, check_function, error, turned_block
 from verify.unit.sample_bounds import spec
 
 
@@ -45,13 +45,8 @@ BIASES = frozenset(("b_q", "b_k", "b_v", "b_o"))
 
 
 def normed_block(moves: str = "self", over: str = "head", **fields: Any) -> Attention:
-    """Two heads of width 5, grouped keys, biases, two pairs turned, a mask where it may be causal."""
-    recipe: dict[str, Any] = {
-        "seed": 3, "n": 4, "m": None if moves == "self" else 3, "moves": moves, "dim": 3, "heads": 2, "groups": 1,
-        "head_dim": 5, "value_dim": 2, "out_dim": 4, "spread": 4.0, "rotary": "random", "norm": "near_ones",
-        "norm_over": over, "norm_eps": 0.01, "mask": "causal" if moves == "self" else "none", "biases": BIASES,
-    }  # fmt: skip
-    return build(Recipe(**(recipe | fields)))
+    """`turned_block` with QK-norm."""
+    return turned_block(moves, **({"norm": "near_ones", "norm_over": over, "norm_eps": 0.01} | fields))
 
 
 def by_torch(block: Attention, moving: Tensor) -> Tensor:
@@ -192,12 +187,6 @@ def test_a_norm_survives_a_short_dtype(dtype: torch.dtype, over: str) -> None:
     assert lipbounds.get("lanczos")(block).value.item() <= exact
     assert exact <= lipbounds.get("exact")(block).value.item() <= lipbounds.get("centred.products")(block).value.item()
     assert exact <= lipbounds.get("covariance.exact")(block).value.item()
-
-
-def error(computed: Tensor, exact: Any) -> Tensor:
-    """|computed - exact|, subtracted before it is rounded."""
-    flat = [float(abs(Decimal(c) - e)) for c, e in zip(computed.flatten().tolist(), exact.reshape(-1), strict=True)]
-    return torch.tensor(flat, dtype=torch.float64).reshape(computed.shape)
 
 
 def exact_rows(block: Attention, side: str) -> list[Any]:

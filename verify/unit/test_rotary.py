@@ -18,10 +18,10 @@ from lipbounds.derivatives.rounding.logits import logit_error
 from lipbounds.targets.rotary import rotate, rotate_back, rotation_norm
 from lipbounds.testing import extended, oracles
 from lipbounds.testing.falsify import judge
-from lipbounds.testing.recipes import ROTATIONS, Recipe, build
+from lipbounds.testing.recipes import ROTATIONS
 from lipbounds.testing.shrink import shrink
 from lipbounds.testing.snippet import snippet
-from verify.unit.blocks import check_batch_is_its_items, check_function
+from verify.unit.blocks import check_batch_is_its_items, check_function, error, turned_block
 from verify.unit.sample_bounds import spec
 
 
@@ -31,16 +31,6 @@ BOUNDS = ("centred.products", "centred.weights", "covariance.exact", "sharp", "s
 ESTIMATORS = {"exact", "lanczos", "lanczos_certificate", "lanczos_posterior", "power_iteration"}
 ON_BALLS = {"ascent_jacobians", "ascent_pairs", "clever", "random_jacobians", "random_pairs"}
 SUPPORTING = {*BOUNDS, *ESTIMATORS, *ON_BALLS, "yudin2025.biased", "yudin2025.biased_half", "yudin2025.biased_one"}
-
-
-def turned_block(moves: str = "self", **fields: Any) -> Attention:
-    """Two heads of width 5, grouped keys, biases, a mask where it may be causal; two pairs turned, a feature not."""
-    recipe: dict[str, Any] = {
-        "seed": 3, "n": 4, "m": None if moves == "self" else 3, "moves": moves, "dim": 3, "heads": 2, "groups": 1,
-        "head_dim": 5, "value_dim": 2, "out_dim": 4, "spread": 4.0, "rotary": "random",
-        "mask": "causal" if moves == "self" else "none", "biases": frozenset(("b_q", "b_k", "b_v", "b_o")),
-    }  # fmt: skip
-    return build(Recipe(**(recipe | fields)))
 
 
 def angles_of(positions: Tensor, pairs: int) -> Tensor:
@@ -148,12 +138,6 @@ def test_the_norm_of_a_rotation_is_that_of_its_floats() -> None:
     assert largest > 1 + 1e-4
     found = rotation_norm(rotation, torch.ones(1).double()).item()
     assert largest.item() * (1 - 1e-15) <= found <= largest.item() * (1 + 1e-14)
-
-
-def error(computed: Tensor, exact: Any) -> Tensor:
-    """|computed - exact|, subtracted before it is rounded."""
-    flat = [float(abs(Decimal(c) - e)) for c, e in zip(computed.flatten().tolist(), exact.reshape(-1), strict=True)]
-    return torch.tensor(flat, dtype=torch.float64).reshape(computed.shape)
 
 
 @pytest.mark.parametrize("size", [1.0, 1e3, 1e5])

@@ -16,20 +16,10 @@ from lipbounds.derivatives.first.gram_norm import gram_norm
 from lipbounds.derivatives.first.rows import jacobian_rows
 from lipbounds.ops.schatten import schatten_norm_upper
 from lipbounds.rounding import inflate
-from verify.unit.blocks import random_block, true_norm
+from verify.unit.blocks import MEMORY, NAMED, PLAIN, random_block, spectral, true_norm
 
 
 NAMES = ["sharp", "sharp_fast"]
-MEMORY = random_block(3, n=5).x
-PLAIN: dict[str, dict[str, Any]] = {
-    "self": {},
-    "causal": {"causal": True},
-    "one head": {"heads": 1, "biases": False},
-    "three heads": {"heads": 3, "n": 5},
-    "one token": {"n": 1},
-    "query": {"memory": MEMORY, "moves": "query"},
-    "memory": {"memory": MEMORY, "moves": "memory"},
-}
 
 
 def turns(tokens: int) -> torch.Tensor:
@@ -55,7 +45,6 @@ PULLED: dict[str, dict[str, Any]] = {
     "normed together memory": {**PLAIN["memory"], **normed("all_heads")},
 }
 CASES = PLAIN | PULLED
-NAMED: dict[str, Any] = {"ids": lambda name: name.replace(" ", "-")}
 IDS: dict[str, Any] = {"argvalues": CASES, **NAMED}
 
 
@@ -66,10 +55,6 @@ def block_jacobian(block: Attention) -> torch.Tensor:
 
 def dense(blocks: torch.Tensor) -> torch.Tensor:
     return blocks.flatten(2).flatten(0, 1)
-
-
-def spectral(matrix: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.matrix_norm(matrix, 2)
 
 
 def three_parts(block: Attention) -> dict[str, torch.Tensor]:

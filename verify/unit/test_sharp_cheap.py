@@ -16,37 +16,23 @@ from lipbounds.derivatives.first.overlap_parts import OverlapParts
 from lipbounds.derivatives.first.split_mixing import split_mixing
 from lipbounds.ops.mixture import mixture_norm_upper
 from lipbounds.targets.head_factors import head_factors
-from verify.unit.blocks import random_block, true_norm
+from verify.unit.blocks import NAMED, PLAIN, random_block, spectral, true_norm
 
 
-MEMORY = random_block(3, n=5).x
-CASES: dict[str, dict[str, Any]] = {
-    "self": {},
-    "causal": {"causal": True},
-    "one head": {"heads": 1, "biases": False},
-    "three heads": {"heads": 3, "n": 5},
-    "one token": {"n": 1},
-    "query": {"memory": MEMORY, "moves": "query"},
-    "memory": {"memory": MEMORY, "moves": "memory"},
-}
-IDS = {"argvalues": CASES, "ids": lambda name: name.replace(" ", "-")}
-
-
-def spectral(matrices: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.matrix_norm(matrices, 2)
+IDS: dict[str, Any] = {"argvalues": PLAIN, **NAMED}
 
 
 @pytest.mark.parametrize("case", **IDS)
 @pytest.mark.parametrize("gain", [0.0, 0.01, 1.0, 30.0])
 def test_above_the_truth(case: str, gain: float) -> None:
-    block = random_block(11, **CASES[case])
+    block = random_block(11, **PLAIN[case])
     block = block.replace(w_q=gain * block.w_q)
     assert lipbounds.get("sharp_cheap")(block).value >= true_norm(block) * (1 - 1e-12)
 
 
 @pytest.mark.parametrize("case", **IDS)
 def test_the_mixing_part_is_above_its_norm(case: str) -> None:
-    block = random_block(12, **CASES[case])
+    block = random_block(12, **PLAIN[case])
     dense = torch.einsum("hij,hba->iajb", block.probabilities, block.w_v @ block.w_o).flatten(2).flatten(0, 1)
     found = split_mixing(block, block.weight_norms)
     assert spectral(dense) * (1 - 1e-12) <= found.norm <= 3 * spectral(dense)
@@ -57,7 +43,7 @@ def test_the_mixing_part_is_above_its_norm(case: str) -> None:
 
 @pytest.mark.parametrize("case", **IDS)
 def test_gram_matrices_give_the_norms_of_covariances(case: str) -> None:
-    block = random_block(13, **CASES[case])
+    block = random_block(13, **PLAIN[case])
     norms = block.weight_norms
     values = through(*_rows(centred_projection(block.source_input, block.w_v)), norms.factors("w_o"))
     keys = through(*_rows(centred_keys(block)), norms.factors("w_q"))
@@ -76,9 +62,9 @@ def test_gram_matrices_give_the_norms_of_covariances(case: str) -> None:
     assert (largest <= torch.linalg.matrix_norm(own) * (1 + 1e-4) + 1e-4).all()
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case not in ("query", "memory")])
+@pytest.mark.parametrize("case", [case for case in PLAIN if case not in ("query", "memory")])
 def test_heads_jointly_are_the_dense_norms(case: str) -> None:
-    block = random_block(17, **CASES[case])
+    block = random_block(17, **PLAIN[case])
     parts, maps = OverlapParts(block), block.probabilities
     jacobians = torch.diag_embed(maps) - maps.unsqueeze(-1) * maps[..., None, :]
     through_output = (block.values @ block.w_o).mT.unsqueeze(-3) @ jacobians
@@ -166,7 +152,7 @@ def test_turned_and_normalised_blocks_are_bounded() -> None:
 @pytest.mark.parametrize("case", ["self", "causal", "query", "memory"])
 @pytest.mark.usefixtures("as_a_user_runs_it")  # a search: the other tests keep the shape checks
 def test_gradient(case: str) -> None:
-    block = random_block(14, **{"n": 3, **CASES[case]})
+    block = random_block(14, **{"n": 3, **PLAIN[case]})
     moving = block.moving_input.clone().requires_grad_()
     bound = lipbounds.get("sharp_cheap")
     assert torch.autograd.gradcheck(lambda x: bound(block.at(x), grad=True).value, moving, atol=1e-5)
