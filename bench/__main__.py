@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -128,6 +128,13 @@ def _parser() -> argparse.ArgumentParser:
         ]
         parser.add_argument(*flags, help=f"{what} ({', '.join(having)})", **settings)  # pyright: ignore[reportArgumentType]
 
+    _options_of_runs(add)
+    _options_of_yours(add)
+    return parser
+
+
+def _options_of_runs(add: Callable[..., None]) -> None:
+    """What a run does: how much, and where it computes and writes."""
     add("--quick", action="store_true", what="few inputs; pages go to DIR/quick, records to the same file")
     add("--full", action="store_true", what="more of everything, hours")
     add("--force", action="store_true", what="make again what is in the records")
@@ -141,6 +148,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--gpus-per-job", type=float, default=0.0, metavar="G", what="with --ray: evaluate on GPUs, G for each job")
     add("--jobs", type=_number_of_jobs, default=1, metavar="N", what="models at a time, each in a process")
     add("--time-limit", type=_seconds, default=120.0, metavar="S", what="seconds for one evaluation")
+
+
+def _options_of_yours(add: Callable[..., None]) -> None:
+    """What is measured beside the benchmark's own models, bounds and data, and the options of single tasks."""
     add(
         "--model", action="append", metavar="NAME",
         what="a model of yours: a Hugging Face folder or name, package.module:attribute, a bundled name; repeatable",
@@ -186,7 +197,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--count", type=int, metavar="N", what="of images, a sample; by default 200, with --quick 4")
     add("--check", action="store_true", what="exit with 1 if the README is stale, write nothing")
     add("--readme", type=Path, default=ROOT / "README.md", metavar="PATH", what="the README")
-    return parser
 
 
 def _number_of_jobs(text: str) -> int:
