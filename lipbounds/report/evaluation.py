@@ -26,6 +26,7 @@ STEPS = 60  # of Lanczos at most; its vectors for all heads treated at once stay
 KRYLOV_ENTRIES = 2**25
 WITHIN = 1.02  # of its Ritz value, where a probable bound is good enough
 LOWER_STEPS = 30
+DEVIATION_ENTRIES = 2**22  # of logits times the width of a head: above, `sharp_ball.deviation` takes ten seconds
 MAX_TOKENS = 256  # each of which is an iteration of its own
 
 
@@ -125,16 +126,8 @@ def costly_stages(plan: Plan, *, sharp: bool = True, sharp_ball: bool = True) ->
         sharp_ball: whether `sharp_ball` is.
     """
     at_point = [Stage(name="sharp", share=2.0)] if plan.sharp and sharp else []
-    balls = (
-        Stage(
-            name=f"ball {radius:g}",
-            share=1.0,
-            radius=radius,
-            sharp=sharp and plan.sharp,
-            sharp_ball=sharp_ball and plan.sharp_ball,
-        )
-        for radius in plan.radii
-    )
+    known = {"sharp": sharp and plan.sharp, "sharp_ball": sharp_ball and plan.sharp_ball}
+    balls = (Stage(name=f"ball {radius:g}", share=1.0, radius=radius, **known) for radius in plan.radii)
     return [*at_point, *balls]
 
 
@@ -227,7 +220,12 @@ def _ball(block: Attention, stage: Stage, plan: Plan, notes: list[str]) -> Itera
     """Bounds on one ball."""
     for name in ("sharp_ball", *plan.on_ball) if stage.sharp_ball else plan.on_ball:
         options: dict[str, Any] = {"radius": stage.radius}
-        if name == "sharp_ball.deviation" and plan.sharp_ball:  # no one asked for it: its centre may not cost more
+        if name == "sharp_ball.deviation" and plan.sharp_ball:  # no one asked for it: it may not cost much
+            if block.logits.numel() * block.w_q.shape[-1] > DEVIATION_ENTRIES:
+                _note(
+                    notes, f"{name}: left out, it takes half a minute a layer of this size; --bounds {name} computes it"
+                )
+                continue
             options["gram"] = stage.sharp
         yield Numbers(balls=[values[0] for values in _evaluated([name], block, notes, **options)])
 

@@ -204,6 +204,10 @@ def test_sharp_is_left_out_and_named_where_it_takes_long(monkeypatch: pytest.Mon
         methods = [number.method for number in layer.proved]
         assert methods == [*evaluation.AT_POINT, "sharp"] if place == fragile else methods == [*evaluation.AT_POINT]
         assert [number.method for number in layer.balls] == [*evaluation.ON_BALL]
+    monkeypatch.setattr(evaluation, "DEVIATION_ENTRIES", 10)
+    (large,) = measure(tiny_model(), tiny_input(), radii=[0.5], layers=[1]).inputs
+    assert [number.method for number in large.layers[0].balls] == ["sharp_ball.direct", "yudin2025_ball.biased"]
+    assert any("--bounds sharp_ball.deviation computes it" in note for note in notes_of(large))
     at_point, on_ball = sorted(notes_of(run))[::-1]
     assert at_point.startswith(f"Layer {1 - fragile}: sharp, the tightest proved bound at a point, was left out: it")
     assert at_point.endswith("the most fragile first; --bounds sharp computes it.")
