@@ -47,6 +47,8 @@ def test_every_evaluation_keeps_its_numbers(migrated: Path) -> None:
     assert len(found) == len(old)
     for line, record in zip(old, found, strict=True):
         assert (record.question.bound, record.question.bound_version) == (line["bound"], line["bound_version"])
+        if line.get("error"):  # the wording of today
+            line["error"] = line["error"].replace("makes no promise for a block with", "does not cover a block with")
         as_written = record.to_dict()
         assert {name: as_written.get(name) for name in ANSWERS} == {name: line.get(name) for name in ANSWERS}
         assert store.environments[record.environment]["environment"]["cpu"]

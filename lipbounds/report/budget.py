@@ -53,7 +53,7 @@ def within_budget(layers: Sequence[LayerWork], plan: Plan) -> list[tuple[LayerWo
 
 
 def _work(name: str, layer: LayerWork) -> int:
-    """Operations of a costly bound; none where it makes no promise, which its stage then says."""
+    """Operations of a costly bound; none where it does not cover the block, which its stage then says."""
     return sum(WORK[name](item) for item in layer.items if not get(name).missing_features(item))
 
 

@@ -178,4 +178,4 @@ def test_numbers_of_a_page_must_be_right_but_for_their_last_digits(
 
 
 def test_the_how_tos_are_there() -> None:
-    assert [page.stem for page in HOWTOS] == ["certify", "compare", "report", "train", "verify"]
+    assert [page.stem for page in HOWTOS] == ["certify", "compare", "penalty", "report", "train", "verify"]

@@ -121,6 +121,15 @@ def test_a_ball_in_which_logits_move_far_is_for_float64() -> None:
 
 
 @pytest.mark.usefixtures("as_a_user_runs_it")
+def test_a_single_key_leaves_nothing_on_a_ball_but_rounding() -> None:
+    """What may be lost to underflow is no value: the map does not change."""
+    alone = wide(memory=draw(1, 300, seed=9), moves="query")
+    result = ON_BALL(alone, 0.2)
+    assert result.details["bits"].item() == 64
+    assert result.value.item() <= torch.finfo(torch.float32).smallest_normal  # rounded up
+
+
+@pytest.mark.usefixtures("as_a_user_runs_it")
 @pytest.mark.parametrize("name", ["self", "causal", "biased logits", "query moves", "batch", "small", "peaked"])
 def test_every_error_is_covered(name: str) -> None:
     block, exact = BLOCKS[name], BLOCKS[name].double

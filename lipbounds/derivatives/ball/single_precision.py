@@ -42,6 +42,7 @@ from lipbounds.targets.attention import Attention
 
 SMALLEST_LENGTH = 2.0**-60  # its square is a normal number of float32
 FARTHEST = 20.0  # of a logit: float64 takes over where it can move further
+VISIBLE = 2.0**12  # times what may be lost to underflow: float64 takes over where g_1 is less
 
 
 @torch.no_grad()
@@ -49,7 +50,7 @@ FARTHEST = 20.0  # of a logit: float64 takes over where it can move further
 def theorem_3_on_ball_in_single_precision(block: Attention, radius: float) -> Rounded:
     """`lipbounds.derivatives.ball.logits.theorem_3_on_ball`: with the rounding, and at least what it is without.
 
-    NaN or infinite where numbers leave float32, or logits can move by more than 20.
+    NaN or infinite where numbers leave float32, logits can move by more than 20, or rows stay one-hot up to underflow.
 
     Args:
         block: with `has_single_precision`; on the CPU.
@@ -159,15 +160,16 @@ def _over_interval(
     ends = (end.double().clamp(0, 1) for end in (largest[..., 0], second, least[..., 0], rest[..., 0]))
     # The lower end is too small by up to 2 (up - 1), and g_1 may be that times what is known of the rest.
     softmax = (g_of_ends(*ends).amax(-1) * ((1 + 4 * (up - 1)) * OWN_ROUNDING)).clamp(max=0.5)
+    softmax = torch.where(too_far | (softmax < VISIBLE * lost), torch.nan, softmax)
     if not block.memory_moves:
-        return torch.where(too_far, torch.nan, softmax), torch.zeros_like(softmax)
+        return softmax, torch.zeros_like(softmax)
     maps = weights / sums.unsqueeze(-1)
     away = torch.maximum(upper - maps, maps - lower).clamp_(min=0).add_(upper, alpha=16 * UNIT_SINGLE)
     from_centre = lengths(away).norm(dim=-1)
     centre = map_norm_upper(weights, sums, torch.zeros_like(sums, dtype=torch.float64)).upper
     by_columns = (upper.sum(-2).amax(-1).double() * (1 + 2 * gamma_single(rows + 4))).sqrt()
     norm = torch.minimum(from_centre + centre, by_columns) * OWN_ROUNDING
-    return torch.where(too_far, torch.nan, softmax), norm.clamp(max=rows**0.5 * OWN_ROUNDING)
+    return softmax, norm.clamp(max=rows**0.5 * OWN_ROUNDING)
 
 
 def _others(entries: Float[Tensor, "*batch m"]) -> Float[Tensor, "*batch m"]:
