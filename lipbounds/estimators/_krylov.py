@@ -17,9 +17,14 @@ from lipbounds.rounding import UNIT_ROUNDOFF
 class Symmetric(Protocol):
     """A batch of positive semidefinite operators on vectors of length `size`."""
 
-    size: int
-    batch_shape: torch.Size
-    device: torch.device
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def batch_shape(self) -> torch.Size: ...
+
+    @property
+    def device(self) -> torch.device: ...
 
     def gram(self, v: Tensor) -> Tensor: ...
 
