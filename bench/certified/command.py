@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from bench.certified import figure, instances, tables
 from bench.certified import task as certified
+from bench.certified.models import MNIST
 from bench.certified.radii import RADIUS_VERSION
 from bench.engine.answers import Shown
 from bench.engine.machine import describe
-from bench.engine.options import profile_of, progress_bar, write_page
+from bench.engine.options import QUICK, STANDARD, profile_of, progress_bar, write_page
 from bench.engine.store import Store
 from bench.engine.task import Showing, Task, Written
 from bench.engine.version_1 import Old
@@ -28,7 +30,24 @@ def measure(options: argparse.Namespace, store: Store) -> Showing:
     device, peer = device_named(options.device), options.deept
     with progress_bar(certified.pieces(profile, peer)) as advance:
         certified.run(store, profile, device=device, force=options.force, peer=peer, advance=advance)
-    return Showing(keys=store.asked)
+    kept = [] if peer is not None else of_the_folder(store, QUICK if options.quick else STANDARD)
+    return Showing(keys=[*store.asked, *kept])
+
+
+def of_the_folder(store: Store, page: str) -> list[str]:
+    """Keys of what a page shows of the model in the folder of `--deept`: a run without the folder leaves it there.
+
+    Args:
+        store: the records.
+        page: its name there.
+    """
+    shown = store.pages.get(page)
+    keys = [] if shown is None else [key for key in shown.keys if store.entries[key].flat.get("model") == MNIST]
+    if keys:
+        print(
+            f"{MNIST} is shown as it was measured before; give --deept DIR to measure what it lacks.", file=sys.stderr
+        )
+    return keys
 
 
 def pages(found: Shown, folder: Path) -> Written:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench.certified import instances, radii
+from bench.certified import command, instances, radii
 from bench.certified import tables as certified_tables
 from bench.certified import task as certified
 from bench.certified.figure import draw
@@ -195,3 +195,19 @@ def test_a_small_run_is_kept_and_shown(tmp_path: Path, monkeypatch: pytest.Monke
     by_method = {one["method"]: one["radius"] for one in data["models"]["lipschitz-vit"]["certificates"]}
     assert by_method["taylor"] > by_method["joint"] > by_method["product"] > 0
     assert certified.violations(data) == []
+
+
+def test_a_run_without_the_folder_leaves_its_model_on_the_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Store(tmp_path / "certified.jsonl") as store:
+        assert command.of_the_folder(store, "standard") == []
+        own, other = (
+            store.ask({"task": "certified", "model": name, "what": "published"}, dict)
+            for name in ("mnist-vit", "digits-vit")
+        )
+        store.show("standard", store.asked)
+        assert [store.entries[key].flat for key in command.of_the_folder(store, "standard")] == [own]
+        assert own != other
+        assert command.of_the_folder(store, "quick") == []
+    assert "mnist-vit is shown as it was measured before; give --deept DIR" in capsys.readouterr().err
