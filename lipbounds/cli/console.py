@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import traceback
 from contextlib import suppress
 from typing import Annotated, Any
 
@@ -27,7 +28,7 @@ remarks = Console(stderr=True)  # what --quiet leaves out
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
-# Packages that only an extra brings, with that extra.
+# Packages that only an extra brings, with that extra; of several, the one for what is not about models.
 EXTRAS = {
     "PIL": "models",
     "hypothesis": "verify",
@@ -38,6 +39,17 @@ EXTRAS = {
     "sklearn": "models",
     "transformers": "models",
 }
+
+
+def extra_of(error: ModuleNotFoundError) -> str:
+    """The extra that brings a missing package: that of the models where one of them asked for it.
+
+    Args:
+        error: as raised, for a package in `EXTRAS`.
+    """
+    asking = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return "models" if any(name.startswith("lipbounds.models.") for name in asking) else EXTRAS[str(error.name)]
+
 
 # Some versions of Typer have a copy of click inside, others import it: this is the class of the one in use.
 UsageError: Any = typer.BadParameter.__mro__[1]
@@ -61,7 +73,7 @@ class OneLineErrors(TyperGroup):
             if error.name not in EXTRAS:
                 raise
             status = USAGE
-            fail(f"this needs {error.name}, which is not installed; {install_advice(EXTRAS[error.name])}")
+            fail(f"this needs {error.name}, which is not installed; {install_advice(extra_of(error))}")
         except BrokenPipeError:  # the reader of stdout has seen enough, as `head` does
             status = OK
             _drop_output()

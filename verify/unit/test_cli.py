@@ -24,7 +24,7 @@ import lipbounds
 from lipbounds import cli, registry
 from lipbounds.cli import bench as bench_command
 from lipbounds.cli.app import app
-from lipbounds.cli.console import OneLineErrors
+from lipbounds.cli.console import OneLineErrors, extra_of
 from lipbounds.cli.options import Device, Dtype
 from lipbounds.errors import LipboundsError
 from lipbounds.testing import session
@@ -278,6 +278,15 @@ def test_bad_input_is_one_line_with_the_fix(arguments: str, message: str, tmp_pa
 def test_what_a_command_raises_is_one_line(error: Exception, message: str, verified: Any) -> None:
     verified(error)
     assert message in one_line_error("verify", "sharp")
+
+
+@pytest.mark.parametrize(
+    ("asking", "extra"), [("lipbounds.models.oops", "models"), ("lipbounds.testing.oops", "verify")]
+)
+def test_a_package_of_several_extras_comes_with_that_of_what_asked_for_it(asking: str, extra: str) -> None:
+    with pytest.raises(ModuleNotFoundError) as missing:
+        exec("raise ModuleNotFoundError('no', name='numpy')", {"__name__": asking})
+    assert extra_of(missing.value) == extra
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), ModuleNotFoundError("no", name="lipbounds.oops")])
