@@ -8,7 +8,6 @@ test images of MNIST (IDX files, `t10k-*.gz`) are in `mnist` inside the folder, 
 from __future__ import annotations
 
 import csv
-import gzip
 from pathlib import Path
 from statistics import mean, median
 
@@ -20,6 +19,7 @@ from bench.engine.store import Answer
 from lipbounds.adapters._modules import attention_layers, checked, linear
 from lipbounds.adapters.pixels import network_of_pixels
 from lipbounds.errors import InvalidInput
+from lipbounds.models.idx import has_idx_files, read_idx_folder
 from lipbounds.targets.layers import Layer, Linear, Patches, Pointwise, Pool, Positions, Residual, Sequence
 
 
@@ -171,14 +171,8 @@ def _centred(module: nn.Module) -> Linear:
 def _test_images(folder: Path) -> tuple[Tensor, Tensor]:
     """All test images of MNIST, in [0, 1], and their labels, from the IDX files."""
     places = (folder / "mnist", folder / ".." / ".." / "data" / "mnist")
-    found = next((place for place in places if (place / "t10k-images-idx3-ubyte.gz").is_file()), places[0])
-    values = []
-    for name, header in (("t10k-images-idx3-ubyte.gz", 16), ("t10k-labels-idx1-ubyte.gz", 8)):
-        _must_be(found / name)
-        values.append(
-            torch.frombuffer(bytearray(gzip.decompress((found / name).read_bytes())[header:]), dtype=torch.uint8)
-        )
-    return values[0].view(-1, 1, SIDE, SIDE).float() / 255, values[1].long()
+    images, labels, _ = read_idx_folder(next(filter(has_idx_files, places), places[0]))
+    return images.unsqueeze(1).float() / 255, labels
 
 
 def _must_be(path: Path) -> None:

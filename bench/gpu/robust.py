@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses as dc
-import gzip
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -28,13 +26,12 @@ from bench.robustness.settings import SETTINGS, Setting, recipe
 from lipbounds.errors import InvalidInput
 from lipbounds.models.digits_data import load_digits_split
 from lipbounds.models.digits_vit import CLASSES, Block
+from lipbounds.models.idx import Part, read_idx_folder
 from lipbounds.models.training import share_of_peak_rate
 
 
 EPS = 0.1
 PEAK_LEARNING_RATE = 1e-3
-FILES = {"train": "train-{}-ubyte.gz", "test": "t10k-{}-ubyte.gz"}
-HEADERS = {"images-idx3": 16, "labels-idx1": 8}
 CONSTANTS = 32  # test images at which the local constant is measured
 
 
@@ -88,38 +85,28 @@ def load(folder: Path | None) -> Data:
     """Fashion-MNIST from its four files, or the digits of scikit-learn.
 
     Args:
-        folder: with train-images-idx3-ubyte.gz and the three others; None for the digits.
+        folder: as `lipbounds.models.idx.read_idx_folder` reads it, both parts; None for the digits.
 
     Raises:
-        InvalidInput: a file is missing or is not what its name says.
+        InvalidInput: a file is missing or damaged, or holds other images.
     """
     if folder is None:
         split = load_digits_split()
         parts = ((part.images, part.labels) for part in (split.train, split.test))
         train, test = parts
         return Data(name="digits 8 x 8", train=train, test=test, patch=2)
-    train, test = (
-        tuple(_read(folder / pattern.format(kind), header) for kind, header in HEADERS.items())
-        for pattern in FILES.values()
-    )
-    for images, labels in (train, test):
-        if images.numel() != 28 * 28 * len(labels) or not 0 < int((labels < CLASSES).sum()) == len(labels):
-            raise InvalidInput(
-                f"data must hold images of 28 x 28 pixels with labels below {CLASSES}, got {images.numel()} pixels "
-                f"and {len(labels)} labels in '{folder}'."
-            )
-    train, test = ((images.reshape(-1, 1, 28, 28).float() / 255, labels.long()) for images, labels in (train, test))
+    train, test = (_images(folder, part) for part in get_args(Part))
     return Data(name="Fashion-MNIST", train=train, test=test, patch=4)
 
 
-def _read(path: Path, header: int) -> Tensor:
-    try:
-        content = gzip.decompress(path.read_bytes())
-    except (OSError, EOFError) as error:
+def _images(folder: Path, part: Part) -> tuple[Tensor, Tensor]:
+    images, labels, _ = read_idx_folder(folder, part)
+    if images.shape[1:] != (28, 28) or int(labels.max()) >= CLASSES:
         raise InvalidInput(
-            f"data must be a folder with the four files of Fashion-MNIST, got '{path}' ({error}); pass --data DIR."
-        ) from error
-    return torch.from_numpy(np.frombuffer(content, dtype=np.uint8, offset=min(header, len(content))).copy())
+            f"data must hold images of 28 x 28 pixels with labels below {CLASSES}, got {tuple(images.shape[1:])} "
+            f"pixels and labels up to {int(labels.max())} in '{folder}'."
+        )
+    return images.unsqueeze(1).float() / 255, labels
 
 
 class ImageViT(nn.Module):

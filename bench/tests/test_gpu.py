@@ -6,6 +6,7 @@ import dataclasses as dc
 import gzip
 import json
 import re
+import struct
 import time
 from pathlib import Path
 from typing import Any
@@ -132,11 +133,10 @@ def fashion(folder: Path, images: int) -> Path:
     """Files like those of Fashion-MNIST, with random pixels."""
     for part in ("train", "t10k"):
         pixels = torch.randint(256, (images, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-        for kind, header, values in (
-            ("images-idx3", 16, pixels.flatten().tolist()),
-            ("labels-idx1", 8, [number % 10 for number in range(images)]),
-        ):
-            (folder / f"{part}-{kind}-ubyte.gz").write_bytes(gzip.compress(bytes(header) + bytes(values)))
+        labels = torch.arange(images, dtype=torch.uint8) % 10
+        for kind, values in (("images-idx3", pixels), ("labels-idx1", labels)):
+            header = bytes([0, 0, 8, values.ndim]) + struct.pack(f">{values.ndim}I", *values.shape)
+            (folder / f"{part}-{kind}-ubyte.gz").write_bytes(gzip.compress(header + bytes(values.flatten().tolist())))
     return folder
 
 
@@ -147,11 +147,15 @@ def test_fashion_mnist_is_read_and_checked(tmp_path: Path) -> None:
     assert data.test[1].tolist() == [*range(10), *range(10)]
     model = robust.ImageViT(28, data.patch, 16, 1)
     assert model(data.train[0][:2]).shape == (2, 10)
-    (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(8 + 19)))
-    with pytest.raises(InvalidInput, match="28 x 28 pixels"):
+    labels = tmp_path / "t10k-labels-idx1-ubyte.gz"
+    labels.write_bytes(gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 20]) + bytes(19) + bytes([10])))
+    with pytest.raises(InvalidInput, match=r"labels below 10, got .* up to 10"):
+        robust.load(tmp_path)
+    labels.write_bytes(gzip.compress(bytes(8 + 19)))  # no header of an IDX file
+    with pytest.raises(InvalidInput, match="must be an IDX file"):
         robust.load(tmp_path)
     (tmp_path / "train-images-idx3-ubyte.gz").unlink()
-    with pytest.raises(InvalidInput, match="four files of Fashion-MNIST"):
+    with pytest.raises(InvalidInput, match="must hold train-images-idx3-ubyte"):
         robust.load(tmp_path)
 
 

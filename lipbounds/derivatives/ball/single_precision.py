@@ -25,12 +25,10 @@ from lipbounds.derivatives.first.single_precision import (
     Rounded,
     SingleRows,
     gamma_single,
-    gram_of,
-    gram_through,
     lengths,
     map_norm_upper,
-    norms_of_grams,
-    single_rows,
+    norms_of_values_and_changes,
+    queries_and_keys,
     single_weights,
     together,
 )
@@ -57,20 +55,11 @@ def theorem_3_on_ball_in_single_precision(block: Attention, radius: float) -> Ro
         radius: eps, Frobenius norm.
     """
     norms, scale = block.double.weight_norms, abs(block.scale_value)
-    keys = single_rows(block.source_input, norms, "w_k")
-    queries = single_rows(block.x, norms, "w_q")
-    values = single_rows(block.source_input, norms, "w_v")
+    queries, keys = queries_and_keys(block)
     weights, sums, _, error = single_weights(block, queries, keys)
     reach = _logit_radius(block, queries, keys, radius) + (error * OWN_ROUNDING).float().unsqueeze(-1)
     softmax, map_norm = _over_interval(block, weights, sums, reach)
-    changes = []
-    if block.query_moves:
-        changes.append((keys, norms.query_factor, norms.queries))
-    if block.memory_moves:
-        changes.append((queries, norms.key_factor, norms.keys))
-    grams = [gram_of(values)] + [gram_through(rows, factor, size) for rows, factor, size in changes]
-    value_norm, *change_norms = norms_of_grams(grams)
-    change = sum(change_norms[1:], change_norms[0])
+    value_norm, change = norms_of_values_and_changes(block, queries, keys)
     if block.moves == "self":
         change = change + _exact(2 * radius * norms.logits)
     if block.memory_moves:

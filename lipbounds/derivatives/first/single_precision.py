@@ -134,25 +134,33 @@ def theorem_3_in_single_precision(block: Attention) -> Rounded:
     Args:
         block: with `has_single_precision`; on the CPU.
     """
-    norms = block.double.weight_norms
-    keys = single_rows(block.source_input, norms, "w_k")
-    queries = single_rows(block.x, norms, "w_q")
-    values = single_rows(block.source_input, norms, "w_v")
+    norms, scale = block.double.weight_norms, abs(block.scale_value)
+    queries, keys = queries_and_keys(block)
     weights, sums, softmax, error = single_weights(block, queries, keys)
-    scale = abs(block.scale_value)
-    changes = []
-    if block.query_moves:
-        changes.append((keys, norms.query_factor, norms.queries))
-    if block.memory_moves:
-        changes.append((queries, norms.key_factor, norms.keys))
-    grams = [gram_of(values)] + [gram_through(rows, factor, size) for rows, factor, size in changes]
-    value_norm, *change_norms = norms_of_grams(grams)
-    change = sum(change_norms[1:], change_norms[0])
+    value_norm, change = norms_of_values_and_changes(block, queries, keys)
     per_head = value_norm * softmax * Rounded(change.found * scale, change.upper * scale)
     if block.memory_moves:
         map_norm = map_norm_upper(weights, sums, error)
         per_head = per_head + Rounded(map_norm.found * norms.values, map_norm.upper * norms.values)
     return Rounded(together(norms, per_head.found), together(norms, per_head.upper) * OWN_ROUNDING)
+
+
+def queries_and_keys(block: Attention) -> tuple[SingleRows, SingleRows]:
+    """Q and K of all heads."""
+    norms = block.double.weight_norms
+    return single_rows(block.x, norms, "w_q"), single_rows(block.source_input, norms, "w_k")
+
+
+def norms_of_values_and_changes(block: Attention, queries: SingleRows, keys: SingleRows) -> tuple[Rounded, Rounded]:
+    """||V||, and the sum of ||K W_Q^T|| and ||Q W_K^T|| as far as queries and memory move."""
+    norms = block.double.weight_norms
+    grams = [gram_of(single_rows(block.source_input, norms, "w_v"))]
+    if block.query_moves:
+        grams.append(gram_through(keys, norms.query_factor, norms.queries))
+    if block.memory_moves:
+        grams.append(gram_through(queries, norms.key_factor, norms.keys))
+    value_norm, *change_norms = norms_of_grams(grams)
+    return value_norm, sum(change_norms[1:], change_norms[0])
 
 
 def together(norms: WeightNorms, heads: Tensor) -> Tensor:
