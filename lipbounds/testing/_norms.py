@@ -89,7 +89,7 @@ def normalised_differences(
     dx: Float[Tensor, "*batch heads n m dim"],
     w_k: Float[Tensor, "*weights heads dim head_dim"],
     top: Float[Tensor, "*batch heads n m"],
-    keys: Float[Tensor, "*batch heads m head_dim"],
+    keys: Float[Tensor, "*tokens heads m head_dim"],
     *,
     at: Tensor | None = None,
 ) -> Float[Tensor, "*out heads n m head_dim"]:
@@ -100,7 +100,7 @@ def normalised_differences(
         dx: x_j - x_t(i); absolute values if `at` is given, and the result is a bound on absolute values.
         w_k: key weights, likewise.
         top: one-hot rows that say which key is t(i).
-        keys: x W + b of all heads, or bounds on absolute values.
+        keys: x W + b of all heads, without the batch of a bias of the logits; or bounds on absolute values.
         at: x W + b itself, where r is taken.
     """
     weight = _weight(block, "key")

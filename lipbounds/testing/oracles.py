@@ -55,7 +55,7 @@ UNIT = 2.0**-53
 SMALLEST = torch.finfo(torch.float64).tiny
 
 
-def attention_output(block: Attention, moving: Float[Tensor, "*batch moving dim"]) -> Float[Tensor, "*batch n out_dim"]:
+def attention_output(block: Attention, moving: Float[Tensor, "*batch moving dim"]) -> Float[Tensor, "*out n out_dim"]:
     """Output of `block` with its moving input replaced by `moving`, in float64, written out once more.
 
     Args:

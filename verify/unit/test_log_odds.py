@@ -14,6 +14,7 @@ from lipbounds import Attention
 from lipbounds.derivatives.ball import log_odds
 from lipbounds.derivatives.ball.first import BallDerivatives, Centre
 from lipbounds.derivatives.ball.log_odds import log_odds_gain, maps_interval
+from lipbounds.derivatives.ball.logits import logit_radius
 from lipbounds.derivatives.ball.suprema import RowDeviations
 from lipbounds.ops.capped_mean import largest_mean, threshold
 from verify.unit.blocks import random_block
@@ -159,3 +160,16 @@ def test_deviations_of_maps_that_sum_to_one(cap: float) -> None:
     assert (reached <= allowed).all()
     assert (allowed <= 1.5 * reached).all()
     torch.testing.assert_close(rows.plain.total, torch.ones_like(rows.plain.total), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("name", ["self", "query", "memory", "one key"])
+@pytest.mark.parametrize("exponent", [-30, 30])
+def test_rounding_is_added_in_the_units_of_what_moves(name, exponent):
+    block, c = cases(name), 2.0**exponent
+    block = block.replace(b_q=None, b_k=None, b_v=None)
+    moving = {"self": ("x",), "query": ("x",), "memory": ("memory",)}[block.moves]
+    meeting = {"self": ("w_q", "w_k", "w_v"), "query": ("w_q",), "memory": ("w_k", "w_v")}[block.moves]
+    powers = dict.fromkeys(moving, c) | dict.fromkeys(meeting, 1 / c)
+    same = block.replace(**{field: getattr(block, field) * power for field, power in powers.items()})
+    for function in (log_odds_gain, logit_radius):
+        torch.testing.assert_close(function(same, 0.3 * c), function(block, 0.3), rtol=1e-14, atol=0)

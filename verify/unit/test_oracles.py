@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses as dc
 import itertools
 from decimal import Decimal
 from pathlib import Path
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lipbounds import Attention, InvalidInput
+from lipbounds.targets._attention_checks import WEIGHTS
 from lipbounds.testing import extended, oracles, recipes, strategies
 from lipbounds.testing._fields import of_some_tokens
 from lipbounds.testing.oracles import batch_item, jacobian, jacobian_norm, truth_slack
@@ -100,6 +102,24 @@ def test_batch_items_are_the_items() -> None:
     for index in itertools.product(range(2), repeat=2):
         assert not batch_item(block, index).batch_shape
         assert jacobian_norm(batch_item(block, index)).item() == pytest.approx(norms[index].item(), rel=1e-13)
+
+
+@pytest.mark.parametrize("rotary", ["none", "random"])
+@pytest.mark.parametrize("norm", ["none", "gaussian"])
+@pytest.mark.parametrize("norm_over", ["head", "all_heads"])
+@pytest.mark.parametrize("where", [("x",), ("logit_bias",), WEIGHTS])
+def test_a_batch_in_some_fields_alone_gives_the_items(rotary, norm, norm_over, where) -> None:
+    recipe = Recipe(seed=3, n=3, dim=3, heads=2, head_dim=2, norm=norm, norm_over=norm_over, rotary=rotary)
+    block = build(dc.replace(recipe, mask="relative"))
+    given = {name: getattr(block, name) for name in where if getattr(block, name) is not None}
+    block = block.replace(**{name: torch.stack([field, field * 1.5]) for name, field in given.items()})
+    norms, slacks, outputs = jacobian_norm(block), truth_slack(block), oracles.attention_output(block, block.x)
+    assert norms.shape == slacks.shape == block.batch_shape == (2,)
+    for i in range(2):
+        item = batch_item(block, (i,))
+        assert jacobian_norm(item).item() == pytest.approx(norms[i].item(), rel=1e-13)
+        assert truth_slack(item).item() == pytest.approx(slacks[i].item(), rel=1e-6)
+        torch.testing.assert_close(oracles.attention_output(item, item.x), outputs[i])
 
 
 @pytest.mark.parametrize("module", [oracles, extended, recipes, strategies], ids=lambda m: m.__name__.split(".")[-1])

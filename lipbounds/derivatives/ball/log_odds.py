@@ -150,11 +150,13 @@ class _Functionals:
 
     @torch.no_grad()
     def _slack(self, keys: Tensor) -> Tensor:
-        """What rounding may take off the squares: each is a sum of products of at most 16 (a + b)^2 together."""
+        """What rounding may take off the squares: each is a sum of products of at most 16 (a + b)^2 together.
+
+        Of what moves: the other term has units of its own.
+        """
         block = self.block
-        largest = [
-            tokens.square().sum(-1).amax(-1) * weights.square().sum((-2, -1))
-            for tokens, weights in ((keys, block.w_q), (block.queries, block.w_k))
-        ]
+        moving = [(keys, block.w_q)] if block.query_moves else []
+        moving += [(block.queries, block.w_k)] if block.memory_moves else []
+        largest = [tokens.square().sum(-1).amax(-1) * weights.square().sum((-2, -1)) for tokens, weights in moving]
         operations = 4 * (block.w_q.shape[-2] + block.w_k.shape[-2]) + 2 * sum(keys.shape[-2:]) + 32
-        return (64 * gamma(operations) * (largest[0] + largest[1]))[..., None, None]
+        return (64 * gamma(operations) * sum(largest))[..., None, None]

@@ -83,14 +83,18 @@ def logit_radius(block: Attention, radius: float | Float[Tensor, "*#batch"]) -> 
 
 
 def size_error(block: Attention) -> Float[Tensor, "*batch heads 1 1"]:
-    """Rounding of W_Q k_j and W_K q_i together: gamma times Frobenius norms of the factors, for the largest token.
+    """Rounding of what moves logits: W_Q k_j where queries move, W_K q_i where keys do, both where both do.
+
+    gamma times Frobenius norms of the factors, for the largest token. What does not move has units of its own.
 
     Args:
         block: in float64.
     """
     operations = 2 * (max(block.w_q.shape[-2], block.w_k.shape[-2]) + block.w_q.shape[-1] + 4)
     error = torch.zeros_like(block.logits[..., :1, :1])
-    for (tokens, weights), other in ((block.query_factors, block.w_k), (block.key_factors, block.w_q)):
+    by_key = [(block.query_factors, block.w_k)] if block.memory_moves else []
+    by_query = [(block.key_factors, block.w_q)] if block.query_moves else []
+    for (tokens, weights), other in by_key + by_query:
         size = tokens.norm(dim=-1).amax(-1) * weights.norm(dim=(-2, -1)) * other.norm(dim=(-2, -1))
         error = error + gamma(operations) * size[..., None, None]
     return error
