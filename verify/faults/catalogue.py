@@ -16,6 +16,7 @@ from verify.faults import (
     faults_rotary,
     faults_sharp,
     faults_sharp_ball,
+    faults_single,
     faults_softmax,
     faults_taylor,
 )
@@ -37,6 +38,7 @@ THEMES = (
     faults_sharp_ball,
     faults_cheap,
     faults_taylor,
+    faults_single,
 )
 FAULTS: dict[str, Fault] = {fault.name: fault for theme in THEMES for fault in faults_in(theme)}
 CONTROLS: dict[str, Fault] = {control.name: control for control in faults_in(controls)}
