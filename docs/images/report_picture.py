@@ -20,7 +20,7 @@ from lipbounds.report.inputs import default_inputs
 
 HERE = Path(__file__).parent
 MODEL = "digits-vit"
-WIDTH, HEIGHT = 1280, 1780  # down to the curves over the radius
+WIDTH, HEIGHT = 1280, 2060  # down to the curves over the radius
 
 
 def main() -> None:
