@@ -16,13 +16,14 @@ function showBallTable(here, methods) {
   const table = byId("ball-table");
   table.replaceChildren();
   if (!methods.length) return put(table, "caption", "Not computed.");
+  const radii = [...new Set(here.balls.map((number) => number.radius))];
   const top = put(put(table, "thead"), "tr");
-  for (const title of ["Radius", ...methods]) put(top, "th", title, { scope: "col" });
+  for (const title of ["Radius", ...radii.map(String)]) put(top, "th", title, { scope: "col" });
   const body = put(table, "tbody");
-  for (const radius of new Set(here.balls.map((number) => number.radius))) {
+  for (const method of methods) {
     const row = put(body, "tr");
-    put(row, "th", String(radius), { scope: "row" });
-    for (const method of methods) {
+    put(row, "th", method, { scope: "row" });
+    for (const radius of radii) {
       putNumber(row, "td", here.balls.find((number) => number.radius === radius && number.method === method));
     }
   }
