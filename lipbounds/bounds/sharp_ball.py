@@ -39,7 +39,7 @@ from lipbounds.rounding import cast_up, inflate
 from lipbounds.targets.attention import Attention
 
 
-SUPPORTS: tuple[Feature, ...] = ("heads", "biases", "mask", "cross")
+SUPPORTS: tuple[Feature, ...] = ("heads", "biases", "mask", "cross", "some_queries")
 CLAIM = Claim(kind="proved", scope="ball", norm="l2")
 DENSE = 1200**2  # entries of the Jacobian of one batch item: about a second
 # Multiplications and additions for the second differential at the centre:
@@ -56,7 +56,7 @@ TOTAL = "total"
     name="sharp_ball.direct",
     claim=CLAIM,
     source=Source(title="lipbounds", statement="three joint parts with suprema over a ball, derived here"),
-    supports=(*SUPPORTS, "some_queries"),
+    supports=SUPPORTS,
     cost="O(H n^2 (d^2 + H^2) + H D^3)",
     version=2,
 )

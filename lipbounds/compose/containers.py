@@ -20,6 +20,7 @@ from lipbounds.compose.propagated_set import (
     times,
     total_norm,
 )
+from lipbounds.compose.reading import ReadResidual, read_only
 from lipbounds.compose.rewrite import FoldedLinear, flat, rewritten
 from lipbounds.compose.running_error import lost_by
 from lipbounds.errors import InvalidInput
@@ -45,7 +46,8 @@ def sequence_step(
     closed: Tensor | None = None  # bound of everything up to the last layer that mixes tokens
     run: Enclosure | None = None  # the layers after it, token by token
     run_start = start
-    for path, layer in rewritten(flat(layers)):
+    layers = flat(layers)
+    for path, layer in rewritten(read_only(layers, inputs.x) if rules.reads_some_tokens else layers):
         before = here
         if isinstance(layer, Pool):
             closed, run, run_start, here = _pooled(layer, closed, run, run_start, here)
@@ -127,20 +129,14 @@ def _pooled(
     y, tokens = pool(here.x), here.token_radii
     count = tokens.shape[-1]
     if pool.how != "mean":
-        index = 0 if pool.how == "first" else count - 1
-        run = None if run is None else run.item(index)
-
-        def chosen(inputs: PropagatedSet, x: Tensor) -> PropagatedSet:
-            radii = inputs.token_radii[..., index : index + 1]
-            return PropagatedSet(x, torch.minimum(inputs.radius, radii.squeeze(-1)), radii)
-
+        run = None if run is None else run.item(0 if pool.how == "first" else count - 1)
         # The map to one token is no map of tokens one by one any more: with closed set, its norm stands for the whole.
         closed = torch.ones_like(here.radius) if closed is None else closed
         return (
             closed,
             run,
-            chosen(run_start, pool(run_start.x)) if run is not None else chosen(here, y),
-            chosen(here, y),
+            _one_token(pool, run_start if run is not None else here),
+            _one_token(pool, here),
         )
     norms = torch.ones_like(tokens) if run is None else run.norm.expand(tokens.shape)
     share = inflate(vector_norm(norms) / count, count + 8)
@@ -150,11 +146,18 @@ def _pooled(
     return closed, None, moved, moved
 
 
+def _one_token(pool: Pool, inputs: PropagatedSet) -> PropagatedSet:
+    """The set in which the first or the last token lies."""
+    radii = inputs.token_radii[..., :1] if pool.how == "first" else inputs.token_radii[..., -1:]
+    return PropagatedSet(pool(inputs.x), torch.minimum(inputs.radius, radii.squeeze(-1)), radii)
+
+
 def _residual_step(
     path: str, layer: Residual, inputs: PropagatedSet, rules: Rules, log: list[LayerBound], depth: int
 ) -> Step:
     inner = path if isinstance(layer.body, Sequence) else f"{path}.body" if path else "body"
     body = sequence_step([(inner, layer.body)], inputs, rules, log, depth + 1)
+    whole_input, inputs = inputs, _one_token(layer.read, inputs) if isinstance(layer, ReadResidual) else inputs
     y = inputs.x if layer.skip is None else layer.skip(inputs.x)
     if body.outputs.x.shape != y.shape:
         raise InvalidInput(
@@ -167,7 +170,7 @@ def _residual_step(
         step = per_token(plus(skip, body.jacobians), inputs, y)
     else:
         norm = inflate(skip.norm.amax(-1) + total_norm(body), 2)
-        step = mixing(norm, inputs, y)
+        step = mixing(norm, whole_input, y)
     apart = inflate(product(skip.norm, inputs.token_radii) + body.outputs.token_radii, 4)
     tokens = torch.minimum(step.outputs.token_radii, apart)
     whole = inflate(product(skip.norm.amax(-1), inputs.radius) + body.outputs.radius, 4)

@@ -35,6 +35,7 @@ from lipbounds.compose.curvature import curvature, supports_curvature
 from lipbounds.compose.folding import folding_change
 from lipbounds.compose.network import attention_specs, starting_set
 from lipbounds.compose.propagated_set import PropagatedSet, Rules, Step, norm_over_tokens
+from lipbounds.compose.reading import ReadResidual, read_only
 from lipbounds.compose.rewrite import FoldedLinear, flat, rewritten
 from lipbounds.compose.running_error import lost_by
 from lipbounds.errors import InvalidInput, Unsupported
@@ -128,7 +129,8 @@ class JointNetwork:
             raise InvalidInput(f"x must be one input without batch dimensions, got shape {tuple(x.shape)}.")
         self._stages: list[_Stage] = []
         here = wide
-        for path, layer in rewritten(flat([("", network)])):
+        layers = flat([("", network)])
+        for path, layer in rewritten(read_only(layers, wide) if self._rules.reads_some_tokens else layers):
             self._stages.append(self._stage(path, layer, here))
             here = layer(here)
         self.output = here.flatten()
@@ -192,9 +194,12 @@ class JointNetwork:
         skip_lost = own.new_zeros(())
         if isinstance(layer, Residual):
             skip = _block_diagonal(None if layer.skip is None else layer.skip.weight, x)
+            tokens = x.shape[-2]
+            if isinstance(layer, ReadResidual):
+                skip, tokens = layer.read(skip.unflatten(0, (tokens, -1)).movedim(0, -2)).squeeze(-2), 1
             matrix = matrix + skip
             if isinstance(layer.skip, FoldedLinear):
-                skip_lost = 2 * math.sqrt(x.shape[-2]) * layer.skip.lost.norm()
+                skip_lost = 2 * math.sqrt(tokens) * layer.skip.lost.norm()
         sizes = own.norm() * inner.norm() + skip.norm() + matrix.norm()
         stage = _AttentionStage(
             before=before,

@@ -51,6 +51,11 @@ class Rules:
     centre_at_point: bool = False
     calls: int = 0
 
+    @property
+    def reads_some_tokens(self) -> bool:
+        """Whether every bound of attention holds where some of the tokens only have queries."""
+        return all("some_queries" in spec.supports for spec in self.attention)
+
     def failures(self, x: Tensor) -> float:
         """Sum of the probabilities of failure of all calls made: delta holds for each batch item of each."""
         return self.calls * sum(spec.defaults.get("delta", 0.0) for spec in self.attention)

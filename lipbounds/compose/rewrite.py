@@ -112,7 +112,7 @@ def _folded(norm: Normalization, layer: Layer) -> Layer:
     skip = weight.diag() - weight.unsqueeze(-1) / dim if norm.centred else weight.diag()
     # A quotient, a difference and the sizes themselves.
     lost = inflate(4 * gamma(3) * (weight.diag() + weight.unsqueeze(-1) / dim).abs(), 8) if norm.centred else 0 * skip
-    return Residual(_folded(norm, layer.body), FoldedLinear(skip, norm.bias, lost=lost))
+    return dc.replace(layer, body=_folded(norm, layer.body), skip=FoldedLinear(skip, norm.bias, lost=lost))
 
 
 def _folded_block(norm: Normalization, block: Attention) -> Attention:

@@ -154,6 +154,10 @@ class Attention(Target):
         whole = rows.new_zeros(*rows.shape[:-2], self.x.shape[-2], rows.shape[-1])
         return whole.index_copy(-2, self.queries_at, rows)
 
+    def token_of(self, row: int) -> int:
+        """The number of the token that the query of a row belongs to."""
+        return row if self.queries_at is None else int(self.queries_at[row])
+
     @property
     def source_input(self) -> Tensor:
         """The tokens that give keys and values: `memory`, or `x` in self-attention."""

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from lipbounds.errors import InvalidInput, Unsupported
+from lipbounds.errors import InvalidInput
 from lipbounds.ops.activations import ACTIVATIONS
 from lipbounds.ops.normalization import normalize
 from lipbounds.targets._attention_checks import FLOAT_DTYPES
@@ -171,11 +171,11 @@ class AttentionLayer(Layer):
     """Multi-head self-attention as a function of its tokens.
 
     Args:
-        block: weights, mask and positions; its own input is not used.
+        block: weights, mask and positions; its own input is not used. With `queries_at` the outputs are those of the
+            tokens named, fewer than the inputs, whose number then is that of the block's own.
 
     Raises:
         InvalidInput: the block has a memory: then its input is not the only one.
-        Unsupported: some tokens have no query, and hence no output.
     """
 
     block: Attention
@@ -183,14 +183,21 @@ class AttentionLayer(Layer):
     def __post_init__(self) -> None:
         if self.block.memory is not None:
             raise InvalidInput("block must be self-attention, got one with a memory; a network has one moving input.")
-        if self.block.queries_at is not None:
-            raise Unsupported(
-                "block must have a query for every token, got queries_at: no rule for networks is stated for fewer "
-                "output tokens than input tokens."
-            )
 
     def function(self) -> Callable[[Tensor], Tensor]:
-        return self.block.function()
+        call, tokens = self.block.function(), self.block.x.shape[-2]
+        if self.block.queries_at is None:
+            return call
+
+        def checked(x: Tensor) -> Tensor:
+            if x.shape[-2] != tokens:
+                raise InvalidInput(
+                    f"attention with queries_at must get the {tokens} tokens of its block, got {x.shape[-2]}; name the "
+                    "tokens of this input, in a block of as many."
+                )
+            return call(x)
+
+        return checked
 
     @property
     def description(self) -> str:
@@ -367,7 +374,25 @@ class Residual(Layer):
     skip: Linear | None = None
 
     def function(self) -> Callable[[Tensor], Tensor]:
-        return lambda x: (x if self.skip is None else self.skip(x)) + self.body(x)
+        return lambda x: self.joined(x, self.body(x))
+
+    def joined(self, x: Tensor, added: Tensor) -> Tensor:
+        """skip(x) + what the body returned.
+
+        Args:
+            x: the input of the skip connection.
+            added: the output of the body.
+
+        Raises:
+            InvalidInput: the body did not keep the shape of the tokens.
+        """
+        through = x if self.skip is None else self.skip(x)
+        if through.shape[-2:] != added.shape[-2:]:
+            raise InvalidInput(
+                "the body of a residual must keep the shape of the tokens of its input, got "
+                f"{tuple(through.shape[-2:])} and {tuple(added.shape[-2:])}."
+            )
+        return through + added
 
     @property
     def description(self) -> str:

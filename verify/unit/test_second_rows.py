@@ -18,9 +18,12 @@ from verify.unit.test_sharp_ball import CASES, small_block
 from verify.unit.test_taylor import derivative_norms, hessian
 
 
-@pytest.fixture(params=[name for name in CASES if name != "query"], ids=lambda name: name.replace(" ", "-"))
+SOME = {"some queries": {"queries_at": torch.tensor([2, 0])}, "one query": {"queries_at": torch.tensor([1])}}
+
+
+@pytest.fixture(params=[name for name in CASES if name != "query"] + [*SOME], ids=lambda name: name.replace(" ", "-"))
 def block(request: pytest.FixtureRequest) -> Attention:
-    return random_block(7, n=3, **CASES[request.param])
+    return random_block(7, n=3, **(CASES | SOME)[request.param])
 
 
 @pytest.mark.parametrize("n", [2, 4, 6])
@@ -39,7 +42,8 @@ def test_the_groups_are_those_of_the_second_differential(block: Attention) -> No
     tensor = tensor.reshape(n, out, m, dim, m, dim).transpose(3, 4)  # n, out, m, m, D, D
     apart = two_keys(block, factors)
     for i in range(n):
-        here, left_out = tensor[i], [i] if block.query_moves else []
+        here, own = tensor[i], block.token_of(i)
+        left_out = [own] if block.query_moves else []
         alone = one_key(block, factors, i) * factors.unit
         for j in range(m):
             assert torch.linalg.matrix_norm(here[:, j, j].flatten(1), 2) <= alone[j] * (1 + 1e-9)
@@ -50,10 +54,19 @@ def test_the_groups_are_those_of_the_second_differential(block: Attention) -> No
         assert found <= allowed * (1 + 1e-9) + 1e-12
         # p = 32 of Schatten's norms; the root of the rounding of a Gram matrix
         assert allowed <= 1.1 * found + 1e-6 * factors.unit
-        if block.query_moves and n > 1:
-            others = [j for j in range(m) if j != i]
-            found = torch.linalg.matrix_norm(here[:, i, others].flatten(1), 2)
+        if block.query_moves and m > 1:
+            others = [j for j in range(m) if j != own]
+            found = torch.linalg.matrix_norm(here[:, own, others].flatten(1), 2)
             assert found <= own_and_another(block, factors, i) * factors.unit * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_queries_of_some_tokens_by_pairs_and_by_rows(name: str) -> None:
+    block = small_block(3, 4, 6, 2, 3.0).replace(**SOME[name])
+    reached = max(max(derivative_norms(block, 2, seed)) for seed in range(3))
+    for norm in (second_norm, second_norm_by_rows):
+        assert reached <= norm(block) <= norm(block.replace(queries_at=None)) * (1 + 1e-9)
+    assert second_norm(block) < 3 * reached
 
 
 def test_two_keys_in_closed_form_is_the_sum_over_pairs() -> None:

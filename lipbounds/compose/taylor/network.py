@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lipbounds.compose.reading import ReadResidual, acts_by_token
 from lipbounds.compose.rewrite import FeedForward, FoldedAttention, FoldedLinear, flat
 from lipbounds.compose.taylor.bilinear import Bilinear
 from lipbounds.compose.taylor.coefficient import Coefficient, Map
@@ -61,7 +62,7 @@ class Walk:
             read: the only token of the output that is read, 0 or -1; None: all are.
         """
         for (path, layer), wanted in zip(layers, _read_after(layers, read), strict=True):
-            if wanted is not None and _by_token(layer):
+            if wanted is not None and acts_by_token(layer):
                 value = _only(value, wanted)
             value = self._apply(path, layer, value, wanted)
             name = self._name(path, "rounding")
@@ -79,6 +80,8 @@ class Walk:
             inner = self.through(flat([(path, body)]), value, read)
             if not isinstance(layer, Residual):
                 return inner
+            if isinstance(layer, ReadResidual):
+                value = _only(value, 0 if layer.read.how == "first" else -1)
             skip = value if read is None else _only(value, read)
             return (skip if layer.skip is None else _linear(layer.skip, skip)).plus(inner)
         if isinstance(layer, FeedForward):
@@ -119,8 +122,12 @@ class Walk:
         block, lost = layer.block, layer.lost if isinstance(layer, FoldedAttention) else {}
         if block.w_q.dim() != 3:
             raise Unsupported(f"there is no Taylor model of attention with batched weights, at {path}.")
-        count = value.centre.shape[-2]
-        queries = value if read is None else _only(value, read)
+        # Rows of mask and rotation are those of the queries; of the tokens, those that have a query.
+        rows = list(range(block.tokens if block.queries_at is not None else value.centre.shape[-2]))
+        rows = rows if read is None else [rows[read]]
+        tokens = rows if block.queries_at is None else [block.token_of(row) for row in rows]
+        every = read is None and block.queries_at is None
+        queries = value if every else value.arranged(lambda t: t[..., tokens, :])
         q, k, v = (
             _projected(tokens, getattr(block, f"w_{name}"), getattr(block, f"b_{name}"), lost, name)
             for tokens, name in ((queries, "q"), (value, "k"), (value, "v"))
@@ -129,13 +136,13 @@ class Walk:
         q = self._normalised(self._name(path, "query norm"), q, block.query_norm)
         k = self._normalised(self._name(path, "key norm"), k, block.key_norm)
         rotation = block.query_rotation
-        q = _turned(q, rotation if rotation is None or read is None else rotation[..., [read], :, :])
+        q = _turned(q, rotation if rotation is None or rotation.shape[-3] == 1 else rotation[..., rows, :, :])
         q, k = q.summed(*_scaled(block.scale_value), 1), _turned(k, block.key_rotation)
         logits = self._add(Bilinear(self._name(path, "logits"), q, k.arranged(lambda t: t.mT)))
         visible = None
         if block.mask is not None:
-            mask = block.mask.expand(*block.mask.shape[:-2], count, count) if block.mask.shape[-2] == 1 else block.mask
-            mask = mask if read is None else mask[..., [read], :]
+            mask = block.mask if block.mask.shape[-2] == 1 else block.mask[..., rows, :]
+            mask = mask.expand(*mask.shape[:-2], len(rows), value.centre.shape[-2])
             mask = mask.reshape(-1, *mask.shape[-2:])
             visible = ~mask.isneginf()
             logits = logits.shifted(mask.masked_fill(~visible, 0.0))
@@ -169,16 +176,9 @@ def _read_after(layers: Named, read: int | None) -> list[int | None]:
         wanted.append(read)
         if isinstance(layer, Pool) and layer.how != "mean":
             read = 0 if layer.how == "first" else -1
-        elif not _by_token(layer):
+        elif not acts_by_token(layer):
             read = None
     return wanted[::-1]
-
-
-def _by_token(layer: Layer) -> bool:
-    """Whether the layer acts on every token alone."""
-    if isinstance(layer, Residual):
-        return all(_by_token(part) for _, part in flat([("", layer.body)]))
-    return isinstance(layer, Linear | Pointwise | Normalization)
 
 
 def _only(value: Value, row: int) -> Value:

@@ -149,8 +149,8 @@ def pair_products(
     Args:
         block: the attention block; its memory moves.
         factors: of the block.
-        i: number of an output token.
-        first: numbers of the tokens j; where one of the two is i and the query moves, it is this one.
+        i: number of a row of the output.
+        first: numbers of the tokens j; where one of the two is that of the row and the query moves, it is this one.
         second: numbers of the tokens l.
     """
     logit_gradient_unit, query_unit, key_unit, size = factors.units
@@ -165,7 +165,7 @@ def pair_products(
     turned = (z.unsqueeze(-1) * u[..., None, None, :]).movedim(-4, -3)  # pairs x heads x v x D
     if not block.query_moves:
         return _products(factors, left, right, turned, u), _size(factors, left, right, turned, u)
-    own = (first == i).to(factors.maps.dtype) * (1 + same)
+    own = (first == block.token_of(i)).to(factors.maps.dtype) * (1 + same)
     away = factors.away[..., i, second, :]
     keys = _wide(query_unit / size, 3) * (p_l.unsqueeze(-1) * away) @ factors.to_query.mT
     keys = keys.movedim(-3, -2)

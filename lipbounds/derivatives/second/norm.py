@@ -62,7 +62,8 @@ def _row(block: Attention, factors: Factors, i: int) -> Float[Tensor, "*#batch m
         return gram_norms(factors, gram.unsqueeze(-5), size.unsqueeze(-2), error).unsqueeze(-1)  # [*, 1, 1]
     first, second = torch.triu_indices(m, m, device=block.device)
     if block.query_moves:  # where the row's own token is one of the two, it is the first
-        first, second = torch.where(second == i, second, first), torch.where(second == i, first, second)
+        own = block.token_of(i)
+        first, second = torch.where(second == own, second, first), torch.where(second == own, first, second)
     norms = pair_norms(block, factors, i, first, second)
     rows = norms.new_zeros(*norms.shape[:-1], m, m)
     rows[..., first, second] = norms
@@ -78,7 +79,7 @@ def pair_norms(
     Args:
         block: the attention block; its memory moves.
         factors: of the block.
-        i: number of an output token.
+        i: number of a row of the output.
         first: numbers of the tokens j.
         second: numbers of the tokens l.
     """

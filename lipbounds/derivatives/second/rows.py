@@ -50,7 +50,7 @@ def second_norm_by_rows(block: Attention) -> Float[Tensor, "*#batch"]:
     unit = torch.where(finite, largest, 1.0)
     value = (norms / unit[..., None, None]).square().sum(-2).amax(-1)
     value = torch.where(finite, torch.where(finite, value, 1.0).sqrt() * unit, largest)
-    if block.query_moves and block.tokens > 1:
+    if block.query_moves and block.x.shape[-2] > 1:
         own = torch.stack([own_and_another(block, factors, i) for i in range(block.tokens)], -1)
         value = value + 2 * own.amax(-1)
     value = inflate(value, block.tokens + 16) * factors.unit
@@ -77,13 +77,13 @@ def own_and_another(block: Attention, factors: Factors, i: int) -> Float[Tensor,
         factors: of the block.
         i: number of an output token.
     """
-    others = torch.arange(block.tokens, device=block.device)
-    others, chunk = others[others != i], chunk_of(factors)
+    others, own = torch.arange(block.x.shape[-2], device=block.device), block.token_of(i)
+    others, chunk = others[others != own], chunk_of(factors)
     gram = squares = torch.zeros_like(factors.error[..., :1, None])
     gram = gram[..., None, None, None]
     for k in range(0, others.numel(), chunk):
         second = others[k : k + chunk]
-        products, size = pair_products(block, factors, i, torch.full_like(second, i), second)
+        products, size = pair_products(block, factors, i, torch.full_like(second, own), second)
         gram = gram + products.sum(-5, keepdim=True)
         squares = squares + size.square().sum(-2, keepdim=True)
     error = inflate(others.numel() ** 0.5 * factors.error[..., i : i + 1], 8)
@@ -100,7 +100,7 @@ def two_keys(block: Attention, factors: Factors) -> Float[Tensor, "*#batch n"]:
     n, m = block.logits.shape[-2:]
     kept = torch.ones(n, m, dtype=factors.maps.dtype, device=block.device)
     if block.query_moves:
-        kept = kept - torch.eye(n, dtype=kept.dtype, device=block.device)
+        kept = kept - block.of_queries(torch.eye(m, dtype=kept.dtype, device=block.device))
     maps, deviations = factors.maps * kept, factors.deviations * kept.unsqueeze(-1)
     chunk = chunk_of(factors)
     error = inflate((m * max(m - 1, 0)) ** 0.5 * factors.error, 8)
