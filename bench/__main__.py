@@ -19,6 +19,7 @@ from bench.engine.options import check_folder, cluster_of, folder_of
 from bench.engine.rendering import cores, render
 from bench.engine.task import refuse
 from bench.gpu import command as gpu
+from bench.pretrained.command import TASK as PRETRAINED
 from bench.robustness.classifier_command import TASK as CLASSIFIER
 from bench.robustness.command import TASK as ROBUSTNESS
 from bench.speed.command import TASK as SPEED
@@ -32,7 +33,7 @@ from lipbounds.errors import LipboundsError
 
 
 STALE, MISUSE, INTERRUPTED = 1, 2, 130
-TASKS = (TIGHTNESS, BALLS, CERTIFIED, SPEED, TRAINING, ATTENTION, ROBUSTNESS, CLASSIFIER, SCALING)
+TASKS = (TIGHTNESS, BALLS, CERTIFIED, SPEED, TRAINING, ATTENTION, PRETRAINED, ROBUSTNESS, CLASSIFIER, SCALING)
 COMMANDS = {
     "all": "measure what is missing of tightness and balls, and render all pages; with --quick, measure all tasks",
     "render": "every page, figure and table of numbers from the records, without models",
@@ -163,6 +164,11 @@ def _options_of_yours(add: Callable[..., None]) -> None:
     add(
         "--pytest-benchmark-json", type=Path, metavar="FILE",
         what="also write the times in the format of pytest-benchmark",
+    )  # fmt: skip
+    add(
+        "--train-on", type=Path, metavar="WHERE",
+        what="train on images of 28 x 28 pixels in place of the digits: mnist-5k, or a folder with the four IDX files "
+        "of MNIST or Fashion-MNIST",
     )  # fmt: skip
     add(
         "--penalty", action="append", metavar="PATH",

@@ -31,7 +31,7 @@ Row = dict[str, Any]
 
 
 def choose(workshop: Workshop, setting: Setting, profile: Profile, advance: Callable[[str], None]) -> dict[str, Any]:
-    """The weight of a setting, with what every weight of its grid came to; no weight where it has no grid.
+    """The weight of a setting, with what every weight of its grid came to; without a grid its own, if it has one.
 
     Args:
         workshop: where models come from.
@@ -40,7 +40,7 @@ def choose(workshop: Workshop, setting: Setting, profile: Profile, advance: Call
         advance: called before each piece of work with its name.
     """
     if not setting.grid:
-        return {"weight": None, "rows": []}
+        return {"weight": setting.weight, "rows": []}
     # A reference without a grid, so that it needs no choice itself.
     reference = _row(workshop, SETTINGS[setting.reference], None, profile, advance)
     rows = [_row(workshop, setting, weight, profile, advance) for weight in tried(setting.grid, profile.largest_grid)]
@@ -70,7 +70,7 @@ def _row(
     workshop: Workshop, setting: Setting, weight: float | None, profile: Profile, advance: Callable[[str], None]
 ) -> Row:
     advance(f"{setting.name}: weight {'-' if weight is None else f'{weight:g}'}")
-    model = workshop.trained(recipe(setting, weight, epochs=profile.epochs, seed=CHOICE_SEED))
+    model = workshop.trained(recipe(setting, weight, epochs=profile.epochs, seed=CHOICE_SEED, data=profile.data))
     question = {"what": "choice", "norm": "l_inf", "eps": CHOICE_EPS, "steps": CHOICE_STEPS}
     robust = model.ask(question, lambda: _validated(model))["robust"]
     return {"weight": weight, "clean": model.validation_accuracy, "robust": robust}

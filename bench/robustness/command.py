@@ -18,12 +18,12 @@ from bench.engine.version_1 import Old
 from bench.robustness import figures, tables
 from bench.robustness import task as robustness
 from bench.robustness.measures import LANCZOS
-from bench.robustness.settings import OF_USER, PROFILES, VERSION, Recipe, Setting
+from bench.robustness.settings import LEFT_OUT, PROFILES, VERSION, Recipe, Setting
+from bench.robustness.studies import profiles_of, study_of
 from bench.robustness.summary import summarised
 from bench.robustness.training import Workshop
 from lipbounds.devices import device_named
 from lipbounds.errors import InvalidInput
-from lipbounds.models.digits_data import load_digits_split
 
 
 WEIGHTS = Path(".work") / "robustness"  # under the folder of results; git ignores it
@@ -36,16 +36,18 @@ def measure(options: argparse.Namespace, store: Store) -> Showing:
         options: the command line.
         store: the records.
     """
-    own = tuple(options.own)
-    profile = dc.replace(PROFILES[profile_of(options)], own=own)
+    own, study = tuple(options.own), study_of(options.train_on)
+    profile = dc.replace(profiles_of(study.name)[profile_of(options)], own=own, data=study.data)
     device = device_named(options.device).type
-    workshop = Workshop(store, options.results / WEIGHTS, load_digits_split(), options.force, device)
+    workshop = Workshop(store, options.results / WEIGHTS, study.split, options.force, device, study.make)
     with progress_bar(robustness.pieces(profile)) as advance:
         robustness.run(workshop, profile, jobs=options.jobs, cluster=options.cluster, advance=advance)
-    if not own:
+    data: dict[str, Any] = {"own": [dc.asdict(setting) for setting in own]} if own else {}
+    if study.name:
+        data["study"] = {"name": study.name, "about": study.about, "data": study.data}
+    if not data:
         return Showing(keys=store.asked)
-    data = {"own": [dc.asdict(setting) for setting in own], "command": _command(options)}
-    return Showing(keys=store.asked, data=data)
+    return Showing(keys=store.asked, data={**data, "command": _command(options)}, name=study.name)
 
 
 def prepare(options: argparse.Namespace) -> None:
@@ -73,6 +75,7 @@ def prepare(options: argparse.Namespace) -> None:
 
 def _command(options: argparse.Namespace) -> str:
     words = command_of(options, TASK.name).split()
+    words += [] if options.train_on is None else ["--train-on", str(options.train_on)]
     for flag in ("penalty", "loss", "weight"):
         words += [word for value in getattr(options, flag) or () for word in (f"--{flag}", str(value))]
     return shlex.join(words)
@@ -87,11 +90,17 @@ def pages(found: Shown, folder: Path) -> Written:
     """
     command, profile = (found.page.data[name] for name in ("command", "profile"))
     own = tuple(_setting(said) for said in found.page.data.get("own", ()))
-    numbers = robustness.run(Workshop(found, folder / WEIGHTS), dc.replace(PROFILES[profile], own=own))
+    study = found.page.data.get("study", {"name": "", "about": "", "data": ""})
+    asked = dc.replace(profiles_of(study["name"])[profile], own=own, data=study["data"])
+    numbers = robustness.run(Workshop(found, folder / WEIGHTS), asked)
     data = {"command": command, "profile": profile, **numbers, "environments": [*map(describe, found.states)]}
+    if study["name"]:
+        data["study"] = study
     summary = summarised(data)
-    written = write_page(folder, "robustness", tables.report(data, summary, command), {**summary, **data})
-    return Written(paths=[*written, *figures.draw(data, summary, folder)])
+    name = "_".join(filter(None, ("robustness", study["name"])))
+    text = tables.report(data, summary, command, name)
+    written = write_page(folder, name, text, {**summary, **data})
+    return Written(paths=[*written, *figures.draw(data, summary, folder, name)])
 
 
 def _setting(said: dict[str, Any]) -> Setting:
@@ -107,7 +116,7 @@ def migrated(old: Old) -> Showing:
     """
     shared = ("task", "version", "what", "setting", "seed", "weights")
     asked = {
-        "train": (*shared[:3], *(field.name for field in dc.fields(Recipe) if field.name not in OF_USER)),
+        "train": (*shared[:3], *(field.name for field in dc.fields(Recipe) if field.name not in LEFT_OUT)),
         "choice": (*shared, "norm", "eps", "steps"),
         "network": (*shared, "images"),
         "blocks": (*shared, "images", "bins", "bounds", *LANCZOS),
@@ -129,7 +138,9 @@ TASK = Task(
     help="robust accuracy of models trained with and without penalties",
     measure=measure,
     pages=pages,
-    takes=frozenset({"quick", "full", "force", "results", "device", "ray", "jobs", "penalty", "loss", "weight"}),
+    takes=frozenset(
+        {"quick", "full", "force", "results", "device", "ray", "jobs", "penalty", "loss", "weight", "train_on"}
+    ),
     prepare=prepare,
     versions={"": VERSION},
     migrate=migrated,

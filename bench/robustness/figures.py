@@ -19,6 +19,7 @@ from bench.pages.figure_files import arrange, save
 from bench.pages.log_axes import log_scale
 from bench.robustness.settings import BASELINE
 from bench.robustness.summary import measure_name
+from bench.robustness.weights import over_weights
 
 
 Data = dict[str, Any]
@@ -29,21 +30,25 @@ NORM_TITLES = {"l_inf": "largest change of a pixel", "l2": "l2 norm of the chang
 STYLE: dict[Any, Any] = {"svg.hashsalt": "robustness", "svg.fonttype": "none", "font.size": 10}
 
 
-def draw(data: Data, summary: Data, folder: Path) -> list[Path]:
+def draw(data: Data, summary: Data, folder: Path, prefix: str) -> list[Path]:
     """Robust accuracy against radius and against the local constant, and g_1 of rows; each as PNG and SVG.
 
     Args:
         data: what `bench.robustness.task.run` returned.
         summary: what `bench.robustness.summary.summarised` made of it.
         folder: where the files go.
+        prefix: of their names.
     """
     paths = []
     with mpl.rc_context(STYLE):
         for name, canvas in (
-            ("robustness", _curves(data, summary)),
-            ("robustness_constants", _dots(data)),
-            ("robustness_g1", _histograms(data)),
+            (prefix, _curves(data, summary)),
+            (f"{prefix}_constants", _dots(data)),
+            (f"{prefix}_g1", _histograms(data)),
+            (f"{prefix}_weights", over_weights(data, summary)),
         ):
+            if canvas is None:
+                continue
             arrange(canvas)
             paths += save(canvas, folder, name)
             plt.close(canvas)
@@ -104,8 +109,8 @@ def _dots(data: Data) -> Figure:
 
 
 def _histograms(data: Data) -> Figure:
-    """g_1 of all rows, by layer: the baseline, and JaSMin if it is there."""
-    names = [name for name in (BASELINE, "jasmin") if name in data["settings"]]
+    """g_1 of all rows, by layer: the baseline, and the first setting with JaSMin if there is one."""
+    names = [BASELINE, *[name for name in data["settings"] if name.startswith("jasmin")][:1]]
     layers = len(data["settings"][names[0]]["models"][0]["layers"])
     canvas, panels = plt.subplots(1, layers, figsize=(3.0 * layers, 2.8), dpi=150, squeeze=False, sharey=True)
     for layer, axes in enumerate(panels[0]):

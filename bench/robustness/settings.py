@@ -16,6 +16,7 @@ CHOICE_SEED = 1000
 CHOICE_EPS = 0.05
 CHOICE_STEPS = 10
 OF_USER = ("loss", "code")  # parts of a recipe that only a user's function has
+LEFT_OUT = (*OF_USER, "data")  # of the record of a recipe, where they are empty
 CLEAN_LOSS = 0.01  # validation accuracy that a weight may cost, as a share
 
 
@@ -47,6 +48,7 @@ class Setting:
         reference: the setting that weights are judged against, and that results are compared with beside the baseline.
         loss: the path of a function of a user that is minimised instead; empty for none.
         code: hash of what the user wrote; empty where nothing is a user's.
+        weight: that is taken without a choice; None where there is a grid or no penalty.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Setting:
     reference: str = BASELINE
     loss: str = ""
     code: str = ""
+    weight: float | None = None
 
     @property
     def decay(self) -> bool:
@@ -87,6 +90,18 @@ SETTINGS = {
         ),
     )
 }
+# JaSMin at fixed weights, up to where it costs accuracy: a curve of clean and robust accuracy over the weight.
+CURVE = {
+    setting.name: setting
+    for penalty, k in (("jasmin", 10), ("jasmin-0", 0))
+    for weight in (0.003, 0.03, 0.3, 3.0)
+    for setting in (
+        Setting(
+            name=f"{penalty} {weight:g}", title=f"JaSMin, k = {k}, weight {weight:g}", penalty=penalty, weight=weight
+        ),
+    )
+}
+ALL = SETTINGS | CURVE
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -103,6 +118,7 @@ class Recipe:
         seed: of the first weights, the order of the images, the distortions, and of penalty and adversary.
         loss: the path of a function of a user that is minimised instead; empty for none.
         code: hash of what the user wrote; empty where nothing is a user's.
+        data: images and architecture, where they are not the digits and their ViT.
     """
 
     setting: str
@@ -114,14 +130,15 @@ class Recipe:
     seed: int
     loss: str = ""
     code: str = ""
+    data: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON, without what only a user's function has."""
+        """Ready for JSON, without what only a user's function or other images have."""
         found = dc.asdict(self)
-        return {name: value for name, value in found.items() if value or name not in OF_USER}
+        return {name: value for name, value in found.items() if value or name not in LEFT_OUT}
 
 
-def recipe(setting: Setting, weight: float | None, *, epochs: int, seed: int) -> Recipe:
+def recipe(setting: Setting, weight: float | None, *, epochs: int, seed: int, data: str = "") -> Recipe:
     """How a model of a setting is trained.
 
     Args:
@@ -129,6 +146,7 @@ def recipe(setting: Setting, weight: float | None, *, epochs: int, seed: int) ->
         weight: one of its grid; None where it has none.
         epochs: passes over the training images.
         seed: of everything random.
+        data: images and architecture; empty for the digits.
     """
     chosen = 0.0 if weight is None else weight
     return Recipe(
@@ -141,6 +159,7 @@ def recipe(setting: Setting, weight: float | None, *, epochs: int, seed: int) ->
         seed=seed,
         loss=setting.loss,
         code=setting.code,
+        data=data,
     )
 
 
@@ -150,7 +169,7 @@ def reference_of(name: str) -> str:
     Args:
         name: of the setting.
     """
-    return SETTINGS[name].reference if name in SETTINGS else BASELINE
+    return ALL[name].reference if name in ALL else BASELINE
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -167,6 +186,8 @@ class Profile:
         blocks: test images at which attention blocks are measured, the first ones.
         largest_grid: weights of a grid that are tried, from its middle; 0 for all.
         own: settings of a user, which follow the others.
+        weak_steps: steps of a PGD that is shown beside the worst case; 0 for none.
+        data: images and architecture, as recipes hold them; empty for the digits.
     """
 
     settings: tuple[str, ...]
@@ -178,11 +199,13 @@ class Profile:
     blocks: int
     largest_grid: int = 0
     own: tuple[Setting, ...] = ()
+    weak_steps: int = 0
+    data: str = ""
 
     @property
     def chosen(self) -> list[Setting]:
         """All settings, in order."""
-        return [*(SETTINGS[name] for name in self.settings), *self.own]
+        return [*(ALL[name] for name in self.settings), *self.own]
 
 
 PROFILES = {
@@ -215,5 +238,40 @@ PROFILES = {
         batch=100,
         eps={"l_inf": (0.025, 0.05, 0.1, 0.15), "l2": (0.125, 0.25, 0.5, 1.0)},
         blocks=50,
+    ),
+}
+
+# Of images of 28 x 28 pixels (bench/robustness/studies.py).
+LARGER_PROFILES = {
+    "quick": Profile(
+        settings=(BASELINE, "jasmin 0.03"),
+        seeds=(0,),
+        epochs=1,
+        images=3,
+        batch=3,
+        eps={"l_inf": (0.1,)},
+        blocks=1,
+        weak_steps=10,
+    ),
+    # What one core can do in half an hour with 5,000 images.
+    "standard": Profile(
+        settings=(BASELINE, "jasmin 0.03", "jasmin 0.3", "jasmin 3", "pgd"),
+        seeds=(0, 1),
+        epochs=10,
+        images=100,
+        batch=100,
+        eps={"l_inf": (0.05,)},
+        blocks=10,
+        weak_steps=10,
+    ),
+    "full": Profile(
+        settings=(*SETTINGS, *CURVE),
+        seeds=(0, 1, 2, 3, 4),
+        epochs=30,
+        images=200,
+        batch=100,
+        eps={"l_inf": (0.05, 0.1, 0.15), "l2": (0.5, 1.0, 2.0)},
+        blocks=20,
+        weak_steps=10,
     ),
 }

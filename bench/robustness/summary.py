@@ -16,6 +16,8 @@ from bench.robustness.statistics import holm, interval, paired
 
 Data = dict[str, Any]
 SIGNIFICANT = 0.05
+WEAK = "weak"  # PGD of few steps
+COMPARED = (" worst", f" {WEAK}")  # ends of the accuracies that settings are compared in, beside the clean one
 CONSTANTS = {
     "network": "local constant of the network",
     "blocks": "local constant of attention",
@@ -50,6 +52,8 @@ def accuracies(model: Data) -> dict[str, float]:
     for norm, rows in model["robust"].items():
         for row in rows:
             found |= {measure_name(norm, row["eps"], attack): row[attack] for attack in ("fgsm", "pgd", "worst")}
+        for row, weak in zip(rows, model.get("weak", {}).get(norm, ()), strict=False):
+            found[measure_name(norm, row["eps"], WEAK)] = weak
     return found
 
 
@@ -80,7 +84,7 @@ def _comparisons(values: dict[str, list[dict[str, float]]]) -> list[Data]:
     for name, reference in pairs:
         for measure in values[name][0]:
             family = "constants" if measure in CONSTANTS else "accuracies"
-            if family == "accuracies" and measure != "clean" and not measure.endswith(" worst"):
+            if family == "accuracies" and measure != "clean" and not measure.endswith(COMPARED):
                 continue
             ours, theirs = ([_scaled(model[measure], family) for model in values[which]] for which in (name, reference))
             found = paired(ours, theirs)

@@ -15,7 +15,8 @@ from bench.robustness.settings import (
     CHOICE_STEPS,
     reference_of,
 )
-from bench.robustness.summary import CONSTANTS, measure_name, verdict
+from bench.robustness.summary import CONSTANTS, WEAK, measure_name, verdict
+from bench.robustness.weights import weights_section
 
 
 Data = dict[str, Any]
@@ -30,22 +31,23 @@ LEGEND = (
 )
 
 
-def report(data: Data, summary: Data, command: str) -> str:
+def report(data: Data, summary: Data, command: str, name: str) -> str:
     """The page of results.
 
     Args:
         data: what `bench.robustness.task.run` returned.
         summary: what `bench.robustness.summary.summarised` made of it.
         command: that made it.
+        name: of the page and of its figures.
     """
-    count = len(data["seeds"])
+    count, about = len(data["seeds"]), data["study"]["about"] if "study" in data else "Digits ViTs"
     made = (
-        f"Digits ViTs, {data['epochs']} epochs, {count} seed{'s' if count > 1 else ''} per setting, the first "
+        f"{about}, {data['epochs']} epochs, {count} seed{'s' if count > 1 else ''} per setting, the first "
         f"{data['images']} test images (blocks: the first {data['blocks']}), pixels in [0, 1]."
     )
     parts = [
         "# Robust accuracy with and without penalties",
-        "![Robust accuracy over the radius](robustness.png)",
+        f"![Robust accuracy over the radius]({name}.png)",
         _findings(data, summary),
         made,
         _headline(data, summary),
@@ -57,13 +59,10 @@ def report(data: Data, summary: Data, command: str) -> str:
         "constants by factors.",
         _accuracy_changes(data, summary),
         _constant_changes(data, summary),
-        "![Robust accuracy against the local constant](robustness_constants.png)",
-        "![g_1 of the rows by layer](robustness_g1.png)",
-        "## How the weights were chosen",
-        f"Validation images only, seed {CHOICE_SEED}, which is not among those reported: of the weights whose "
-        "validation accuracy is at most one point below that of the reference setting, the one with the best accuracy "
-        f"under PGD-{CHOICE_STEPS} (l_inf, {CHOICE_EPS:g}).",
-        folded("Weights that were tried", _choices(data)),
+        f"![Robust accuracy against the local constant]({name}_constants.png)",
+        f"![g_1 of the rows by layer]({name}_g1.png)",
+        *weights_section(data, summary, name),
+        *_choice_section(data),
         "## By attack",
         folded("Accuracy under each attack", _attacks(data, summary)),
         "## By layer",
@@ -124,7 +123,7 @@ def _said(rows: list[Data]) -> str:
 
 
 def _amount(row: Data) -> str:
-    name = CONSTANTS.get(row["measure"], row["measure"].removesuffix(" worst"))
+    name = CONSTANTS.get(row["measure"], row["measure"].removesuffix(" worst").replace(f" {WEAK}", " under weak PGD"))
     return f"{name}: {_change(row)}"
 
 
@@ -139,8 +138,12 @@ def _change(row: Data) -> str:
 
 
 def _accuracy_changes(data: Data, summary: Data) -> str:
-    measures = ["clean", *(measure_name(norm, eps) for norm, eps in _radii(data))]
-    return _changes(data, summary, {measure: f"{measure.removesuffix(' worst')}, points" for measure in measures})
+    measures = {"clean": "clean, points"}
+    for norm, eps in _radii(data):
+        measures[measure_name(norm, eps)] = f"{norm} {eps:g}, points"
+        if "weak_steps" in data:
+            measures[measure_name(norm, eps, WEAK)] = f"{norm} {eps:g} under PGD-{data['weak_steps']}, points"
+    return _changes(data, summary, measures)
 
 
 def _constant_changes(data: Data, summary: Data) -> str:
@@ -157,6 +160,20 @@ def _changes(data: Data, summary: Data, measures: dict[str, str]) -> str:
     return table(["setting", "reference", *measures.values()], body) if body else ""
 
 
+def _choice_section(data: Data) -> list[str]:
+    """Nothing where no weight was chosen."""
+    choices = _choices(data)
+    if not choices:
+        return []
+    return [
+        "## How the weights were chosen",
+        f"Validation images only, seed {CHOICE_SEED}, which is not among those reported: of the weights whose "
+        "validation accuracy is at most one point below that of the reference setting, the one with the best accuracy "
+        f"under PGD-{CHOICE_STEPS} (l_inf, {CHOICE_EPS:g}).",
+        folded("Weights that were tried", choices),
+    ]
+
+
 def _choices(data: Data) -> str:
     body = []
     for name, setting in data["settings"].items():
@@ -170,16 +187,19 @@ def _choices(data: Data) -> str:
             taken = "chosen" if row["weight"] == choice["weight"] else ""
             shown = [f"{row['weight']:g}", f"{100 * row['clean']:.1f}", f"{100 * row['robust']:.1f}", taken]
             body.append([setting["title"], *shown])
-    return table(["setting", "weight", "clean, validation %", f"PGD-{CHOICE_STEPS}, validation %", ""], body)
+    titles = ["setting", "weight", "clean, validation %", f"PGD-{CHOICE_STEPS}, validation %", ""]
+    return table(titles, body) if body else ""
 
 
 def _attacks(data: Data, summary: Data) -> str:
+    weak = {WEAK: f"PGD-{data['weak_steps']} %"} if "weak_steps" in data else {}
+    attacks = {"fgsm": "FGSM %", **weak, "pgd": "PGD-40 %", "worst": "worst case %"}
     body = []
     for name, setting in data["settings"].items():
         for norm, eps in _radii(data):
-            found = [summary["intervals"][name][measure_name(norm, eps, attack)] for attack in ("fgsm", "pgd", "worst")]
+            found = [summary["intervals"][name][measure_name(norm, eps, attack)] for attack in attacks]
             body.append([setting["title"], norm, f"{eps:g}", *(_with_half(each, 100, 1) for each in found)])
-    return table(["setting", "norm", "radius", "FGSM %", "PGD-40 %", "worst case %"], body)
+    return table(["setting", "norm", "radius", *attacks.values()], body)
 
 
 def _layers(data: Data) -> str:

@@ -10,9 +10,11 @@ import copy
 from functools import partial
 from typing import Any
 
-from bench.attacks.images import right
+import torch
+
+from bench.attacks.images import Ball, pgd, right
 from bench.engine.store import Answer
-from bench.robustness.attacked import Advance, Subject, attacked, share, shares
+from bench.robustness.attacked import ATTACK_SEED, Advance, Subject, attacked, share, shares
 from bench.robustness.choice import choose, tried
 from bench.robustness.measures import BINS, LANCZOS, blocks, network_constants, versions
 from bench.robustness.on_cluster import answered_on
@@ -51,7 +53,7 @@ def run(
     settings = {name: {"title": known[name].title, "choice": choice, "models": []} for name, choice in chosen.items()}
     # Seed by seed, so that a run that is stopped early leaves whole seeds.
     ways = [
-        recipe(known[name], choice["weight"], epochs=profile.epochs, seed=seed)
+        recipe(known[name], choice["weight"], epochs=profile.epochs, seed=seed, data=profile.data)
         for seed in profile.seeds
         for name, choice in chosen.items()
     ]
@@ -69,6 +71,8 @@ def run(
         model = workshop.trained(way)
         settings[way.setting]["models"].append({"seed": way.seed, **_measured(model, profile, advance)})
     done = {"images": profile.images, "blocks": profile.blocks, "epochs": profile.epochs, "seeds": list(profile.seeds)}
+    if profile.weak_steps:
+        done["weak_steps"] = profile.weak_steps
     return {**done, "settings": settings}
 
 
@@ -113,7 +117,28 @@ def _measured(model: Trained, profile: Profile, advance: Advance) -> dict[str, A
         "constants": network["constants"],
         "layers": found["layers"],
         "robust": robust,
+        **({"weak": _weak(model, profile, network["images"])} if profile.weak_steps else {}),
     }
+
+
+def _weak(model: Trained, profile: Profile, images: list[int]) -> dict[str, list[float]]:
+    """Accuracy under PGD of few steps, for each norm and radius: what other reports give in place of the worst case."""
+    found: dict[str, list[float]] = {}
+    for norm, radii in profile.eps.items():
+        for eps in radii:
+            asked = {"norm": norm, "eps": eps, "seed": ATTACK_SEED}
+            question = {"what": "weak attack", "images": images, "steps": profile.weak_steps, "attack": asked}
+            work = partial(_weakly_attacked, model, len(images), Ball(norm, eps), profile.weak_steps)
+            found.setdefault(norm, []).append(share(model.ask(question, work)["right"]))
+    return found
+
+
+def _weakly_attacked(model: Trained, count: int, ball: Ball, steps: int) -> Answer:
+    test = model.workshop.images.test
+    images, labels = test.images[:count], test.labels[:count]
+    generator = torch.Generator().manual_seed(ATTACK_SEED)
+    moved = pgd(model.model(), images, labels, ball, steps=steps, generator=generator)
+    return {"right": right(model.model(), moved, labels).tolist()}
 
 
 def _network(model: Trained, count: int) -> Answer:

@@ -13,18 +13,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from bench.engine.answers import Answered
 from bench.engine.records import RecordError, content_hash
 from bench.engine.store import Answer, Store
 from bench.robustness.settings import VERSION, Recipe
 from bench.workloads.hashes import tensors_hash
-from lipbounds.errors import InvalidInput
 from lipbounds.models.digits_data import DigitsSplit, LabelledImages
-from lipbounds.models.digits_vit import DigitsViT, load_digits_vit
+from lipbounds.models.digits_vit import DigitsViT
 from lipbounds.models.train_digits import train
 from lipbounds.models.training import evaluate
 
@@ -39,6 +40,7 @@ class Workshop:
         split: the images; None where nothing is made.
         force: make again what is in the file.
         device: where models are measured and attacked; they are trained on the CPU.
+        make: draws the model that is trained.
     """
 
     answers: Store | Answered
@@ -46,6 +48,7 @@ class Workshop:
     split: DigitsSplit | None = None
     force: bool = False
     device: str = "cpu"
+    make: Callable[[], nn.Module] = DigitsViT
 
     @property
     def store(self) -> Store:
@@ -90,7 +93,7 @@ class Workshop:
         """Where the weights of a recipe are kept."""
         return self.folder / f"{recipe.setting}-{recipe.seed}-{content_hash(recipe.to_dict())}.safetensors"
 
-    def load(self, recipe: Recipe, weights: str) -> DigitsViT:
+    def load(self, recipe: Recipe, weights: str) -> nn.Module:
         """The model of a recipe, from its file or trained again.
 
         Args:
@@ -101,7 +104,7 @@ class Workshop:
             RecordError: the weights are others.
         """
         path = self.path(recipe)
-        found = _loaded(path) if path.exists() else None
+        found = self._loaded(path) if path.exists() else None
         if found is None or weights_hash(found) != weights:
             again = self._train(recipe)["weights"]
             if again != weights:
@@ -110,15 +113,25 @@ class Workshop:
                     f"in {self.store.path}, but training gives {again} here (another machine, other versions or "
                     "threads); pass another --results, or --force to make every answer anew."
                 )
-            found = _loaded(path)
+            found = self._loaded(path)
             assert found is not None
         return found
+
+    def _loaded(self, path: Path) -> nn.Module | None:
+        """None for a file that holds no such model."""
+        with torch.device("meta"):  # no random start is drawn
+            model = self.make()
+        try:
+            model.load_state_dict(load_file(path), assign=True)
+        except (RuntimeError, OSError, SafetensorError):
+            return None
+        return model.eval()
 
     def _train(self, recipe: Recipe) -> Answer:
         from bench.robustness.penalties import loss_of  # its imports take seconds
 
         history: list[tuple[float, float]] = []
-        images = self.split  # on the CPU: 8 x 8 pixels leave a GPU idle
+        images = self.split  # on the CPU: images this small leave a GPU idle
         assert images is not None
         model = train(
             images.train,
@@ -129,6 +142,7 @@ class Workshop:
             loss=loss_of(recipe),
             weight_decay=recipe.weight_decay,
             after_epoch=lambda accuracy, loss: history.append((round(accuracy, 4), round(loss, 5))),
+            make=self.make,
         )
         path = self.path(recipe)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -154,9 +168,9 @@ class Trained:
     weights: str
     validation_accuracy: float
     workshop: Workshop = dc.field(repr=False)
-    _model: DigitsViT | None = dc.field(default=None, repr=False)
+    _model: nn.Module | None = dc.field(default=None, repr=False)
 
-    def model(self) -> DigitsViT:
+    def model(self) -> nn.Module:
         """The model, in evaluation mode; its parameters need no gradient."""
         if self._model is None:
             self._model = self.workshop.load(self.recipe, self.weights).to(self.workshop.device).requires_grad_(False)
@@ -191,14 +205,6 @@ def on_device(split: DigitsSplit, device: str) -> DigitsSplit:
     return DigitsSplit(**parts)
 
 
-def weights_hash(model: DigitsViT) -> str:
+def weights_hash(model: nn.Module) -> str:
     """Content hash of the weights."""
     return tensors_hash(model.state_dict().items())
-
-
-def _loaded(path: Path) -> DigitsViT | None:
-    """None for a file that holds no such model."""
-    try:
-        return load_digits_vit(path)
-    except (InvalidInput, OSError, SafetensorError):
-        return None

@@ -340,7 +340,7 @@ def test_settings_of_a_user_stand_beside_the_others(
     monkeypatch.setitem(PROFILES, "standard", few)
     monkeypatch.setattr(figures, "draw", lambda *parts: [])
     monkeypatch.setattr("bench.engine.options.ROOT", tmp_path)  # no records are copied
-    monkeypatch.setattr("bench.robustness.command.load_digits_split", lambda: split)
+    monkeypatch.setattr("bench.robustness.studies.load_digits_split", lambda: split)
     mine = tmp_path / "mine"
     assert program.main(["robustness", *OWN, "--results", str(mine)]) == 0
     page, data = (mine / "robustness.md").read_bytes(), json.loads((mine / "robustness.json").read_text())

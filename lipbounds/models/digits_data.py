@@ -18,9 +18,9 @@ VALIDATION_IMAGES = 240
 
 @dc.dataclass(frozen=True, slots=True)
 class LabelledImages:
-    """Images with grey values in [0, 1], their digits, and their places in `sklearn.datasets.load_digits`."""
+    """Images with grey values in [0, 1], their classes, and their places in what they come from."""
 
-    images: Float[Tensor, "n 1 8 8"]
+    images: Float[Tensor, "n 1 side side"]
     labels: Int[Tensor, " n"]
     indices: Int[Tensor, " n"]
 
@@ -30,7 +30,7 @@ class LabelledImages:
 
 @dc.dataclass(frozen=True, slots=True)
 class DigitsSplit:
-    """Three disjoint parts of the 1797 digits, each with the digits in equal shares."""
+    """Three disjoint parts of labelled images, such as the 1797 digits, each with the classes in equal shares."""
 
     train: LabelledImages
     validation: LabelledImages

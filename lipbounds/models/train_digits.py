@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from lipbounds.models.digits_data import LabelledImages, load_digits_split
 from lipbounds.models.digits_vit import DigitsViT
@@ -35,7 +36,8 @@ def train(
     loss: Loss = cross_entropy,
     weight_decay: float = WEIGHT_DECAY,
     after_epoch: Callable[[float, float], None] = lambda accuracy, validation_loss: None,
-) -> DigitsViT:
+    make: Callable[[], nn.Module] = DigitsViT,
+) -> nn.Module:
     """The model of the epoch with the best validation accuracy (among equals: the lowest validation loss).
 
     The caller's random state is left as it was.
@@ -49,10 +51,11 @@ def train(
         loss: what is minimised; it may add penalties or move the images.
         weight_decay: of AdamW: every step also shrinks the weights by the learning rate times this.
         after_epoch: called with the validation accuracy and loss of each epoch.
+        make: draws the model that is trained, from torch's global generator.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = DigitsViT()
+        model = make()
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, weight_decay=weight_decay)
     best, best_score = copy.deepcopy(model.state_dict()), (-1.0, 0.0)

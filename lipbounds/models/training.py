@@ -89,8 +89,13 @@ def share_of_peak_rate(step: int, steps: int) -> float:
     return (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up))) / 2
 
 
-def distorted(images: Float[Tensor, "batch 1 8 8"], generator: torch.Generator) -> Float[Tensor, "batch 1 8 8"]:
-    """Every image under its own small affine map (shift, turn, stretch, shear), black coming in at the edges."""
+def distorted(
+    images: Float[Tensor, "batch 1 side side"], generator: torch.Generator
+) -> Float[Tensor, "batch 1 side side"]:
+    """Every image under its own small affine map (shift, turn, stretch, shear), black coming in at the edges.
+
+    The largest shift is a sixteenth of the side, as `LARGEST_SHIFT` is of the digits.
+    """
     drawn = torch.rand(len(images), 2, 3, generator=generator, device=generator.device)
     uniform = 2 * drawn.to(images.device) - 1
     # affine_grid measures in half image widths, seen from the centre.

@@ -1,0 +1,1 @@
+"""The task `pretrained`: attention distributions and tightness of bounds on pretrained models of installed packages."""
