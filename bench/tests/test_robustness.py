@@ -438,7 +438,7 @@ def test_the_page_says_what_the_numbers_say(fakes: Fakes, split: DigitsSplit, tm
             for row in model["robust"]["l_inf"] + model["robust"]["l2"]:
                 row["worst"] = 0.5 + 0.2 * place + 0.01 * seed * place
     summary = summarised(data)
-    page = tables.report(data, summary, "python -m bench robustness")
+    page = tables.report(data, summary, "python -m bench robustness", "robustness")
     assert "| no penalty" in page
     assert "| JaSMin, k = 10 | 90.0 ± 0.0 | 70.5 ± 6.4" in " ".join(page.split())
     rows = {row["measure"]: row for row in summary["comparisons"]}
@@ -447,7 +447,7 @@ def test_the_page_says_what_the_numbers_say(fakes: Fakes, split: DigitsSplit, tm
     assert verdict(rows["clean"]) == "no significant difference"
     assert verdict({"p": None}) == "not tested"
     assert "lower (local constant of the network: x 0.500" in page
-    paths = figures.draw(data, summary, tmp_path)
+    paths = figures.draw(data, summary, tmp_path, "robustness")
     assert {path.suffix for path in paths} == {".png", ".svg"}
     assert all(path.stat().st_size > 1000 for path in paths)
 
