@@ -18,7 +18,7 @@ PAGES = {
     "balls.md": "python -m bench balls",
     "certified.md": "python -m bench certified",
     "robustness.md": "python -m bench robustness",
-    "robustness_mnist-5k.md": "python -m bench robustness --train-on mnist-5k",
+    "robustness_mnist_5k.md": "python -m bench robustness --train-on mnist-5k",
     "pretrained.md": "python -m bench pretrained",
     "attention.md": "python -m bench attention",
     "speed.md": "python -m bench speed",

@@ -47,6 +47,6 @@ TASK = Task(
     help="attention distributions and tightness on DINOv2, SmolLM2 and ALBERT, from installed packages",
     measure=measure,
     pages=pages,
-    takes=frozenset({"quick", "force", "results"}),
+    takes=frozenset({"quick", "full", "force", "results"}),
     versions={"": pretrained.VERSION},
 )

@@ -42,11 +42,19 @@ class Profile:
 
 PROFILES = {
     "quick": Profile(inputs={"albert-rxn": 1}, sharp={"albert-rxn": (0,)}, hidden={"albert-rxn": 1}),
-    # What one core can do in 25 minutes.
+    # What one core can do in ten minutes.
     "standard": Profile(
-        inputs={"dinov2-s at 112 px": 10, "smollm2-135m": 6, "albert-rxn": 8, "dinov2-s at 224 px": 1},
-        sharp={"dinov2-s at 112 px": (0, 6, 11), "smollm2-135m": (0, 7, 15, 22, 29), "albert-rxn": (0, 6, 11)},
-        hidden={"dinov2-s at 112 px": 1, "smollm2-135m": 1, "albert-rxn": 2},
+        inputs={"dinov2-s at 112 px": 8, "smollm2-135m": 2, "albert-rxn": 4},
+        sharp={"dinov2-s at 112 px": (0, 6, 11), "smollm2-135m": (0, 15, 29), "albert-rxn": (0, 6, 11)},
+        hidden={"dinov2-s at 112 px": 1, "smollm2-135m": 1, "albert-rxn": 1},
+    ),
+    "full": Profile(
+        inputs={"dinov2-s at 112 px": 20, "smollm2-135m": 20, "albert-rxn": 8, "dinov2-s at 224 px": 4},
+        sharp={
+            **{"dinov2-s at 112 px": (0, 6, 11), "smollm2-135m": (0, 7, 15, 22, 29), "albert-rxn": (0, 6, 11)},
+            "dinov2-s at 224 px": (0,),
+        },
+        hidden={"dinov2-s at 112 px": 4, "smollm2-135m": 4, "albert-rxn": 4, "dinov2-s at 224 px": 1},
     ),
 }
 

@@ -71,7 +71,7 @@ def study_of(where: Path | None) -> Study:
             f"ubyte and the other three, each with or without .gz), got '{where}'."
         )
     split, first = _split(where)
-    name = re.sub(r"[^\w-]+", "_", first.name).strip("_").lower() or "images"
+    name = re.sub(r"\W+", "_", first.name).strip("_").lower() or "images"
     counts = ", ".join(
         f"{len(part)} {what}" for part, what in ((split.train, "to train"), (split.validation, "to choose"))
     )
@@ -81,7 +81,7 @@ def study_of(where: Path | None) -> Study:
             f"{first.source}; {counts} and {len(split.test)} to test; ViT with patches of {PATCH} x {PATCH} pixels, "
             f"{DIM} features, {DEPTH} blocks"
         ),
-        data=f"{name} {_hash(split)}, ViT {SIDE} {PATCH} {DIM} {DEPTH}",
+        data=f"{first.name} {_hash(split)}, ViT {SIDE} {PATCH} {DIM} {DEPTH}",
         split=split,
         make=functools.partial(ImageViT, SIDE, PATCH, DIM, DEPTH),
     )
