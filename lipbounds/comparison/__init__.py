@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lipbounds.comparison.ground_truth import cost as cost
 from lipbounds.comparison.ground_truth import truth as truth
 from lipbounds.comparison.measure import compare as compare
 from lipbounds.comparison.row import Row as Row

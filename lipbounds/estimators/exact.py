@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses as dc
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.claims import Claim, Source
+from lipbounds.derivatives.first.dense import batch_items, jacobian_entries
 from lipbounds.errors import InvalidInput
 from lipbounds.estimators._operator import JacobianOperator, Target
 from lipbounds.ops.verified_norm import verified_norm
@@ -18,6 +21,60 @@ from lipbounds.targets.network import Network
 
 MAX_ENTRIES = 2**27  # 1 GiB in float64; a Gram matrix and its factor come on top
 CHUNK_ENTRIES = 2**21  # of the largest tensor made for one chunk of directions
+
+
+@dc.dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What the exact norm of one batch item takes, counted from its shapes.
+
+    Args:
+        rows: of the Jacobian.
+        columns: of the Jacobian.
+        operations: floating-point operations in float64, about.
+        bytes: of memory at the peak, about.
+    """
+
+    rows: int
+    columns: int
+    operations: int
+    bytes: int
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether the Jacobian is too large to be formed."""
+        return self.rows * self.columns > MAX_ENTRIES
+
+
+def exact_work(block: Attention) -> Work:
+    """What `exact` takes for one batch item, without computing anything.
+
+    Args:
+        block: the block.
+    """
+    columns = block.moving_input.shape[-2:].numel()
+    rows = jacobian_entries(block) // columns
+    small, large = sorted((rows, columns))
+    gram = 2 * small**2 * large
+    solver = 5 * small**3 // 3  # eigenvalues of the Gram matrix, and a Cholesky factorisation
+    return Work(
+        rows=rows,
+        columns=columns,
+        operations=small * product_operations(block) + gram + solver,
+        bytes=8 * (2 * rows * columns + 6 * small**2),
+    )
+
+
+def product_operations(block: Attention) -> int:
+    """Floating-point operations of one product with J or its transpose for one batch item, about.
+
+    Args:
+        block: the block.
+    """
+    queries, keys = block.tokens, block.source_input.shape[-2]
+    width, value_width = block.w_q.shape[-1], block.w_v.shape[-1]
+    projections = queries * block.w_q.shape[-2] * width + keys * block.w_k.shape[-2] * (width + value_width)
+    maps = 2 * queries * keys * (width + value_width)
+    return 2 * block.heads * (projections + maps + queries * value_width * block.w_o.shape[-1])
 
 
 @torch.no_grad()
@@ -47,7 +104,8 @@ def exact_norm(target: Target) -> Float[Tensor, "*batch"]:
         target: an `Attention`, a `Network` or any other target.
 
     Raises:
-        InvalidInput: more than 2**27 entries in the Jacobians of all batch items together.
+        InvalidInput: more than 2**27 entries in the Jacobian of an item, or in those of all items of another target
+            than an `Attention`.
     """
     norm, rounding = _norm_and_rounding(target)
     return cast_up(inflate(norm + rounding, 2), target.moving_input.dtype)
@@ -78,10 +136,11 @@ def exact(block: Attention | Network) -> tuple[Tensor, Terms]:
     Numerics: float64 inside. Not differentiable.
 
     Args:
-        block: the attention block, or a `Network`; at most 2**27 Jacobian entries in all batch items together.
+        block: the attention block, or a `Network`; the Jacobian of an item, or those of all items of a `Network`, may
+            have 2**27 entries. `lipbounds.comparison.cost` says beforehand what it takes.
 
     Raises:
-        InvalidInput: the Jacobian is too large to be formed.
+        InvalidInput: the Jacobian is too large to be formed; the message names what takes such a block.
     """
     norm, rounding = _norm_and_rounding(block)
     value = cast_up(inflate(norm + rounding, 2), block.moving_input.dtype)
@@ -90,20 +149,32 @@ def exact(block: Attention | Network) -> tuple[Tensor, Terms]:
 
 def _norm_and_rounding(target: Target) -> tuple[Tensor, Tensor]:
     """Norm of the computed Jacobian and norm of its distance to the exact one, both rounded up, in float64."""
+    if isinstance(target, Attention) and target.batch_shape.numel() > 1:
+        work = exact_work(target)
+        if not work.is_refused and target.batch_shape.numel() * work.rows * work.columns > MAX_ENTRIES:
+            norms, errors = zip(*map(_norm_and_rounding, batch_items(target)), strict=True)
+            return torch.stack(norms).reshape(target.batch_shape), torch.stack(errors).reshape(target.batch_shape)
     operator = _small_operator(target)
     return verified_norm(_dense(operator)), operator.norm_error() * operator.scale
 
 
 def _small_operator(target: Target) -> JacobianOperator:
+    if isinstance(target, Attention):  # whose shapes are known before anything is computed
+        work = exact_work(target)
+        _refuse_large(target.batch_shape.numel(), work.rows, work.columns)
     operator = JacobianOperator(target)
-    entries = operator.batch_shape.numel() * operator.in_size * operator.out_size
-    if entries > MAX_ENTRIES:
+    _refuse_large(operator.batch_shape.numel(), operator.out_size, operator.in_size)
+    return operator
+
+
+def _refuse_large(items: int, rows: int, columns: int) -> None:
+    if (entries := items * rows * columns) > MAX_ENTRIES:
         raise InvalidInput(
             f"a dense Jacobian may have at most {MAX_ENTRIES} entries in all batch items together, got {entries} "
-            f"({operator.batch_shape.numel()} x {operator.out_size} x {operator.in_size}); use lanczos for a lower "
-            "bound, lanczos_certificate for a probable one, or fewer batch items at a time."
+            f"({items} x {rows} x {columns}); use lipbounds.truth(block, method='certificate') or the bound "
+            "lanczos_posterior for an upper bound that holds with a probability you choose, sharp for a proved one, "
+            "lanczos for a lower one, or fewer batch items at a time."
         )
-    return operator
 
 
 def _dense(operator: JacobianOperator) -> Tensor:

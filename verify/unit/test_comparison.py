@@ -21,6 +21,7 @@ from lipbounds.comparison.measure import compare_runs
 from lipbounds.comparison.row import Row
 from lipbounds.difference import compare as difference
 from lipbounds.errors import LipboundsError
+from lipbounds.estimators.exact import exact_work, jacobian
 from lipbounds.number_format import shown
 from lipbounds.results import read_results
 from verify.unit.blocks import random_block
@@ -169,6 +170,21 @@ def test_the_truth_is_exact_for_small_blocks_and_certified_for_large_ones() -> N
     large = random_block(x=torch.ones(1500, 6, dtype=torch.float64))
     assert chosen(large, "auto") == "certificate"
     assert "120 products" in cost(large)
+
+
+def test_what_exact_refuses_is_said_beforehand_and_where_to_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = random_block()
+    work = exact_work(block)
+    assert (work.rows, work.columns) == tuple(jacobian(block).shape[-2:])
+    assert f"{work.rows} x {work.columns}, verified" in cost(block)
+    monkeypatch.setattr("lipbounds.estimators.exact.MAX_ENTRIES", work.rows * work.columns)
+    batch = block.replace(x=block.x * torch.tensor([1.0, 2.0]).reshape(2, 1, 1))
+    one_by_one = [float(lipbounds.get("exact")(block.replace(x=x))) for x in batch.x]  # neither is too large alone
+    assert lipbounds.get("exact")(batch).value.tolist() == pytest.approx(one_by_one, rel=1e-12)
+    monkeypatch.setattr("lipbounds.estimators.exact.MAX_ENTRIES", work.rows * work.columns - 1)
+    assert "method='certificate' is a certificate by 120 products" in cost(block, method="exact")
+    with pytest.raises(InvalidInput, match="method='certificate'"):
+        lipbounds.truth(block, method="exact")
 
 
 def test_several_inputs_are_rows_of_their_own() -> None:
