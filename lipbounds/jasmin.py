@@ -12,8 +12,8 @@ of Theorem 3), the mean over heads, batch and layers. How the paper itself aggre
 available to us. Rows that see one key are constant and do not count; a head that has no other row contributes 0.
 
 With the largest row of each head nothing else has a gradient: all scores are computed without one, and only the row
-that was found is computed again with it. On CUDA the Triton kernel finds it where it takes the map, and then no map is
-stored (lipbounds.kernels.jasmin_rows).
+that was found is computed again with it; `JaSMin` scores these rows of all layers together. On CUDA the Triton kernel
+finds it where it takes the map, and then no map is stored (lipbounds.kernels.jasmin_rows).
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def jasmin(
     _check(k, over_rows=over_rows, over_heads=over_heads, over_batch=over_batch)
     if logits.dim() < 3:
         raise InvalidInput(f"logits must have the shape (*batch, heads, n, m), got {tuple(logits.shape)}.")
-    heads = _of_heads(k, over_rows, lambda chosen: _rows(logits, chosen))
-    return _reduced(_reduced(heads, over_heads, -1).flatten(), over_batch, 0)
+    rows = _counting(k, over_rows, lambda chosen: _rows(logits, chosen))
+    return _reduced(_reduced(_of_heads(rows, k, over_rows), over_heads, -1).flatten(), over_batch, 0)
 
 
 def jasmin_of(block: Attention, *, k: int = K, over_rows: Reduction = "max", over_heads: Reduction = "mean") -> Tensor:
@@ -101,7 +101,8 @@ def jasmin_of(block: Attention, *, k: int = K, over_rows: Reduction = "max", ove
         InvalidInput: as `jasmin`.
     """
     _check(k, over_rows=over_rows, over_heads=over_heads)
-    return _reduced(_of_heads(k, over_rows, lambda chosen: _rows(block.logits, chosen)), over_heads, -1)
+    rows = _counting(k, over_rows, lambda chosen: _rows(block.logits, chosen))
+    return _reduced(_of_heads(rows, k, over_rows), over_heads, -1)
 
 
 class JaSMin(TorchFunctionMode):
@@ -194,7 +195,7 @@ class JaSMin(TorchFunctionMode):
                 "model must run with gradients, got attention without any; where activations are checkpointed, "
                 "pass use_reentrant=False."
             )
-        return _reduced(torch.stack(found), self.over_layers, 0)
+        return _reduced(self._of_layers(found), self.over_layers, 0)
 
     def __enter__(self) -> JaSMin:
         self._found, self._running, self._numbers, self._seen, self._missed = [], [], {}, 0, 0
@@ -343,12 +344,14 @@ class JaSMin(TorchFunctionMode):
                 fused = partial(kernel_scores, query, key, scale, self.k, mask, causal=causal)
             if grouped:
                 key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
-            query, key = query.to(_wide(query.dtype)) * scale, key.to(_wide(key.dtype))
+            wide, key = _wide(query.dtype), key.to(_wide(key.dtype))
             if mask is not None:
                 mask = mask.expand(*torch.broadcast_shapes(mask.shape[:-1], query.shape[:-1]), mask.shape[-1])
 
             def logits(chosen: Tensor | None) -> Tensor:
-                product = _rows(query, chosen) @ key.mT
+                rows = _rows(query, chosen).to(wide) * scale
+                # Of one row a sum of products, whose gradient is cheaper than that of many small matrix products.
+                product = rows @ key.mT if chosen is None else (rows * key).sum(-1).unsqueeze(-2)
                 if mask is not None:
                     product = product + _rows(mask, chosen)
                 return _without_later(product, chosen) if causal else product
@@ -358,11 +361,20 @@ class JaSMin(TorchFunctionMode):
     def _keep(self, logits: Callable[[Tensor | None], Tensor], fresh: bool = False, fused: Fused = None) -> None:
         if not self._counts():
             return
-        heads = _of_heads(self.k, self.over_rows, logits, fresh, fused)
-        score = _reduced(_reduced(heads, self.over_heads, -1).flatten(), self.over_batch, 0)
+        rows = _counting(self.k, self.over_rows, logits, fresh, fused)
         # Other models do not count, nor do layers that backward runs again: those must save the same, no more.
         if "" in self._running:
-            self._found.append(score)
+            self._found.append(rows)
+
+    def _of_layers(self, found: list[Tensor]) -> Float[Tensor, " layers"]:
+        """The score of each layer, of all that are alike at once: the operations are many and small."""
+        alike: dict[Any, list[Tensor]] = {}
+        for rows in found:
+            alike.setdefault((rows.shape, rows.dtype, rows.device), []).append(rows)
+        with torch.autocast(found[0].device.type, enabled=False):
+            heads = [_of_heads(torch.stack(layers), self.k, self.over_rows) for layers in alike.values()]
+            scores = [_reduced(_reduced(each, self.over_heads, -1).flatten(1), self.over_batch, 1) for each in heads]
+            return torch.cat(scores)
 
 
 def _remove(handles: list[Handle]) -> None:
@@ -370,14 +382,14 @@ def _remove(handles: list[Handle]) -> None:
         handles.pop().remove()
 
 
-def _of_heads(
+def _counting(
     k: int,
     over_rows: Reduction,
     logits: Callable[[Tensor | None], Float[Tensor, "*batch heads rows m"]],
     fresh: bool = False,
     fused: Fused = None,
-) -> Float[Tensor, "*batch heads"]:
-    """Score of each head.
+) -> Tensor:
+    """What the score of each head is made of: the logits of its largest row, or the mean over its rows.
 
     Args:
         k: as in `jasmin`.
@@ -400,7 +412,14 @@ def _of_heads(
         else:
             found, _ = fused()
         chosen = found.argmax(-1, keepdim=True)
-    found = _scores(logits(chosen), k)[..., 0]
+    return logits(chosen).squeeze(-2)
+
+
+def _of_heads(counting: Tensor, k: int, over_rows: Reduction) -> Float[Tensor, "*batch heads"]:
+    """Score of each head, from what `_counting` gives."""
+    if over_rows == "mean":
+        return counting
+    found = _scores(counting, k)
     return torch.where(found.isfinite(), found, 0.0)
 
 

@@ -33,11 +33,8 @@ def log_g_1(logits: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:
     top, index, _ = _largest(logits, 2)
     single = top[..., 1].isneginf()
     # Rows with one visible key are replaced by zeros, so that no inf - inf reaches the gradient of the others.
-    safe = torch.where(single.unsqueeze(-1), 0.0, logits)
-    first, second = (torch.where(single, 0.0, top[..., rank]) for rank in (0, 1))
-    total = safe.logsumexp(-1)
-    others = torch.logaddexp(safe.scatter(-1, index[..., :1], -torch.inf).logsumexp(-1), second)
-    return torch.where(single, -torch.inf, (first - total) + (others - total))
+    safe, top = (torch.where(single.unsqueeze(-1), 0.0, table) for table in (logits, top))
+    return torch.where(single, -torch.inf, _log_g_1(safe, top, index, safe.logsumexp(-1)))
 
 
 def log_g_ratio(logits: Float[Tensor, "*batch n"], k: int) -> Float[Tensor, "*batch"]:
@@ -47,15 +44,15 @@ def log_g_ratio(logits: Float[Tensor, "*batch n"], k: int) -> Float[Tensor, "*ba
         logits: float32 or float64; -inf marks a masked key.
         k: at least 1; a row that sees fewer keys takes the number it sees, and 0 if it sees one or none.
     """
-    top, _, visible = _largest(logits, k + 1)
+    top, index, visible = _largest(logits, k + 1)
     rank = visible.sum(-1, keepdim=True).clamp(min=1, max=k) - 1
     single = rank[..., 0] == 0
-    safe = torch.where(single.unsqueeze(-1), 0.0, logits)
+    safe, top = (torch.where(single.unsqueeze(-1), 0.0, table) for table in (logits, top))
     total = safe.logsumexp(-1)
-    here, after = (_at(torch.where(single.unsqueeze(-1), 0.0, top), rank + step) for step in (0, 1))
+    here, after = (_at(top, rank + step) for step in (0, 1))
     log_p = here - total
     log_g_k = log_p + torch.log1p((after - total).exp() - log_p.exp())
-    return torch.where(single, 0.0, log_g_1(safe) - log_g_k)
+    return torch.where(single, 0.0, _log_g_1(safe, top, index, total) - log_g_k)
 
 
 @torch.no_grad()
@@ -66,19 +63,27 @@ def scores(logits: Float[Tensor, "*batch n"], k: int) -> Float[Tensor, "*batch"]
         logits: float32 or float64, not used by anyone else; -inf marks a masked key.
         k: 0 or a rank.
     """
-    top, rest = _split(logits, max(k, 1) + 1)
+    top, entries, place = _split(logits, max(k, 1) + 1)
     visible = ~top.isneginf()
-    single = ~visible[..., 1]
-    first, second = top[..., 0], top[..., 1].masked_fill(single, 0.0)
+    single = ~visible[1]
+    first, second = top[0], top[1].masked_fill(single, 0.0)
     # Relative to the second largest and without the largest, weights neither cancel nor underflow in one-hot rows.
-    others = rest.sub_(second.unsqueeze(-1)).exp_().sum(-1)
-    log_total = ((second - first) + others.log()).exp().log1p()
-    log_g = (second - first) + others.log1p() - 2 * log_total
+    weights = entries.sub_(second.unsqueeze(-1)).exp_()
+    others = weights.scatter(-1, place, 0.0).sum(-1)
+    gap = second - first
+    log_total = (gap + others.log()).exp().log1p()
+    log_g = gap + others.log1p() - 2 * log_total
     if k == 0:
         return log_g.masked_fill(single, -torch.inf)
-    rank = visible.sum(-1, keepdim=True).clamp(min=1, max=k) - 1
-    here, after = (_at(top, rank + step) - first - log_total for step in (0, 1))
-    return (log_g - here - torch.log1p(after.exp() - here.exp())).masked_fill(rank[..., 0] == 0, 0.0)
+    rank = visible.sum(0, keepdim=True).clamp(min=1, max=k) - 1
+    here, after = (top.gather(0, rank + step)[0] - first - log_total for step in (0, 1))
+    return (log_g - here - torch.log1p(after.exp() - here.exp())).masked_fill(rank[0] == 0, 0.0)
+
+
+def _log_g_1(logits: Tensor, top: Tensor, index: Tensor, total: Tensor) -> Tensor:
+    """log g_1 of rows that see at least two keys, from their largest logits, where these are, and log sum exp."""
+    others = torch.logaddexp(logits.scatter(-1, index[..., :1], -torch.inf).logsumexp(-1), top[..., 1])
+    return (top[..., 0] - total) + (others - total)
 
 
 def _largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor, Bool[Tensor, "*batch count"]]:
@@ -89,19 +94,20 @@ def _largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor, Bool[Tensor, "
     return values, index, ~values.isneginf()
 
 
-def _split(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The largest logits padded with -inf, and all but the first of a row, which may be overwritten.
+def _split(logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest logits padded with -inf, one rank after another; all of them, and where the largest of a row is.
 
     On a CPU the sort of NumPy uses wide vectors: it orders whole rows in a fraction of the time in which topk picks a
     few of their entries.
     """
     if not (numpy and logits.device.type == "cpu" and type(logits) is Tensor and not _is_transformed(logits)):
         top, index, _ = _largest(logits, count)
-        return top, logits.scatter(-1, index[..., :1], -torch.inf)
+        return top.movedim(-1, 0), logits, index[..., :1]
     ordered = torch.from_numpy(numpy.sort(logits.numpy(), axis=-1))
-    kept = min(count, logits.shape[-1])
-    top = ordered[..., logits.shape[-1] - kept :].flip(-1)
-    return torch.cat([top, top.new_full((*top.shape[:-1], count - kept), -torch.inf)], -1), ordered[..., :-1]
+    keys = logits.shape[-1]
+    top = ordered.movedim(-1, 0)[max(keys - count, 0) :].flip(0)
+    top = torch.cat([top, top.new_full((max(count - keys, 0), *top.shape[1:]), -torch.inf)])
+    return top, ordered, torch.full_like(top[0], keys - 1, dtype=torch.int64).unsqueeze(-1)
 
 
 def _is_transformed(tensor: Tensor) -> bool:
