@@ -96,11 +96,11 @@ def product_norm_upper(
     """
     parts = [factor if isinstance(factor, Factor) else Factor(factor) for factor in factors]
     scale = _product([part.scale for part in parts])
-    value = scale[..., 0, 0] * _scaled_norm(parts, _relative(before_last, parts[:-1]), _relative(whole, parts))
-    value = never_nan(value)
     if not (torch.is_grad_enabled() and any(part.matrix.requires_grad for part in parts)):
-        return value
-    image = _top_right_vector(parts)
+        norm = _scaled_norm(parts, _relative(before_last, parts[:-1]), _relative(whole, parts))
+        return never_nan(scale[..., 0, 0] * norm)
+    norm, image = _scaled_norm_and_vector(parts)
+    value = never_nan(scale[..., 0, 0] * norm)
     for part in reversed(parts):
         image = part.matrix @ image
     stretch = image.squeeze(-1).norm(dim=-1)
@@ -176,11 +176,6 @@ def _scaled_norm(parts: Sequence[Factor], before_last: Tensor | None, whole: Ten
         shrunk[0] = parts[0].low
     if right:
         shrunk[-1] = parts[-1].narrow
-    operations = sum(part.matrix.shape[-1] for part in parts[:-1]) + 2 * len(parts)
-    operations += 8 * (left * math.prod(parts[0].matrix.shape[-2:]) + right * math.prod(parts[-1].matrix.shape[-2:]))
-    error = 0.0
-    if len(parts) > 1:
-        error = 2 * gamma(operations) * _product([part.size for part in parts])
     if whole is not None and not left | right:
         product = whole
     elif before_last is not None and not left:
@@ -188,14 +183,24 @@ def _scaled_norm(parts: Sequence[Factor], before_last: Tensor | None, whole: Ten
     else:
         product = _chain(shrunk)
     gram, length = _gram(product)
-    largest = largest_eigenvalue(gram)
+    return _rounded_up(parts, largest_eigenvalue(gram), gram, length)
+
+
+def _rounded_up(parts: Sequence[Factor], largest: Tensor, gram: Tensor, length: int) -> Tensor:
+    """The norm of the product from the largest eigenvalue of its Gram matrix as computed, with the rounding of both."""
+    left, right = _shrunk_side(parts)
+    operations = sum(part.matrix.shape[-1] for part in parts[:-1]) + 2 * len(parts)
+    operations += 8 * (left * math.prod(parts[0].matrix.shape[-2:]) + right * math.prod(parts[-1].matrix.shape[-2:]))
+    error = 0.0
+    if len(parts) > 1:
+        error = 2 * gamma(operations) * _product([part.size for part in parts])
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)  # the squared Frobenius norm
     square = largest * (1 + 16 * gram.shape[-1] * UNIT_ROUNDOFF) + 2 * gamma(length + 2) * trace
     return inflate(square.sqrt() + error, 8)
 
 
-def _top_right_vector(parts: Sequence[Factor]) -> Tensor:
-    """Unit top right singular vector of the product, as a column; zero where the product is zero."""
+def _scaled_norm_and_vector(parts: Sequence[Factor]) -> tuple[Tensor, Tensor]:
+    """`_scaled_norm`, and the unit top right singular vector of the product, as a column; zero where that is zero."""
     left, right = _shrunk_side(parts)
     shrunk, basis = [part.scaled for part in parts], None
     if left:
@@ -204,12 +209,15 @@ def _top_right_vector(parts: Sequence[Factor]) -> Tensor:
         basis, low = basis_and_triangle(parts[-1].scaled.mT)
         shrunk[-1] = low.mT
     product = _chain(shrunk)
-    gram, _ = _gram(product)
-    top = eigen(gram)[1][..., -1:]
+    gram, length = _gram(product)
+    values, vectors = eigen(gram)
+    # A solver of another device is not taken at its word.
+    largest = largest_eigenvalue(gram) if waits_for(gram) else values[..., -1].clamp(min=0)
+    top = vectors[..., -1:]
     vector = product.mT @ top if product.shape[-2] <= product.shape[-1] else top
     norm = vector.norm(dim=(-2, -1), keepdim=True)
     vector = torch.where(norm > 0, vector / torch.where(norm > 0, norm, 1.0), 0.0)
-    return vector if basis is None else basis @ vector
+    return _rounded_up(parts, largest, gram, length), vector if basis is None else basis @ vector
 
 
 def _shrunk_side(parts: Sequence[Factor]) -> tuple[bool, bool]:
