@@ -13,9 +13,11 @@ from bench.attacks.images import NORMS, Ball, Norm
 from bench.attention.command import TASK as ATTENTION
 from bench.balls.command import TASK as BALLS
 from bench.certified.command import TASK as CERTIFIED
+from bench.claims import quoting
+from bench.claims.command import TASK as CLAIMS
 from bench.engine.machine import ROOT
 from bench.engine.migration import migrate
-from bench.engine.options import check_folder, cluster_of, folder_of
+from bench.engine.options import check_folder, cluster_of, committed, folder_of
 from bench.engine.rendering import cores, render
 from bench.engine.task import refuse
 from bench.gpu import command as gpu
@@ -33,13 +35,14 @@ from lipbounds.errors import LipboundsError
 
 
 STALE, MISUSE, INTERRUPTED = 1, 2, 130
-TASKS = (TIGHTNESS, BALLS, CERTIFIED, SPEED, TRAINING, ATTENTION, PRETRAINED, ROBUSTNESS, CLASSIFIER, SCALING)
+TASKS = (TIGHTNESS, BALLS, CERTIFIED, SPEED, TRAINING, ATTENTION, PRETRAINED, ROBUSTNESS, CLASSIFIER, SCALING, CLAIMS)
 COMMANDS = {
     "all": "measure what is missing of tightness and balls, and render all pages; with --quick, measure all tasks",
     "render": "every page, figure and table of numbers from the records, without models",
     "migrate": "bring records that an older version wrote to the format of this one",
-    "readme": "copy the headline table into README.md",
+    "readme": "copy the headline table into README.md, and other tables into the pages that quote them",
 }
+QUOTING = (ROOT / "docs" / "robustness.md", ROOT / "docs" / "attention.md")  # quote tables of results, as the README
 SLOW_PAGES = (ATTENTION, BALLS, SPEED)
 ALL_QUICK = (CERTIFIED, SPEED, TRAINING, ATTENTION, ROBUSTNESS)  # scaling starts Ray, a classifier has to be given
 # What the commands that are no tasks take; `all` takes what the tasks that it measures take in common.
@@ -107,8 +110,11 @@ def _run(options: argparse.Namespace, processes: int) -> int:
 
 def _readme(options: argparse.Namespace) -> int:
     current = readme.update(options.readme, options.results / "tightness.json", check=options.check)
-    if options.check and not current:
-        print(f"{options.readme} is stale: run `python -m bench readme`.", file=sys.stderr)
+    quoting_pages = (options.readme, *(QUOTING if committed(options) else ()))
+    changed = quoting.update(quoting_pages, options.results, check=options.check)
+    if options.check and (changed or not current):
+        stale = dict.fromkeys([*changed, *([] if current else [options.readme])])
+        print(f"{', '.join(map(str, stale))}: stale, run `python -m bench readme`.", file=sys.stderr)
         return STALE
     print(f"{options.readme} {'is current' if current else 'now holds the current table'}.")
     return 0

@@ -34,3 +34,23 @@ def folded(title: str, *parts: str) -> str:
     return "\n\n".join(
         [f'<details markdown="1">\n<summary>{title}</summary>', *(part for part in parts if part), "</details>"]
     )
+
+
+def markers(name: str) -> tuple[str, str]:
+    """What stands before and after a part of a page that other pages quote.
+
+    Args:
+        name: of the part.
+    """
+    return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+
+
+def marked_part(name: str, part: str) -> str:
+    """A part of a page between its markers.
+
+    Args:
+        name: of the part.
+        part: in Markdown.
+    """
+    begin, end = markers(name)
+    return f"{begin}\n{part}\n{end}"

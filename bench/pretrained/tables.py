@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from statistics import fmean, median
 from typing import Any
 
 import numpy as np
 
-from bench.attention.correlation import estimate, spearman_across
+from bench.attention.correlation import FEWEST_INPUTS, estimate, spearman_across
 from bench.attention.findings import interval
 from bench.pages.formatting import figure, table
-from bench.pages.page import bullets, folded, page
+from bench.pages.page import bullets, folded, marked_part, page
 from bench.pretrained.measures import BOUNDS, NEAR_ONE, ONE_HOT, QUANTILES, SHARP, SINK
 from bench.pretrained.task import BLOCK, TIGHTEST, WITHOUT
 
@@ -50,7 +51,7 @@ def report(data: Data, command: str, records_path: str, environments: list[str])
     parts = [
         "# Attention and tightness on pretrained models",
         bullets([_theta(data), _one_hot(data), _sinks(data), *_hidden_words(data), _tight(data)]),
-        _overall(data),
+        marked_part("pretrained", _overall(data)),
         made,
         METHODS,
         packages,
@@ -136,7 +137,8 @@ def _hidden_words(data: Data) -> list[str]:
         if pairs := _pairs(of):
             constant, *factors = _factors(pairs)
             told = ", ".join(f"`{bound}` by {figure(factor)}" for bound, factor in zip(BOUNDS, factors, strict=True))
-            cells.append(f"{name} ({len(pairs)} blocks): the constant by {figure(constant)}, {told}")
+            counted = f"{len(pairs)} block{'s' if len(pairs) > 1 else ''}"
+            cells.append(f"{name} ({counted}): the constant by {figure(constant)}, {told}")
     if not cells:
         return []
     return [
@@ -224,7 +226,7 @@ def _correlations(data: Data, made: str) -> list[str]:
         sink = _array(of, lambda block: block["sinks"]["count"] / block["sinks"]["heads"])
         targets = {"constant": lambda block: block["constant"]}
         targets |= {f"`{b}` / constant": lambda block, b=b: _ratio(block, b) for b in BOUNDS}
-        cells = [interval(estimate(spearman_across, sink, _array(of, value))) for value in targets.values()]
+        cells = [_spearman(sink, _array(of, value)) for value in targets.values()]
         body.append([name, *cells])
     caption = (
         "Spearman's correlation, over all blocks of a model, of the share of maps with a sink with the constant and "
@@ -232,6 +234,15 @@ def _correlations(data: Data, made: str) -> list[str]:
         f"sinks. {made}"
     )
     return [caption, table(["model", "constant", *(f"`{bound}` / constant" for bound in BOUNDS)], body)]
+
+
+def _spearman(x: np.ndarray, y: np.ndarray) -> str:
+    """With its interval, where there are inputs enough to draw from."""
+    inputs = x.shape[-1]
+    if inputs >= FEWEST_INPUTS:
+        return interval(estimate(spearman_across, x, y))
+    value = float(spearman_across(x, y, np.arange(inputs)[None])[0])
+    return figure(value) if math.isfinite(value) else "-"
 
 
 def _array(of: Data, value: Callable[[Data], float]) -> np.ndarray:

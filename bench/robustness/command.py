@@ -88,19 +88,27 @@ def pages(found: Shown, folder: Path) -> Written:
         found: the answers.
         folder: where the files go.
     """
+    data = numbers_of(found)
+    summary = summarised(data)
+    name = "_".join(filter(None, ("robustness", data.get("study", {"name": ""})["name"])))
+    text = tables.report(data, summary, data["command"], name)
+    written = write_page(folder, name, text, {**summary, **data})
+    return Written(paths=[*written, *figures.draw(data, summary, folder, name)])
+
+
+def numbers_of(found: Shown) -> dict[str, Any]:
+    """What the page is made of, from the records alone.
+
+    Args:
+        found: the answers.
+    """
     command, profile = (found.page.data[name] for name in ("command", "profile"))
     own = tuple(_setting(said) for said in found.page.data.get("own", ()))
     study = found.page.data.get("study", {"name": "", "about": "", "data": ""})
     asked = dc.replace(profiles_of(study["name"])[profile], own=own, data=study["data"])
-    numbers = robustness.run(Workshop(found, folder / WEIGHTS), asked)
+    numbers = robustness.run(Workshop(found, found.store.path.parent / WEIGHTS), asked)
     data = {"command": command, "profile": profile, **numbers, "environments": [*map(describe, found.states)]}
-    if study["name"]:
-        data["study"] = study
-    summary = summarised(data)
-    name = "_".join(filter(None, ("robustness", study["name"])))
-    text = tables.report(data, summary, command, name)
-    written = write_page(folder, name, text, {**summary, **data})
-    return Written(paths=[*written, *figures.draw(data, summary, folder, name)])
+    return {**data, "study": study} if study["name"] else data
 
 
 def _setting(said: dict[str, Any]) -> Setting:

@@ -1,0 +1,258 @@
+"""The claims with what the records of each task say about them."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from bench.attention.findings import interval
+from bench.attention.links import AT_LENGTH, CONSTANT, MEAN, Data, Link, arrays, links
+from bench.attention.task import PROFILES as ATTENTION_PROFILES
+from bench.attention.task import shown as attention_shown
+from bench.engine.answers import Shown
+from bench.engine.task import file_of
+from bench.pages.formatting import figure
+from bench.pretrained.measures import NEAR_ONE
+from bench.pretrained.task import BLOCK
+from bench.pretrained.task import shown as pretrained_shown
+from bench.robustness.command import numbers_of
+from bench.robustness.settings import BASELINE
+from bench.robustness.summary import summarised, verdict
+
+
+PAPER, EMADI = "Yudin et al. 2025", "Emadi 2026"
+G_1, HALF = "yudin2025.biased", "yudin2025.biased_half"
+VERDICTS = {"holds": "holds", "the opposite": "contradicted", "not seen": "does not show"}
+MOSTLY, HARDLY = 0.95, 0.05  # shares of the rows
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A claim and what was found.
+
+    Args:
+        source: whose it is.
+        words: the claim.
+        models: it was tested on.
+        effect: with interval.
+        verdict: `holds`, `does not show`, `contradicted`, `mixed` with counts, or `not tested`.
+        page: with all numbers, in `results/`; empty for none.
+    """
+
+    source: str
+    words: str
+    models: str
+    effect: str
+    verdict: str
+    page: str = ""
+
+
+NOT_TESTED = Claim(
+    source=EMADI,
+    words="What makes training stable is the architecture, and not the dynamics of attention",
+    models="-",
+    effect="-",
+    verdict="not tested: no training of that kind was run",
+)
+
+
+def of_attention(results: Path) -> list[Claim]:
+    """What the task `attention` says, across inputs at fixed weights; nothing where it was not measured.
+
+    Args:
+        results: the folder of records.
+    """
+    page = "attention.md"
+    found = _page(results, "attention")
+    if found is None:
+        return []
+    data = attention_shown(found, ATTENTION_PROFILES["standard"])
+    chains = {name: links(data, name) for name in data["models"]}
+    gains = {name: arrays(model) for name, model in data["models"].items()}
+    gain = {name: [*(of[HALF] / of[G_1]).ravel().tolist()] for name, of in gains.items() if {HALF, G_1} <= of.keys()}
+    return [
+        _gain(gain, page),
+        _linked(
+            "Inputs whose rows have a smaller g_1 have smaller local constants of the blocks",
+            chains,
+            f"blocks: {MEAN} with the {CONSTANT}",
+            page,
+        ),
+        _linked(
+            "Inputs whose rows have a smaller g_1 are harder to fool", chains, f"images: {MEAN} with the pert", page
+        ),
+    ]
+
+
+def _gain(ratios: dict[str, Sequence[float]], page: str) -> Claim:
+    """The gain of g_1 over the constant 1/2 in the bound of the paper, over blocks."""
+    cells = [
+        f"{name} x {figure(median(values))} [{figure(min(values))}, {figure(max(values))}]"
+        for name, values in ratios.items()
+    ]
+    smallest = min((median(values) for values in ratios.values()), default=math.nan)
+    return Claim(
+        source=PAPER,
+        words="With g_1 of the rows the bound is smaller than with the constant 1/2",
+        models=", ".join(ratios),
+        effect=f"bound with 1/2 over bound with g_1, median [smallest, largest] over blocks: {'; '.join(cells)}",
+        verdict="holds" if smallest > 1 else "does not show",
+        page=page,
+    )
+
+
+def _linked(words: str, chains: dict[str, list[Link]], start: str, page: str) -> Claim:
+    """One link of the explanation at all models that have it; the length of the input held fixed where it varies."""
+    cells, verdicts, models = [], [], []
+    for name, chain in chains.items():
+        given = [link for link in chain if link.words.startswith(start)]
+        for link in [link for link in given if link.words.endswith(AT_LENGTH)] or given:
+            norm = link.words.rpartition(", ")[2] if "perturbation" in link.words else ""
+            cells.append(f"{name}{f' ({norm})' if norm else ''} {interval(link.found)}")
+            verdicts.append(VERDICTS[link.found.verdict(link.sign)])
+            models.append(name)
+    return Claim(
+        source=PAPER,
+        words=words,
+        models=", ".join(dict.fromkeys(models)),
+        effect=f"Spearman [95 %]: {'; '.join(cells)}",
+        verdict=_together(verdicts),
+        page=page,
+    )
+
+
+def _together(verdicts: Iterable[str]) -> str:
+    """One verdict where all agree, and else the counts."""
+    counts = Counter(verdicts)
+    if len(counts) == 1:
+        return next(iter(counts))
+    return "mixed: " + ", ".join(f"{verdict} in {count}" for verdict, count in counts.items())
+
+
+def of_robustness(results: Path) -> list[Claim]:
+    """What training with JaSMin does, from every study there is.
+
+    Args:
+        results: the folder of records.
+    """
+    store = file_of(results, "robustness")
+    claims = []
+    for name, page in store.pages.items():
+        if page.data["profile"] == "quick" or page.data.get("own"):
+            continue
+        data = numbers_of(Shown(store, page))
+        compared = [
+            row
+            for row in summarised(data)["comparisons"]
+            if row["setting"].startswith("jasmin") and row["reference"] == BASELINE
+        ]
+        study = data.get("study", {"name": "", "about": "digits"})
+        of = f"ViT on {study['about'].partition(';')[0]}, {len(data['seeds'])} seed{'s' * (len(data['seeds']) > 1)}"
+        where = f"{'_'.join(filter(None, ('robustness', study['name'])))}.md"
+        titles = {key: setting["title"] for key, setting in data["settings"].items()}
+        claims += [_trained(words, sign, measures, compared, of, where, titles) for words, sign, measures in TRAINED]
+        del name
+    return claims
+
+
+# What JaSMin is claimed to change, with the sign, and the measures that tell.
+TRAINED = (
+    ("JaSMin lowers the local constants of the attention blocks", -1, ("blocks",)),
+    ("JaSMin lowers the local constant of the network", -1, ("network",)),
+    ("JaSMin raises accuracy under attack", 1, ("worst", "weak")),
+    ("JaSMin costs no clean accuracy", 0, ("clean",)),
+)
+
+
+def _trained(
+    words: str,
+    sign: int,
+    measures: tuple[str, ...],
+    compared: list[Data],
+    models: str,
+    page: str,
+    titles: dict[str, str],
+) -> Claim:
+    rows = [row for row in compared if row["measure"].rpartition(" ")[2] in measures]
+    cells = [f"{titles[row['setting']]}: {_measure(row)}{_change(row)}" for row in rows]
+    verdicts = [_verdict(row, sign) for row in rows]
+    return Claim(
+        source=PAPER, words=words, models=models, effect="; ".join(cells), verdict=_together(verdicts), page=page
+    )
+
+
+def _measure(row: Data) -> str:
+    name = row["measure"].replace(" worst", ", worst case").replace(" weak", ", weak PGD")
+    return f"{name} " if row["family"] == "accuracies" and row["measure"] != "clean" else ""
+
+
+def _change(row: Data) -> str:
+    """A difference in points or a factor, with its interval where there are seeds enough."""
+    middle, half = row["mean"], row["half"]
+    if row["family"] == "constants":
+        ends = "" if half is None else f" [{figure(math.exp(middle - half))}, {figure(math.exp(middle + half))}]"
+        return f"x {figure(math.exp(middle))}{ends}"
+    ends = "" if half is None else f" [{100 * (middle - half):+.1f}, {100 * (middle + half):+.1f}]"
+    return f"{100 * middle:+.1f} points{ends}"
+
+
+def _verdict(row: Data, sign: int) -> str:
+    """What the corrected test says of the claimed sign; 0 claims no fall, which a test can only fail to see."""
+    said = verdict(row)
+    if said == "not tested":
+        return "not tested (one seed)"
+    if sign == 0:
+        return "contradicted" if said == "lower" else "no loss shows"
+    claimed = "higher" if sign > 0 else "lower"
+    return "does not show" if said == "no significant difference" else "holds" if said == claimed else "contradicted"
+
+
+def of_pretrained(results: Path) -> list[Claim]:
+    """What the pretrained models say; nothing where they were not measured.
+
+    Args:
+        results: the folder of records.
+    """
+    page = "pretrained.md"
+    found = _page(results, "pretrained")
+    if found is None:
+        return []
+    blocks: dict[str, list[Any]] = {name: of[BLOCK] for name, of in pretrained_shown(found).items()}
+    gain = {name: [of["bounds"][HALF] / of["bounds"][G_1] for of in found] for name, found in blocks.items()}
+    return [_gain(gain, page), _theta(blocks, page)]
+
+
+def _theta(blocks: dict[str, list[Any]], page: str) -> Claim:
+    cells, verdicts = [], []
+    for name, of in blocks.items():
+        rows = sum(block["rows"] for block in of)
+        low, high = (sum(block["theta_near_1"][end] * block["rows"] for block in of) / rows for end in (0, 1))
+        layers = sorted({block["layer"] for block in of})
+        by_layer = [fmean(block["theta_mean"][0] for block in of if block["layer"] == layer) for layer in layers]
+        share = f"{100 * low:.1f} %" if round(low, 3) == round(high, 3) else f"{100 * low:.1f} to {100 * high:.1f} %"
+        cells.append(
+            f"{name}: {share} of the rows reach {NEAR_ONE:g}, mean by layer {figure(min(by_layer))} to "
+            f"{figure(max(by_layer))}"
+        )
+        verdicts.append(
+            "holds" if low >= MOSTLY else "contradicted" if high <= HARDLY else "holds for a part of the rows"
+        )
+    return Claim(
+        source=EMADI,
+        words="theta, the balanced-mass factor, is about 1 (there: with 774 M parameters, throughout training)",
+        models=", ".join(blocks),
+        effect="; ".join(cells),
+        verdict=_together(verdicts),
+        page=page,
+    )
+
+
+def _page(results: Path, task: str) -> Shown | None:
+    store = file_of(results, task)
+    page = store.pages.get("standard")
+    return None if page is None else Shown(store, page)

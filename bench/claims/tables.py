@@ -1,0 +1,51 @@
+"""The page of the task `claims`, and the table alone for the pages that quote it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bench.claims.rows import MOSTLY, Claim
+from bench.pages.formatting import table
+from bench.pages.page import bullets, marked_part, page
+
+
+def report(claims: Sequence[Claim], command: str) -> str:
+    """The page of results.
+
+    Args:
+        claims: the rows.
+        command: that makes the page.
+    """
+    notes = [
+        "Intervals at 95 %: bootstrap over inputs for Spearman's correlations, Student's t over seeds for what "
+        "training changes. Training is judged by paired t-tests, corrected by Holm's rule over the tests of its page.",
+        f"theta: the claim counts as holding for a model where at least {MOSTLY:.0%} of the rows reach the mark; theta "
+        "is counted from below, and from above where the two differ.",
+        "`does not show`: the interval holds no effect as well as one; it does not say that there is none. The models "
+        "are small or far from those of the papers: nothing is said about others.",
+        "Of Yudin et al. the notes of this project are what was at hand, of Emadi the abstract; the words are ours.",
+    ]
+    parts = [
+        "# Claims of the papers, held against the records",
+        marked_part("claims", listed(claims)),
+        f"Made by `{command}` from the records of the other tasks; nothing here is written by hand.",
+        bullets(notes),
+    ]
+    return page(parts)
+
+
+def listed(claims: Sequence[Claim]) -> str:
+    """The table.
+
+    Args:
+        claims: the rows.
+    """
+    body = [
+        [claim.source, claim.words, claim.models, claim.effect, f"**{claim.verdict}**", _link(claim.page)]
+        for claim in claims
+    ]
+    return table(["whose", "claim", "tested on", "effect", "verdict", "numbers"], body)
+
+
+def _link(name: str) -> str:
+    return f"[{name.removesuffix('.md')}]({name})" if name else "-"
