@@ -46,5 +46,5 @@ TASK = Task(
     help="what papers claim of attention and robustness, held against the records of the other tasks",
     measure=measure,
     pages=pages,
-    takes=frozenset({"results"}),
+    takes=frozenset({"quick", "force", "results"}),
 )

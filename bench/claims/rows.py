@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses as dc
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -89,7 +89,7 @@ def of_attention(results: Path) -> list[Claim]:
     ]
 
 
-def _gain(ratios: dict[str, Sequence[float]], page: str) -> Claim:
+def _gain(ratios: Mapping[str, Sequence[float]], page: str) -> Claim:
     """The gain of g_1 over the constant 1/2 in the bound of the paper, over blocks."""
     cells = [
         f"{name} x {figure(median(values))} [{figure(min(values))}, {figure(max(values))}]"
@@ -142,7 +142,7 @@ def of_robustness(results: Path) -> list[Claim]:
     """
     store = file_of(results, "robustness")
     claims = []
-    for name, page in store.pages.items():
+    for page in store.pages.values():
         if page.data["profile"] == "quick" or page.data.get("own"):
             continue
         data = numbers_of(Shown(store, page))
@@ -156,7 +156,6 @@ def of_robustness(results: Path) -> list[Claim]:
         where = f"{'_'.join(filter(None, ('robustness', study['name'])))}.md"
         titles = {key: setting["title"] for key, setting in data["settings"].items()}
         claims += [_trained(words, sign, measures, compared, of, where, titles) for words, sign, measures in TRAINED]
-        del name
     return claims
 
 

@@ -77,7 +77,7 @@ def _weights(model: str) -> str:
     return tensors_hash(_module(model).state_dict().items())
 
 
-def _run(model: nn.Module, *, given: dict[str, Tensor]) -> Any:
+def _run(model: nn.Module, *, given: dict[str, Any]) -> Any:
     return capture(model, **given)
 
 
