@@ -379,7 +379,7 @@ def test_readme_before_any_results_says_what_to_run(tmp_path: Path, capsys: pyte
 REFUSED = {
     "--check": "--check goes with the tasks readme, got all",
     "--time-limit 0": "--time-limit must be above 0",
-    "speed --full": "--full goes with the tasks certified, robustness, got speed",
+    "speed --full": "--full goes with the tasks certified, pretrained, robustness, got speed",
     "render --force": "--force goes with the tasks",
     "certified --time-limit 5": "--time-limit goes with the tasks",
     "tightness --device nowhere": "device must be a device that is here",
