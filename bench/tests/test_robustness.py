@@ -456,7 +456,7 @@ def test_the_page_says_what_the_numbers_say(fakes: Fakes, split: DigitsSplit, tm
     ("arguments", "said"),
     [
         (["robustness", "--full", "--quick"], "--quick and --full do not go together"),
-        (["balls", "--full"], "--full goes with the tasks certified, robustness, got balls"),
+        (["balls", "--full"], "--full goes with the tasks certified, pretrained, robustness, got balls"),
         (["robustness", "--jobs", "0"], "--jobs is a number from 1"),
         (["robustness", "--penalty", "a:b"], "its results are left alone"),
         (["robustness", "--penalty", "no.such:function", "--results", "mine"], "must be given as package.module"),
