@@ -11,6 +11,7 @@ import dataclasses as dc
 import html
 import inspect
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, Literal, Protocol, overload, runtime_checkable
 
 from torch import Tensor
@@ -146,7 +147,7 @@ class BoundSpec:
         status = "" if self.status == "standing" else f", {self.status}"
         return f"BoundSpec({self.name}: {claim.kind}, {SCOPE_WORDS[claim.scope]}, {claim.norm}{status})"
 
-    @property
+    @cached_property
     def defaults(self) -> dict[str, Any]:
         """The options of the method with their default values."""
         parameters = list(inspect.signature(self.compute).parameters.values())

@@ -60,6 +60,15 @@ def waits_for(tensor: Tensor) -> bool:
     return tensor.device.type != "cpu"
 
 
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether torch.func (grad, vmap) looks through this tensor: then it has no memory of its own.
+
+    Args:
+        tensor: any.
+    """
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def answers(*questions: Tensor) -> list[bool]:
     """Whether any entry of each tensor is True: all at once, because each answer alone makes the host wait.
 

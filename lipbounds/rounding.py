@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lipbounds.devices import is_transformed
+
 
 UNIT_ROUNDOFF = 2.0**-53  # of float64
 SMALLEST_NORMAL = 2.0**-1022  # of float64
@@ -47,14 +49,18 @@ def product(first: Tensor, *others: Tensor | float) -> Tensor:
         others: not NaN; all broadcast.
     """
     factors = [first, *(other if isinstance(other, Tensor) else first.new_full((), other) for other in others)]
+    flat = torch.cat([factor.reshape(-1) for factor in factors])  # scaled all at once: most are a few numbers
+    exponent = torch.frexp(torch.where(flat.isinf(), 1.0, flat).detach()).exponent.to(flat.dtype)
+    zero = flat == 0
+    # Ones for what is beside infinity or zero: the answer is known there, and their product would be NaN.
+    scaled = torch.where(zero, 1.0, _divided(flat, exponent))
+    sizes = [factor.numel() for factor in factors]
+    parts = zip(*(table.split(sizes) for table in (scaled, exponent, zero)), strict=True)
     whole, exponents, empty = None, first.new_zeros(()), first.new_zeros((), dtype=torch.bool)
-    for factor in factors:
-        exponent = torch.frexp(torch.where(factor.isinf(), 1.0, factor).detach()).exponent.to(factor.dtype)
-        scaled = _divided(factor, exponent)
-        zero = factor == 0
-        # Ones for what is beside infinity or zero: the answer is known there, and their product would be NaN.
-        whole = scaled if whole is None else torch.where(empty, 1.0, whole) * torch.where(zero, 1.0, scaled)
-        exponents, empty = exponents + exponent, empty | zero
+    for factor, part in zip(factors, parts, strict=True):
+        own, power, none = (table.view(factor.shape) for table in part)
+        whole = own if whole is None else torch.where(empty, 1.0, whole) * own
+        exponents, empty = exponents + power, empty | none
     assert whole is not None
     half = (exponents / 2).floor()
     value = torch.where(empty, 0.0, whole) * half.exp2() * (exponents - half).exp2()
@@ -102,6 +108,8 @@ def cast_up(value: Tensor, dtype: torch.dtype) -> Tensor:
         value: float64 tensor.
         dtype: the floating-point dtype to return.
     """
+    if not value.requires_grad and not is_transformed(value):
+        return _RoundUp.forward(value, dtype)  # a Function costs several times as much as what this one does
     return _RoundUp.apply(value, dtype)  # pyright: ignore[reportReturnType]
 
 

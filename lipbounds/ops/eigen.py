@@ -130,11 +130,11 @@ def eigenvalue_by_squaring(
     largest = whole.abs().amax((-2, -1), keepdim=True)
     some, size = largest > 0, whole.shape[-1]
     scaled = torch.where(some, whole / largest, 1.0)  # ones for the zero matrix, times 0 in the end
-    sizes = [scaled.norm(dim=(-2, -1), keepdim=True)]
+    sizes = [torch.linalg.vector_norm(scaled, dim=(-2, -1), keepdim=True)]
     power = scaled / sizes[0]
     for _ in range(squarings):
         power = power @ power.mT
-        sizes.append(power.norm(dim=(-2, -1), keepdim=True))
+        sizes.append(torch.linalg.vector_norm(power, dim=(-2, -1), keepdim=True))
         power = power / sizes[-1]
     roots = torch.arange(len(sizes), dtype=torch.float64, device=matrix.device).neg().exp2()
     norm = (torch.cat(sizes, -1).double().log() * roots).sum(-1).exp().to(matrix.dtype)

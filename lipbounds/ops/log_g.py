@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from lipbounds.devices import is_transformed
+
 
 try:
     import numpy
@@ -100,7 +102,7 @@ def _split(logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     On a CPU the sort of NumPy uses wide vectors: it orders whole rows in a fraction of the time in which topk picks a
     few of their entries.
     """
-    if not (numpy and logits.device.type == "cpu" and type(logits) is Tensor and not _is_transformed(logits)):
+    if not (numpy and logits.device.type == "cpu" and type(logits) is Tensor and not is_transformed(logits)):
         top, index, _ = _largest(logits, count)
         return top.movedim(-1, 0), logits, index[..., :1]
     ordered = torch.from_numpy(numpy.sort(logits.numpy(), axis=-1))
@@ -108,11 +110,6 @@ def _split(logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     top = ordered.movedim(-1, 0)[max(keys - count, 0) :].flip(0)
     top = torch.cat([top, top.new_full((max(count - keys, 0), *top.shape[1:]), -torch.inf)])
     return top, ordered, torch.full_like(top[0], keys - 1, dtype=torch.int64).unsqueeze(-1)
-
-
-def _is_transformed(tensor: Tensor) -> bool:
-    """Whether torch.func (grad, vmap) looks through this tensor: then it has no memory that NumPy could read."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _at(top: Tensor, rank: Tensor) -> Tensor:

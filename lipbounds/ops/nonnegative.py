@@ -23,6 +23,7 @@ from lipbounds.rounding import inflate
 SMALLEST_NORMAL = torch.finfo(torch.float64).tiny
 STEPS = 24  # of the power method: together far cheaper than an eigenvalue problem of the same size
 LARGE = 256  # rows and columns from which one costs more than three times as many steps
+CHECK_EVERY = 2  # steps between two looks at how far the bounds have met
 MET = 1e-11  # relative distance of upper and lower bound, and so of the vector from the singular vector
 
 
@@ -59,22 +60,24 @@ def _power(
     columns = matrix.sum(-2, keepdim=True)
     seen = columns > 0  # a column of zeros adds nothing to A^T A: its entry of the vector does not matter
     vector = torch.where(seen, columns / columns.amax(-1, keepdim=True).clamp(min=SMALLEST_NORMAL), 1.0)
-    upper = met = torch.zeros_like(matrix[..., 0, 0])
-    for _ in range(STEPS if min(matrix.shape[-2:]) < LARGE else 3 * STEPS):
+    waits = waits_for(matrix)
+    steps = STEPS if min(matrix.shape[-2:]) < LARGE else 3 * STEPS
+    for step in range(1, steps + 1):
         image = vector @ matrix.mT
         again = image @ matrix
-        upper, met = _bracket(vector, image, again, seen)
-        if not waits_for(met) and bool(met.all()):
-            break
+        if step == steps or (not waits and step % CHECK_EVERY == 1):
+            upper, met = _bracket(vector, image, again, seen)
+            if step == steps or bool(met.all()):
+                return vector, upper, met
         largest = again.amax(-1, keepdim=True)
         vector = torch.where(again > 0, again / largest.clamp(min=SMALLEST_NORMAL), vector)
-    return vector, upper, met
+    raise AssertionError("the last step returns")
 
 
 def _bracket(vector: Tensor, image: Tensor, again: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
     """The upper bound of the norm, and whether the lower one is as large but for `MET`."""
     rows, cols = image.shape[-1], vector.shape[-1]
     ratio = torch.where(seen, (again + rows * SMALLEST_NORMAL) / vector, 0.0).amax((-2, -1))
-    lower = image.norm(dim=(-2, -1)) / vector.norm(dim=(-2, -1))
+    lower = torch.linalg.vector_norm(image, dim=(-2, -1)) / torch.linalg.vector_norm(vector, dim=(-2, -1))
     upper = inflate(inflate(ratio, rows + cols + 4).sqrt(), 2)
     return upper, ratio.sqrt() <= lower * (1 + MET) + SMALLEST_NORMAL

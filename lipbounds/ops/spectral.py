@@ -133,7 +133,7 @@ def vector_norm(values: Float[Tensor, "*batch length"]) -> Float[Tensor, "*batch
         values: float64, may be infinite.
     """
     scale = power_of_two(values.detach().nan_to_num(posinf=1.0).unsqueeze(-1)).squeeze(-1)
-    return (values / scale).norm(dim=-1) * scale.squeeze(-1)
+    return torch.linalg.vector_norm(values / scale, dim=-1) * scale.squeeze(-1)
 
 
 def never_nan(upper: Tensor) -> Tensor:

@@ -240,7 +240,7 @@ def map_norm_upper(
         image = (vector @ weights.mT) * inverse
         again = (image * inverse) @ weights
         best = torch.minimum(best, ((again + rows * (cols + 2) * SMALLEST_SINGLE) / vector).amax((-2, -1)))
-        lower = image.norm(dim=(-2, -1)) / vector.norm(dim=(-2, -1))
+        lower = torch.linalg.vector_norm(image, dim=(-2, -1)) / torch.linalg.vector_norm(vector, dim=(-2, -1))
         if bool((best.sqrt() <= lower * (1 + MET)).all()):
             break
     found = best.double().sqrt()

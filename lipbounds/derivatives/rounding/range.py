@@ -2,8 +2,8 @@
 
 Bounds multiply up to eight norms of tokens and weights, and square covariances: far from 1 such products leave float64.
 What overflows is infinity or NaN and shows; what underflows is zero, and a bound made of it is too small. Between the
-limits below, which hold all of float32, neither happens to the largest terms: factors of very different size meet in
-`lipbounds.rounding.product`, which scales them first.
+limits below, which hold all floats of shorter dtypes, neither happens to the largest terms: factors of very different
+size meet in `lipbounds.rounding.product`, which scales them first.
 """
 
 from __future__ import annotations
@@ -72,6 +72,6 @@ def _largest(block: Attention) -> Iterator[tuple[str, Tensor]]:
     """The largest entry of each tensor in each batch item."""
     for field, dims in (TENSORS | BIASES).items():
         tensor = getattr(block, field)
-        if tensor is not None:
+        if tensor is not None and tensor.dtype == torch.float64:  # others have no float outside of the limits
             entries = tensor.detach().flatten(-dims)  # twice the reading, and no copy of the sizes
             yield field, torch.maximum(entries.amax(-1), -entries.amin(-1))
