@@ -7,6 +7,7 @@ With C_h the D x d weights of a head (W_Q^h, W_K^h, W_V^h, or W_O^hT) divided by
 For the layout `whitened` L_h is the Cholesky factor of C_h^T C_h + mu^2 I, mu^2 a small part of the trace: the singular
 values of U_h are near 1 but for directions in which C_h all but vanishes. For rotary positions L_h is diagonal and the
 same for both features of a pair that is turned (`pairs`), so that it commutes with every rotation. `plain` has L_h = I.
+Where C_h is 0, so are U_h and L_h.
 
 Rounding: L_h is given floats, the identity C_h = U_h L_h^T is exact, and only the overlaps are of computed matrices. A
 triangular system solved for a row u is one with L + E, |E| <= gamma(d) |L| (Higham 2002, Theorem 8.5), so U_h is off by
@@ -121,6 +122,8 @@ def _with_overlaps(basis: Tensor, factor: Tensor, unit: Tensor, off: Float[Tenso
     place = torch.zeros(heads, heads, dtype=torch.long, device=basis.device)
     place[first, second] = place[second, first] = torch.arange(len(first), device=basis.device)
     overlap = found[..., place]
+    # Where the weights of a head are 0, so is L_h: one of the size of mu would count in how much each head weighs.
+    factor = torch.where((size > 0)[..., None, None], factor, 0.0)
     flat = basis.transpose(-3, -2).flatten(-2)
     jointly = inflate(spectral_norm_upper(flat) + off.square().sum(-1).sqrt(), heads + 8)
     return HeadFactors(factor=factor, unit=unit[..., 0, 0], overlap=overlap, jointly=jointly)

@@ -24,7 +24,7 @@ def joint_rows(
     values: Float[Tensor, "*batch heads m value_dim"],
     w_o: Float[Tensor, "*weights heads value_dim out_dim"],
     logit_gradient: Float[Tensor, "*batch heads n dim"],
-) -> Float[Tensor, "*batch n"]:
+) -> Float[Tensor, "*out n"]:
     """The rows where the gradient of the logits is the same for all keys.
 
     Args:
@@ -52,7 +52,7 @@ def pulled_joint_rows(
     block: Attention,
     values: Float[Tensor, "*batch heads m value_dim"],
     w_o: Float[Tensor, "*weights heads value_dim out_dim"],
-) -> tuple[Float[Tensor, "*batch n"], Float[Tensor, "*batch heads n m"], Float[Tensor, "*batch heads n"]]:
+) -> tuple[Float[Tensor, "*out n"], Float[Tensor, "*gradients heads n m"], Float[Tensor, "*gradients heads n"]]:
     """The rows where each key has a gradient of its own, the lengths |u_hij|, rounded up, and errors of the u_hij.
 
     Args:

@@ -177,10 +177,15 @@ def deviation_error(block: Attention, values: CentredRows) -> Float[Tensor, "*ba
 def scaled_weights(block: Attention) -> tuple[Tensor, Tensor, Tensor]:
     """W_V, W_O of order 1 for each head and for all heads, and the unit that is left over.
 
+    Weights of 0 have no unit: they take that of the largest, or W_O of their head would count in units of its own.
+
     Args:
         block: in float64.
     """
     by_head = power_of_two(block.w_v.detach())
+    nothing = (block.w_v.detach() == 0).all(-1, keepdim=True).all(-2, keepdim=True)
+    largest = power_of_two(block.w_v.detach().flatten(-3, -2)).unsqueeze(-3)
+    by_head = torch.where(nothing, largest, by_head)
     w_o = block.w_o * by_head
     unit = power_of_two(w_o.detach().flatten(-3, -2))[..., 0, 0]
     return block.w_v / by_head, w_o / unit[..., None, None, None], unit
