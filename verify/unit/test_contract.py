@@ -289,6 +289,22 @@ FALSE_ALARMS = {
             scale=1.0,
         ),
     ),
+    "what is left of terms ten thousand times as large": (
+        "sharp",
+        "gradient",
+        Attention(
+            x=torch.tensor([[0.38805543156191724], [1.0342745341134776]], dtype=torch.float64),
+            w_q=torch.tensor([[[-0.13907227580633896, 1.5851827763978166]]], dtype=torch.float64),
+            w_k=torch.tensor([[[0.0155129317207694, -1.3377322376630945]]], dtype=torch.float64),
+            w_v=torch.tensor([[[0.1956921819914613]]], dtype=torch.float64),
+            w_o=torch.tensor([[[-0.31382541884133686]]], dtype=torch.float64),
+            query_norm_weight=torch.tensor([[22245.520566612904, 22245.520566612904]], dtype=torch.float64),
+            key_norm_weight=torch.tensor([[1.0, 1.0]], dtype=torch.float64),
+            norm_eps=1e-05,
+            norm_over="head",
+            scale=0.7071067811865476,
+        ),
+    ),
     "the root of a rounding error that a sharp norm magnifies": (
         "covariance.exact",
         "gradient",
