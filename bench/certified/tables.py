@@ -133,18 +133,21 @@ def _whole(models: Data) -> list[str]:
     rows = [
         [
             name,
-            *(figure(row[key]) for key in ("bound", "joint", "constant", "lower")),
+            *(figure(row[key]) for key in ("bound", "joint", "formed", "constant", "lower")),
             *(figure(row["bound"] / row[key]) for key in ("constant", "lower")),
         ]
         for name, row in models.items()
     ]
     caption = (
         "Norm of the Jacobian of the whole model at one input: the product of the bounds of its layers; the Jacobian "
-        "formed as a matrix, with all rounding (`lipbounds.compose.constant`), where the network is small enough; the "
+        "formed as a matrix, with all rounding (`lipbounds.compose.constant`), where the network is small enough; "
+        "the norm of its rows as float64 computes them, one product with the transposed Jacobian for each output "
+        "(`lipbounds.estimators.formed`: proved of these floats, the arithmetic of the model counts as exact); the "
         "probable upper bound of Lanczos (fails with probability at most 1e-9) and the lower bound of Lanczos. The "
         "truth lies between the last two."
     )
-    titles = ["model", "product (proved)", "Jacobian (proved)", "constant (probable)", "reached (lower)"]
+    titles = ["model", "product (proved)", "Jacobian (proved)", "rows in float64 (proved of the floats)"]
+    titles += ["constant (probable)", "reached (lower)"]
     titles += ["product / constant", "product / reached"]
     return [caption, table(titles, rows)]
 

@@ -56,7 +56,7 @@ DATA: dict[str, Any] = {
     },
     "whole": {
         "digits-vit": {
-            **{"bound": 300.0, "joint": None, "constant": 10.2, "lower": 10.0},
+            **{"bound": 300.0, "joint": None, "formed": 10.1, "constant": 10.2, "lower": 10.0},
             "layers": [
                 {"path": "head", "description": "linear", "bound": 2.0, "reached": 1.0, "so_far": 300.0},
             ],

@@ -110,7 +110,7 @@ def _reading(layer: Layer, pool: Pool, x: Tensor) -> Layer:
         block = layer.block
         if block.x.shape[-2] != x.shape[-2]:
             block = block.replace(x=block.x.new_zeros(x.shape[-2], block.x.shape[-1]))
-        at = torch.tensor([0 if pool.how == "first" else x.shape[-2] - 1], device=block.device)
+        at = torch.tensor([0 if pool.how == "first" else x.shape[-2] - 1], dtype=torch.int64, device=block.device)
         return dc.replace(layer, block=of_queries_at(block, at))
     assert isinstance(layer, Residual)
     named = flat([("", layer.body)])

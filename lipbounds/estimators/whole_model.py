@@ -63,7 +63,7 @@ def whole_model_constant(
     x = given_tensor("x", x)
     wide = module_copy(function, torch.float64) if isinstance(function, nn.Module) else function
     network = Network(wide, x.detach().double(), batch_dims=batch_dims)
-    checked = _first_use(network)
+    checked = first_use(network)
     value, terms = lanczos_upper(network, delta=delta, steps=steps, seed=seed)
     with torch.no_grad():
         operator = JacobianOperator(network)
@@ -71,7 +71,7 @@ def whole_model_constant(
         lower, _ = attained(operator, vector)
         if isinstance(function, nn.Module):
             stretched = vector if operator.size == operator.in_size else operator.vjp(vector)
-            checked = checked & _same_in_its_own_dtype(function, network, x, stretched.reshape(x.shape))
+            checked = checked & same_in_its_own_dtype(function, network, x, stretched.reshape(x.shape))
     details = {name.removeprefix("detail."): term for name, term in terms.items() if name.startswith("detail.")}
     return BoundResult(
         name="whole_model_constant",
@@ -83,8 +83,12 @@ def whole_model_constant(
     )
 
 
-def _first_use(network: Network) -> Bool[Tensor, "*batch"]:
-    """Record and check the function; what it raises in float64 is told as that."""
+def first_use(network: Network) -> Bool[Tensor, "*batch"]:
+    """Record and check the function; what it raises in float64 is told as that.
+
+    Args:
+        network: in float64.
+    """
     try:
         return network.derivative_checked
     except LipboundsError:
@@ -96,8 +100,15 @@ def _first_use(network: Network) -> Bool[Tensor, "*batch"]:
         ) from error
 
 
-def _same_in_its_own_dtype(module: nn.Module, network: Network, x: Tensor, stretched: Tensor) -> Bool[Tensor, "*batch"]:
-    """Compare the Jacobian with the module as the user runs it, if that is not in float64."""
+def same_in_its_own_dtype(module: nn.Module, network: Network, x: Tensor, stretched: Tensor) -> Bool[Tensor, "*batch"]:
+    """Compare the Jacobian with the module as the user runs it, if that is not in float64.
+
+    Args:
+        module: as given.
+        network: the same in float64.
+        x: the input as given.
+        stretched: the direction in which it is compared, beside a random one.
+    """
     dtypes = [tensor.dtype for tensor in (*module.parameters(), x) if tensor.is_floating_point()]
     checked = torch.ones(network.batch_shape, dtype=torch.bool, device=x.device)
     if dtypes[0] == torch.float64:

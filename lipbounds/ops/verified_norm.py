@@ -35,11 +35,21 @@ def verified_norm(matrix: Float[Tensor, "*batch rows cols"]) -> Float[Tensor, "*
     scaled = matrix / scale
     rows, cols = matrix.shape[-2:]
     gram = scaled @ scaled.mT if rows <= cols else scaled.mT @ scaled
+    return norm_of_gram(gram, max(rows, cols)) * scale[..., 0, 0]
+
+
+def norm_of_gram(gram: Float[Tensor, "*batch size size"], length: int) -> Float[Tensor, "*batch"]:
+    """Upper bound on the spectral norm of a matrix of floats, from its Gram matrix as computed.
+
+    Args:
+        gram: inner products of its rows, or of its columns, whichever are fewer; finite, not below 1e-150 in size.
+        length: of these rows or columns.
+    """
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
     # |fl(G) - G| <= gamma(length) |M|^T |M|, and the norm of that is at most the squared Frobenius norm of M.
-    product_error = 2 * gamma(max(rows, cols) + min(rows, cols)) * trace
+    product_error = 2 * gamma(length + gram.shape[-1]) * trace
     square = inflate(_verified_eigenvalue(gram) + product_error, 4)
-    return torch.where(trace > 0, inflate(square.sqrt(), 4), 0.0) * scale[..., 0, 0]
+    return torch.where(trace > 0, inflate(square.sqrt(), 4), 0.0)
 
 
 def _verified_eigenvalue(gram: Float[Tensor, "*batch size size"]) -> Float[Tensor, "*batch"]:
