@@ -21,7 +21,7 @@ from lipbounds.targets.layers import Sequence
 
 
 RADIUS_VERSION = 1  # of certified radii: raise it when numbers change
-SEARCH = "ray, of what is read"  # how slopes on balls become a radius: lipbounds.compose.ray
+SEARCH = "ray with steep rises, of what is read"  # how slopes on balls become a radius: lipbounds.compose.ray
 METHODS: tuple[Method, ...] = ("taylor", "joint", "product")
 ATTACK_SEED = 0
 EFFORT = Effort(iterations=20, fab_targets=4, apgd_targets=2)

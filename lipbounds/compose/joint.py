@@ -48,6 +48,9 @@ from lipbounds.targets.layers import AttentionLayer, Flatten, Layer, Linear, Pat
 
 
 LARGEST_SIDE = 4096  # of a dense Jacobian of one layer
+# What reaches a layer is then as many times wider than its Jacobian says, and the ball too large to prove anything:
+# attention is bounded there by what takes no time.
+HOPELESS = 1e4
 LARGEST_H = 1e150  # beyond it a curvature is no better than none, and its square would overflow
 
 
@@ -61,6 +64,7 @@ class _Stage:
     matrix: Float[Tensor, "outputs inputs"]
     norm: Float[Tensor, ""]
     size: Float[Tensor, ""]
+    before_norm: Float[Tensor, ""]  # ||C_{l-1}||
     so_far: Float[Tensor, "outputs start"]  # C_l
     so_far_norm: Float[Tensor, ""]
     token_norms: Float[Tensor, " n"]  # of the rows of each output token in C_l
@@ -161,6 +165,7 @@ class JointNetwork:
             matrix=matrix,
             norm=norm,
             size=size,
+            before_norm=torch.ones_like(size) if before is None else before.so_far_norm,
             so_far=so_far,
             so_far_norm=spectral_norm_upper(so_far),
             token_norms=spectral_norm_upper(rows),
@@ -298,7 +303,8 @@ class JointNetwork:
                 raise Unsupported("what stands before attention in a residual must act on tokens one by one.")
             inner, gain, inputs = step.jacobians.deviation, step.jacobians.norm, step.outputs
         folding = folding_change(attention.layer, attention.block.x, inputs.radius)
-        turn = self._turn(attention, float(inputs.radius)) + attention.rounding + folding
+        turn = self._turn(attention, float(inputs.radius), quick=bool(norm > HOPELESS * stage.before_norm))
+        turn = turn + attention.rounding + folding
         deviation, change = (
             product(attention.norm, norm_over_tokens(inner, each, whole))
             + product(turn, norm_over_tokens(gain, each, whole))
@@ -306,8 +312,8 @@ class JointNetwork:
         )
         return inflate(deviation + attention.forming, 8), inflate(change + product(attention.forming, norm), 8)
 
-    def _turn(self, stage: _AttentionStage, radius: float) -> Tensor:
-        """sup ||J(Z) - J(Z0)|| of attention over the ball."""
+    def _turn(self, stage: _AttentionStage, radius: float, *, quick: bool) -> Tensor:
+        """sup ||J(Z) - J(Z0)|| of attention over the ball; if quick without `jacobian_change`."""
         best = torch.full_like(stage.norm, math.inf)
         if radius == 0:
             return torch.zeros_like(stage.norm)
@@ -316,7 +322,7 @@ class JointNetwork:
         if supports_curvature(stage.block):
             turned = curvature(stage.block, radius) * radius
             best = turned if float(turned) < LARGEST_H else best
-            change = jacobian_change(stage.block, radius)
+            change = None if quick else jacobian_change(stage.block, radius)
             best = best if change is None else torch.minimum(best, change)
         for spec in self._rules.attention:
             largest = spec(stage.block, radius=radius if spec.needs_radius else None, grad=True)

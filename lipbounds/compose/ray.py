@@ -24,6 +24,12 @@ from torch import Tensor
 from lipbounds.rounding import UNIT_ROUNDOFF, inflate
 
 
+STEEP = 8.0  # beyond that ratio of the slopes on two balls they are taken as exponential between
+WALL = 0.03  # share of the radius that a ball before such a rise must add: they rise faster than that, and it adds less
+HALVINGS = 60
+TINY = torch.finfo(torch.float64).tiny
+
+
 @dc.dataclass(frozen=True, eq=False, slots=True)
 class Slopes:
     """What is known on one ball.
@@ -48,12 +54,14 @@ class Proved:
         falls: by how much each margin can fall within it.
         ball: index of the first of the balls that is larger; their number if there is none.
         margin: index of the margin that ends it.
+        left: of that margin, where the last ball inside ends.
     """
 
     radius: float
     falls: Float[Tensor, " margins"]
     ball: int
     margin: int
+    left: float
 
 
 def proved_radius(balls: list[Slopes]) -> Proved:
@@ -64,16 +72,18 @@ def proved_radius(balls: list[Slopes]) -> Proved:
     """
     margins = torch.stack([ball.margins for ball in balls]).amax(0)  # each is a lower bound
     falls, before, worst = torch.zeros_like(margins), 0.0, 0
+    rest = float(margins[worst])
     for index, ball in enumerate(balls):
         left, at = ((margins - falls) / inflate(ball.slopes, 8)).nan_to_num(nan=0.0).min(0)
-        worst, inside = int(at), before + max(float(left), 0.0)
+        worst, rest = int(at), float((margins - falls)[at])
+        inside = before + max(float(left), 0.0)
         end = max(min(inside * (1 - 8 * UNIT_ROUNDOFF), ball.radius), before)
         # A radius of 0 proves nothing of a slope without a bound.
         moved = inflate(falls + (end - before) * ball.slopes, 8) if end > before else falls
         if end < ball.radius:
-            return Proved(end, moved, index, worst)
+            return Proved(end, moved, index, worst, rest)
         falls, before = moved, end
-    return Proved(before, falls, len(balls), worst)
+    return Proved(before, falls, len(balls), worst, rest)
 
 
 def farthest(
@@ -92,7 +102,7 @@ def farthest(
     trial = min(proved_radius(balls).radius, largest)
     balls, found = [], None
     for _ in range(steps):
-        if not torch.finfo(torch.float64).tiny < trial < math.inf:
+        if not TINY < trial < math.inf:
             break
         balls = sorted([*balls, slopes_on(trial)], key=lambda ball: ball.radius)
         found = proved_radius(balls)
@@ -103,7 +113,10 @@ def farthest(
 
 
 def _next(point: Slopes, balls: list[Slopes], found: Proved) -> tuple[float, float]:
-    """What one more ball is expected to add to the radius, and its own, with slopes taken as linear between balls."""
+    """What one more ball is expected to add to the radius, and its own, with slopes taken as linear between balls.
+
+    Where they differ by more than `STEEP` they are taken as exponential.
+    """
     worst, best = found.margin, (0.0, 0.0)
     if found.ball == len(balls):  # all that was asked for
         return best
@@ -118,8 +131,32 @@ def _next(point: Slopes, balls: list[Slopes], found: Proved) -> tuple[float, flo
         return math.inf, math.sqrt(lower) * math.sqrt(outer) if lower > 0 else outer / 100
     if high > 0:
         best = max(best, ((found.radius - inner) * (high - low) / 4 / high, (inner + found.radius) / 2))
-    growth = max((high - low) / (outer - inner), 0.0)
-    left = (found.radius - inner) * high  # of the margin, at the inner ball
-    # The root of (low + growth t) t = left, and what it is beyond the proved radius.
-    step = 2 * left / (low + math.sqrt(low * low + 4 * growth * left)) if left > 0 else 0.0
-    return max(best, (inner + step - found.radius, min(inner + step, (inner + step + outer) / 2)))
+    step = _reach(low, high, outer - inner, found.left)
+    gain = inner + step - found.radius
+    if high > STEEP * low and gain < WALL * found.radius:
+        return best
+    return max(best, (gain, min(inner + step, (inner + step + outer) / 2)))
+
+
+def _reach(low: float, high: float, width: float, left: float) -> float:
+    """Where a ball as large as its slope allows ends: the root t of t slope(t) = left.
+
+    Args:
+        low: slope at t = 0.
+        high: at t = width.
+        width: from one to the other.
+        left: > 0.
+    """
+    if not left > 0:
+        return 0.0
+    if high <= STEEP * low or low == 0:
+        growth = max((high - low) / width, 0.0)
+        return 2 * left / (low + math.sqrt(low * low + 4 * growth * left))
+    rate = (math.log(high) - math.log(low)) / width
+    inside, outside = 0.0, left / low
+    for _ in range(HALVINGS):
+        middle = (inside + outside) / 2
+        # In logarithms, which do not overflow.
+        fits = math.log(max(middle, TINY)) + math.log(low) + rate * middle <= math.log(left)
+        inside, outside = (middle, outside) if fits else (inside, middle)
+    return inside

@@ -41,6 +41,10 @@ CURVES: dict[str, tuple[Callable[[float], float], Callable[[float], float]]] = {
     "linear": (lambda t: 1 + t, lambda r: r + r * r / 2),
     "cubic": (lambda t: 1 + t**3, lambda r: r + r**4 / 4),
     "exponential": (lambda t: math.exp(min(5 * t, 500.0)), lambda r: math.expm1(min(5 * r, 500.0)) / 5),
+    "a steep rise": (
+        lambda t: 8 + 400 * t * math.exp(min(2e7 * t * t, 300.0)),
+        lambda r: 8 * r + 1e-5 * math.expm1(min(2e7 * r * r, 300.0)),
+    ),
     "a wall": (lambda t: 1.0 if t < 0.7 else math.inf, lambda r: r if r < 0.7 else math.inf),
 }
 
