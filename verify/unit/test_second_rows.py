@@ -26,6 +26,15 @@ def block(request: pytest.FixtureRequest) -> Attention:
     return random_block(7, n=3, **(CASES | SOME)[request.param])
 
 
+def test_pairs_with_the_own_token_come_apart_in_large_blocks(block: Attention, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = (
+        second_norm(block.replace()),
+        second_norm_by_rows(block.replace()),
+    )  # copies: what is cached goes with them
+    monkeypatch.setattr("lipbounds.derivatives.second.norm.APART", 0)
+    torch.testing.assert_close((second_norm(block), second_norm_by_rows(block)), together, rtol=1e-10, atol=0)
+
+
 @pytest.mark.parametrize("n", [2, 4, 6])
 @pytest.mark.parametrize("gain", [0.3, 3.0, 30.0])
 def test_it_is_above_the_norm_and_of_its_size(n: int, gain: float) -> None:

@@ -162,10 +162,14 @@ def pair_products(
     left = right = (weight.unsqueeze(-1) * u.unsqueeze(-2)).movedim(-3, -2)  # pairs x heads x D
     z = same.unsqueeze(-1) * x_j - p_j.unsqueeze(-1) * x_l - p_l.unsqueeze(-1) * x_j
     z = _wide(logit_gradient_unit * (logit_gradient_unit / size), 3) * z
+    own = (first == block.token_of(i)).to(factors.maps.dtype) * (1 + same) if block.query_moves else None
+    if own is None or not bool(own.any()):
+        z = z.movedim(-3, -2)  # pairs x heads x v, of turned = z u^T
+        with torch.no_grad():
+            length = z.norm(dim=-1) * u.norm(dim=-1).unsqueeze(-2)
+        gram = _products(factors, left, right, u, _of_rank_one(factors, left, z, u))
+        return gram, _size(factors, left, right, length, u)
     turned = (z.unsqueeze(-1) * u[..., None, None, :]).movedim(-4, -3)  # pairs x heads x v x D
-    if not block.query_moves:
-        return _products(factors, left, right, turned, u), _size(factors, left, right, turned, u)
-    own = (first == block.token_of(i)).to(factors.maps.dtype) * (1 + same)
     away = factors.away[..., i, second, :]
     keys = _wide(query_unit / size, 3) * (p_l.unsqueeze(-1) * away) @ factors.to_query.mT
     keys = keys.movedim(-3, -2)
@@ -176,8 +180,9 @@ def pair_products(
     turned = turned + own[:, None, None, None] * moments.movedim(-4, -3)
     crossed = _wide(query_unit * (key_unit / size), 3) * own.unsqueeze(-1) * x_l
     crossed = crossed.movedim(-3, -2)  # pairs x heads x v
-    gram = _products(factors, left, right, turned, u) + _with_logits(factors, left, right, turned, u, crossed)
-    total = _size(factors, left, right, turned, u)
+    gram = _products(factors, left, right, u, _of_turned(factors, left, turned))
+    gram = gram + _with_logits(factors, left, right, turned, u, crossed)
+    total = _size(factors, left, right, turned.detach().norm(dim=(-2, -1)), u)
     total = total + crossed.detach().norm(dim=-1) * _logit_size(factors).unsqueeze(-2)
     if not bool((own > 1).any()):
         return gram, total
@@ -191,9 +196,9 @@ def pair_products(
 
 @torch.no_grad()
 def _size(factors: Factors, left: Tensor, right: Tensor, turned: Tensor, u: Tensor) -> Tensor:
-    """Of each pair and head, the norms of the parts in `_products`."""
+    """Of each pair and head, the norms of the parts in `_products`, from those of E."""
     values = factors.w_v.norm(dim=(-2, -1)).unsqueeze(-2)
-    return (left.norm(dim=-1) + right.norm(dim=-1)) * values + turned.norm(dim=(-2, -1)) * u.norm(dim=-1).unsqueeze(-2)
+    return (left.norm(dim=-1) + right.norm(dim=-1)) * values + turned * u.norm(dim=-1).unsqueeze(-2)
 
 
 @torch.no_grad()
@@ -222,24 +227,45 @@ def _products(
     factors: Factors,
     left: Float[Tensor, "*#batch pairs heads dim"],
     right: Float[Tensor, "*#batch pairs heads dim"],
-    turned: Float[Tensor, "*#batch pairs heads v dim"],
     u: Float[Tensor, "*#batch heads dim"],
+    turned: tuple[Tensor, Tensor, Tensor],
 ) -> Float[Tensor, "*#batch pairs heads v heads w"]:
-    """Of < r, . > W_V^T, W_V^T < r', . > and E . < u, . >, each with each."""
+    """Of < r, . > W_V^T, W_V^T < r', . > and E . < u, . >, each with each; `turned` is what E gives."""
     w_v = factors.w_v
     values = torch.einsum("...hav,...gaw->...hvgw", w_v, w_v).unsqueeze(-5)
     alike = torch.einsum("...kha,...kga->...khg", left, left) + torch.einsum("...kha,...kga->...khg", right, right)
     gram = values * alike.unsqueeze(-1).unsqueeze(-3)
-    met = torch.einsum("...kha,...kgwa->...khgw", left, turned)
+    met, through, squares = turned
     seen = torch.einsum("...hav,...ga->...hvg", w_v, u).unsqueeze(-4)
     half = met.unsqueeze(-3) * seen.unsqueeze(-1)
-    through = torch.einsum("...hav,...kgwa->...khvgw", w_v, turned)
     half = half + through * torch.einsum("...kha,...ga->...khg", right, u).unsqueeze(-1).unsqueeze(-3)
     left_v, right_v = (torch.einsum("...kha,...gaw->...khgw", side, w_v) for side in (left, right))
     half = half + left_v.unsqueeze(-3) * right_v.transpose(-3, -2).movedim(-1, -2).unsqueeze(-1)
     inner = torch.einsum("...ha,...ga->...hg", u, u)[..., None, :, None, :, None]
-    squares = torch.einsum("...khva,...kgwa->...khvgw", turned, turned)
     return gram + twice(half) + squares * inner
+
+
+def _of_turned(
+    factors: Factors, left: Float[Tensor, "*#batch pairs heads dim"], turned: Float[Tensor, "*#batch pairs heads v dim"]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """E r, W_V^T E^T and E E^T of all heads with all."""
+    met = torch.einsum("...kha,...kgwa->...khgw", left, turned)
+    through = torch.einsum("...hav,...kgwa->...khvgw", factors.w_v, turned)
+    return met, through, torch.einsum("...khva,...kgwa->...khvgw", turned, turned)
+
+
+def _of_rank_one(
+    factors: Factors,
+    left: Float[Tensor, "*#batch pairs heads dim"],
+    z: Float[Tensor, "*#batch pairs heads v"],
+    u: Float[Tensor, "*#batch heads dim"],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for E = z u^T."""
+    met = torch.einsum("...kha,...ga->...khg", left, u).unsqueeze(-1) * z.unsqueeze(-3)
+    seen = torch.einsum("...hav,...ga->...hvg", factors.w_v, u).unsqueeze(-4)
+    inner = torch.einsum("...ha,...ga->...hg", u, u)[..., None, :, None, :, None]
+    squares = inner * z[..., None, None] * z[..., None, None, :, :]
+    return met, seen.unsqueeze(-1) * z[..., None, None, :, :], squares
 
 
 def _with_logits(

@@ -22,6 +22,7 @@ from lipbounds.targets.attention import Attention
 
 
 SQUARINGS = 4  # p = 32: at most a tenth above the norm for the Gram matrices of 768 features
+APART = 2**22  # multiplications for the pairs of a row from which those with its own token are made by themselves
 CHUNK_ENTRIES = 2**22  # of Gram matrices made at a time
 
 
@@ -84,11 +85,13 @@ def pair_norms(
         second: numbers of the tokens l.
     """
     error, chunk = factors.error[..., i : i + 1], chunk_of(factors)
-    found = [
-        gram_norms(factors, *pair_products(block, factors, i, first[k : k + chunk], second[k : k + chunk]), error)
-        for k in range(0, first.numel(), chunk)
-    ]
-    return torch.cat(found, -1)
+    kinds = [torch.ones_like(first, dtype=torch.bool)]
+    if block.query_moves and first.numel() * factors.output.shape[-2] ** 2 * factors.w_v.shape[-2] > APART:
+        mine = first == block.token_of(i)  # pairs without the own token of the row have fewer terms
+        kinds = [mine, ~mine]
+    groups = [group for kind in kinds for group in kind.nonzero()[:, 0].split(chunk) if group.numel()]
+    found = [gram_norms(factors, *pair_products(block, factors, i, first[k], second[k]), error) for k in groups]
+    return torch.cat(found, -1)[..., torch.cat(groups).argsort()]
 
 
 def chunk_of(factors: Factors) -> int:
