@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -18,7 +20,10 @@ from verify.unit.test_sharp_ball import CASES, small_block
 from verify.unit.test_taylor import derivative_norms, hessian
 
 
-SOME = {"some queries": {"queries_at": torch.tensor([2, 0])}, "one query": {"queries_at": torch.tensor([1])}}
+SOME: dict[str, dict[str, Any]] = {
+    "some queries": {"queries_at": torch.tensor([2, 0])},
+    "one query": {"queries_at": torch.tensor([1])},
+}
 
 
 @pytest.fixture(params=[name for name in CASES if name != "query"] + [*SOME], ids=lambda name: name.replace(" ", "-"))
