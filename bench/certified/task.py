@@ -47,10 +47,12 @@ class Profile:
     Args:
         amounts: of each classifier.
         whole: models whose bound is compared with their constant.
+        formed: of those, whose Jacobian is formed row by row, too.
     """
 
     amounts: dict[str, Amount]
     whole: tuple[str, ...]
+    formed: tuple[str, ...]
 
 
 WHOLE = ("digits-vit", "lipschitz-vit", "certified-vit", "minilm", "gpt-2", "vit-b-16")
@@ -62,6 +64,7 @@ PROFILES = {
             "digits-vit": Amount(images=1),
         },
         whole=("lipschitz-vit",),
+        formed=("lipschitz-vit",),
     ),
     "standard": Profile(
         amounts={
@@ -71,6 +74,7 @@ PROFILES = {
             "digits-vit": Amount(images=0, slower=1, smoothed=1, attacked=5, radii=(0.3,)),
         },
         whole=WHOLE,
+        formed=WHOLE[:-1],  # the 768 rows of ViT-B/16 take 11 minutes of a core: with --full
     ),
     "full": Profile(
         amounts={
@@ -79,6 +83,7 @@ PROFILES = {
             "digits-vit": Amount(images=120, slower=120, smoothed=120, attacked=120, radii=(0.3,)),
         },
         whole=WHOLE,
+        formed=WHOLE,
     ),
 }
 PEER = Amount(images=100, smoothed=1, attacked=20)  # of the ViT on MNIST, in every profile
@@ -121,8 +126,9 @@ def run(
         if name in CLASSIFIERS:
             question = {**shared, "version": CONSTANT_VERSION, "what": "constant"}
             answers.ask(question, lambda n=name: _constant(*whole_model(n, device)), force=force)
-        question = {**shared, "version": CONSTANT_VERSION, "what": "formed"}
-        answers.ask(question, lambda n=name: _formed(*whole_model(n, device)), force=force)
+        if name in profile.formed:
+            question = {**shared, "version": CONSTANT_VERSION, "what": "formed"}
+            answers.ask(question, lambda n=name: _formed(*whole_model(n, device)), force=force)
 
 
 def shown(found: Shown) -> dict[str, Any]:
