@@ -185,7 +185,7 @@ def test_a_small_run_is_kept_and_shown(tmp_path: Path, monkeypatch: pytest.Monke
     """One image of the ViT made to be certified, by every method, with little smoothing and no attack."""
     monkeypatch.setitem(radii.SMOOTHING, "samples", 50)
     amounts = {"lipschitz-vit": radii.Amount(images=1, slower=1, smoothed=1)}
-    profile = certified.Profile(amounts=amounts, whole=())
+    profile = certified.Profile(amounts=amounts, whole=(), formed=())
     told: list[str] = []
     with Store(tmp_path / "certified.jsonl") as store:
         certified.run(store, profile, advance=told.append)
