@@ -11,7 +11,7 @@ from bench.pages.page import markers
 from lipbounds.files import write_atomically
 
 
-QUOTED = ("claims", "pretrained")  # pages of results of which a marked part is quoted
+QUOTED = {"verdicts": "claims.md", "claims": "claims.md", "pretrained": "pretrained.md"}  # marked part: page of results
 
 
 def update(pages: Iterable[Path], results: Path, *, check: bool) -> list[Path]:
@@ -22,7 +22,7 @@ def update(pages: Iterable[Path], results: Path, *, check: bool) -> list[Path]:
         results: the folder with the pages that are quoted; those that are not there are not.
         check: only look.
     """
-    found = {name: _between(results / f"{name}.md", name) for name in QUOTED}
+    found = {name: _between(results / page, name) for name, page in QUOTED.items()}
     stale = []
     for path in pages:
         old = new = path.read_text(encoding="utf-8") if path.exists() else ""

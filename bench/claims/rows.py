@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses as dc
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -152,7 +153,8 @@ def of_robustness(results: Path) -> list[Claim]:
             if row["setting"].startswith("jasmin") and row["reference"] == BASELINE
         ]
         study = data.get("study", {"name": "", "about": "digits"})
-        of = f"ViT on {study['about'].partition(';')[0]}, {len(data['seeds'])} seed{'s' * (len(data['seeds']) > 1)}"
+        images = re.sub(r" \([^)]*\)", "", study["about"].partition(";")[0])  # without authors and licence
+        of = f"ViT on {images}, {len(data['seeds'])} seed{'s' * (len(data['seeds']) > 1)}"
         where = f"{'_'.join(filter(None, ('robustness', study['name'])))}.md"
         titles = {key: setting["title"] for key, setting in data["settings"].items()}
         claims += [_trained(words, sign, measures, compared, of, where, titles) for words, sign, measures in TRAINED]

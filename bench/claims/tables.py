@@ -1,4 +1,4 @@
-"""The page of the task `claims`, and the table alone for the pages that quote it."""
+"""The page of the task `claims`, with the tables that other pages quote."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ def report(claims: Sequence[Claim], command: str) -> str:
     ]
     parts = [
         "# Claims of the papers, held against the records",
+        marked_part("verdicts", verdicts(claims)),
+        "With the effects and their intervals:",
         marked_part("claims", listed(claims)),
         f"Made by `{command}` from the records of the other tasks; nothing here is written by hand.",
         bullets(notes),
@@ -34,17 +36,29 @@ def report(claims: Sequence[Claim], command: str) -> str:
     return page(parts)
 
 
-def listed(claims: Sequence[Claim]) -> str:
-    """The table.
+def verdicts(claims: Sequence[Claim]) -> str:
+    """The verdicts alone, a row for each claim and what it was tested on.
 
     Args:
         claims: the rows.
     """
     body = [
-        [claim.source, claim.words, claim.models, claim.effect, f"**{claim.verdict}**", _link(claim.page)]
+        [f"{claim.words} ({claim.source})", claim.models, f"**{claim.verdict}**", _link(claim.page)] for claim in claims
+    ]
+    return table(["claim", "tested on", "verdict", "numbers"], body)
+
+
+def listed(claims: Sequence[Claim]) -> str:
+    """The table with the effects.
+
+    Args:
+        claims: the rows.
+    """
+    body = [
+        [claim.source, claim.words, f"**{claim.verdict}**", claim.models, claim.effect, _link(claim.page)]
         for claim in claims
     ]
-    return table(["whose", "claim", "tested on", "effect", "verdict", "numbers"], body)
+    return table(["whose", "claim", "verdict", "tested on", "effect", "numbers"], body)
 
 
 def _link(name: str) -> str:
