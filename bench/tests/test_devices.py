@@ -117,7 +117,7 @@ def test_certified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(radii, "EFFORT", QUICK)
     monkeypatch.setitem(certified.LANCZOS, "steps", 14)
     amount = radii.Amount(images=1, slower=1, smoothed=1, attacked=3)
-    profile = certified.Profile(amounts={"digits-vit": amount}, whole=("digits-vit",))
+    profile = certified.Profile(amounts={"digits-vit": amount}, whole=("digits-vit",), formed=())
     assert_same(*on_both(tmp_path, lambda store, device: certified.run(store, profile, device=device)))
 
 

@@ -19,6 +19,7 @@ from lipbounds.claims import BoundResult, Claim
 from lipbounds.errors import InvalidInput
 from lipbounds.estimators._operator import JacobianOperator
 from lipbounds.estimators.whole_model import first_use, same_in_its_own_dtype
+from lipbounds.ops.eigen import eigen
 from lipbounds.ops.verified_norm import norm_of_gram
 from lipbounds.rounding import inflate
 from lipbounds.targets.given import given_tensor
@@ -63,7 +64,7 @@ def formed_constant(
         gram = _gram(operator)
         norm = norm_of_gram(gram, max(operator.in_size, operator.out_size)) * operator.scale
         if isinstance(function, nn.Module):
-            top = torch.linalg.eigh(gram).eigenvectors[..., -1]
+            top = eigen(gram)[1][..., -1]
             stretched = top if operator.size == operator.in_size else operator.vjp(top)
             checked = checked & same_in_its_own_dtype(function, network, x, stretched.reshape(x.shape))
     return BoundResult(

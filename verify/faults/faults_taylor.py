@@ -11,7 +11,7 @@ from lipbounds.derivatives.ball.first import Centre
 from lipbounds.derivatives.ball.third import BallThirdDerivative
 from lipbounds.derivatives.first.dense import dense_norm
 from lipbounds.derivatives.second import norm as attention_second
-from lipbounds.derivatives.second.gram_blocks import factors_of
+from lipbounds.derivatives.second.factors import factors_of
 from lipbounds.derivatives.second.norm import second_norm
 from lipbounds.derivatives.second.rows import one_key, own_and_another, two_keys
 from lipbounds.rounding import cast_up

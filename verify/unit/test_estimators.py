@@ -258,7 +258,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         InvalidInput,
         "Jacobian must be finite",
     ),
-    "too large": (lambda: exact(diagonal(torch.ones(200, dtype=torch.float64), 4000)), InvalidInput, "use lanczos"),
+    "too large": (lambda: exact(random_block(n=12_000, dim=1, heads=1)), InvalidInput, "use lipbounds.truth"),
 }
 
 

@@ -195,7 +195,7 @@ def patch(module: Any, name: str, make: Callable[[Any], Any]) -> Callable[[pytes
 
 
 def shrunk(share: float) -> Callable[[Any], Any]:
-    return lambda right: lambda *args: share * right(*args)
+    return lambda right: lambda *args, **options: share * right(*args, **options)
 
 
 def small_reach(x: torch.Tensor, radius: torch.Tensor, tokens: torch.Tensor | None) -> PropagatedSet:

@@ -10,7 +10,8 @@ import torch
 import lipbounds
 from lipbounds import Attention
 from lipbounds.bounds import sharp_ball
-from lipbounds.derivatives.second.gram_blocks import factors_of, pair_products
+from lipbounds.derivatives.second.factors import factors_of
+from lipbounds.derivatives.second.gram_blocks import pair_products
 from lipbounds.derivatives.second.norm import second_norm
 from lipbounds.derivatives.second.rows import _two_keys, one_key, own_and_another, second_norm_by_rows, two_keys
 from lipbounds.testing.contract import run_check

@@ -14,7 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.derivatives.cache import cached_per_block
-from lipbounds.derivatives.second.gram_blocks import Factors, factors_of, own_size, own_square, pair_products
+from lipbounds.derivatives.second.factors import Factors, factors_of
+from lipbounds.derivatives.second.gram_blocks import own_size, own_square, pair_products
 from lipbounds.ops.schatten import schatten_norm_upper
 from lipbounds.ops.spectral import root, spectral_norm_upper
 from lipbounds.rounding import gamma, inflate

@@ -13,7 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.derivatives.cache import cached_per_block
-from lipbounds.derivatives.second.gram_blocks import Factors, factors_of, pair_products, twice
+from lipbounds.derivatives.second.factors import Factors, factors_of
+from lipbounds.derivatives.second.gram_blocks import pair_products, twice
 from lipbounds.derivatives.second.norm import SQUARINGS, chunk_of, gram_norms, pair_norms, second_norm
 from lipbounds.rounding import inflate
 from lipbounds.targets.attention import Attention
