@@ -159,4 +159,4 @@ class _Functionals:
         moving += [(block.queries, block.w_k)] if block.memory_moves else []
         largest = [tokens.square().sum(-1).amax(-1) * weights.square().sum((-2, -1)) for tokens, weights in moving]
         operations = 4 * (block.w_q.shape[-2] + block.w_k.shape[-2]) + 2 * sum(keys.shape[-2:]) + 32
-        return (64 * gamma(operations) * sum(largest))[..., None, None]
+        return (64 * gamma(operations) * sum(largest, torch.zeros_like(largest[0])))[..., None, None]
