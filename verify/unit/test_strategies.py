@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses as dc
+import importlib
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -104,3 +106,12 @@ def test_unknown_features_and_sizes_are_named(as_a_user_runs_it: None) -> None:
         strategies.attention_blocks(["wings"])  # pyright: ignore[reportArgumentType]
     with pytest.raises(InvalidInput, match="largest=64"):
         strategies.attention_blocks(largest=64)
+
+
+def test_a_seed_draws_the_same_whatever_modules_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = st.floats(allow_nan=False)
+    before = drawn(numbers)
+    (tmp_path / "many_constants.py").write_text(f"NUMBERS = {[k + 1 / 3 for k in range(300)]}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("many_constants")
+    assert drawn(numbers) == before
