@@ -40,6 +40,10 @@ FIGURES = (
     "robustness.png",
     "robustness_constants.png",
     "robustness_g1.png",
+    "robustness_mnist_5k.png",
+    "robustness_mnist_5k_constants.png",
+    "robustness_mnist_5k_g1.png",
+    "robustness_mnist_5k_weights.png",
     "certified_instances.csv",
 )
 MARKER = "<!-- measured -->"
