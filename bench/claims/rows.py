@@ -24,6 +24,7 @@ from bench.pretrained.task import shown as pretrained_shown
 from bench.robustness.command import numbers_of
 from bench.robustness.settings import BASELINE, CLEAN_LOSS
 from bench.robustness.summary import summarised, verdict
+from bench.robustness.tables import change
 
 
 PAPER, EMADI = "Yudin et al. 2025", "Emadi 2026"
@@ -180,7 +181,7 @@ def _trained(
     titles: dict[str, str],
 ) -> Claim:
     rows = [row for row in compared if row["measure"].rpartition(" ")[2] in measures]
-    cells = [f"{titles[row['setting']]}: {_measure(row)}{_change(row)}" for row in rows]
+    cells = [f"{titles[row['setting']]}: {_measure(row)}{_effect(row)}" for row in rows]
     verdicts = [_verdict(row, sign) for row in rows]
     return Claim(
         source=PAPER, words=words, models=models, effect="; ".join(cells), verdict=_together(verdicts), page=page
@@ -192,14 +193,8 @@ def _measure(row: Data) -> str:
     return f"{name} " if row["family"] == "accuracies" and row["measure"] != "clean" else ""
 
 
-def _change(row: Data) -> str:
-    """A difference in points or a factor, with its interval where there are seeds enough."""
-    middle, half = row["mean"], row["half"]
-    if row["family"] == "constants":
-        ends = "" if half is None else f" [{figure(math.exp(middle - half))}, {figure(math.exp(middle + half))}]"
-        return f"x {figure(math.exp(middle))}{ends}"
-    ends = "" if half is None else f" [{100 * (middle - half):+.1f}, {100 * (middle + half):+.1f}]"
-    return f"{100 * middle:+.1f} points{ends}"
+def _effect(row: Data) -> str:
+    return change(row) + " points" * (row["family"] == "accuracies")
 
 
 def _verdict(row: Data, sign: int) -> str:

@@ -124,11 +124,15 @@ def _said(rows: list[Data]) -> str:
 
 def _amount(row: Data) -> str:
     name = CONSTANTS.get(row["measure"], row["measure"].removesuffix(" worst").replace(f" {WEAK}", " under weak PGD"))
-    return f"{name}: {_change(row)}"
+    return f"{name}: {change(row)}"
 
 
-def _change(row: Data) -> str:
-    """A difference in points or a factor, with its interval."""
+def change(row: Data) -> str:
+    """A difference in points or a factor, with its interval where there are seeds enough.
+
+    Args:
+        row: a comparison of the summary.
+    """
     middle, half = row["mean"], row["half"]
     if row["family"] == "constants":
         ends = "" if half is None else f" [{figure(math.exp(middle - half))}, {figure(math.exp(middle + half))}]"
@@ -155,7 +159,7 @@ def _changes(data: Data, summary: Data, measures: dict[str, str]) -> str:
     body = []
     for name, reference in dict.fromkeys((name, reference) for name, reference, _ in found):
         cells = [found[name, reference, measure] for measure in measures]
-        shown = [_change(row) + ("" if row["p"] is None else f", p = {row['corrected']:.2g}") for row in cells]
+        shown = [change(row) + ("" if row["p"] is None else f", p = {row['corrected']:.2g}") for row in cells]
         body.append([data["settings"][name]["title"], data["settings"][reference]["title"], *shown])
     return table(["setting", "reference", *measures.values()], body) if body else ""
 

@@ -42,9 +42,9 @@ def test_a_verdict_follows_the_corrected_test_and_the_claimed_sign(
 
 
 def test_effects_have_their_intervals_and_verdicts_that_differ_are_counted() -> None:
-    assert rows._change(compared()) == "+10.0 points [+5.0, +15.0]"
-    assert rows._change(compared(half=None)) == "+10.0 points"
-    assert rows._change(compared(family="constants", mean=0.0, half=None)) == "x 1.000"
+    assert rows._effect(compared()) == "+10.0 [+5.0, +15.0] points"
+    assert rows._effect(compared(half=None)) == "+10.0 points"
+    assert rows._effect(compared(family="constants", mean=0.0, half=None)) == "x 1.000"
     assert rows._together(["holds", "holds"]) == "holds"
     assert rows._together(["holds", "contradicted", "holds"]) == "mixed: holds in 2, contradicted in 1"
 
