@@ -94,6 +94,12 @@ TASK = Task(
     measure=measure,
     pages=pages,
     takes=frozenset({"quick", "full", "force", "results", "device", "deept"}),
-    versions={"": certified.VERSION, "radius": RADIUS_VERSION, "constant": certified.CONSTANT_VERSION},
+    versions={
+        "": certified.VERSION,
+        "radius": RADIUS_VERSION,
+        "whole": certified.WHOLE_VERSION,
+        "constant": certified.CONSTANT_VERSION,
+        "formed": certified.FORMED_VERSION,
+    },
     migrate=migrated,
 )

@@ -18,6 +18,8 @@ from bench.engine.answers import Shown
 from bench.engine.records import RecordError
 from bench.engine.store import Store
 from lipbounds.errors import InvalidInput
+from lipbounds.targets.layers import AttentionLayer, Pool, Sequence
+from lipbounds.testing.recipes import Recipe, build
 
 
 def row(image: int, radius: float, correct: bool = True, method: str = "taylor") -> dict[str, Any]:
@@ -211,3 +213,10 @@ def test_a_run_without_the_folder_leaves_its_model_on_the_page(
         assert own != other
         assert command.of_the_folder(store, "quick") == []
     assert "mnist-vit is shown as it was measured before; give --deept DIR" in capsys.readouterr().err
+
+
+def test_the_layers_of_a_model_of_which_one_token_is_read_are_those_that_were_bounded() -> None:
+    block = build(Recipe(seed=3, n=4, dim=3))
+    found = certified._whole(Sequence((AttentionLayer(block), Pool("first"))), block.x[None])
+    assert len(found["layers"]) == 1
+    assert found["layers"][0]["reached"] <= found["layers"][0]["bound"] == pytest.approx(found["bound"])

@@ -20,8 +20,8 @@ from lipbounds.compose.propagated_set import (
     times,
     total_norm,
 )
-from lipbounds.compose.reading import ReadResidual, read_only
-from lipbounds.compose.rewrite import FoldedLinear, flat, rewritten
+from lipbounds.compose.reading import ReadResidual, bounded_layers
+from lipbounds.compose.rewrite import FoldedLinear
 from lipbounds.compose.running_error import lost_by
 from lipbounds.errors import InvalidInput
 from lipbounds.ops.enclosure import Enclosure, matrix, only_norm, plus, then
@@ -46,8 +46,7 @@ def sequence_step(
     closed: Tensor | None = None  # bound of everything up to the last layer that mixes tokens
     run: Enclosure | None = None  # the layers after it, token by token
     run_start = start
-    layers = flat(layers)
-    for path, layer in rewritten(read_only(layers, inputs.x) if rules.reads_some_tokens else layers):
+    for path, layer in bounded_layers(layers, inputs.x, rules):
         before = here
         if isinstance(layer, Pool):
             closed, run, run_start, here = _pooled(layer, closed, run, run_start, here)

@@ -35,7 +35,7 @@ from lipbounds.compose.curvature import curvature, supports_curvature
 from lipbounds.compose.folding import folding_change
 from lipbounds.compose.network import attention_specs, starting_set
 from lipbounds.compose.propagated_set import PropagatedSet, Rules, Step, norm_over_tokens
-from lipbounds.compose.reading import ReadResidual, read_only
+from lipbounds.compose.reading import ReadResidual, bounded_layers
 from lipbounds.compose.rewrite import FoldedLinear, flat, rewritten
 from lipbounds.compose.running_error import lost_by
 from lipbounds.errors import InvalidInput, Unsupported
@@ -133,8 +133,7 @@ class JointNetwork:
             raise InvalidInput(f"x must be one input without batch dimensions, got shape {tuple(x.shape)}.")
         self._stages: list[_Stage] = []
         here = wide
-        layers = flat([("", network)])
-        for path, layer in rewritten(read_only(layers, wide) if self._rules.reads_some_tokens else layers):
+        for path, layer in bounded_layers([("", network)], wide, self._rules):
             self._stages.append(self._stage(path, layer, here))
             here = layer(here)
         self.output = here.flatten()

@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from lipbounds.compose.rewrite import flat
+from lipbounds.compose.propagated_set import Rules
+from lipbounds.compose.rewrite import flat, rewritten
 from lipbounds.errors import InvalidInput
 from lipbounds.targets.attention import Attention
 from lipbounds.targets.layers import AttentionLayer, Layer, Linear, Normalization, Pointwise, Pool, Residual, Sequence
@@ -38,6 +39,18 @@ class ReadResidual(Residual):
     @property
     def description(self) -> str:
         return f"{super().description}, at the {self.read.description}"
+
+
+def bounded_layers(layers: list[tuple[str, Layer]], x: Tensor, rules: Rules) -> list[tuple[str, Layer]]:
+    """The layers as they are bounded: rewritten, and without rows that are not read where the rules allow it.
+
+    Args:
+        layers: with their paths.
+        x: the input of the first.
+        rules: whose bounds of attention may not know blocks in which some tokens have no query.
+    """
+    flattened = flat(layers)
+    return rewritten(read_only(flattened, x) if rules.reads_some_tokens else flattened)
 
 
 def read_only(layers: list[tuple[str, Layer]], x: Tensor) -> list[tuple[str, Layer]]:
