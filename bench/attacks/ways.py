@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 AUTHORS, PORT = "autoattack", "pyautoattack"
 STANDARD_TARGETS = 9
+STANDARD_ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")
 FEWEST_TARGETED = 4  # classes for which APGD-T has a loss: it divides by a difference of the largest and later logits
 
 
@@ -36,7 +37,7 @@ class Way:
     """
 
     package: str = PORT
-    attacks: tuple[str, ...] = ("apgd-ce", "apgd-t", "fab-t", "square")
+    attacks: tuple[str, ...] = STANDARD_ATTACKS
     targets: int = STANDARD_TARGETS
 
     @property
@@ -47,7 +48,7 @@ class Way:
     @property
     def name(self) -> str:
         """What tables call it."""
-        if self.targets == STANDARD_TARGETS:
+        if self.targets == STANDARD_TARGETS and self.attacks == STANDARD_ATTACKS:
             return "AutoAttack-standard"
         aimed = f"; {self.targets} targets" if self.targets else ""
         return f"AutoAttack ({', '.join(name.upper() for name in self.attacks)}{aimed})"
@@ -75,6 +76,7 @@ class Way:
 
 
 STANDARD = Way()
+APGD = Way(attacks=STANDARD_ATTACKS[:2])  # what finds nearly all that the standard version finds
 
 
 def way_for(classes: int) -> Way | None:

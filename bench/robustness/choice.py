@@ -22,7 +22,6 @@ from bench.robustness.settings import (
     SETTINGS,
     Profile,
     Setting,
-    recipe,
 )
 from bench.robustness.training import Trained, Workshop
 
@@ -70,7 +69,7 @@ def _row(
     workshop: Workshop, setting: Setting, weight: float | None, profile: Profile, advance: Callable[[str], None]
 ) -> Row:
     advance(f"{setting.name}: weight {'-' if weight is None else f'{weight:g}'}")
-    model = workshop.trained(recipe(setting, weight, epochs=profile.epochs, seed=CHOICE_SEED, data=profile.data))
+    model = workshop.trained(profile.recipe(setting, weight, CHOICE_SEED))
     question = {"what": "choice", "norm": "l_inf", "eps": CHOICE_EPS, "steps": CHOICE_STEPS}
     robust = model.ask(question, lambda: _validated(model))["robust"]
     return {"weight": weight, "clean": model.validation_accuracy, "robust": robust}

@@ -6,6 +6,7 @@ import dataclasses as dc
 from typing import Any
 
 from bench.attacks.images import Norm
+from bench.attacks.ways import APGD, STANDARD, Way
 from lipbounds.models.train_digits import WEIGHT_DECAY
 
 
@@ -16,7 +17,8 @@ CHOICE_SEED = 1000
 CHOICE_EPS = 0.05
 CHOICE_STEPS = 10
 OF_USER = ("loss", "code")  # parts of a recipe that only a user's function has
-LEFT_OUT = (*OF_USER, "data")  # of the record of a recipe, where they are empty
+LEFT_OUT = (*OF_USER, "data", "pace", "start")  # of the record of a recipe, where they are empty
+TUNING_RATE = 1 / 3  # of the peak learning rate, when a trained model is trained on
 CLEAN_LOSS = 0.01  # validation accuracy that a weight may cost, as a share
 
 
@@ -49,6 +51,7 @@ class Setting:
         loss: the path of a function of a user that is minimised instead; empty for none.
         code: hash of what the user wrote; empty where nothing is a user's.
         weight: that is taken without a choice; None where there is a grid or no penalty.
+        start: the setting whose model of the same seed is trained on; empty for a random start.
     """
 
     name: str
@@ -60,6 +63,7 @@ class Setting:
     loss: str = ""
     code: str = ""
     weight: float | None = None
+    start: str = ""
 
     @property
     def decay(self) -> bool:
@@ -101,7 +105,69 @@ CURVE = {
         ),
     )
 }
-ALL = SETTINGS | CURVE
+# Weights that no validation images choose, for studies that have no time for it.
+GIVEN = {
+    f"{name} {weight:g}": dc.replace(
+        SETTINGS[name],
+        name=f"{name} {weight:g}",
+        title=f"{SETTINGS[name].title}, weight {weight:g}",
+        grid=(),
+        weight=weight,
+    )
+    for name, weight in (("spectral", 0.1), ("jacobian", 0.01))
+}
+# A trained baseline is trained on, with what a setting adds and without: the first one is the control.
+CONTROL = "tuned"
+_NEAR = Adversary(eps=0.05, steps=3)
+TUNED = {
+    setting.name: setting
+    for setting in (
+        Setting(name=CONTROL, title="fine-tuned, no penalty", start=BASELINE),
+        *(
+            Setting(
+                name=f"jasmin tuned {weight:g}",
+                title=f"fine-tuned with JaSMin, k = 10, weight {weight:g}",
+                penalty="jasmin",
+                weight=weight,
+                start=BASELINE,
+                reference=CONTROL,
+            )
+            for weight in (0.3, 3.0)
+        ),
+        Setting(
+            name="jacobian tuned 0.01",
+            title="fine-tuned with the Jacobian norm, weight 0.01",
+            penalty="jacobian",
+            weight=0.01,
+            start=BASELINE,
+            reference=CONTROL,
+        ),
+        Setting(name="pgd tuned", title="fine-tuned with PGD", adversary=_NEAR, start=BASELINE, reference=CONTROL),
+        Setting(
+            name="pgd-jasmin tuned 0.3",
+            title="fine-tuned with PGD + JaSMin, k = 10, weight 0.3",
+            penalty="jasmin",
+            weight=0.3,
+            adversary=_NEAR,
+            start=BASELINE,
+            reference="pgd tuned",
+        ),
+    )
+}
+ALL = SETTINGS | CURVE | GIVEN | TUNED
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Pace:
+    """Steps of other sizes than those of `lipbounds.models.train_digits`; the weights of the last epoch are kept.
+
+    Args:
+        batch: images of a step.
+        rate: the peak learning rate.
+    """
+
+    batch: int
+    rate: float
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -119,6 +185,8 @@ class Recipe:
         loss: the path of a function of a user that is minimised instead; empty for none.
         code: hash of what the user wrote; empty where nothing is a user's.
         data: images and architecture, where they are not the digits and their ViT.
+        pace: steps of other sizes than those of the digits.
+        start: the model that is trained on; None for a random start.
     """
 
     setting: str
@@ -131,10 +199,12 @@ class Recipe:
     loss: str = ""
     code: str = ""
     data: str = ""
+    pace: Pace | None = None
+    start: Recipe | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON, without what only a user's function or other images have."""
-        found = dc.asdict(self)
+        found = {**dc.asdict(self), "start": self.start and self.start.to_dict()}
         return {name: value for name, value in found.items() if value or name not in LEFT_OUT}
 
 
@@ -187,6 +257,10 @@ class Profile:
         largest_grid: weights of a grid that are tried, from its middle; 0 for all.
         own: settings of a user, which follow the others.
         weak_steps: steps of a PGD that is shown beside the worst case; 0 for none.
+        pace: steps of other sizes than those of the digits.
+        tuning_epochs: of the trainings that go on from a trained model.
+        way: which part of AutoAttack attacks every model.
+        standard_seeds: of the models that all of AutoAttack-standard attacks beside, where `way` is less.
         data: images and architecture, as recipes hold them; empty for the digits.
     """
 
@@ -201,6 +275,25 @@ class Profile:
     own: tuple[Setting, ...] = ()
     weak_steps: int = 0
     data: str = ""
+    pace: Pace | None = None
+    tuning_epochs: int = 0
+    way: Way = STANDARD
+    standard_seeds: tuple[int, ...] = ()
+
+    def recipe(self, setting: Setting, weight: float | None, seed: int) -> Recipe:
+        """How a model is trained.
+
+        Args:
+            setting: the setting.
+            weight: one of its grid, or its own; None where it has none.
+            seed: of everything random.
+        """
+        first = ALL[setting.start] if setting.start else None
+        epochs, pace = self.epochs, self.pace
+        if first is not None:
+            epochs, pace = self.tuning_epochs, pace and dc.replace(pace, rate=TUNING_RATE * pace.rate)
+        start = first and self.recipe(first, first.weight, seed)
+        return dc.replace(recipe(setting, weight, epochs=epochs, seed=seed, data=self.data), pace=pace, start=start)
 
     @property
     def chosen(self) -> list[Setting]:
@@ -252,20 +345,26 @@ LARGER_PROFILES = {
         eps={"l_inf": (0.1,)},
         blocks=1,
         weak_steps=10,
+        pace=Pace(batch=64, rate=3e-3),
     ),
-    # What one core can do in twenty minutes with 5,000 images.
+    # What one core can do in an hour and a half with 5,000 images: the two parts of AutoAttack that find nearly all on
+    # every model, and all four on those of one seed.
     "standard": Profile(
-        settings=(BASELINE, "jasmin 0.03", "jasmin 0.3", "jasmin 3"),
-        seeds=(0, 1),
-        epochs=10,
+        settings=(*(BASELINE, "jasmin 0.03", "jasmin 0.3", "jasmin 3", "jasmin-0 0.3", "spectral 0.1", *TUNED),),
+        seeds=(0, 1, 2, 3, 4),
+        epochs=15,
         images=100,
         batch=100,
-        eps={"l_inf": (0.05,)},
+        eps={"l_inf": (0.05,), "l2": (0.75,)},
         blocks=10,
         weak_steps=10,
+        pace=Pace(batch=64, rate=3e-3),
+        tuning_epochs=5,
+        way=APGD,
+        standard_seeds=(0,),
     ),
     "full": Profile(
-        settings=(*SETTINGS, *CURVE),
+        settings=(*SETTINGS, *CURVE, *TUNED),
         seeds=(0, 1, 2, 3, 4),
         epochs=30,
         images=200,
@@ -273,5 +372,7 @@ LARGER_PROFILES = {
         eps={"l_inf": (0.05, 0.1, 0.15), "l2": (0.5, 1.0, 2.0)},
         blocks=20,
         weak_steps=10,
+        pace=Pace(batch=64, rate=3e-3),
+        tuning_epochs=10,
     ),
 }

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 
 from bench.attacks.images import Ball, pgd, right
+from bench.attacks.ways import STANDARD, Way
 from bench.engine.store import Answer
 from bench.robustness.attacked import ATTACK_SEED, Advance, Subject, attacked, share, shares
 from bench.robustness.choice import choose, tried
 from bench.robustness.measures import BINS, LANCZOS, blocks, network_constants, versions
 from bench.robustness.on_cluster import answered_on
 from bench.robustness.processes import answered
-from bench.robustness.settings import Profile, recipe
+from bench.robustness.settings import Profile
 from bench.robustness.training import Trained, Workshop
 from lipbounds.cluster import Cluster
 
@@ -28,7 +29,8 @@ def pieces(profile: Profile) -> int:
     """How often `run` calls `advance`."""
     chosen = profile.chosen
     weights = sum(len(tried(setting.grid, profile.largest_grid)) + 1 for setting in chosen if setting.grid)
-    return weights + len(chosen) * len(profile.seeds) * _pieces_of_a_model(profile)
+    everywhere = 2 + _attacks(profile)
+    return weights + len(chosen) * (len(profile.seeds) * everywhere + len(profile.standard_seeds) * _attacks(profile))
 
 
 def run(
@@ -53,35 +55,49 @@ def run(
     settings = {name: {"title": known[name].title, "choice": choice, "models": []} for name, choice in chosen.items()}
     # Seed by seed, so that a run that is stopped early leaves whole seeds.
     ways = [
-        recipe(known[name], choice["weight"], epochs=profile.epochs, seed=seed, data=profile.data)
-        for seed in profile.seeds
-        for name, choice in chosen.items()
+        profile.recipe(known[name], choice["weight"], seed) for seed in profile.seeds for name, choice in chosen.items()
     ]
     if cluster is not None or jobs > 1:
-        measure = partial(_measured, profile=profile, advance=_quietly)
+        for way in ways:
+            if way.start is not None:
+                workshop.trained(way.start)
+        measure = partial(_everything, profile=profile, advance=_quietly)
         elsewhere = (
             answered_on(cluster, workshop, ways, measure) if cluster else answered(workshop, ways, measure, jobs)
         )
         for way in elsewhere:
-            for _ in range(_pieces_of_a_model(profile)):
+            for _ in range(2 + _attacks(profile) * (1 + (way.seed in profile.standard_seeds))):
                 advance(f"{way.setting}, seed {way.seed}")
         advance = _quietly
     for way in ways:
         advance(f"{way.setting}, seed {way.seed}: training")
         model = workshop.trained(way)
         settings[way.setting]["models"].append({"seed": way.seed, **_measured(model, profile, advance)})
+    for way in ways:  # after all else, so that a run that is stopped early leaves this out first
+        if way.seed in profile.standard_seeds:
+            (found,) = (each for each in settings[way.setting]["models"] if each["seed"] == way.seed)
+            found.update(_standard(workshop.trained(way), profile, advance))
     done = {"images": profile.images, "blocks": profile.blocks, "epochs": profile.epochs, "seeds": list(profile.seeds)}
     if profile.weak_steps:
         done["weak_steps"] = profile.weak_steps
+    if profile.way != STANDARD:
+        done |= {"attack": profile.way.name, "standard_seeds": list(profile.standard_seeds)}
+    if profile.tuning_epochs:
+        done["tuning_epochs"] = profile.tuning_epochs
     return {**done, "settings": settings}
 
 
-def _pieces_of_a_model(profile: Profile) -> int:
-    return 2 + sum(len(radii) for radii in profile.eps.values()) * -(-profile.images // profile.batch)
+def _attacks(profile: Profile) -> int:
+    """Calls of `advance` for the attacks of a model."""
+    return sum(len(radii) for radii in profile.eps.values()) * -(-profile.images // profile.batch)
 
 
 def _quietly(what: str) -> None:
     """Advance nothing."""
+
+
+def _everything(model: Trained, profile: Profile, advance: Advance) -> dict[str, Any]:
+    return {**_measured(model, profile, advance), **_standard(model, profile, advance)}
 
 
 def _measured(model: Trained, profile: Profile, advance: Advance) -> dict[str, Any]:
@@ -89,35 +105,60 @@ def _measured(model: Trained, profile: Profile, advance: Advance) -> dict[str, A
     place = f"{model.recipe.setting}, seed {model.recipe.seed}"
     advance(f"{place}: local constants")
 
-    def images(count: int) -> dict[str, Any]:
-        return {"images": model.workshop.images.test.indices[:count].tolist()}
-
-    network = model.ask(
-        {"what": "network"}, lambda: _network(model, profile.images), rest=lambda: images(profile.images)
-    )
+    network = _network_of(model, profile)
     found = model.ask(
         {"what": "blocks"},
         lambda: _blocks(model, profile.blocks),
-        rest=lambda: {**images(profile.blocks), "bins": BINS, "bounds": versions(), **LANCZOS},
+        rest=lambda: {**_images(model, profile.blocks), "bins": BINS, "bounds": versions(), **LANCZOS},
     )
-    subject = Subject(
-        name=place,
-        model=model.model,
-        ask=model.ask,
-        given=lambda: (model.workshop.images.test.images, model.workshop.images.test.labels),
-        indices=network["images"],
-    )
-    robust = {
-        norm: shares(attacked(subject, norm, radii, profile.batch, network["right"], advance))
-        for norm, radii in profile.eps.items()
-    }
     return {
         "weights": model.weights,
         "clean": share(network["right"]),
         "constants": network["constants"],
         "layers": found["layers"],
-        "robust": robust,
+        "robust": _robust(model, profile, profile.way, advance),
         **({"weak": _weak(model, profile, network["images"])} if profile.weak_steps else {}),
+    }
+
+
+def _images(model: Trained, count: int) -> dict[str, Any]:
+    return {"images": model.workshop.images.test.indices[:count].tolist()}
+
+
+def _network_of(model: Trained, profile: Profile) -> Answer:
+    return model.ask(
+        {"what": "network"},
+        lambda: _network(model, profile.images),
+        rest=lambda: _images(model, profile.images),
+    )
+
+
+def _standard(model: Trained, profile: Profile, advance: Advance) -> dict[str, Any]:
+    """Robust accuracies under all of AutoAttack-standard, for the models that it attacks beside."""
+    if model.recipe.seed not in profile.standard_seeds:
+        return {}
+    return {"standard": _robust(model, profile, STANDARD, advance)}
+
+
+def _robust(model: Trained, profile: Profile, way: Way, advance: Advance) -> dict[str, list[dict[str, float]]]:
+    """For each norm and radius, accuracy under each attack and the worst of all."""
+    network = _network_of(model, profile)
+
+    def ask(question: dict[str, Any], work: Any) -> Answer:
+        part = question["what"] == "autoattack" and way != STANDARD
+        return model.ask({**question, "attacks": [*way.attacks]} if part else question, work)
+
+    subject = Subject(
+        name=f"{model.recipe.setting}, seed {model.recipe.seed}",
+        model=model.model,
+        ask=ask,
+        given=lambda: (model.workshop.images.test.images, model.workshop.images.test.labels),
+        indices=network["images"],
+        way=way,
+    )
+    return {
+        norm: shares(attacked(subject, norm, radii, profile.batch, network["right"], advance))
+        for norm, radii in profile.eps.items()
     }
 
 

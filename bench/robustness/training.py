@@ -7,7 +7,9 @@ mix in one table, so that is an error.
 
 from __future__ import annotations
 
+import copy
 import dataclasses as dc
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -86,6 +88,8 @@ class Workshop:
         Args:
             recipe: how it is trained.
         """
+        if recipe.start is not None:
+            self.trained(recipe.start)
         answer = self.ask({"what": "train", **recipe.to_dict()}, lambda: self._train(recipe))
         return Trained(recipe, answer["weights"], answer["validation_accuracy"], self)
 
@@ -133,6 +137,7 @@ class Workshop:
         history: list[tuple[float, float]] = []
         images = self.split  # on the CPU: images this small leave a GPU idle
         assert images is not None
+        steps = {} if recipe.pace is None else {"batch": recipe.pace.batch, "peak_rate": recipe.pace.rate, "last": True}
         model = train(
             images.train,
             images.validation,
@@ -142,7 +147,8 @@ class Workshop:
             loss=loss_of(recipe),
             weight_decay=recipe.weight_decay,
             after_epoch=lambda accuracy, loss: history.append((round(accuracy, 4), round(loss, 5))),
-            make=self.make,
+            make=self.make if recipe.start is None else functools.partial(self._copied, recipe.start),
+            **steps,
         )
         path = self.path(recipe)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -151,6 +157,10 @@ class Workshop:
         temporary.replace(path)
         accuracy, _ = evaluate(model, images.validation)
         return {"weights": weights_hash(model), "history": history, "validation_accuracy": accuracy}
+
+    def _copied(self, recipe: Recipe) -> nn.Module:
+        """The model of a recipe, to be trained on."""
+        return copy.deepcopy(self.trained(recipe).model()).to("cpu").requires_grad_()
 
 
 @dc.dataclass

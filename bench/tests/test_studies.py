@@ -12,17 +12,18 @@ import torch
 from torch import nn
 
 from bench import __main__ as program
+from bench.attacks.ways import APGD, Way
 from bench.robustness import attacked, figures, training
 from bench.robustness import task as robustness
 from bench.robustness.choice import choose
 from bench.robustness.image_vit import ImageViT
-from bench.robustness.settings import ALL, BASELINE, CURVE, LARGER_PROFILES, PROFILES, Profile, recipe
+from bench.robustness.settings import ALL, BASELINE, CONTROL, CURVE, LARGER_PROFILES, PROFILES, Pace, Profile, recipe
 from bench.robustness.studies import study_of
 from lipbounds.errors import InvalidInput
 
 
 TINY = Profile(
-    settings=(BASELINE, "jasmin 0.03", "jasmin 3"),
+    settings=(BASELINE, "jasmin 0.03", "jasmin 3", CONTROL),
     seeds=(0, 1),
     epochs=1,
     images=4,
@@ -30,6 +31,10 @@ TINY = Profile(
     eps={"l_inf": (0.05,)},
     blocks=1,
     weak_steps=1,
+    pace=Pace(batch=64, rate=3e-3),
+    tuning_epochs=2,
+    way=APGD,
+    standard_seeds=(0,),
 )
 
 
@@ -87,6 +92,20 @@ def test_records_of_the_digits_keep_their_keys_and_others_have_keys_of_their_own
     assert not {*CURVE} & {name for profile in PROFILES.values() for name in profile.settings}
 
 
+def test_a_model_is_trained_on_from_the_baseline_of_its_seed() -> None:
+    found = TINY.recipe(ALL[CONTROL], None, 1)
+    assert found.start == TINY.recipe(ALL[BASELINE], None, 1)
+    assert found.start is not None
+    assert (found.epochs, found.start.epochs) == (2, 1)
+    assert found.pace == Pace(batch=64, rate=1e-3)
+    assert found.to_dict()["start"] == found.start.to_dict()
+    assert not {"pace", "start"} & PROFILES["standard"].recipe(ALL[BASELINE], None, 1).to_dict().keys()
+    for profile in LARGER_PROFILES.values():
+        places = {name: place for place, name in enumerate(profile.settings)}
+        assert all(places.get(ALL[name].start or BASELINE, 99) <= places[name] for name in places)
+        assert all(places.get(ALL[name].reference, 99) <= places[name] for name in places)
+
+
 def test_a_weight_that_is_given_is_not_chosen() -> None:
     nothing: Any = None
     for name, setting in CURVE.items():
@@ -107,24 +126,37 @@ def test_the_study_goes_on_and_its_page_is_rendered_without_the_images(
     layer = {"module": "a", "constant": [1.0], "yudin2025.biased": [3.0], "sharp_fast": [2.0]}
     layers = [{**layer, "g_1_mean": 0.1, "g_1_largest": 0.2, "g_1_counts": [3, 1]}]
     monkeypatch.setattr(training, "train", train)
-    monkeypatch.setattr(attacked, "autoattack", lambda model, images, *rest, **options: images)
+    attacks: list[tuple[str, ...]] = []
+
+    def autoattack(model: nn.Module, images: torch.Tensor, *rest: Any, way: Way, **options: Any) -> torch.Tensor:
+        attacks.append(way.attacks)
+        return images
+
+    monkeypatch.setattr(attacked, "autoattack", autoattack)
     monkeypatch.setattr(robustness, "blocks", lambda model, images: {"layers": layers})
     monkeypatch.setattr(figures, "_histograms", lambda data: None)
     monkeypatch.setitem(LARGER_PROFILES, "standard", TINY)
     results = tmp_path / "results"
     arguments = ["robustness", "--train-on", str(folder), "--results", str(results)]
     assert program.main(arguments, []) == 0
-    assert made == [0] * 3 + [1] * 3
+    assert made == [0] * 4 + [1] * 4
     page = (results / "robustness_fashion.md").read_text()
     assert "PGD-1, l_inf 0.05" in page
     assert "How the weights were chosen" not in page
     assert f"--train-on {folder}" in page
     assert (results / "robustness_fashion_weights.png").exists()
     assert not (results / "robustness.md").exists()
-    weak = json.loads((results / "robustness_fashion.json").read_text())["settings"]["jasmin 3"]["models"][0]["weak"]
-    assert len(weak["l_inf"]) == 1
+    models = {
+        name: setting["models"]
+        for name, setting in json.loads((results / "robustness_fashion.json").read_text())["settings"].items()
+    }
+    assert len(models["jasmin 3"][0]["weak"]["l_inf"]) == 1
+    for baseline, tuned in zip(models[BASELINE], models[CONTROL], strict=True):
+        assert tuned["weights"] == baseline["weights"]  # where it starts, as nothing moves it here
+    assert [["standard" in model for model in setting] for setting in models.values()] == [[True, False]] * 4
+    assert {*attacks} <= {APGD.attacks, Way().attacks}
     assert program.main(arguments, []) == 0
-    assert len(made) == 6  # nothing is trained twice
+    assert len(made) == 8  # nothing is trained twice
     (results / "robustness_fashion.md").unlink()
     monkeypatch.setattr("bench.robustness.command.study_of", None)
     assert program.main(["render", "--results", str(results)], []) == 0

@@ -18,7 +18,7 @@ from torch import nn
 
 from lipbounds.models.digits_data import LabelledImages, load_digits_split
 from lipbounds.models.digits_vit import DigitsViT
-from lipbounds.models.training import Loss, cross_entropy, evaluate, fit, save_weights
+from lipbounds.models.training import BATCH, Loss, cross_entropy, evaluate, fit, save_weights
 
 
 EPOCHS = 60
@@ -37,8 +37,11 @@ def train(
     weight_decay: float = WEIGHT_DECAY,
     after_epoch: Callable[[float, float], None] = lambda accuracy, validation_loss: None,
     make: Callable[[], nn.Module] = DigitsViT,
+    batch: int = BATCH,
+    peak_rate: float = PEAK_LEARNING_RATE,
+    last: bool = False,
 ) -> nn.Module:
-    """The model of the epoch with the best validation accuracy (among equals: the lowest validation loss).
+    """The model of the epoch with the best validation accuracy (among equals: the lowest validation loss), or the last.
 
     The caller's random state is left as it was.
 
@@ -52,12 +55,16 @@ def train(
         weight_decay: of AdamW: every step also shrinks the weights by the learning rate times this.
         after_epoch: called with the validation accuracy and loss of each epoch.
         make: draws the model that is trained, from torch's global generator.
+        batch: images of a step.
+        peak_rate: the learning rate where it is largest.
+        last: keep the weights of the last epoch: where a penalty is added to a model that is trained already, those of
+            the best accuracy would be those of the first steps.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = make()
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_rate, weight_decay=weight_decay)
     best, best_score = copy.deepcopy(model.state_dict()), (-1.0, 0.0)
 
     def judge() -> str:
@@ -68,8 +75,9 @@ def train(
             best, best_score = copy.deepcopy(model.state_dict()), (accuracy, -validation_loss)
         return f"validation accuracy {accuracy:.4f}, best {best_score[0]:.4f}"
 
-    fit(model, train_part, optimizer, lambda epoch: loss, epochs, generator, console, after_epoch=judge)
-    model.load_state_dict(best)
+    fit(model, train_part, optimizer, lambda epoch: loss, epochs, generator, console, after_epoch=judge, batch=batch)
+    if not last:
+        model.load_state_dict(best)
     return model.eval()
 
 

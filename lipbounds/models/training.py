@@ -46,6 +46,7 @@ def fit(
     console: Console,
     *,
     after_epoch: Callable[[], str] = lambda: "training",
+    batch: int = BATCH,
 ) -> None:
     """Train a model in place.
 
@@ -58,15 +59,16 @@ def fit(
         generator: of the order of the images, the distortions, and what the loss draws.
         console: where the progress goes.
         after_epoch: what the progress bar says next.
+        batch: images of a step.
     """
-    steps = epochs * -(-len(part) // BATCH)
+    steps = epochs * -(-len(part) // batch)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: share_of_peak_rate(step, steps))
     with Progress(console=console) as progress:
         task = progress.add_task("training", total=epochs)
         for epoch in range(epochs):
             model.train()
             loss = loss_of(epoch)
-            for images, labels in batches(part, generator):
+            for images, labels in batches(part, generator, batch):
                 value = loss(model, distorted(images, generator), labels, generator)
                 optimizer.zero_grad()
                 value.backward()
@@ -75,9 +77,9 @@ def fit(
             progress.update(task, advance=1, description=after_epoch())
 
 
-def batches(part: LabelledImages, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images and labels, `BATCH` at a time, in random order."""
-    for chosen in torch.randperm(len(part), generator=generator).split(BATCH):
+def batches(part: LabelledImages, generator: torch.Generator, size: int = BATCH) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images and labels, that many at a time, in random order."""
+    for chosen in torch.randperm(len(part), generator=generator).split(size):
         yield part.images[chosen], part.labels[chosen]
 
 
