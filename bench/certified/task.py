@@ -77,7 +77,7 @@ PROFILES = {
             "digits-vit": Amount(images=0, slower=1, smoothed=1, attacked=5, radii=(0.3,)),
         },
         whole=WHOLE,
-        formed=WHOLE[:-1],  # the 768 rows of ViT-B/16 take 11 minutes of a core: with --full
+        formed=WHOLE,
     ),
     "full": Profile(
         amounts={
