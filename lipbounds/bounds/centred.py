@@ -9,7 +9,9 @@ the terms with W_V and W_K are absent; where only the memory moves, that with W_
 QK-norm: docs/bounds/centred.md.
 
 Numerics: float64; V_c and K_c are products of the given floats [X a] and [W; -mean(X) W / a], so their rounding is
-covered as that of any product. The slack is relative to the norms of the factors, so a is of the size of X.
+covered as that of any product. The slack is relative to the norms of the factors, so a is of the size of X. At a block
+in a shorter dtype, on the CPU: float32 with its rounding proved and added (lipbounds.derivatives.first.single_parts),
+where that adds under 5 %; `details["bits"]` says which it was, and `precision="float64"` asks for float64.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from torch import Tensor
 
 from lipbounds.claims import Claim, Source
 from lipbounds.derivatives.first.covariance import centred_keys
+from lipbounds.derivatives.first.single_parts import SingleParts, in_single_or_double
+from lipbounds.derivatives.first.single_precision import Precision, Rounded, known
 from lipbounds.derivatives.logit_changes import (
     change_by_keys,
     key_lipschitz,
@@ -31,7 +35,7 @@ from lipbounds.derivatives.norms import combine_heads, largest_softmax_norm, map
 from lipbounds.derivatives.token_maps import query_maps
 from lipbounds.ops.spectral import power_of_two, product_norm_upper
 from lipbounds.registry import Terms, bound
-from lipbounds.rounding import cast_up, inflate, product
+from lipbounds.rounding import inflate, product
 from lipbounds.targets.attention import Attention
 
 
@@ -41,17 +45,25 @@ from lipbounds.targets.attention import Attention
     source=Source(title="lipbounds", statement="centred form of Theorem 3 of Yudin et al. 2025, derived here (D1)"),
     supports=("heads", "biases", "mask", "cross", "rotary", "qk_norm", "some_queries"),
     cost="O(H n^2 (d + n) + H D d^2); with rotary positions or QK-norm also O(H n d^3), of all heads O(H^2 n d^2 D)",
-    version=3,
+    version=4,
 )
-def products(block: Attention) -> tuple[Tensor, Terms]:
+def products(block: Attention, precision: Precision = "auto") -> tuple[Tensor, Terms]:
     """Theorem 3 with keys and values centred: never above the bias-aware form for centred data, often far below."""
-    wide = block.double
+    return in_single_or_double(block, precision, _products_in_single, _products)
+
+
+def _products_in_single(parts: SingleParts) -> Rounded:
+    values, change = parts.value_and_change(centre=True)
+    return parts.of_heads(parts.softmax_norm * values * change + parts.mixing)
+
+
+def _products(wide: Attention) -> tuple[Tensor, Terms]:
     change = torch.zeros_like(wide.logits[..., 0, 0])
     if wide.query_moves:
         change = change + _change_by_queries(wide)
     if wide.memory_moves:
         change = change + change_by_keys(wide)
-    return _finish(block, change)
+    return _finish(wide, change)
 
 
 @bound(
@@ -60,17 +72,25 @@ def products(block: Attention) -> tuple[Tensor, Terms]:
     source=Source(title="lipbounds", statement="centred form with separate norms, derived here (D4)"),
     supports=("heads", "biases", "mask", "cross", "rotary", "qk_norm", "some_queries"),
     cost="O(H n^2 (d + n) + H D d^2)",
-    version=3,
+    version=4,
 )
-def weights(block: Attention) -> tuple[Tensor, Terms]:
+def weights(block: Attention, precision: Precision = "auto") -> tuple[Tensor, Terms]:
     """Centred values, and the norms of W_Q, W_K, Q and K apart: the form that rotary positions leave valid."""
-    wide = block.double
+    return in_single_or_double(block, precision, _weights_in_single, _weights)
+
+
+def _weights_in_single(parts: SingleParts) -> Rounded:
+    values, change = parts.rows_apart
+    return parts.of_heads(parts.softmax_norm * values * change + parts.mixing)
+
+
+def _weights(wide: Attention) -> tuple[Tensor, Terms]:
     change = torch.zeros_like(wide.logits[..., 0, 0])
     if wide.query_moves:
         change = change + query_lipschitz(wide) * key_norm(wide)
     if wide.memory_moves:
         change = change + key_lipschitz(wide) * query_norm(wide)
-    return _finish(block, inflate(change, 4))
+    return _finish(wide, inflate(change, 4))
 
 
 @bound(
@@ -81,10 +101,23 @@ def weights(block: Attention) -> tuple[Tensor, Terms]:
     ),
     supports=("heads", "biases", "mask"),
     cost="O(H n^2 (d + n) + H D d^2)",
+    version=2,
 )
-def change(block: Attention, radius: float) -> tuple[Tensor, Terms]:
+def change(block: Attention, radius: float, precision: Precision = "auto") -> tuple[Tensor, Terms]:
     """The map frozen, plus its change by the constant 1/2 of the softmax, with keys and values centred."""
-    wide = block.double
+    return in_single_or_double(
+        block, precision, lambda parts: _change_in_single(parts, radius), lambda wide: _change(wide, radius)
+    )
+
+
+def _change_in_single(parts: SingleParts, radius: float) -> Rounded:
+    values, logits = parts.value_and_change(centre=True)
+    values = values + known(radius * parts.norms.values)
+    logits = logits + known(radius * parts.scale * parts.norms.logits)
+    return parts.of_heads(values * logits * 0.5 + parts.mixing)
+
+
+def _change(wide: Attention, radius: float) -> tuple[Tensor, Terms]:
     value_weights = wide.weight_norms.values
     values = product_norm_upper(*_centred_factors(wide.x, wide.w_v)) + radius * value_weights
     logits = _change_by_queries(wide)
@@ -93,18 +126,17 @@ def change(block: Attention, radius: float) -> tuple[Tensor, Terms]:
     mixing = product(value_weights, map_norm(wide))
     softmax_part = product(values, abs(wide.scale_value) / 2, logits)
     value = inflate(combine_heads(wide, mixing + softmax_part), 16)
-    return cast_up(value, block.dtype), {"detail.mixing": mixing, "detail.softmax_part": softmax_part}
+    return value, {"detail.mixing": mixing, "detail.softmax_part": softmax_part}
 
 
-def _finish(block: Attention, change: Tensor) -> tuple[Tensor, Terms]:
-    wide = block.double
+def _finish(wide: Attention, change: Tensor) -> tuple[Tensor, Terms]:
     values = product_norm_upper(*_centred_factors(wide.source_input, wide.w_v))
     softmax_part = product(largest_softmax_norm(wide), abs(wide.scale_value), values, change)
     mixing = torch.zeros_like(change)
     if wide.memory_moves:
         mixing = product(wide.weight_norms.values, map_norm(wide))
     value = inflate(combine_heads(wide, mixing + softmax_part), 8)
-    return cast_up(value, block.dtype), {"detail.mixing": mixing, "detail.softmax_part": softmax_part}
+    return value, {"detail.mixing": mixing, "detail.softmax_part": softmax_part}
 
 
 def _change_by_queries(block: Attention) -> Tensor:

@@ -12,6 +12,10 @@ How far the output moves when the input moves by at most eps in Frobenius norm, 
 
 The paper takes xi by power iteration, which approaches it from below. The paper was not read here: its plan is known
 from the reviews, the constants are derived. Proof: docs/bounds/havens2024.md.
+
+Numerics: float64; at a block in a shorter dtype, on the CPU, float32 with its rounding proved and added
+(lipbounds.derivatives.first.single_parts), where that adds under 5 %; `details["bits"]` says which it was, and
+`precision="float64"` asks for float64.
 """
 
 from __future__ import annotations
@@ -20,10 +24,13 @@ import torch
 from torch import Tensor
 
 from lipbounds.claims import Claim, Source
+from lipbounds.derivatives.first.single_parts import SingleParts, in_single_or_double
+from lipbounds.derivatives.first.single_precision import OWN_ROUNDING, Precision, Rounded, known
+from lipbounds.derivatives.logit_changes import change_by_keys, change_by_queries
 from lipbounds.derivatives.norms import combine_heads, map_norm
-from lipbounds.ops.spectral import product_norm_upper, spectral_norm_upper
+from lipbounds.ops.spectral import product_norm_upper
 from lipbounds.registry import Terms, bound
-from lipbounds.rounding import cast_up, inflate, product
+from lipbounds.rounding import inflate, product
 from lipbounds.targets.attention import Attention
 
 
@@ -38,16 +45,30 @@ from lipbounds.targets.attention import Attention
     ),
     supports=("heads", "biases", "mask"),
     cost="O(H n^2 (d + n) + H D d^2)",
+    version=2,
 )
-def change(block: Attention, radius: float) -> tuple[Tensor, Terms]:
+def change(block: Attention, radius: float, precision: Precision = "auto") -> tuple[Tensor, Terms]:
     """Change of the output with the attention map frozen, plus that of the map by the constant 1/2 of the softmax."""
-    wide = block.double
-    maps, through = map_norm(wide), product_norm_upper(wide.w_v, wide.w_o)
+    return in_single_or_double(
+        block, precision, lambda parts: _in_single(parts, radius), lambda wide: _in_double(wide, radius)
+    )
+
+
+def _in_single(parts: SingleParts, radius: float) -> Rounded:
+    norms, maps = parts.norms, parts.map_norm
+    mixing = (maps * norms.through).sum().least(parts.of_heads(parts.mixing))
+    _, logits = parts.value_and_change()
+    logits = logits + known(radius * parts.scale * norms.logits)
+    values = parts.through_output + known(radius * norms.through)
+    return (mixing + (logits * values * 0.5).sum()) * OWN_ROUNDING
+
+
+def _in_double(wide: Attention, radius: float) -> tuple[Tensor, Terms]:
+    maps, through = map_norm(wide), wide.weight_norms.through
     by_sum = inflate((maps * through).sum(-1), wide.heads)
-    mixing = torch.minimum(by_sum, combine_heads(wide, maps * spectral_norm_upper(wide.w_v)))
-    logits = product_norm_upper(*wide.key_factors, wide.w_q.mT) + product_norm_upper(*wide.query_factors, wide.w_k.mT)
-    logits = logits + radius * product_norm_upper(wide.w_q, wide.w_k.mT)
+    mixing = torch.minimum(by_sum, combine_heads(wide, maps * wide.weight_norms.values))
+    logits = change_by_queries(wide) + change_by_keys(wide) + radius * wide.weight_norms.logits
     values = product_norm_upper(*wide.value_factors, wide.w_o) + radius * through
     softmax_part = product(logits, abs(wide.scale_value) / 2, values).sum(-1)
     value = inflate(mixing + softmax_part, wide.heads + 16)
-    return cast_up(value, block.dtype), {"mixing": mixing, "softmax_part": softmax_part}
+    return value, {"mixing": mixing, "softmax_part": softmax_part}

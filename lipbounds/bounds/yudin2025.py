@@ -15,8 +15,9 @@ softmax Jacobian, by 1/2 (Nair 2025, arXiv 2510.23012, Theorem 1) and by 1. Proo
 docs/bounds/yudin2025.md.
 
 Numerics: float64, logits with the error analysis of lipbounds.derivatives.rounding.logits, norms of products rounded
-up. `biased` at a block in a shorter dtype, on the CPU: float32 with its rounding proved and added
-(lipbounds.derivatives.first.single_precision), where that adds under 5 %; `detail.bits` says which it was.
+up. At a block in a shorter dtype, on the CPU: float32 with its rounding proved and added
+(lipbounds.derivatives.first.single_parts), where that adds under 5 %; `details["bits"]` says which it was, and
+`precision="float64"` asks for float64.
 """
 
 from __future__ import annotations
@@ -28,11 +29,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.claims import Claim, Source
-from lipbounds.derivatives.first.single_precision import (
-    Precision,
-    theorem_3_in_single_precision,
-    wanted_in_single_precision,
-)
+from lipbounds.derivatives.first.single_parts import SingleParts, in_single_or_double
+from lipbounds.derivatives.first.single_precision import Precision, Rounded, known
 from lipbounds.derivatives.logit_changes import change_by_keys, change_by_queries
 from lipbounds.derivatives.norms import (
     combine_heads,
@@ -44,11 +42,12 @@ from lipbounds.derivatives.norms import (
 )
 from lipbounds.ops.spectral import spectral_norm_upper
 from lipbounds.registry import BoundSpec, Terms, bound
-from lipbounds.rounding import cast_up, product
+from lipbounds.rounding import product
 from lipbounds.targets.attention import Attention
 
 
 SoftmaxNorm = Callable[[Attention], Float[Tensor, "*batch heads"]]
+SingleSoftmaxNorm = Callable[[SingleParts], Rounded]
 PAPER = "Pay Attention to Attention Distribution"
 WITH_MAPS = "O(H n^2 (d + n) + H D d^2); with rotary positions or QK-norm also O(H n d^3), of all heads O(H^2 n d^2 D)"
 AUTHORS = "Yudin, Gaponov, Kudriashov, Rakhuba"
@@ -88,13 +87,14 @@ def _with_biases(block: Attention, softmax_norm: SoftmaxNorm) -> tuple[Tensor, T
     return _combine(block, mixing, product(values, norms, abs(block.scale_value), logit_change), norms)
 
 
-def _biased(block: Attention, precision: Precision = "auto") -> tuple[Tensor, Terms]:
-    if wanted_in_single_precision(block, precision):
-        short = theorem_3_in_single_precision(block)
-        if short.is_close():
-            return short.result(block)
-    value, terms = _with_biases(block.double, largest_g_1)
-    return cast_up(value, block.dtype), {**terms, "detail.bits": torch.full_like(value, 64)}
+def _literal_in_single(parts: SingleParts, softmax_norm: Rounded) -> Rounded:
+    weights = 2 * parts.scale * parts.norms.logits * parts.norms.values
+    return parts.of_heads(parts.mixing + parts.tokens_norm * parts.tokens_norm * softmax_norm * weights)
+
+
+def _with_biases_in_single(parts: SingleParts, softmax_norm: Rounded) -> Rounded:
+    values, change = parts.value_and_change()
+    return parts.of_heads(values * softmax_norm * change + parts.mixing)
 
 
 def _combine(block: Attention, mixing: Tensor, softmax_part: Tensor, norms: Tensor) -> tuple[Tensor, Terms]:
@@ -108,21 +108,17 @@ def _combine(block: Attention, mixing: Tensor, softmax_part: Tensor, norms: Tens
 
 
 def _declare(
-    name: str,
-    formula: Callable[..., tuple[Tensor, Terms]],
-    factor: SoftmaxNorm,
-    statement: str,
-    *,
-    compute: Callable[..., tuple[Tensor, Terms]] | None = None,
-    version: int | None = None,
+    name: str, formula: Callable[[Attention, SoftmaxNorm], tuple[Tensor, Terms]], factor: str, statement: str
 ) -> BoundSpec:
     literal = formula is _literal
+    in_single = _literal_in_single if literal else _with_biases_in_single
+    double, single = FACTORS[factor]
 
-    def in_float64(block: Attention) -> tuple[Tensor, Terms]:
-        value, terms = formula(block.double, factor)
-        return cast_up(value, block.dtype), terms
+    def compute(block: Attention, precision: Precision = "auto") -> tuple[Tensor, Terms]:
+        return in_single_or_double(
+            block, precision, lambda parts: in_single(parts, single(parts)), lambda wide: formula(wide, double)
+        )
 
-    compute = in_float64 if compute is None else compute
     compute.__doc__ = statement
     compute.__qualname__ = name
     return bound(
@@ -133,17 +129,27 @@ def _declare(
         if literal
         else ("heads", "biases", "mask", "cross", "rotary", "qk_norm", "some_queries"),
         cost="O(H n^2 (d + n) + H D d^2)" if literal else WITH_MAPS,
-        version=version or (1 if literal else 2),
+        version=2 if literal else 3,
     )(compute)
 
 
-theorem3 = _declare("theorem3", _literal, largest_g_1, "Theorem 3 as printed")
-theorem3_exact = _declare("theorem3_exact", _literal, largest_softmax_norm, "Theorem 3 with the exact softmax norm")
-theorem3_half = _declare("theorem3_half", _literal, one_half, "Theorem 3 with 1/2 for the softmax norm (Nair 2025)")
-theorem3_one = _declare("theorem3_one", _literal, one, "Theorem 3 with 1 for the softmax norm (naive)")
-biased = _declare(
-    "biased", _with_biases, largest_g_1, "proof of Theorem 3 with the real Q, K, V", compute=_biased, version=3
-)
-biased_exact = _declare("biased_exact", _with_biases, largest_softmax_norm, "real Q, K, V and the exact softmax norm")
-biased_half = _declare("biased_half", _with_biases, one_half, "real Q, K, V and 1/2 for the softmax norm (Nair 2025)")
-biased_one = _declare("biased_one", _with_biases, one, "real Q, K, V and 1 for the softmax norm (naive)")
+def _constant_in_single(parts: SingleParts, norm: float) -> Rounded:
+    return known(parts.norms.values.new_full((), norm))
+
+
+# What stands for the norm of the softmax Jacobian, of a block in float64 and of parts in float32.
+FACTORS: dict[str, tuple[SoftmaxNorm, SingleSoftmaxNorm]] = {
+    "g_1": (largest_g_1, lambda parts: parts.maps.g_1),
+    "exact": (largest_softmax_norm, lambda parts: parts.softmax_norm),
+    "half": (one_half, lambda parts: _constant_in_single(parts, 0.5)),
+    "one": (one, lambda parts: _constant_in_single(parts, 1.0)),
+}
+
+theorem3 = _declare("theorem3", _literal, "g_1", "Theorem 3 as printed")
+theorem3_exact = _declare("theorem3_exact", _literal, "exact", "Theorem 3 with the exact softmax norm")
+theorem3_half = _declare("theorem3_half", _literal, "half", "Theorem 3 with 1/2 for the softmax norm (Nair 2025)")
+theorem3_one = _declare("theorem3_one", _literal, "one", "Theorem 3 with 1 for the softmax norm (naive)")
+biased = _declare("biased", _with_biases, "g_1", "proof of Theorem 3 with the real Q, K, V")
+biased_exact = _declare("biased_exact", _with_biases, "exact", "real Q, K, V and the exact softmax norm")
+biased_half = _declare("biased_half", _with_biases, "half", "real Q, K, V and 1/2 for the softmax norm (Nair 2025)")
+biased_one = _declare("biased_one", _with_biases, "one", "real Q, K, V and 1 for the softmax norm (naive)")

@@ -10,16 +10,15 @@ Numerics: float64; at a block in a shorter dtype, on the CPU, float32 with its r
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from lipbounds.claims import Claim, Source
 from lipbounds.derivatives.ball.logits import logit_radius as logit_radius
 from lipbounds.derivatives.ball.logits import theorem_3_on_ball
 from lipbounds.derivatives.ball.single_precision import theorem_3_on_ball_in_single_precision
-from lipbounds.derivatives.first.single_precision import Precision, wanted_in_single_precision
+from lipbounds.derivatives.first.single_parts import in_single_or_double
+from lipbounds.derivatives.first.single_precision import Precision
 from lipbounds.registry import Terms, bound
-from lipbounds.rounding import cast_up
 from lipbounds.targets.attention import Attention
 
 
@@ -48,10 +47,11 @@ def biased(block: Attention, radius: float, precision: Precision = "auto") -> tu
     Raises:
         InvalidInput: `precision` is neither.
     """
-    if wanted_in_single_precision(block, precision):
-        short = theorem_3_on_ball_in_single_precision(block, radius)
-        if short.is_close():
-            return short.result(block)
-    value, parts = theorem_3_on_ball(block.double, radius)
-    details = {f"detail.{name}": part for name, part in parts.items()}
-    return cast_up(value, block.dtype), {**details, "detail.bits": torch.full_like(value, 64)}
+
+    def in_float64(wide: Attention) -> tuple[Tensor, Terms]:
+        value, parts = theorem_3_on_ball(wide, radius)
+        return value, {f"detail.{name}": part for name, part in parts.items()}
+
+    return in_single_or_double(
+        block, precision, lambda parts: theorem_3_on_ball_in_single_precision(parts, radius), in_float64
+    )

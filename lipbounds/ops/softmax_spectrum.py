@@ -72,6 +72,18 @@ def spectral_norm_upper_from_logits(logits: Float[Tensor, "*batch n"]) -> Float[
     return cast_up(_attach_gradient(value, rows, root), logits.dtype)
 
 
+def spectral_norm_upper_from_weights(weights: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:
+    """Spectral norm of the softmax Jacobian at w / sum(w) for each row, rounded up: exact but for the slack; float64.
+
+    Source: as `spectral_norm_upper`.
+
+    Args:
+        weights: given floats, >= 0, with one that is at least 2^-126 in each row; carries no gradient.
+    """
+    rows = Rows(weights.detach().double(), 0)
+    return inflate(_secular_root(rows) / rows.total(), 12 * rows.length + 64)
+
+
 @dc.dataclass(frozen=True, slots=True)
 class _Secular:
     """The data of the secular equation: the two largest weights, and the rest relative to the second."""

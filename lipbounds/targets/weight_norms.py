@@ -126,6 +126,11 @@ class WeightNorms:
         return spectral_norm_upper(self.w_v)
 
     @cached_property
+    def outputs(self) -> Float[Tensor, "*weights heads"]:
+        """||W_O|| of each head."""
+        return spectral_norm_upper(self.w_o)
+
+    @cached_property
     def output(self) -> Float[Tensor, "*weights"]:
         """||W_O||, the spectral norm of the whole output projection."""
         return spectral_norm_upper(self.w_o.flatten(-3, -2))
@@ -149,6 +154,11 @@ class WeightNorms:
     def key_factor(self) -> Factor:
         """W_K^T as the last factor of products."""
         return Factor(self.w_k.mT)
+
+    @cached_property
+    def output_factor(self) -> Factor:
+        """W_O of each head as the last factor of products."""
+        return Factor(self.w_o)
 
     @cached_property
     def affine_queries(self) -> Factor:

@@ -1,4 +1,4 @@
-"""Theorem 3 in float32: its rounding covers what float32 does, and where that is too much float64 takes over."""
+"""Formula bounds in float32: their rounding covers what float32 does, and where that is too much float64 takes over."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from lipbounds import Attention, InvalidInput, get
 from lipbounds.derivatives.ball import single_precision as ball
 from lipbounds.derivatives.ball.logits import logit_radius
 from lipbounds.derivatives.first import single_precision
-from lipbounds.derivatives.first.single_precision import has_single_precision, theorem_3_in_single_precision
+from lipbounds.derivatives.first.single_parts import SingleParts
+from lipbounds.derivatives.first.single_precision import Rounded, has_single_precision
 from lipbounds.derivatives.rounding.logits import logit_error
 from lipbounds.ops.eigen import eigenvalue_by_squaring
 from verify.unit.blocks import random_block
@@ -21,6 +22,25 @@ from verify.unit.blocks import random_block
 
 BOUND = get("yudin2025.biased")
 ON_BALL = get("yudin2025_ball.biased")
+
+
+OTHERS = [
+    get(name)
+    for name in (
+        *(f"yudin2025.{name}" for name in ("theorem3", "theorem3_exact", "theorem3_half", "theorem3_one")),
+        *(f"yudin2025.biased_{name}" for name in ("exact", "half", "one")),
+        *(f"centred.{name}" for name in ("products", "weights", "change")),
+        "covariance.trace",
+        "havens2024.change",
+        "emadi2026.balanced_mass",
+    )
+]
+
+
+def theorem_3(block: Attention) -> Rounded:
+    parts = SingleParts(block)
+    values, change = parts.value_and_change()
+    return parts.of_heads(values * parts.maps.g_1 * change + parts.mixing)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -60,6 +80,7 @@ BLOCKS = {
 }
 ONE = torch.eye(2).unsqueeze(0)
 ONE_HOT = Attention(x=torch.eye(2), w_q=30.0 * ONE, w_k=ONE, w_v=ONE, w_o=ONE, scale=1.0)
+IN_FLOAT64_IF_SMALL = (get("emadi2026.balanced_mass"),)  # of 12 keys or fewer
 IN_FLOAT64 = {"tiny numbers", "huge numbers", "peaked"}
 
 
@@ -72,6 +93,24 @@ def test_it_is_never_below_float64_and_five_per_cent_above_at_most(name: str) ->
     assert set(found.details["bits"].flatten().tolist()) == {32.0 if short else 64.0}
     assert bool((found.value >= expected.value).all())
     assert bool((found.value <= expected.value * (1.05 if short else 1.0)).all())
+
+
+@pytest.mark.usefixtures("as_a_user_runs_it")
+@pytest.mark.parametrize("name", BLOCKS)
+def test_other_formula_bounds_are_never_below_float64_and_five_per_cent_above_at_most(name: str) -> None:
+    block = BLOCKS[name]
+    plain = block.replace(b_q=None, b_k=None, b_v=None)
+    for spec in OTHERS:
+        given = plain if "biases" in spec.missing_features(block) else block
+        if spec.missing_features(given):
+            continue
+        radius = (0.2,) if spec.needs_radius else ()
+        found, expected = (spec(given, *radius, precision=precision) for precision in ("auto", "float64"))
+        short = found.details["bits"].flatten()[0].item() == 32
+        assert short or name in IN_FLOAT64 or spec in IN_FLOAT64_IF_SMALL, spec.name
+        assert set(expected.details["bits"].flatten().tolist()) == {64.0}
+        assert bool((found.value >= expected.value).all()), spec.name
+        assert bool((found.value <= expected.value * (1.06 if short else 1.0)).all()), spec.name
 
 
 @pytest.mark.usefixtures("as_a_user_runs_it")
@@ -94,7 +133,8 @@ def test_the_interval_of_a_ball_holds_what_is_in_it(name: str) -> None:
     exact, norms = block.double, block.double.weight_norms
     queries = single_precision.single_rows(block.x, norms, "w_q")
     keys = single_precision.single_rows(block.source_input, norms, "w_k")
-    weights, sums, _, error = single_precision.single_weights(block, queries, keys)
+    maps = single_precision.single_maps(block, queries, keys)
+    weights, sums, error = maps.weights, maps.sums, maps.error
     reach = ball._logit_radius(block, queries, keys, 0.2)
     truth = logit_radius(exact, 0.2)
     assert bool((reach >= truth - logit_error(exact).unsqueeze(-1) - 1e-9 * truth).all())
@@ -139,7 +179,8 @@ def test_every_error_is_covered(name: str) -> None:
     for rows, truth in ((queries, exact.queries), (keys, exact.keys)):
         assert bool(((rows.rows.double() - truth).norm(dim=-1) <= rows.error).all())
         assert bool((rows.length >= rows.rows.double().norm(dim=-1)).all())
-    weights, sums, softmax, error = single_precision.single_weights(block, queries, keys)
+    found = single_precision.single_maps(block, queries, keys)
+    weights, sums, softmax, error = found.weights, found.sums, found.g_1, found.error
     maps = (weights / sums.unsqueeze(-1)).double()
     factor, seen = (2 * error).exp().unsqueeze(-1), exact.probabilities > 1e-30
     assert bool((maps[seen] <= (exact.probabilities * factor * (1 + 1e-5))[seen]).all())
@@ -155,7 +196,7 @@ def test_the_tail_of_a_one_hot_row_is_not_a_difference() -> None:
     """1 - p_(1) is 0 in float32 from logits that are 18 apart."""
     block, norms = ONE_HOT, ONE_HOT.double.weight_norms
     rows = [single_precision.single_rows(block.x, norms, name) for name in ("w_q", "w_k")]
-    softmax = single_precision.single_weights(block, *rows)[2]
+    softmax = single_precision.single_maps(block, *rows).g_1
     assert softmax.upper.item() >= 2 * torch.tensor(-30.0, dtype=torch.float64).exp().item()
 
 
@@ -188,12 +229,13 @@ def test_where_float32_is_no_choice() -> None:
 
 def test_autocast_is_off_inside() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = theorem_3_in_single_precision(BLOCKS["self"])
-    assert torch.equal(found.upper, theorem_3_in_single_precision(BLOCKS["self"]).upper)
+        found = BOUND(BLOCKS["self"])
+    assert found.details["bits"] == 32
+    assert torch.equal(found.value, BOUND(BLOCKS["self"]).value)
 
 
 def test_numbers_without_rounding_are_the_smaller_ones() -> None:
-    found = theorem_3_in_single_precision(BLOCKS["self"])
+    found = theorem_3(BLOCKS["self"])
     assert bool((found.found < found.upper).all())
     assert [field.name for field in dc.fields(found)] == ["found", "upper"]
 

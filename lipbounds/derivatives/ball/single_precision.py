@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lipbounds.derivatives.first.single_norms import through_lengths
+from lipbounds.derivatives.first.single_parts import SingleParts
 from lipbounds.derivatives.first.single_precision import (
     OWN_ROUNDING,
     SMALLEST_SINGLE,
@@ -25,16 +27,11 @@ from lipbounds.derivatives.first.single_precision import (
     Rounded,
     SingleRows,
     gamma_single,
+    known,
     lengths,
     map_norm_upper,
-    norms_of_values_and_changes,
-    queries_and_keys,
-    single_weights,
-    together,
 )
 from lipbounds.ops.interval import g_of_ends
-from lipbounds.ops.spectral import Factor
-from lipbounds.rounding import gamma
 from lipbounds.targets.attention import Attention
 
 
@@ -43,37 +40,33 @@ FARTHEST = 20.0  # of a logit: float64 takes over where it can move further
 VISIBLE = 2.0**12  # times what may be lost to underflow: float64 takes over where g_1 is less
 
 
-@torch.no_grad()
-@torch.autocast("cpu", enabled=False)  # which would make products of bfloat16 numbers
-def theorem_3_on_ball_in_single_precision(block: Attention, radius: float) -> Rounded:
+def theorem_3_on_ball_in_single_precision(parts: SingleParts, radius: float) -> Rounded:
     """`lipbounds.derivatives.ball.logits.theorem_3_on_ball`: with the rounding, and at least what it is without.
 
     NaN or infinite where numbers leave float32, logits can move by more than 20, or rows stay one-hot up to underflow.
 
     Args:
-        block: with `has_single_precision`; on the CPU.
+        parts: of the block.
         radius: eps, Frobenius norm.
     """
-    norms, scale = block.double.weight_norms, abs(block.scale_value)
-    queries, keys = queries_and_keys(block)
-    weights, sums, _, error = single_weights(block, queries, keys)
-    reach = _logit_radius(block, queries, keys, radius) + (error * OWN_ROUNDING).float().unsqueeze(-1)
-    softmax, map_norm = _over_interval(block, weights, sums, reach)
-    value_norm, change = norms_of_values_and_changes(block, queries, keys)
+    block, norms, maps = parts.block, parts.norms, parts.maps
+    error = maps.error
+    reach = _logit_radius(block, parts.queries, parts.keys, radius) + (error * OWN_ROUNDING).float().unsqueeze(-1)
+    softmax, map_norm = _over_interval(block, maps.weights, maps.sums, reach)
+    value_norm, change = parts.value_and_change()
     if block.moves == "self":
-        change = change + _exact(2 * radius * norms.logits)
+        change = change + _exact(2 * radius * parts.scale * norms.logits)
     if block.memory_moves:
         value_norm = value_norm + _exact(radius * norms.values)
     lost = (-4 * error.amax(-1)).exp()  # what eta can have added to g_1 and to the norm of the map, at most
-    per_head = value_norm * Rounded(softmax * lost, softmax) * Rounded(change.found * scale, change.upper * scale)
+    per_head = value_norm * Rounded(softmax * lost, softmax) * change
     if block.memory_moves:
-        per_head = per_head + Rounded(map_norm * lost * norms.values, map_norm * norms.values)
-    return Rounded(together(norms, per_head.found), together(norms, per_head.upper) * OWN_ROUNDING)
+        per_head = per_head + Rounded(map_norm * lost, map_norm) * norms.values
+    return parts.of_heads(per_head)
 
 
 def _exact(value: Tensor) -> Rounded:
-    """A number from float64, whose rounding `OWN_ROUNDING` pays for."""
-    return Rounded(value, value * OWN_ROUNDING)
+    return known(value)
 
 
 def _logit_radius(
@@ -81,8 +74,8 @@ def _logit_radius(
 ) -> Float[Tensor, "*batch heads n m"]:
     """How far each logit can move in the ball, rounded up; as lipbounds.derivatives.ball.logits.logit_radius."""
     norms, scale = block.double.weight_norms, abs(block.scale_value)
-    by_query = _through_length(keys, norms.query_factor, norms.queries).unsqueeze(-2).clamp(min=SMALLEST_LENGTH)
-    by_key = _through_length(queries, norms.key_factor, norms.keys).unsqueeze(-1).clamp(min=SMALLEST_LENGTH)
+    by_query = through_lengths(keys, norms.query_factor, norms.queries).upper.unsqueeze(-2).clamp(min=SMALLEST_LENGTH)
+    by_key = through_lengths(queries, norms.key_factor, norms.keys).upper.unsqueeze(-1).clamp(min=SMALLEST_LENGTH)
     up = 1 + 16 * UNIT_SINGLE
     if block.moves == "query":
         return (by_query * (scale * radius * up)).float() * up + torch.zeros_like(by_key.float())
@@ -94,18 +87,6 @@ def _logit_radius(
     own = scale * radius * _own_length(block, queries, keys, by_query, by_key) + curved[..., 0]
     apart.diagonal(dim1=-2, dim2=-1).copy_((own * OWN_ROUNDING).float() * up)
     return apart
-
-
-def _through_length(
-    rows: SingleRows, factor: Factor, size: Float[Tensor, "*weights heads"]
-) -> Float[Tensor, "*batch heads n"]:
-    """|W z| of the exact rows, rounded up, from the small factor of W."""
-    low = factor.narrow * factor.scale
-    frobenius = (factor.size * factor.scale[..., 0, 0] * OWN_ROUNDING).unsqueeze(-1)
-    found = lengths(rows.rows @ low.float())
-    turned = 16 * gamma(8 * math.prod(factor.matrix.shape[-2:])) + gamma_single(low.shape[-2] + 4)
-    lost = 4 * low.shape[-1] * (low.shape[-2] + 2) * SMALLEST_SINGLE * (1 + frobenius + rows.length)
-    return (found + turned * frobenius * rows.length + rows.error * size.unsqueeze(-1) + lost) * OWN_ROUNDING
 
 
 def _own_length(

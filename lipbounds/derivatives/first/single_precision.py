@@ -1,4 +1,4 @@
-r"""Theorem 3 with the real queries, keys and values, evaluated in float32, its rounding proved and added.
+r"""Rows, logits and maps of attention evaluated in float32, their rounding proved.
 
 With u = 2^-24 and gamma(k) = k u / (1 - k u), rows of queries, keys and values from sums in chunks of c terms are off
 by at most e_i = gamma(c + D/c + 2) ||[x_i 1]|| ||[W; b]||_F, and logits by
@@ -6,11 +6,10 @@ by at most e_i = gamma(c + D/c + 2) ||[x_i 1]|| ||[W; b]||_F, and logits by
     eta_i = s ( e_qi (|k| + e_k) + |q_i| e_k + gamma(d + 4) |q_i| |k| ) + 112 u,      |k|, e_k the largest of all keys,
 
 with the rows as computed, which are far shorter than ||x_i|| ||W||_F. The map then carries factors in [e^(-2 eta),
-e^(2 eta)], g_1 in [e^(-4 eta), e^(4 eta)]. Norms of V, K W_Q^T and Q W_K^T come from Gram matrices of d x d numbers
-and their squares. What underflow takes off a weight is at most 2^-126, and is added. Proof: docs/derivatives.md,
-section 14.
+e^(2 eta)], g_1 in [e^(-4 eta), e^(4 eta)]. What underflow takes off a weight is at most 2^-126, and is added. Norms are
+in lipbounds.derivatives.first.single_norms. Proof: docs/derivatives.md, section 14.
 
-The value is of use where all that is added is a small share of it, which `slack` tells: elsewhere, for peaked attention
+A value is of use where all that is added is a small share of it, which `Rounded` tells: elsewhere, for peaked attention
 above all, float64 is the better choice.
 """
 
@@ -26,9 +25,7 @@ from torch import Tensor
 
 from lipbounds.derivatives.cache import is_tracked
 from lipbounds.errors import InvalidInput
-from lipbounds.ops.eigen import eigenvalue_by_squaring
-from lipbounds.ops.spectral import Factor
-from lipbounds.rounding import cast_up, gamma
+from lipbounds.rounding import cast_up
 from lipbounds.targets.attention import Attention
 from lipbounds.targets.weight_norms import WeightNorms
 
@@ -39,7 +36,6 @@ CHUNK = 128  # terms of a sum of products that are added before the next ones ar
 OUT_OF_RANGE = 104.0  # exp of less is no float32
 STEPS = 12  # of the power method for the norm of the map, at most
 MET = 1e-3  # relative distance of its bounds at which it ends
-SQUARINGS = 8  # of Gram matrices: of 64 x 64, the norm is above by 0.4 % at most
 SLACK = 1.05  # of a value that float32 gave, over what it was without the rounding that is added
 Precision = Literal["auto", "float64"]
 OWN_ROUNDING = 1 + 1e-9  # pays for the float64 arithmetic of the few numbers of each head
@@ -53,8 +49,8 @@ class Rounded:
     upper: Tensor
 
     def is_close(self) -> bool:
-        """Whether rounding added under 5 % to all items, and none is NaN."""
-        return bool((self.upper <= SLACK * self.found).all())
+        """Whether rounding added under 5 % to all items, and each is finite."""
+        return bool(((self.upper <= SLACK * self.found) & (self.found < torch.inf)).all())
 
     def result(self, block: Attention) -> tuple[Tensor, dict[str, Tensor]]:
         """The value of a bound in the dtype of the block, and its details.
@@ -66,8 +62,26 @@ class Rounded:
         added = (self.upper / self.found - 1).expand(block.batch_shape)
         return cast_up(value, block.dtype), {"detail.bits": torch.full_like(value, 32), "detail.added": added}
 
-    def __mul__(self, other: Rounded) -> Rounded:
-        return Rounded(self.found * other.found, self.upper * other.upper)
+    def largest(self) -> Rounded:
+        """The largest of the last dimension."""
+        return Rounded(self.found.amax(-1), self.upper.amax(-1))
+
+    def sum(self) -> Rounded:
+        """Over the last dimension."""
+        return Rounded(self.found.sum(-1), self.upper.sum(-1))
+
+    def least(self, other: Rounded) -> Rounded:
+        """The smaller one of each.
+
+        Args:
+            other: of the same shape.
+        """
+        return Rounded(torch.minimum(self.found, other.found), torch.minimum(self.upper, other.upper))
+
+    def __mul__(self, other: Rounded | Tensor | float) -> Rounded:
+        """Times another one, or an exact number; `OWN_ROUNDING` in the end pays for the products."""
+        found, upper = (other.found, other.upper) if isinstance(other, Rounded) else (other, other)
+        return Rounded(self.found * found, self.upper * upper)
 
     def __add__(self, other: Rounded) -> Rounded:
         return Rounded(self.found + other.found, self.upper + other.upper)
@@ -124,47 +138,9 @@ def _products_are_single() -> bool:
         return False
 
 
-@torch.no_grad()
-@torch.autocast("cpu", enabled=False)  # which would make products of bfloat16 numbers
-def theorem_3_in_single_precision(block: Attention) -> Rounded:
-    """||W_O|| sqrt(sum_h L_h^2) of `yudin2025.biased`, without and with the rounding of its evaluation.
-
-    NaN or infinite where numbers leave float32.
-
-    Args:
-        block: with `has_single_precision`; on the CPU.
-    """
-    norms, scale = block.double.weight_norms, abs(block.scale_value)
-    queries, keys = queries_and_keys(block)
-    weights, sums, softmax, error = single_weights(block, queries, keys)
-    value_norm, change = norms_of_values_and_changes(block, queries, keys)
-    per_head = value_norm * softmax * Rounded(change.found * scale, change.upper * scale)
-    if block.memory_moves:
-        map_norm = map_norm_upper(weights, sums, error)
-        per_head = per_head + Rounded(map_norm.found * norms.values, map_norm.upper * norms.values)
-    return Rounded(together(norms, per_head.found), together(norms, per_head.upper) * OWN_ROUNDING)
-
-
-def queries_and_keys(block: Attention) -> tuple[SingleRows, SingleRows]:
-    """Q and K of all heads."""
-    norms = block.double.weight_norms
-    return single_rows(block.x, norms, "w_q"), single_rows(block.source_input, norms, "w_k")
-
-
-def norms_of_values_and_changes(block: Attention, queries: SingleRows, keys: SingleRows) -> tuple[Rounded, Rounded]:
-    """||V||, and the sum of ||K W_Q^T|| and ||Q W_K^T|| as far as queries and memory move."""
-    norms = block.double.weight_norms
-    grams = [gram_of(single_rows(block.source_input, norms, "w_v"))]
-    if block.query_moves:
-        grams.append(gram_through(keys, norms.query_factor, norms.queries))
-    if block.memory_moves:
-        grams.append(gram_through(queries, norms.key_factor, norms.keys))
-    value_norm, *change_norms = norms_of_grams(grams)
-    return value_norm, sum(change_norms[1:], change_norms[0])
-
-
-def together(norms: WeightNorms, heads: Tensor) -> Tensor:
-    return norms.output * heads.norm(dim=-1)
+def known(value: Tensor) -> Rounded:
+    """A number from float64, whose rounding `OWN_ROUNDING` pays for."""
+    return Rounded(value, value * OWN_ROUNDING)
 
 
 def gamma_single(operations: int) -> float:
@@ -200,10 +176,39 @@ def single_rows(tokens: Float[Tensor, "*batch n dim"], norms: WeightNorms, name:
     return SingleRows(rows, lengths(rows), error)
 
 
-def single_weights(
-    block: Attention, queries: SingleRows, keys: SingleRows
-) -> tuple[Float[Tensor, "*b heads n m"], Float[Tensor, "*b heads n"], Rounded, Float[Tensor, "*b heads n"]]:
-    """exp(S - max S) in float32, its sums, max_i g_1(P_i) and eta."""
+@dc.dataclass(frozen=True, slots=True)
+class SingleMaps:
+    """Attention maps in float32, before each row is divided by its sum.
+
+    Args:
+        weights: exp(S - max S).
+        sums: of each row.
+        tail: of each row without its largest weight, which is 1.
+        second: the largest weight but that one.
+        error: eta, of each row.
+    """
+
+    weights: Float[Tensor, "*batch heads n m"]
+    sums: Float[Tensor, "*batch heads n"]
+    tail: Float[Tensor, "*batch heads n"]
+    second: Float[Tensor, "*batch heads n"]
+    error: Float[Tensor, "*batch heads n"]
+
+    @property
+    def row_g_1(self) -> Rounded:
+        """g_1(P_i) of each row, at most 1/2 with its rounding."""
+        found, keys = ((self.tail + self.second) / (self.sums * self.sums)).double(), self.weights.shape[-1]
+        slack = (1 + 8 * gamma_single(keys + 8)) * (4 * self.error).exp()
+        return Rounded(found, ((found + 4 * (keys + 2) * SMALLEST_SINGLE) * slack).clamp(max=0.5))
+
+    @property
+    def g_1(self) -> Rounded:
+        """max_i g_1(P_i) of each head."""
+        return self.row_g_1.largest()
+
+
+def single_maps(block: Attention, queries: SingleRows, keys: SingleRows) -> SingleMaps:
+    """exp(S - max S) in float32, and how far it is off."""
     scale, width = abs(block.scale_value), queries.rows.shape[-1]
     longest, key_off = keys.length.amax(-1, keepdim=True), keys.error.amax(-1, keepdim=True)
     reach = queries.length * longest
@@ -220,11 +225,7 @@ def single_weights(
     weights = logits.sub_(largest).exp_().scatter_(-1, place, 0.0)
     tail, second = weights.sum(-1), weights.amax(-1)
     weights.scatter_(-1, place, 1.0)
-    sums, keys_count = 1 + tail, logits.shape[-1]
-    found = ((tail + second) / (sums * sums)).double()
-    slack = (1 + 8 * gamma_single(keys_count + 8)) * (4 * error).exp()
-    upper = ((found + 4 * (keys_count + 2) * SMALLEST_SINGLE) * slack).clamp(max=0.5)
-    return weights, sums, Rounded(found.amax(-1), upper.amax(-1)), error
+    return SingleMaps(weights, 1 + tail, tail, second, error)
 
 
 def map_norm_upper(
@@ -247,53 +248,3 @@ def map_norm_upper(
     slack = (1 + 2 * gamma_single(2 * (rows + cols) + 24)) * (2 * error.amax(-1)).exp()
     upper = found * slack + rows * cols * SMALLEST_SINGLE
     return Rounded(found, upper.clamp(max=rows**0.5 * OWN_ROUNDING))
-
-
-@dc.dataclass(frozen=True, slots=True)
-class _Gram:
-    """A symmetric matrix of the squares of a norm, how far it can be off, and what is to be added to the norm."""
-
-    matrix: Float[Tensor, "*batch heads width width"]
-    off: Float[Tensor, "*batch heads"]
-    added: Float[Tensor, "*batch heads"]
-
-
-def gram_of(values: SingleRows) -> _Gram:
-    """Of the exact rows."""
-    matrix, off, _ = _squares(values)
-    return _Gram(matrix, off, values.error.norm(dim=-1))
-
-
-def gram_through(rows: SingleRows, factor: Factor, size: Float[Tensor, "*weights heads"]) -> _Gram:
-    """Of the exact rows times W^T, W of norm `size`, W^T = L Q^T with a small factor L."""
-    matrix, off, total = _squares(rows)
-    low = factor.narrow * factor.scale
-    frobenius = (factor.size * factor.scale[..., 0, 0]) * OWN_ROUNDING
-    inner = low.mT @ matrix.double() @ low
-    norm = size * OWN_ROUNDING
-    off = off * norm.square() + 8 * gamma(low.shape[-2] + 2) * frobenius.square() * total
-    turned = 16 * gamma(8 * math.prod(factor.matrix.shape[-2:])) * frobenius * total.sqrt()
-    return _Gram(inner, off, rows.error.norm(dim=-1) * norm + turned)
-
-
-def _squares(rows: SingleRows) -> tuple[Tensor, Tensor, Tensor]:
-    """Z^T Z of the rows as computed, how far it can be off in norm, and the trace of the exact one, rounded up."""
-    count, width = rows.rows.shape[-2:]
-    matrix = rows.rows.mT @ rows.rows
-    total = rows.length.square().sum(-1) * OWN_ROUNDING
-    return matrix, gamma_single(count + 2) * total + 4 * count * width * SMALLEST_SINGLE, total
-
-
-def norms_of_grams(grams: list[_Gram]) -> list[Rounded]:
-    """Square roots of the largest eigenvalues: in one batch where the sizes agree."""
-    matrices = [gram.matrix.float() for gram in grams]
-    if len({matrix.shape for matrix in matrices}) == 1:
-        squares = list(eigenvalue_by_squaring(torch.stack(matrices), SQUARINGS))
-    else:
-        squares = [eigenvalue_by_squaring(matrix, SQUARINGS) for matrix in matrices]
-    found = []
-    for gram, square in zip(grams, squares, strict=True):
-        width = gram.matrix.shape[-1]  # the cast to float32 adds u sqrt(width) of the norm
-        upper = square.double() * (1 + 2 * UNIT_SINGLE * (width**0.5 + 1)) + width * SMALLEST_SINGLE
-        found.append(Rounded(square.double().sqrt(), (upper + gram.off).sqrt() * OWN_ROUNDING + gram.added))
-    return found
