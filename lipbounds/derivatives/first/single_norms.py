@@ -119,8 +119,8 @@ def unbiased(values: SingleRows, bias: Float[Tensor, "*weights heads width"] | N
 
 
 def tokens_norm(tokens: Float[Tensor, "*batch n dim"]) -> Rounded:
-    """||X|| of tokens that float32 holds."""
-    exact = tokens.float()
+    """||X|| of tokens that float32 holds, with an axis for the heads."""
+    exact = tokens.float().unsqueeze(-3)
     rows = exact if exact.shape[-1] <= exact.shape[-2] else exact.mT  # whose Gram matrix is the smaller one
     size = lengths(rows)
     return norms_of_grams([gram_of(SingleRows(rows, size, torch.zeros_like(size)))])[0]

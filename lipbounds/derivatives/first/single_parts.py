@@ -79,8 +79,7 @@ class SingleParts:
     @cached_property
     def tokens_norm(self) -> Rounded:
         """||X||, with an axis for the heads."""
-        norm = tokens_norm(self.block.source_input)
-        return Rounded(norm.found.unsqueeze(-1), norm.upper.unsqueeze(-1))
+        return tokens_norm(self.block.source_input)
 
     @cached_property
     def variance(self) -> Rounded:
