@@ -23,6 +23,9 @@ def report(claims: Sequence[Claim], command: str) -> str:
         "is counted from below, and from above where the two differ.",
         "`does not show`: the interval holds no effect as well as one; it does not say that there is none. The models "
         "are small or far from those of the papers: nothing is said about others.",
+        "Public reports: their figures alone were at hand, neither code nor radius, and their penalty is another one; "
+        "`reproduced` where the whole interval lies above their smallest rise, `not reproduced` where all of it lies "
+        "below, under the same weak attack (PGD of ten steps). That is not the attack of the worst case.",
         "Of Yudin et al. the notes of this project are what was at hand, of Emadi the abstract; the words are ours.",
     ]
     parts = [

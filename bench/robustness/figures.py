@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from bench.pages.figure_files import arrange, save
 from bench.pages.log_axes import log_scale
 from bench.robustness.settings import BASELINE
-from bench.robustness.summary import measure_name
+from bench.robustness.summary import WEAK, measure_name
 from bench.robustness.weights import over_weights
 
 
@@ -42,7 +42,7 @@ def draw(data: Data, summary: Data, folder: Path, prefix: str) -> list[Path]:
     paths = []
     with mpl.rc_context(STYLE):
         for name, canvas in (
-            (prefix, _curves(data, summary)),
+            (prefix, _accuracies(data, summary)),
             (f"{prefix}_constants", _dots(data)),
             (f"{prefix}_g1", _histograms(data)),
             (f"{prefix}_weights", over_weights(data, summary)),
@@ -53,6 +53,49 @@ def draw(data: Data, summary: Data, folder: Path, prefix: str) -> list[Path]:
             paths += save(canvas, folder, name)
             plt.close(canvas)
     return paths
+
+
+def _accuracies(data: Data, summary: Data) -> Figure:
+    """Over the radius where a norm has several, and else a row for each setting."""
+    return _curves(data, summary) if max(map(len, _norms(data).values())) > 1 else _rows(data, summary)
+
+
+def _rows(data: Data, summary: Data) -> Figure:
+    """A panel for each norm, a row for each setting: clean, under the weak attack, and in the worst case."""
+    norms, names = _norms(data), [*data["settings"]]
+    size = (4.0 + 4.0 * len(norms), 1.2 + 0.34 * len(names))
+    canvas, panels = plt.subplots(1, len(norms), figsize=size, dpi=150, squeeze=False, sharey=True)
+    for axes, (norm, (eps,)) in zip(panels[0], norms.items(), strict=True):
+        measures = {"clean": "clean"}
+        if "weak_steps" in data:
+            measures[measure_name(norm, eps, WEAK)] = f"PGD-{data['weak_steps']}"
+        measures[measure_name(norm, eps)] = "worst case"
+        for index, (measure, words) in enumerate(measures.items()):
+            shown = [summary["intervals"][name][measure] for name in names]
+            axes.errorbar(
+                [100 * each["mean"] for each in shown],
+                [row + 0.16 * (index - 1) for row in range(len(names))],  # a little apart
+                xerr=[100 * (each["half"] or 0.0) for each in shown],
+                color=COLOURS[2 * index],
+                marker=MARKERS[index],
+                markersize=4,
+                capsize=2,
+                linestyle="none",
+                label=words,
+            )
+        axes.set_yticks(range(len(names)), [data["settings"][name]["title"] for name in names])
+        axes.set_xlabel(f"accuracy, %, {norm} {eps:g}")
+        axes.set_xlim(-3, 103)
+        _plain(axes)
+    panels[0][0].invert_yaxis()
+    panels[0][-1].legend(fontsize=8, frameon=False, loc="lower left")
+    panels[0][0].set_title(_counted(data), loc="left", fontsize=10)
+    return canvas
+
+
+def _counted(data: Data) -> str:
+    seeds = len(data["seeds"])
+    return f"{data['images']} images, {seeds} seed{'s' * (seeds > 1)}" + ", 95 % intervals" * (seeds > 1)
 
 
 def _curves(data: Data, summary: Data) -> Figure:
@@ -80,8 +123,7 @@ def _curves(data: Data, summary: Data) -> Figure:
         axes.set_ylim(-3, 103)
         _plain(axes)
     panels[0][0].legend(fontsize=8, frameon=False, loc="lower left")
-    seeds = len(data["seeds"])
-    panels[0][0].set_title(f"{data['images']} images, {seeds} seeds, 95 % intervals", loc="left", fontsize=10)
+    panels[0][0].set_title(_counted(data), loc="left", fontsize=10)
     return canvas
 
 
@@ -95,7 +137,7 @@ def _dots(data: Data) -> Figure:
                 [median(model["constants"]) for model in setting["models"]],
                 [100 * model["robust"][norm][0]["worst"] for model in setting["models"]],
                 color=COLOURS[index % len(COLOURS)],
-                marker=MARKERS[index % len(MARKERS)],
+                marker=MARKERS[(index + index // len(COLOURS)) % len(MARKERS)],  # each pair once
                 markersize=5,
                 linestyle="none",
                 label=setting["title"],

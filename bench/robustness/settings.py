@@ -242,6 +242,15 @@ def reference_of(name: str) -> str:
     return ALL[name].reference if name in ALL else BASELINE
 
 
+def starts_from(name: str) -> str:
+    """The setting whose models a setting trains on; empty where it draws its own, as settings of a user do.
+
+    Args:
+        name: of the setting.
+    """
+    return ALL[name].start if name in ALL else ""
+
+
 @dc.dataclass(frozen=True, kw_only=True)
 class Profile:
     """How much is done.
@@ -259,7 +268,7 @@ class Profile:
         weak_steps: steps of a PGD that is shown beside the worst case; 0 for none.
         pace: steps of other sizes than those of the digits.
         tuning_epochs: of the trainings that go on from a trained model.
-        way: which part of AutoAttack attacks every model.
+        way: which part of AutoAttack attacks every model, after FGSM and PGD; None for none.
         standard_seeds: of the models that all of AutoAttack-standard attacks beside, where `way` is less.
         data: images and architecture, as recipes hold them; empty for the digits.
     """
@@ -277,7 +286,7 @@ class Profile:
     data: str = ""
     pace: Pace | None = None
     tuning_epochs: int = 0
-    way: Way = STANDARD
+    way: Way | None = STANDARD
     standard_seeds: tuple[int, ...] = ()
 
     def recipe(self, setting: Setting, weight: float | None, seed: int) -> Recipe:

@@ -10,7 +10,7 @@ import math
 from statistics import mean, median
 from typing import Any
 
-from bench.robustness.settings import BASELINE, reference_of
+from bench.robustness.settings import BASELINE, reference_of, starts_from
 from bench.robustness.statistics import holm, interval, paired
 
 
@@ -76,8 +76,15 @@ def constants(model: Data) -> dict[str, float]:
 
 
 def _comparisons(values: dict[str, list[dict[str, float]]]) -> list[Data]:
-    """Every setting with the baseline, and with its own reference where that is another."""
-    pairs = [(name, BASELINE) for name in values if name != BASELINE]
+    """Every setting with the baseline, and with its own reference where that is another.
+
+    What trains a model on is compared with its own reference alone: more steps are no effect of what is added in them.
+    """
+    pairs = [
+        (name, BASELINE)
+        for name in values
+        if name != BASELINE and not (starts_from(name) and reference_of(name) != BASELINE)
+    ]
     own = [(name, reference_of(name)) for name in values]
     pairs += [pair for pair in own if pair[1] != BASELINE and pair[1] in values]
     rows = []

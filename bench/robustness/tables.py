@@ -20,11 +20,12 @@ from bench.robustness.weights import weights_section
 
 
 Data = dict[str, Any]
+WHOLE = "AutoAttack-standard"
 LEGEND = (
-    "Robust accuracy: the share of the test images that are classified right and that no attack changed: FGSM, PGD-40, "
-    "and AutoAttack-standard on the images that stood up to those two, all of that norm with that radius or a smaller "
-    "one. It is an upper bound of the truth: a better attack could leave less. Mean over seeds ± half the width of the "
-    "95 % interval by Student's t. The constant of the network is the spectral norm of the Jacobian of the logits with "
+    "Robust accuracy: the share of the test images that are classified right and that no attack changed: {attacks}, "
+    "all of that norm with that radius or a smaller one. It is "
+    "an upper bound of the truth: a better attack could leave less. Mean over seeds ± half the width of the 95 % "
+    "interval by Student's t. The constant of the network is the spectral norm of the Jacobian of the logits with "
     "respect to the pixels, median over the images; that of attention is the one of a block (probable upper bound by "
     "Lanczos, fails with probability at most 1e-9), median over images, mean over layers; g_1 is the mean over images, "
     "heads, rows and layers."
@@ -45,13 +46,18 @@ def report(data: Data, summary: Data, command: str, name: str) -> str:
         f"{about}, {data['epochs']} epochs, {count} seed{'s' if count > 1 else ''} per setting, the first "
         f"{data['images']} test images (blocks: the first {data['blocks']}), pixels in [0, 1]."
     )
+    if "tuning_epochs" in data:
+        made += (
+            f" Fine-tuned: {data['tuning_epochs']} more epochs from the baseline of the same seed, with what the "
+            "setting adds; the control adds nothing."
+        )
     parts = [
         "# Robust accuracy with and without penalties",
         f"![Robust accuracy over the radius]({name}.png)",
         _findings(data, summary),
         made,
         _headline(data, summary),
-        LEGEND,
+        LEGEND.format(attacks=_attacks_named(data)),
         f"Made by `{command}`; nothing here is written by hand. What is done, and why: [docs](../docs/robustness.md).",
         "## Compared with the reference",
         "Paired t-tests over seeds, two-sided; p is corrected by Holm's rule over all tests of its table. "
@@ -62,6 +68,7 @@ def report(data: Data, summary: Data, command: str, name: str) -> str:
         f"![Robust accuracy against the local constant]({name}_constants.png)",
         f"![g_1 of the rows by layer]({name}_g1.png)",
         *weights_section(data, summary, name),
+        *_rest_section(data),
         *_choice_section(data),
         "## By attack",
         folded("Accuracy under each attack", _attacks(data, summary)),
@@ -71,6 +78,11 @@ def report(data: Data, summary: Data, command: str, name: str) -> str:
         bullets(data["environments"]),
     ]
     return page(parts)
+
+
+def _attacks_named(data: Data) -> str:
+    last = data.get("attack", WHOLE)
+    return f"FGSM, PGD-40, and {last} on the images that stood up to those two" if last else "FGSM and PGD-40 alone"
 
 
 def _radii(data: Data) -> list[tuple[str, float]]:
@@ -162,6 +174,33 @@ def _changes(data: Data, summary: Data, measures: dict[str, str]) -> str:
         shown = [change(row) + ("" if row["p"] is None else f", p = {row['corrected']:.2g}") for row in cells]
         body.append([data["settings"][name]["title"], data["settings"][reference]["title"], *shown])
     return table(["setting", "reference", *measures.values()], body) if body else ""
+
+
+def _rest_section(data: Data) -> list[str]:
+    """What all of AutoAttack leaves where a part of it attacks every model; nothing where all of it does."""
+    if not data.get("standard_seeds"):
+        return []
+    body, changed = [], 0
+    for setting in data["settings"].values():
+        models = [model for model in setting["models"] if "standard" in model]
+        for norm, rows in models[0]["standard"].items():
+            for place, row in enumerate(rows):
+                part = mean(model["robust"][norm][place]["worst"] for model in models)
+                whole = mean(model["standard"][norm][place]["worst"] for model in models)
+                changed += round(data["images"] * sum(m["robust"][norm][place]["worst"] for m in models)) - round(
+                    data["images"] * sum(m["standard"][norm][place]["worst"] for m in models)
+                )
+                weak = [mean(model["weak"][norm][place] for model in models)] if "weak_steps" in data else []
+                shown = [f"{100 * value:.1f}" for value in (*weak, part, whole)]
+                body.append([setting["title"], norm, f"{row['eps']:g}", *shown])
+    seeds = ", ".join(map(str, data["standard_seeds"]))
+    weak = [f"PGD-{data['weak_steps']} %"] if "weak_steps" in data else []
+    return [
+        f"## {WHOLE}",
+        f"All four of its attacks (APGD-CE, APGD-T, FAB-T and Square) on the models of seed {seeds}. Of the images of "
+        f"all these models and radii together, they change {changed} that the attacks above did not.",
+        table(["setting", "norm", "radius", *weak, "worst case above %", f"worst case with {WHOLE} %"], body),
+    ]
 
 
 def _choice_section(data: Data) -> list[str]:

@@ -29,8 +29,7 @@ def pieces(profile: Profile) -> int:
     """How often `run` calls `advance`."""
     chosen = profile.chosen
     weights = sum(len(tried(setting.grid, profile.largest_grid)) + 1 for setting in chosen if setting.grid)
-    everywhere = 2 + _attacks(profile)
-    return weights + len(chosen) * (len(profile.seeds) * everywhere + len(profile.standard_seeds) * _attacks(profile))
+    return weights + len(chosen) * sum(_pieces_of_a_model(profile, seed) for seed in profile.seeds)
 
 
 def run(
@@ -66,30 +65,31 @@ def run(
             answered_on(cluster, workshop, ways, measure) if cluster else answered(workshop, ways, measure, jobs)
         )
         for way in elsewhere:
-            for _ in range(2 + _attacks(profile) * (1 + (way.seed in profile.standard_seeds))):
+            for _ in range(_pieces_of_a_model(profile, way.seed)):
                 advance(f"{way.setting}, seed {way.seed}")
         advance = _quietly
     for way in ways:
         advance(f"{way.setting}, seed {way.seed}: training")
         model = workshop.trained(way)
         settings[way.setting]["models"].append({"seed": way.seed, **_measured(model, profile, advance)})
-    for way in ways:  # after all else, so that a run that is stopped early leaves this out first
-        if way.seed in profile.standard_seeds:
+    # What costs most comes last: a run that is stopped early leaves that out.
+    for work in (_under_autoattack, _under_standard):
+        for way in ways:
             (found,) = (each for each in settings[way.setting]["models"] if each["seed"] == way.seed)
-            found.update(_standard(workshop.trained(way), profile, advance))
+            found.update(work(workshop.trained(way), profile, advance))
     done = {"images": profile.images, "blocks": profile.blocks, "epochs": profile.epochs, "seeds": list(profile.seeds)}
     if profile.weak_steps:
         done["weak_steps"] = profile.weak_steps
     if profile.way != STANDARD:
-        done |= {"attack": profile.way.name, "standard_seeds": list(profile.standard_seeds)}
+        done |= {"attack": profile.way.name if profile.way else "", "standard_seeds": list(profile.standard_seeds)}
     if profile.tuning_epochs:
         done["tuning_epochs"] = profile.tuning_epochs
     return {**done, "settings": settings}
 
 
-def _attacks(profile: Profile) -> int:
-    """Calls of `advance` for the attacks of a model."""
-    return sum(len(radii) for radii in profile.eps.values()) * -(-profile.images // profile.batch)
+def _pieces_of_a_model(profile: Profile, seed: int) -> int:
+    attacks = sum(len(radii) for radii in profile.eps.values()) * -(-profile.images // profile.batch)
+    return 2 + attacks * (1 + (profile.way is not None) + (seed in profile.standard_seeds))
 
 
 def _quietly(what: str) -> None:
@@ -97,11 +97,15 @@ def _quietly(what: str) -> None:
 
 
 def _everything(model: Trained, profile: Profile, advance: Advance) -> dict[str, Any]:
-    return {**_measured(model, profile, advance), **_standard(model, profile, advance)}
+    return {
+        **_measured(model, profile, advance),
+        **_under_autoattack(model, profile, advance),
+        **_under_standard(model, profile, advance),
+    }
 
 
 def _measured(model: Trained, profile: Profile, advance: Advance) -> dict[str, Any]:
-    """Constants, bounds and robust accuracies of one model."""
+    """Constants, bounds and accuracies under FGSM and PGD of one model."""
     place = f"{model.recipe.setting}, seed {model.recipe.seed}"
     advance(f"{place}: local constants")
 
@@ -116,7 +120,7 @@ def _measured(model: Trained, profile: Profile, advance: Advance) -> dict[str, A
         "clean": share(network["right"]),
         "constants": network["constants"],
         "layers": found["layers"],
-        "robust": _robust(model, profile, profile.way, advance),
+        "robust": _robust(model, profile, None, advance),
         **({"weak": _weak(model, profile, network["images"])} if profile.weak_steps else {}),
     }
 
@@ -133,20 +137,26 @@ def _network_of(model: Trained, profile: Profile) -> Answer:
     )
 
 
-def _standard(model: Trained, profile: Profile, advance: Advance) -> dict[str, Any]:
+def _under_autoattack(model: Trained, profile: Profile, advance: Advance) -> dict[str, Any]:
+    """Robust accuracies under what attacks every model."""
+    return {} if profile.way is None else {"robust": _robust(model, profile, profile.way, advance)}
+
+
+def _under_standard(model: Trained, profile: Profile, advance: Advance) -> dict[str, Any]:
     """Robust accuracies under all of AutoAttack-standard, for the models that it attacks beside."""
     if model.recipe.seed not in profile.standard_seeds:
         return {}
     return {"standard": _robust(model, profile, STANDARD, advance)}
 
 
-def _robust(model: Trained, profile: Profile, way: Way, advance: Advance) -> dict[str, list[dict[str, float]]]:
+def _robust(model: Trained, profile: Profile, way: Way | None, advance: Advance) -> dict[str, list[dict[str, float]]]:
     """For each norm and radius, accuracy under each attack and the worst of all."""
     network = _network_of(model, profile)
 
     def ask(question: dict[str, Any], work: Any) -> Answer:
-        part = question["what"] == "autoattack" and way != STANDARD
-        return model.ask({**question, "attacks": [*way.attacks]} if part else question, work)
+        if question["what"] == "autoattack" and way is not None and way != STANDARD:
+            question = {**question, "attacks": [*way.attacks]}
+        return model.ask(question, work)
 
     subject = Subject(
         name=f"{model.recipe.setting}, seed {model.recipe.seed}",

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from bench.pages.formatting import table
 from bench.pages.log_axes import log_scale
-from bench.robustness.settings import ALL, BASELINE, CURVE
+from bench.robustness.settings import ALL, reference_of
 from bench.robustness.summary import WEAK, measure_name
 
 
@@ -23,16 +23,17 @@ COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 
 
 def curves(data: Data) -> dict[str, list[str]]:
-    """The settings of each curve by penalty, by rising weight; curves of one point are none.
+    """The settings of each curve by penalty and start, by rising weight; curves of one point are none.
 
     Args:
         data: what `bench.robustness.task.run` returned.
     """
     found: dict[str, list[str]] = {}
     for name in data["settings"]:
-        if name in CURVE:
-            found.setdefault(CURVE[name].penalty, []).append(name)
-    return {penalty: sorted(names, key=_weight) for penalty, names in found.items() if len(names) > 1}
+        setting = ALL.get(name)
+        if setting and setting.penalty.startswith("jasmin") and setting.weight is not None and not setting.adversary:
+            found.setdefault(f"{setting.penalty} {setting.start}".strip(), []).append(name)
+    return {curve: sorted(names, key=_weight) for curve, names in found.items() if len(names) > 1}
 
 
 def _weight(name: str) -> float:
@@ -67,7 +68,7 @@ def weights_section(data: Data, summary: Data, name: str) -> list[str]:
     measures = _measures(data)
     body = []
     for names in found.values():
-        for setting in (BASELINE, *names):
+        for setting in (reference_of(names[0]), *names):
             cells = [_cell(summary["intervals"][setting][measure]) for measure in measures]
             body.append([data["settings"][setting]["title"], *cells])
     return [
@@ -102,9 +103,8 @@ def over_weights(data: Data, summary: Data) -> Figure | None:
             halves = [100 * (each["half"] or 0.0) for each in shown]
             middle = [100 * each["mean"] for each in shown]
             axes.errorbar(weights, middle, yerr=halves, color=colour, marker="o", markersize=4, capsize=2, label=words)
-            axes.axhline(
-                100 * summary["intervals"][BASELINE][measure]["mean"], color=colour, linestyle=":", linewidth=1
-            )
+            without = summary["intervals"][reference_of(names[0])][measure]["mean"]
+            axes.axhline(100 * without, color=colour, linestyle=":", linewidth=1)
         log_scale(axes.xaxis)
         axes.set_xlabel(f"weight, {data['settings'][names[0]]['title'].rsplit(',', 1)[0]}")
         axes.set_ylabel("accuracy, %")

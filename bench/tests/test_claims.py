@@ -49,6 +49,20 @@ def test_effects_have_their_intervals_and_verdicts_that_differ_are_counted() -> 
     assert rows._together(["holds", "contradicted", "holds"]) == "mixed: holds in 2, contradicted in 1"
 
 
+def test_a_reported_rise_is_judged_under_the_weak_attack_beside_the_worst_case() -> None:
+    titles, words = {"jasmin": "JaSMin"}, {"measure": "l_inf 0.05 weak"}
+    worst = compared(measure="l_inf 0.05 worst", mean=-0.02, half=0.01)
+    for (mean, half), verdict in {
+        (0.15, 0.04): "reproduced",
+        (0.01, 0.05): "not reproduced",
+        (0.05, 0.06): "open: 10 points are possible",
+    }.items():
+        (found,) = rows._reported([compared(**words, mean=mean, half=half), worst], "ViT", "page.md", titles)
+        assert found.verdict == verdict
+        assert "worst case -2.0 [-3.0, -1.0] points" in found.effect
+    assert rows._reported([worst], "ViT", "page.md", titles) == []
+
+
 def test_theta_is_judged_by_the_share_of_rows_from_below_and_above() -> None:
     def claim(low: float, high: float) -> str:
         block = {"rows": 10, "theta_near_1": [low, high], "theta_mean": [low, high], "layer": 0}
