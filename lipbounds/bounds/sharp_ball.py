@@ -25,6 +25,7 @@ from lipbounds.derivatives.ball.first import BallDerivatives, centre_of
 from lipbounds.derivatives.ball.log_odds import maps_interval
 from lipbounds.derivatives.ball.logits import theorem_3_on_ball
 from lipbounds.derivatives.ball.third import BallThirdDerivative
+from lipbounds.derivatives.ball.turned_rows import is_turned
 from lipbounds.derivatives.ball.units import Compute, Parts, in_own_units
 from lipbounds.derivatives.cache import cached_per_block
 from lipbounds.derivatives.first.dense import dense_norm, jacobian_entries
@@ -39,7 +40,7 @@ from lipbounds.rounding import cast_up, inflate
 from lipbounds.targets.attention import Attention
 
 
-SUPPORTS: tuple[Feature, ...] = ("heads", "biases", "mask", "cross", "some_queries")
+SUPPORTS: tuple[Feature, ...] = ("heads", "biases", "mask", "cross", "rotary", "some_queries")
 CLAIM = Claim(kind="proved", scope="ball", norm="l2")
 DENSE = 1200**2  # entries of the Jacobian of one batch item: about a second
 # Multiplications and additions for the second differential at the centre:
@@ -260,7 +261,7 @@ def _taylor(balls: _Balls, centre: Tensor) -> Parts:
     if not balls.radius:
         return parts
     second = inflate(_sum(balls.second()), 8)
-    if not balls.large:
+    if not balls.large and not is_turned(balls.block):
         joint = second_norm(balls.block) if balls.by_pairs else second_norm_by_rows(balls.block)
         second = torch.minimum(_known(second), joint)
     parts["second"] = inflate(balls.radius * second, 8)

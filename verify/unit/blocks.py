@@ -52,6 +52,17 @@ PLAIN: dict[str, dict[str, Any]] = {
 NAMED: dict[str, Any] = {"ids": lambda name: name.replace(" ", "-")}  # of parametrized tests
 
 
+def turns(tokens: int) -> Tensor:
+    """Rotary positions of one pair of features, an angle for each token."""
+    angles = 0.3 + 0.9 * torch.arange(tokens, dtype=torch.float64).unsqueeze(-1)
+    return torch.stack([angles.cos(), angles.sin()], -2)
+
+
+def turned(queries: int, keys: int | None = None) -> dict[str, Any]:
+    """Fields of rotary positions for `random_block`."""
+    return {"query_rotation": turns(queries), "key_rotation": turns(queries if keys is None else keys)}
+
+
 def turned_block(moves: str = "self", **fields: Any) -> Attention:
     """Two heads of width 5, grouped keys, biases, a mask where it may be causal; two pairs turned, a feature not."""
     recipe: dict[str, Any] = {

@@ -17,7 +17,7 @@ from lipbounds.derivatives.ball.log_odds import log_odds_gain, maps_interval
 from lipbounds.derivatives.ball.logits import logit_radius
 from lipbounds.derivatives.ball.suprema import RowDeviations
 from lipbounds.ops.capped_mean import largest_mean, threshold
-from verify.unit.blocks import random_block
+from verify.unit.blocks import random_block, turned, turns
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -29,6 +29,10 @@ CASES: dict[str, dict[str, Any]] = {
     "memory": {"memory": random_block(3, n=5).x, "moves": "memory"},
     "one key": {"memory": random_block(3, n=1).x, "moves": "memory"},
     "far logits": {"scale": 20.0},
+    "rotary": turned(3),
+    "rotary, some queries": turned(3) | {"query_rotation": turns(2), "queries_at": torch.tensor([2, 0])},
+    "rotary, memory": turned(3, 5) | {"memory": random_block(3, n=5).x, "moves": "memory"},
+    "rotary, query": turned(3, 5) | {"memory": random_block(3, n=5).x, "moves": "query"},
 }
 
 
@@ -88,7 +92,7 @@ def _half(rows: Any) -> Tensor:
 
 
 RIGHT: dict[str, Callable[[Any], Tensor]] = {
-    name: vars(log_odds._Functionals)[name].func for name in ("own", "entries", "squares")
+    name: getattr(log_odds._Functionals, name).func for name in ("own", "entries", "squares")
 }
 FAULTS = {"own": _no_own, "entries": _entry_of_the_key_alone, "squares": _half}
 

@@ -30,7 +30,16 @@ BOUNDS = ("centred.products", "centred.weights", "covariance.exact", "sharp", "s
           "yudin2025.biased_exact")  # fmt: skip
 ESTIMATORS = {"exact", "lanczos", "lanczos_certificate", "lanczos_posterior", "power_iteration"}
 ON_BALLS = {"ascent_jacobians", "ascent_pairs", "clever", "random_jacobians", "random_pairs"}
-SUPPORTING = {*BOUNDS, *ESTIMATORS, *ON_BALLS, "yudin2025.biased", "yudin2025.biased_half", "yudin2025.biased_one"}
+SHARP_BALL = {"sharp_ball", "sharp_ball.deviation", "sharp_ball.direct", "sharp_ball.taylor"}
+SUPPORTING = {
+    *BOUNDS,
+    *SHARP_BALL,
+    *ESTIMATORS,
+    *ON_BALLS,
+    "yudin2025.biased",
+    "yudin2025.biased_half",
+    "yudin2025.biased_one",
+}
 
 
 def angles_of(positions: Tensor, pairs: int) -> Tensor:

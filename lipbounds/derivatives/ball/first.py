@@ -27,6 +27,7 @@ from lipbounds.derivatives.ball.suprema import (
     rounding_of_maps,
     stacked_queries,
 )
+from lipbounds.derivatives.ball.turned_rows import TurnedTokens, is_turned
 from lipbounds.derivatives.cache import cached_per_block, is_tracked
 from lipbounds.ops.spectral import root, spectral_norm_upper, vector_norm
 from lipbounds.rounding import inflate
@@ -34,21 +35,38 @@ from lipbounds.targets.attention import Attention
 
 
 class Centre:
-    """What does not depend on the radius, of a block in float64 without rotary positions."""
+    """What does not depend on the radius, of a block in float64."""
 
     def __init__(self, block: Attention) -> None:
         self.block = block
+        self.turned = TurnedTokens(block) if is_turned(block) else None
         self.values: Rows = value_rows(block)
         self.zero = torch.zeros_like(block.logits[..., 0, 0, 0])
         self.even = torch.ones_like(block.logits[..., 0])
         sizes = head_sizes(block, self.values)
         if block.query_moves:
-            self.keys: Rows = key_rows(block)
+            self.keys = self.keys_on(self.zero)
             self.key_shares = (self.even, balance(sizes, head_sizes(block, self.keys)))
         if block.memory_moves:
-            self.queries: Queries = query_rows(block)
+            self.queries = self.queries_on(self.zero)
             self.mixing_weights = joint_norms(block.w_v, block.w_o)
             self.query_shares = (self.even, balance(sizes, self.queries.sizes))
+
+    def keys_on(self, radius: Float[Tensor, "*#batch"]) -> Rows:
+        """The keys at the centre, and how far they move on the ball of that radius.
+
+        Args:
+            radius: of the ball.
+        """
+        return key_rows(self.block) if self.turned is None else self.turned.keys(radius)
+
+    def queries_on(self, radius: Float[Tensor, "*#batch"]) -> Queries:
+        """The same for the queries.
+
+        Args:
+            radius: of the ball.
+        """
+        return query_rows(self.block) if self.turned is None else self.turned.queries(radius)
 
 
 @cached_per_block
@@ -56,7 +74,7 @@ def centre_of(block: Attention) -> Centre:
     """What does not depend on the radius, made once for all balls about the input of a block.
 
     Args:
-        block: in float64, without rotary positions.
+        block: in float64.
     """
     # Of a copy, as what is kept for a block must not keep that block alive.
     tracked = torch.is_grad_enabled() and is_tracked(block)
@@ -85,7 +103,10 @@ class BallDerivatives:
         self.maps: Maps = maps_on_ball(self.block, self.radius)
         self._values = RowDeviations(self.block, centre.values, self.maps, self._memory_radius)
         if self.block.query_moves:
-            self._keys = RowDeviations(self.block, centre.keys, self.maps, self._memory_radius)
+            self.keys = centre.keys if centre.turned is None else centre.keys_on(self.radius)
+            self._keys = RowDeviations(self.block, self.keys, self.maps, self._memory_radius)
+        if self.block.memory_moves:
+            self.queries = centre.queries if centre.turned is None else centre.queries_on(self.radius)
 
     # -- the first differential ---------------------------------------------------------------------------------
 
@@ -104,8 +125,9 @@ class BallDerivatives:
                 for rows, reached in zip(self._value_rows, self._logit_gradient_moments, strict=True)
             ]
             together = [
-                stacked_queries(self.centre.queries, self._query_radius, rows.unsqueeze(-2).square() * c * norms)
+                stacked_queries(self.queries, self._query_radius, rows.unsqueeze(-2).square() * c * norms)
                 for rows, c in zip(self._value_rows, self.centre.query_shares, strict=True)
+                if self.queries.rows is not None
             ]
             parts["key_part"] = torch.stack(torch.broadcast_tensors(*products, *together)).amin(0)
         return {name: inflate(part, self._operations) for name, part in parts.items()}
@@ -209,10 +231,10 @@ class BallDerivatives:
         self._prepared = True
         logit_deviation = torch.zeros_like(self.maps.softmax_norm)
         if self.block.query_moves:
-            norm = self.centre.keys.factor_norm.unsqueeze(-1)
+            norm = self.keys.factor_norm.unsqueeze(-1)
             logit_deviation = logit_deviation + norm * self._om.alone() + root(self._om.total) * self._om.error
         if self.block.memory_moves:
-            queries = self.centre.queries
+            queries = self.queries
             moved = (self._query_radius.unsqueeze(-1) * queries.change + queries.error).unsqueeze(-1)
             logit_deviation = logit_deviation + (queries.sizes + moved) * root(self.maps.pairs.amax(-1))
         logit_deviation = inflate(self.radius[..., None, None] * logit_deviation, self._operations)
@@ -228,13 +250,13 @@ class BallDerivatives:
 
     def _turned(self, factors: Float[Tensor, "*#batch heads n 1"]) -> Float[Tensor, "*#batch n m"]:
         """tau_ij: bound of sum_h f_hi pi_hij <x, G_h y>^2 over unit x and y."""
-        keys = self.centre.keys
+        keys = self.keys
         weights = self.maps.pairs * factors
         apart = (weights * keys.change.square()[..., None, None]).sum(-3)
         return torch.minimum(apart, weights.amax(-3) * keys.joint_change.square()[..., None, None])
 
     def _logit_gradient_moment(self, factors: Float[Tensor, "*#batch heads n one"]) -> Float[Tensor, "*#batch n m"]:
-        return logit_gradient_moment(self.centre.queries, self._query_radius, self.maps.pairs * factors)
+        return logit_gradient_moment(self.queries, self._query_radius, self.maps.pairs * factors)
 
 
 def _frobenius(entries: Float[Tensor, "*#batch heads n m"]) -> Float[Tensor, "*#batch"]:

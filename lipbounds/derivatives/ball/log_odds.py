@@ -12,7 +12,6 @@ independent logits (lipbounds.ops.interval). Proof and rounding: docs/derivative
 
 from __future__ import annotations
 
-import dataclasses as dc
 from functools import cached_property
 
 import torch
@@ -20,6 +19,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.derivatives.ball.logits import SIZE_SLACK, logit_radius, size_error
+from lipbounds.derivatives.ball.odds_rows import OddsRows
+from lipbounds.derivatives.ball.turned_logits import turned_odds_gain
+from lipbounds.derivatives.ball.turned_rows import is_turned
 from lipbounds.derivatives.rounding.logits import logit_error
 from lipbounds.ops.interval import SoftmaxInterval, softmax_interval
 from lipbounds.ops.spectral import never_nan, root
@@ -34,7 +36,7 @@ def maps_interval(block: Attention, radius: float | Float[Tensor, "*#batch"]) ->
     """Enclosure of the attention maps over the ball.
 
     Args:
-        block: in float64, without rotary positions and QK-norm.
+        block: in float64.
         radius: eps, Frobenius norm; more radii than batch items in front give a result each.
     """
     gain = log_odds_gain(block, radius) if block.logits.shape[-3:].numel() <= LARGEST else None
@@ -45,16 +47,11 @@ def log_odds_gain(block: Attention, radius: float | Float[Tensor, "*#batch"]) ->
     """How far the log-odds of each key can be above those of the computed logits, rounded up.
 
     Args:
-        block: in float64, without rotary positions and QK-norm.
+        block: in float64.
         radius: eps, Frobenius norm; more radii than batch items in front give a result each.
     """
-    eps = radius[..., None, None, None] if isinstance(radius, Tensor) else radius
     rows = _Functionals(block)
-    linear = eps * (root(rows.squares) + 2 * size_error(block))
-    if block.moves == "self":
-        own = rows.own.abs() + root(rows.entries)
-        linear = linear + block.weight_norms.logits[..., None, None] * (eps * eps / 2) * own
-    moved = abs(block.scale_value) * linear * (1 + SIZE_SLACK)
+    moved = turned_odds_gain(block, radius) if is_turned(block) else _moved(block, radius, rows)
     # Any row q proves the bound, at the cost of its divergence from the exact one: at most the largest |log| of their
     # ratio, 2 eta and the roundings of the softmax, whose exponents are rounded by at most 745 u each.
     rounded = (8 * block.logits.shape[-1] + 8 * EXP_ULPS + 4096) * UNIT_ROUNDOFF
@@ -62,55 +59,18 @@ def log_odds_gain(block: Attention, radius: float | Float[Tensor, "*#batch"]) ->
     return torch.where(rows.known, never_nan(gain), torch.inf)
 
 
-@dc.dataclass(frozen=True, eq=False)
-class _Functionals:
-    """What counts of the c_j of every head, row and key j, [heads, n, m]; q_j as computed.
+def _moved(block: Attention, radius: float | Tensor, rows: _Functionals) -> Tensor:
+    """sup c_j . dS of every key, without rotary positions and QK-norm."""
+    eps = radius[..., None, None, None] if isinstance(radius, Tensor) else radius
+    linear = eps * (root(rows.squares) + 2 * size_error(block))
+    if block.moves == "self":
+        own = rows.own.abs() + root(rows.entries)
+        linear = linear + block.weight_norms.logits[..., None, None] * (eps * eps / 2) * own
+    return abs(block.scale_value) * linear * (1 + SIZE_SLACK)
 
-    Args:
-        block: in float64.
-    """
 
-    block: Attention
-
-    @cached_property
-    def _top(self) -> Tensor:
-        """Whether a key is the one with the largest probability in its row."""
-        index = self.block.probabilities.argmax(-1, keepdim=True)
-        return torch.zeros_like(self.block.logits, dtype=torch.bool).scatter(-1, index, True)
-
-    @cached_property
-    def _rest(self) -> Tensor:
-        """The row without its largest entry, normalised."""
-        others = self.block.probabilities.masked_fill(self._top, 0.0)
-        total = others.sum(-1, keepdim=True)
-        return others / torch.where(total > 1e-290, total, 1.0)
-
-    @property
-    def known(self) -> Tensor:
-        """False for the largest entry of a row in which the others have underflowed."""
-        return ~self._top | (self._rest.sum(-1, keepdim=True) > 0.5)
-
-    def _each(self, of_row: Tensor, of_rest: Tensor, power: int) -> Tensor:
-        """Of e_j - P, divided by 1 - P_j as often as it occurs, and for the largest key of e_j - (the rest)."""
-        left = 1 - self.block.probabilities.masked_fill(self._top, 0.5)  # >= 1/2
-        return torch.where(self._top, of_rest, of_row / left**power)
-
-    @cached_property
-    def entries(self) -> Tensor:
-        """sum_l c_jl^2."""
-        maps = self.block.probabilities
-        others = (maps.square().sum(-1, keepdim=True) - maps.square()).clamp(min=0)
-        return 1 + self._each(others, self._rest.square().sum(-1, keepdim=True), 2)
-
-    @cached_property
-    def own(self) -> Tensor:
-        """c_jl of the token l that the query is at."""
-        block, tokens = self.block, self.block.logits.shape[-1]
-        places = torch.arange(tokens, device=block.device)
-        at = (places if block.queries_at is None else block.queries_at).unsqueeze(-1)
-        same = (at == places).to(block.logits)
-        own = [(same - (row * same).sum(-1, keepdim=True)) for row in (block.probabilities, self._rest)]
-        return self._each(own[0], own[1], 1)
+class _Functionals(OddsRows):
+    """The same, with what the tokens do to them."""
 
     @cached_property
     def squares(self) -> Tensor:
@@ -129,8 +89,8 @@ class _Functionals:
             total = total + sizes * self.entries
         if block.moves == "self":
             inner = (by_key @ block.w_q) @ keys.mT
-            apart = [inner - (row * inner).sum(-1, keepdim=True) for row in (block.probabilities, self._rest)]
-            total = total + 2 * self.own * self._each(apart[0], apart[1], 1)
+            apart = [inner - (row * inner).sum(-1, keepdim=True) for row in (block.probabilities, self.rest)]
+            total = total + 2 * self.own * self.each(apart[0], apart[1], 1)
         return total.clamp(min=0) + self._slack(keys)
 
     def _distances(self, keys: Tensor, metric: Tensor) -> Tensor:
@@ -138,15 +98,15 @@ class _Functionals:
         maps, index = self.block.probabilities, self.block.probabilities.argmax(-1, keepdim=True)
         every = keys.expand(*index.shape[:-2], *keys.shape[-2:])
         largest = every.gather(-2, index.expand(*index.shape[:-1], keys.shape[-1]))
-        of_rest = self._rest @ keys
+        of_rest = self.rest @ keys
         apart = largest - of_rest
         of_largest = ((apart @ metric) * apart).sum(-1, keepdim=True)
         share = maps.gather(-1, index)
-        mean = share * largest + maps.masked_fill(self._top, 0.0).sum(-1, keepdim=True) * of_rest
+        mean = share * largest + maps.masked_fill(self.top, 0.0).sum(-1, keepdim=True) * of_rest
         turned = keys @ metric
         own = (turned * keys).sum(-1).unsqueeze(-2)
         of_others = own - 2 * (mean @ turned.mT) + ((mean @ metric) * mean).sum(-1, keepdim=True)
-        return self._each(of_others, of_largest, 2)
+        return self.each(of_others, of_largest, 2)
 
     @torch.no_grad()
     def _slack(self, keys: Tensor) -> Tensor:

@@ -11,7 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lipbounds.derivatives.logit_changes import change_by_keys, change_by_queries
+from lipbounds.derivatives.ball.reach import key_reach, query_reach
+from lipbounds.derivatives.ball.turned_logits import turned_logit_radius
+from lipbounds.derivatives.ball.turned_rows import is_turned
+from lipbounds.derivatives.logit_changes import change_by_keys, change_by_queries, key_norm, query_norm
 from lipbounds.derivatives.norms import combine_heads, value_norm
 from lipbounds.derivatives.rounding.logits import logit_error
 from lipbounds.ops._rows import SMALLEST_NORMAL
@@ -56,6 +59,8 @@ def logit_radius(block: Attention, radius: float | Float[Tensor, "*#batch"]) -> 
         block: in float64.
         radius: eps, Frobenius norm; more radii than batch items in front give a result each.
     """
+    if is_turned(block):
+        return turned_logit_radius(block, radius)
     eps = radius[..., None, None, None] if isinstance(radius, Tensor) else radius
     by_query = block.keys @ block.w_q.mT  # W_Q k_j, a row for each key
     by_key = block.queries @ block.w_k.mT  # W_K q_i, a row for each query
@@ -101,7 +106,9 @@ def size_error(block: Attention) -> Float[Tensor, "*batch heads 1 1"]:
 
 
 def _logit_change(block: Attention, radius: float) -> Float[Tensor, "*batch heads"]:
-    """sup ||K' W_Q^T|| + sup ||Q' W_K^T||, as far as they occur."""
+    """sup ||K' W_Q^T|| + sup ||Q' W_K^T||, as far as they occur; or what stands for these where tokens are turned."""
+    if is_turned(block):
+        return _turned_logit_change(block, radius)
     total = torch.zeros_like(block.logits[..., 0, 0])
     if block.query_moves:
         total = total + change_by_queries(block)
@@ -110,6 +117,28 @@ def _logit_change(block: Attention, radius: float) -> Float[Tensor, "*batch head
     if block.moves == "self":  # only then does the matrix beside the moving one move, too
         total = total + 2 * radius * block.weight_norms.logits
     return total
+
+
+def _turned_logit_change(block: Attention, radius: float) -> Float[Tensor, "*batch heads"]:
+    """max_i ||K' T'_i W_Q^T|| + max_j ||Q' T'_j W_K^T||: T' moves with QK-norm, K' and Q' where both inputs move."""
+    eps = torch.as_tensor(radius, dtype=block.dtype, device=block.device)
+    still = torch.zeros_like(eps)
+    queries = query_reach(block, eps if block.query_moves else still)
+    keys = key_reach(block, eps if block.memory_moves else still)
+    total = torch.zeros_like(block.logits[..., 0, 0])
+    if block.query_moves:
+        rows = key_norm(block)
+        if block.memory_moves:
+            total = total + radius * queries.rate * keys.rate
+            rows = rows + radius * keys.rate
+        total = total + change_by_queries(block) + radius * queries.bend * rows
+    if block.memory_moves:
+        rows = query_norm(block)
+        if block.query_moves:
+            total = total + radius * queries.rate * keys.rate
+            rows = rows + radius * queries.rate
+        total = total + change_by_keys(block) + radius * keys.bend * rows
+    return inflate(total, 32)
 
 
 def _map_norm(block: Attention, interval: SoftmaxInterval) -> Float[Tensor, "*batch heads"]:

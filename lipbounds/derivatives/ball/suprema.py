@@ -142,7 +142,7 @@ class RowDeviations:
 
     def __init__(self, block: Attention, rows: Rows, maps: Maps, radius: Float[Tensor, "*#batch"]) -> None:
         self.rows, self.maps, self.radius = rows, maps, radius
-        self._away = rows.reduced.unsqueeze(-3) - (block.probabilities @ rows.reduced).unsqueeze(-2)
+        self._away = rows.less_mean(block.probabilities)
         self._operations = 2 * sum(self._away.shape[-2:]) + 32
         self._error = (rows.error + radius.unsqueeze(-1) * rows.change_error).unsqueeze(-1)
         self._error = self._error + torch.zeros_like(maps.upper[..., 0])
@@ -158,7 +158,7 @@ class RowDeviations:
             rounding: of the maps at the centre.
         """
         # The computed mean differs from that under the computed map, and that map's sum from 1.
-        lost = 8 * gamma(self._operations) * self.rows.reduced.detach().norm(dim=-1).amax(-1)
+        lost = 8 * gamma(self._operations) * self.rows.largest()
         own = (self.radius.unsqueeze(-1) * self.rows.reduced_change + lost).unsqueeze(-1)
         distance = self._distance
         # The mean lies among the rows where these count as in the ball, and c is their mean where they count as before.
@@ -208,8 +208,8 @@ def head_sizes(block: Attention, rows: Rows) -> Float[Tensor, "*#batch heads n"]
         block: in float64.
         rows: keys or values.
     """
-    moments = (block.probabilities @ rows.reduced.square().sum(-1, keepdim=True)).squeeze(-1)
-    variance = moments - (block.probabilities @ rows.reduced).square().sum(-1)
+    moments, means = rows.moments(block.probabilities)
+    variance = moments - means
     return root(torch.maximum(variance, 1e-6 * moments))
 
 
@@ -239,7 +239,7 @@ def logit_gradient_moment(
         weights: t >= 0.
     """
     roots = root(weights).movedim(-3, -1)  # n x m x heads
-    gram = queries.inner.unsqueeze(-3) * roots.unsqueeze(-1) * roots.unsqueeze(-2)
+    gram = queries.inner * roots.unsqueeze(-1) * roots.unsqueeze(-2)
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
     heads = gram.shape[-1]
     square = trace
@@ -263,6 +263,7 @@ def stacked_queries(
         radius: of the ball, 0 where the queries do not move.
         weights: t >= 0.
     """
+    assert queries.rows is not None  # keys are not turned
     rows = root(weights).unsqueeze(-1) * queries.rows
     moved = radius * queries.joint_change * root(weights.amax((-2, -1)))
     lost = root((weights * queries.error.square().unsqueeze(-1)).sum((-2, -1)))

@@ -112,7 +112,7 @@ class BallThirdDerivative(BallDerivatives):
     @property
     def _query_size(self) -> Float[Tensor, "*#batch heads n 1"]:
         """Largest |u_hi|."""
-        queries = self.centre.queries
+        queries = self.queries
         moved = self._query_radius.unsqueeze(-1) * queries.change + queries.error
         return inflate(queries.sizes + moved.unsqueeze(-1), 8).unsqueeze(-1)
 

@@ -61,8 +61,15 @@ def _jacobian(block: Attention) -> Float[Tensor, "*batch out_size in_size"]:
     """Block (i, j) is sum_h P_ij (M_h^T + v~_j u_i^T), and, where i = j and the query moves, sum_hl P_il v~_l w_l^T.
 
     Of token i and head h: v~_l = W_O^T (value l less the mean value), u_i = s W_K q_i, w_l = s W_Q k_l, M_h = W_V W_O.
+    With rotary positions or QK-norm by products with unit covectors.
     """
     batch, maps = block.batch_shape, block.probabilities
+    if not block.features.isdisjoint(("rotary", "qk_norm")):  # gradients of each query and key: row by row
+        size = block.tokens * block.w_o.shape[-1]
+        identity = torch.eye(size, dtype=maps.dtype, device=maps.device).reshape(
+            size, *[1] * len(batch), block.tokens, -1
+        )
+        return block.vjp(identity).flatten(-2).movedim(0, -2).expand(*batch, -1, -1)
     values = block.values @ block.w_o
     apart = values.unsqueeze(-3) - (maps @ values).unsqueeze(-2)  # heads x n x m x out
     weighted = (maps.unsqueeze(-1) * apart).movedim(-4, -1)  # n x m x out x heads

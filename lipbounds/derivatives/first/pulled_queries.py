@@ -40,6 +40,7 @@ class PulledQueries:
         with torch.no_grad():
             self.weights_size = inflate(self.weights.norm(dim=(-2, -1)), self.weights.shape[-2:].numel())
             self.error = self._error(block, maps, abs(block.scale_value) * unit[..., 0, 0])
+            self.largest = inflate(maps.norm * self._queries.norm(dim=-1).amax(-1), 4) + self.error.amax(-1)
 
     def __call__(self, rows: slice = slice(None)) -> Float[Tensor, "*batch heads rows m features"]:
         """The t_hij of some rows i.
@@ -52,13 +53,26 @@ class PulledQueries:
     @torch.no_grad()
     def _error(self, block: Attention, maps: TokenMaps, scale: Tensor) -> Float[Tensor, "*batch heads n"]:
         """How far a computed t_hij can be from the exact one, the largest over j."""
-        length, off = self._queries.norm(dim=-1), query_error(block) * scale.unsqueeze(-1)
-        size = maps.norm.unsqueeze(-1) * (length + off)
-        own = 2 * gamma(maps.matrices.shape[-2] + 8) * block.w_k.shape[-1] ** 0.5 * size
-        error = maps.norm.unsqueeze(-1) * off + own
-        if maps.error is not None:
-            error = error + (1 + 1e-9) * maps.error.unsqueeze(-1) * (length + off)
-        return inflate(error, 16)
+        return pulled_error(maps, self._queries.norm(dim=-1), query_error(block) * scale.unsqueeze(-1))
+
+
+@torch.no_grad()
+def pulled_error(
+    maps: TokenMaps, length: Float[Tensor, "*batch heads n"], off: Float[Tensor, "*batch heads n"]
+) -> Float[Tensor, "*batch heads n"]:
+    """How far computed T^T q can be from exact ones, the largest over the maps T.
+
+    Args:
+        maps: of the tokens that the rows are pulled back through.
+        length: of the rows q as computed.
+        off: how far each of them can be from the exact one.
+    """
+    size = maps.norm.unsqueeze(-1) * (length + off)
+    own = 2 * gamma(maps.matrices.shape[-2] + 8) * maps.matrices.shape[-2] ** 0.5 * size
+    error = maps.norm.unsqueeze(-1) * off + own
+    if maps.error is not None:
+        error = error + (1 + 1e-9) * maps.error.unsqueeze(-1) * (length + off)
+    return inflate(error, 16)
 
 
 def through_query_maps(
