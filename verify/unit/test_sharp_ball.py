@@ -78,7 +78,7 @@ def less_mean(block: Attention, rows: torch.Tensor) -> torch.Tensor:
 
 
 def gradients(block: Attention) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the logits in the token of the query and in that of the key, [heads, n, m, D], by automatic differentiation."""
+    """Of logits in the token of the query and in that of the key, [heads, n, m, D], by automatic differentiation."""
 
     def logits(x: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
         queries = normalise(project(x, block.w_q, block.b_q), block.query_norm)

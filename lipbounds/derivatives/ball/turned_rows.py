@@ -155,7 +155,7 @@ class TurnedTokens:
 
     @cached_property
     def _keys(self) -> tuple[Rows, Float[Tensor, "*#batch heads"]]:
-        """At the centre, `reduced_change` for each unit by which T_i^T k_j moves, and what B L^T leaves of the weights."""
+        """At the centre, `reduced_change` for each unit that T_i^T k_j moves; what B L^T leaves of the weights."""
         block, pulled = self.block, PulledKeys(self.block)
         weights = abs(block.scale_value) * pulled.weights
         basis = factored(weights.expand(*weights.shape[:-3], block.heads, *weights.shape[-2:]))
