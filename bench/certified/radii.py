@@ -16,12 +16,14 @@ from bench.attacks.smallest import Effort, smallest_found
 from bench.certified.classifier import Classifier
 from bench.engine.store import Answer, Store
 from lipbounds.certify import Method, certify
+from lipbounds.compose.taylor.second import LARGEST_SQUARE
 from lipbounds.smoothing import certify_smoothed
 from lipbounds.targets.layers import Sequence
 
 
 RADIUS_VERSION = 1  # of certified radii: raise it when numbers change
 SEARCH = "ray with steep rises, of what is read"  # how slopes on balls become a radius: lipbounds.compose.ray
+VALUES = "to second order"  # how Taylor models follow small inputs: lipbounds.compose.taylor.second
 METHODS: tuple[Method, ...] = ("taylor", "joint", "product")
 ATTACK_SEED = 0
 EFFORT = Effort(iterations=20, fab_targets=4, apgd_targets=2)
@@ -86,6 +88,8 @@ def measure(
             question["image"] = found.indices[index]
             if method != "taylor":
                 question["search"] = SEARCH
+            elif found.images[0].numel() <= LARGEST_SQUARE:
+                question["values"] = VALUES
             answers.ask(question, lambda g=given, m=method: certificate(built(), *g, m), force=force)
     for index in range(amount.smoothed):
         advance(f"{shared['model']}: smoothing, image {index}")

@@ -17,12 +17,14 @@ from torch import Tensor
 from lipbounds import InvalidInput, Unsupported
 from lipbounds.compose.rewrite import flat
 from lipbounds.compose.taylor import TaylorMargin, bilinear, normalization, pointwise, rounded, softmax
+from lipbounds.compose.taylor import model as taylor_model
 from lipbounds.compose.taylor.ball import Norm
 from lipbounds.compose.taylor.coefficient import exact, weighted_product
 from lipbounds.compose.taylor.model import CENTRE, INPUT, Value, spectral_upper
 from lipbounds.compose.taylor.network import Walk
 from lipbounds.compose.taylor.quadratic import Quadratic
 from lipbounds.compose.taylor.rounded import Rounded
+from lipbounds.compose.taylor.second import SECOND, as_matrices, pairs
 from lipbounds.targets.layers import (
     AttentionLayer,
     Flatten,
@@ -86,7 +88,10 @@ def directions(margin: TaylorMargin, draw: Draw, count: int) -> Tensor:
 
 @dc.dataclass(frozen=True, eq=False)
 class Promises:
-    """What one operation says over the ball about itself and about some functionals of its remainder."""
+    """What one operation says over the ball about itself and about some functionals of its remainder.
+
+    Where the second order is followed, it comes first among the remainders, and that of an operation is what is left.
+    """
 
     operation: Any
     first: Tensor
@@ -142,7 +147,7 @@ def promises(operation: Any, ranges: Any, draw: Draw) -> Promises:
         known=ranges.known[operation.name],
         rows=rows,
         formed=None if formed is None else formed[0],
-        quadratic=operation.quadratic(rows, error)[0],
+        quadratic=operation.quadratic(rows, error)[0] * (not operation.second),
         crossed={name: matrix for name, (matrix, _) in operation.crossed(rows, error).items()},
         beyond=operation.beyond(rows, error, ranges)[0],
     )
@@ -184,7 +189,9 @@ def check_model(
         walk = Replay([operation.name for operation in margin.operations])
         logits = walk.through(flat([("", network)]), start, None).centre[0]
         assert bool((logits[0] - logits[1:] >= lower - SLACK).all()), "a margin is below its lower bound"
-        remainders: dict[str, Tensor] = {}
+        one, other = pairs(h.numel())
+        remainders = {SECOND: torch.where(one == other, 1.0, torch.tensor(2.0).double().sqrt()) * h[one] * h[other]}
+        assert float(remainders[SECOND].norm()) <= float(ranges.known[SECOND].ball[0]) + SLACK
         for promise, there in zip(promised, walk.operations, strict=True):
             promise.check(there.output.centre, h, remainders)
 
@@ -198,12 +205,16 @@ def check_model(
     normed=st.booleans(),
     radius=st.sampled_from([1e-6, 0.01, 0.1, 0.5, 3.0]),
     gain=st.sampled_from([0.3, 3.0]),
+    second=st.booleans(),
 )
 def test_every_sample_stays_in_every_enclosure(
-    seed: int, activation: str, pool: str, normed: bool, radius: float, gain: float
+    seed: int, activation: str, pool: str, normed: bool, radius: float, gain: float, second: bool
 ) -> None:
     draw = Draw(seed)
-    check_model(model(draw, activation, pool=pool, normed=normed, gain=gain), draw(1, 4, 4), radius, seed=seed)
+    with pytest.MonkeyPatch.context() as patch:
+        if not second:
+            patch.setattr(taylor_model, "LARGEST_SQUARE", 0)
+        check_model(model(draw, activation, pool=pool, normed=normed, gain=gain), draw(1, 4, 4), radius, seed=seed)
 
 
 @pytest.mark.usefixtures("as_a_user_runs_it")
@@ -243,7 +254,8 @@ def test_rotary_positions_and_norms_of_queries_and_keys(over: Any) -> None:
             check_model(network, draw(3, 4), radius)
 
 
-def test_the_second_order_is_the_hessian() -> None:
+def test_the_second_order_is_the_hessian(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it is carried along as a coefficient or added up at the end."""
     draw = Draw(5)
     network, x = model(draw, "gelu", pool="first"), draw(1, 4, 4)
     margin = TaylorMargin(network, x, 1)
@@ -254,13 +266,29 @@ def test_the_second_order_is_the_hessian() -> None:
 
     hessian = torch.autograd.functional.hessian(difference, x.flatten())
     assert isinstance(hessian, Tensor)
+    carried = as_matrices(margin.margins.coefficients[SECOND])[0][1]
+    torch.testing.assert_close(2 * carried, hessian, rtol=1e-9, atol=1e-10)
+    monkeypatch.setattr(taylor_model, "LARGEST_SQUARE", 15)
+    many = TaylorMargin(network, x, 1)
+    assert not many.margins.second
     total = torch.zeros_like(hessian)
-    for operation in margin.operations:
-        rows, error = margin._rows(operation)
+    for operation in many.operations:
+        rows, error = many._rows(operation)
         total = total + operation.quadratic(rows, error)[0][1]
     torch.testing.assert_close(total + total.mT, hessian, rtol=1e-9, atol=1e-10)
     gradient = torch.autograd.functional.jacobian(difference, x.flatten())
     torch.testing.assert_close(margin.margins.linear.matrix[:, 1], gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_the_second_order_of_values_makes_bounds_tighter(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = Draw(21)
+    network, x = model(draw, "gelu", pool="first", gain=2.0, depth=2), draw(1, 4, 4)
+    radii = torch.tensor([0.1], dtype=torch.float64)
+    margin = TaylorMargin(network, x, 0)
+    loss = margin.at_point - margin.lower(radii)
+    monkeypatch.setattr(taylor_model, "LARGEST_SQUARE", 0)
+    before = margin.at_point - TaylorMargin(network, x, 0).lower(radii)
+    assert bool((before - loss > 0.3 * (before - 0.1 * margin.slopes)).all())
 
 
 # -- rounding ---------------------------------------------------------------------------------------------------------
@@ -374,20 +402,32 @@ def half_matrix(right: Any) -> Any:
     return quadratic_
 
 
+def half_second(right: Any) -> Any:
+    def bend(self: Any) -> Any:
+        part = right(self)
+        return dc.replace(part, matrix=part.matrix / 2)
+
+    return bend
+
+
 FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "bilinear: the box": (bilinear.Bilinear, "measure", smaller_range("box")),
     "bilinear: the groups": (bilinear.Bilinear, "measure", smaller_range("groups")),
     "bilinear: the ball": (bilinear.Bilinear, "measure", smaller_range("ball")),
-    "bilinear: half of the second order": (bilinear.Bilinear, "quadratic", half_matrix),
+    "bilinear: half of the second order": (bilinear.Bilinear, "bend", half_second),
+    "bilinear: half of the second order, added up at the end": (bilinear.Bilinear, "quadratic", half_matrix),
     "softmax: the box": (softmax.Softmax, "measure", smaller_range("box")),
     "softmax: the ball": (softmax.Softmax, "measure", smaller_range("ball")),
-    "softmax: half of the second order": (softmax.Softmax, "quadratic", half_matrix),
+    "softmax: half of the second order": (softmax.Softmax, "bend", half_second),
+    "softmax: half of the second order, added up at the end": (softmax.Softmax, "quadratic", half_matrix),
     "softmax: nothing beyond": (softmax.Softmax, "beyond", scaled(0.0)),
     "gelu: the box": (pointwise.SmoothPointwise, "measure", smaller_range("box")),
-    "gelu: half of the second order": (pointwise.SmoothPointwise, "quadratic", half_matrix),
+    "gelu: half of the second order": (pointwise.SmoothPointwise, "bend", half_second),
+    "gelu: half of the second order, added up at the end": (pointwise.SmoothPointwise, "quadratic", half_matrix),
     "gelu: nothing beyond": (pointwise.SmoothPointwise, "beyond", scaled(0.0)),
     "norm: the groups": (normalization.Normalize, "measure", smaller_range("groups")),
-    "norm: half of the second order": (normalization.Normalize, "quadratic", half_matrix),
+    "norm: half of the second order": (normalization.Normalize, "bend", half_second),
+    "norm: half of the second order, added up at the end": (normalization.Normalize, "quadratic", half_matrix),
     "norm: nothing beyond": (normalization.Normalize, "beyond", scaled(0.0)),
     "functionals": (bilinear.Bilinear, "functional", scaled(0.01)),
 }
@@ -412,6 +452,8 @@ def test_nothing_is_found_without_a_fault() -> None:
 @pytest.mark.parametrize("name", FAULTS)
 def test_planted_faults_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     owner, method, plant = FAULTS[name]
+    if method == "quadratic":
+        monkeypatch.setattr(taylor_model, "LARGEST_SQUARE", 0)
     monkeypatch.setattr(owner, method, plant(getattr(owner, method)))
     with pytest.raises(AssertionError):
         check_two_radii()

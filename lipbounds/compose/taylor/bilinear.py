@@ -9,6 +9,8 @@ The remainder is q = dX dY, exactly. With a_X = |C_X h| + |e_X| etc. for rows x_
 - row: |dx_i dY| <= |dx_i| ||dY||_F, and <= sum_d |dX_id| |dY_d|.
 - all: the root of the sum over heads of (||dX||_F ||dY||_F)^2.
 
+Without the second order t = e_X C_Y h + C_X h e_Y + e_X e_Y, and in each product one factor is of what is left.
+
 Second order: v . B[h, h] = sum v_io (C_X,id h)(C_Y,do h). With e: v . X_s[q, h] = sum v_io ((T_X,id q)(C_Y,do h) +
 (C_X,id h)(T_Y,do q)). Beyond: sum v_io e_X,id e_Y,do, entry by entry, or <e_X, v e_Y^T> <= |e_X|_F ||v|| |e_Y|_F for
 every head.
@@ -19,9 +21,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lipbounds.compose.taylor.coefficient import TINY, Coefficient, largest_eigenvalue, norm_upper
+from lipbounds.compose.taylor.coefficient import TINY, Coefficient, Product, largest_eigenvalue, norm_upper
 from lipbounds.compose.taylor.model import CENTRE, INPUT, Range, Ranges, Value, spectral_upper, together
 from lipbounds.compose.taylor.operation import Operation
+from lipbounds.compose.taylor.second import products
 from lipbounds.rounding import gamma, inflate, product
 
 
@@ -48,12 +51,18 @@ class Bilinear(Operation):
         by_left = {k: p.times(y, torch.matmul, terms) for k, p in left.coefficients.items() if k != CENTRE}
         by_right = {k: p.times(x, lambda t, c: c @ t, terms) for k, p in right.coefficients.items() if k != CENTRE}
         coefficients = {CENTRE: x.times(y, torch.matmul, terms)} | together(by_left, by_right)
-        self.output = Value(coefficients).with_outputs(name) if self._both_move else Value(coefficients)
+        self.output = self.bent(coefficients).with_outputs(name) if self._both_move else Value(coefficients)
         self._crossed: Tensor | None = None
+
+    def bend(self) -> Coefficient:
+        """C_X h C_Y h."""
+        return products(self.left.linear, self.right.linear, torch.matmul, self.inner + 2)
 
     def measure(self, ranges: Ranges) -> Range:
         """See the top of this file."""
         left, right = self.left, self.right
+        if self.second:
+            return self._measure_third(ranges)
         row, row_rest = ranges.linear_and_rest(left, 1)
         col, col_rest = ranges.linear_and_rest(self._columns, 1)
         x, y = ranges.total(left, 0), ranges.total(right, 0)
@@ -65,6 +74,25 @@ class Bilinear(Operation):
         rows = torch.minimum(inflate(rows, self.inner + 8), norm_upper(box)).flatten(1)
         ball = torch.minimum(norm_upper(rows), norm_upper(inflate(product(whole_x, whole_y), 2)))
         return Range(ball=ball, box=box.flatten(1), groups=rows)
+
+    def _measure_third(self, ranges: Ranges) -> Range:
+        """Of t."""
+        left, right = self.left, self.right
+
+        def mixed(dims: int, other: Value, other_dims: int, multiply: Product) -> Tensor:
+            one, one_rest = ranges.linear_and_rest(left, dims)
+            two, two_rest = ranges.linear_and_rest(other, other_dims)
+            return multiply(one, two_rest) + multiply(one_rest, two + two_rest)
+
+        lengths = mixed(1, self._columns, 1, lambda x, y: x.unsqueeze(-1) * y.unsqueeze(-2))
+        box = torch.minimum(lengths, mixed(0, right, 0, torch.matmul)).nan_to_num(nan=torch.inf)
+        box = inflate(box, 2 * self.inner + 16)
+        rows = mixed(1, right, 2, lambda x, y: x * y.unsqueeze(-1))
+        rows = torch.minimum(rows, mixed(0, right, 1, lambda x, y: (x @ y.unsqueeze(-1)).squeeze(-1)))
+        rows = inflate(rows, 2 * self.inner + 16).nan_to_num(nan=torch.inf)
+        rows = torch.minimum(rows, norm_upper(box)).flatten(1)
+        whole = norm_upper(inflate(mixed(2, right, 2, torch.mul), 8)).nan_to_num(nan=torch.inf)
+        return Range(ball=torch.minimum(norm_upper(rows), whole), box=box.flatten(1), groups=rows)
 
     def _first_order(self, ranges: Ranges) -> Tensor:
         """Bound on |C_x h . C_y h| of each entry."""
@@ -163,7 +191,7 @@ class Bilinear(Operation):
         crossed = matrix @ folded.mT * scale.unsqueeze(-1) / scale.unsqueeze(-2)
         slack = _frobenius(size * scale, off * scale, other / scale, lost / scale, matrix.shape[1])
         both = inflate((own * theirs + spectral_upper(crossed) + slack) / 2, 16)
-        first = ranges.per_radius(ranges.radii.square(), both)
+        first = 0 * both if self.second else ranges.per_radius(ranges.radii.square(), both)
         x_first, x_rest = (part.flatten(1) for part in ranges.linear_and_rest(self.left, 0))
         y_rest = ranges.linear_and_rest(self.right, 0)[1]
         mixed = ranges.radii.unsqueeze(1) * (x_rest @ other.mT)

@@ -7,7 +7,9 @@ T_s. Splitting q_s = B_s + sum_p X_sp[q_p, .] + rest_s (lipbounds.compose.taylor
 
 M = sum_s v_s . B_s and K_p = sum_s v_s . X_sp. M is half the Hessian of the margin and K_p its mixed derivative by the
 remainder of p and the input, both formed exactly, so that what operations do to each other cancels. The minimum is that
-of lipbounds.compose.taylor.quadratic. The margin is also at least m_j - e_j - r |g| - sum_s sup |v_s . q_s|.
+of lipbounds.compose.taylor.quadratic. Where the second order is followed (lipbounds.compose.taylor.second), M is that
+of the margin, and p^T K h, p the products of pairs of inputs, is one of the q_p^T K_p h. The margin is also at least
+m_j - e_j - r |g| - sum_s sup |v_s . q_s|.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from lipbounds.compose.taylor.model import CENTRE, INPUT, Ranges, Value, startin
 from lipbounds.compose.taylor.network import LARGEST_VALUE, Walk
 from lipbounds.compose.taylor.operation import Operation
 from lipbounds.compose.taylor.quadratic import Quadratic
+from lipbounds.compose.taylor.second import SECOND, as_matrices
 from lipbounds.errors import InvalidInput, Unsupported
 from lipbounds.rounding import inflate
 from lipbounds.targets.layers import Layer
@@ -135,6 +138,7 @@ class TaylorMargin:
             beyond = beyond + operation.beyond(*self._rows(operation), ranges)
         for crossed in self._crossed:
             beyond = beyond + crossed.upper(ranges)
+        ranges.known.clear()  # what is known refers back to the ranges, and these hold gigabytes
         loss = torch.maximum(simple, curved - inflate(beyond, 2 * len(self.operations) + 4))
         lower = self.at_point + loss - 4 * torch.finfo(loss.dtype).eps * (self.at_point.abs() + loss.abs())
         inside = torch.where(lower >= 0, radii.unsqueeze(1), torch.minimum(inside, radii.unsqueeze(1)))
@@ -151,9 +155,12 @@ class TaylorMargin:
         rows, inputs = gradient.matrix.shape[1], len(gradient.matrix)
         total = Summed(gradient.matrix.new_zeros(rows, inputs, inputs))
         crossed: dict[str, Summed] = {}
+        if self.margins.second:
+            total.add(*as_matrices(self.margins.coefficients[SECOND]))
         for operation in self.operations:
             functionals = self._rows(operation)
-            total.add(*operation.quadratic(*functionals))
+            if not self.margins.second:
+                total.add(*operation.quadratic(*functionals))
             for name, (matrix, error) in operation.crossed(*functionals).items():
                 crossed.setdefault(name, Summed(torch.zeros_like(matrix))).add(matrix, error)
         self._quadratic = Quadratic(gradient.matrix.mT, total.matrix, gradient.error, total.error)

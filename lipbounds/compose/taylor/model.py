@@ -10,7 +10,8 @@ Reach of a view of X (an entry, a token, all of a head): |X - c - C h| <= sum_s 
 
     ||T_s|| |q_s|_2 ,   | |T_s| box_s |_2 ,   sum over groups g of ||T_s,g||_F |q_s,g|_2 ,
 
-and |C h| <= r ||C||.
+and |C h| <= r ||C||. Small inputs are followed to second order: one more coefficient D, and what is left of the
+remainders beyond it (lipbounds.compose.taylor.second).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from lipbounds.compose.taylor.ball import Ball
 from lipbounds.compose.taylor.coefficient import Coefficient, Map, exact, norm_upper
+from lipbounds.compose.taylor.second import LARGEST_SQUARE, SECOND, as_matrices, no_second
 from lipbounds.ops.spectral import power_of_two, spectral_norm_upper
 from lipbounds.rounding import gamma, inflate, product
 
@@ -62,8 +64,13 @@ class Value:
 
     @property
     def terms(self) -> dict[str, Coefficient]:
-        """T_s, by the names of the operations."""
+        """T_s, by the names of the operations, and the second order."""
         return {name: part for name, part in self.coefficients.items() if name not in (CENTRE, INPUT)}
+
+    @property
+    def second(self) -> bool:
+        """Whether the second order is a coefficient of its own, and remainders are what is beyond it."""
+        return SECOND in self.coefficients
 
     @property
     def moves(self) -> bool:
@@ -133,7 +140,9 @@ class Value:
             dims: 0: entries.
         """
         if (name, dims) not in self._norms:
-            self._norms[name, dims] = view_norms(self.coefficients[name], dims)
+            part = self.coefficients[name]
+            forms = name == SECOND and dims == 0
+            self._norms[name, dims] = form_norms(part) if forms else view_norms(part, dims)
         return self._norms[name, dims]
 
     def group_norms(self, name: str, groups: int) -> Float[Tensor, " groups *shape"]:
@@ -157,7 +166,10 @@ def starting_value(x: Float[Tensor, "*shape"]) -> Value:
         x: float64.
     """
     identity = torch.eye(x.numel(), dtype=x.dtype, device=x.device).reshape(-1, *x.shape)
-    return Value({CENTRE: exact(x.unsqueeze(0)), INPUT: exact(identity)})
+    coefficients = {CENTRE: exact(x.unsqueeze(0)), INPUT: exact(identity)}
+    if x.numel() <= LARGEST_SQUARE:
+        coefficients[SECOND] = no_second(x.numel(), x)
+    return Value(coefficients)
 
 
 def together(one: dict[str, Coefficient], other: dict[str, Coefficient]) -> dict[str, Coefficient]:
@@ -193,6 +205,18 @@ def view_norms(part: Coefficient, dims: int) -> Float[Tensor, "*lead"]:
 def spectral_upper(matrix: Float[Tensor, "*batch rows cols"]) -> Float[Tensor, "*batch"]:
     """Spectral norm rounded up; of large matrices the Schatten 8-norm, which is at least that.
 
+    Args:
+        matrix: finite.
+    """
+    side = min(matrix.shape[-2:])
+    if side <= LARGEST_EIGENPROBLEM:
+        return spectral_norm_upper(matrix) if side > 1 else norm_upper(matrix.flatten(-2))
+    return schatten_upper(matrix)
+
+
+def schatten_upper(matrix: Float[Tensor, "*batch rows cols"]) -> Float[Tensor, "*batch"]:
+    """The Schatten 8-norm rounded up, which is at least the spectral norm.
+
     With G = M M^T, ||M||^4 = ||G^2|| <= ||G^2||_F. The computed G is off by e = gamma(l) ||M||_F^2 in Frobenius norm,
     so G^2 by 2 e ||M||_F^2 + e^2, and the product of the computed matrices by gamma(n) ||G||_F^2.
 
@@ -201,8 +225,6 @@ def spectral_upper(matrix: Float[Tensor, "*batch rows cols"]) -> Float[Tensor, "
     """
     rows, cols = matrix.shape[-2:]
     side, length = min(rows, cols), max(rows, cols)
-    if side <= LARGEST_EIGENPROBLEM:
-        return spectral_norm_upper(matrix) if side > 1 else norm_upper(matrix.flatten(-2))
     scale = power_of_two(matrix)
     scaled = matrix / scale
     gram = scaled @ scaled.mT if rows <= cols else scaled.mT @ scaled
@@ -210,6 +232,16 @@ def spectral_upper(matrix: Float[Tensor, "*batch rows cols"]) -> Float[Tensor, "
     slack = gamma(side + 8) * gram_size.square() + 3 * gamma(length + 8) * size.square().square()
     fourth = norm_upper((gram @ gram).flatten(-2)) + slack
     return inflate(fourth.sqrt().sqrt() * scale[..., 0, 0], 16)
+
+
+def form_norms(part: Coefficient) -> Float[Tensor, "*shape"]:
+    """Bound on the largest |h^T S h|, |h| <= 1, of the form of every entry.
+
+    Args:
+        part: with a column for every pair of inputs.
+    """
+    matrices, error = as_matrices(part)
+    return torch.minimum(part.sizes, inflate(schatten_upper(matrices) + error, 4))
 
 
 @dc.dataclass(frozen=True, eq=False)
@@ -240,7 +272,7 @@ class Ranges:
     def __init__(self, radii: Float[Tensor, " radii"], ball: Ball | None = None) -> None:
         self.ball, self.own = ball, radii
         self.radii = radii if ball is None else ball.euclidean(radii)
-        self.known: dict[str, Range] = {}
+        self.known: dict[str, Range] = {SECOND: Range(ball=inflate(self.radii.square(), 2))}
         self.notes: dict[str, Any] = {}  # what operations keep for `beyond`
         self._entries: dict[tuple[Value, str], Tensor] = {}
         self._duals: dict[Value, Tensor] = {}
@@ -301,7 +333,7 @@ class Ranges:
         """
         if (value, name) not in self._entries:
             part, known = value.coefficients[name], self.known[name]
-            best = self.per_radius(known.ball, part.sizes)
+            best = self.per_radius(known.ball, value.norms(name, 0))
             if known.box is not None:
                 flat = part.matrix.flatten(1).abs()
                 boxed = inflate((known.box @ flat).unflatten(1, part.error.shape), flat.shape[0] + 4)

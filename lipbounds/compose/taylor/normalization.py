@@ -14,7 +14,11 @@ Second order, v = C h: with w a functional of the token's z,
 
     w . B[h, h] = -(w . v)(z . v) / (D sigma^2) + (w . z) / (2 D sigma^2) ( 3 (z . v)^2 / D - |v|^2 ).
 
-The form with e is its polar form. Beyond: |w| ( W^2 / (sqrt 3 sqrt D sigma^2) + a^3 / (2 D s^3) ).
+The form with e is its polar form, so with |C h| <= U and |e| <= W what is left without the second order is
+
+    |t| <= (2 U W + W^2) / (sqrt 3 sqrt D sigma^2) + a^3 / (2 D s^3),     |t| <= |q| + U^2 / (sqrt 3 sqrt D sigma^2).
+
+Beyond: |w| ( W^2 / (sqrt 3 sqrt D sigma^2) + a^3 / (2 D s^3) ).
 """
 
 from __future__ import annotations
@@ -24,9 +28,10 @@ import math
 import torch
 from torch import Tensor
 
-from lipbounds.compose.taylor.coefficient import TINY, Coefficient, norm_upper
+from lipbounds.compose.taylor.coefficient import TINY, Coefficient, Map, norm_upper
 from lipbounds.compose.taylor.model import CENTRE, Range, Ranges, Value
 from lipbounds.compose.taylor.operation import Operation
+from lipbounds.compose.taylor.second import products
 from lipbounds.errors import Unsupported
 from lipbounds.rounding import gamma, inflate
 
@@ -60,7 +65,7 @@ class Normalize(Operation):
         self.z = Coefficient(z.unsqueeze(0), z_error.expand_as(z).nan_to_num(nan=torch.inf))
         self.inverse = Coefficient((1 / sigma).expand_as(z).unsqueeze(0), inverse_error.expand_as(z))
         coefficients = {k: self._slope(p) for k, p in self.value.coefficients.items() if k != CENTRE}
-        self.output = Value({CENTRE: self.z} | coefficients).with_outputs(name)
+        self.output = self.bent({CENTRE: self.z} | coefficients).with_outputs(name)
 
     def _slope(self, part: Coefficient) -> Coefficient:
         """(part - z (z . part) / D) / sigma."""
@@ -74,6 +79,38 @@ class Normalize(Operation):
         shortest = (self._length * (1 - slack) - (change + self._off) * (1 + slack)).clamp(min=0)
         return ((shortest.square() / self.dim + self.epsilon) * (1 - slack)).sqrt()
 
+    def bend(self) -> Coefficient:
+        """( z (3 (z . v)^2 / D - |v|^2) / 2 - v (z . v) ) / (D sigma^2), v = C h."""
+        part, wide = self.value.linear, self.z.error.shape
+        along = part.times(self.z, lambda t, z: (t * z).sum(-1, keepdim=True), self.dim + 3)
+        square = products(along, along, torch.mul, 2).summed(*_scaled(1.5 / self.dim), 3)
+        length = products(part, part, lambda a, b: (a * b).sum(-1, keepdim=True), self.dim + 3)
+        inner = square.plus(Coefficient(-length.matrix / 2, length.error / 2))
+        inner = inner.arranged(lambda t: t.expand(-1, *wide)).times(self.z, torch.mul, 2)
+        turned = products(part, along.arranged(lambda t: t.expand(-1, *wide)), torch.mul, 2)
+        both = inner.plus(Coefficient(-turned.matrix, turned.error))
+        both = both.times(self.inverse, torch.mul, 2).times(self.inverse, torch.mul, 2)
+        return both.summed(*_scaled(1 / self.dim), 3)
+
+    def _measure_third(self, ranges: Ranges, most: Tensor) -> Range:
+        """Of t.
+
+        Args:
+            ranges: with those of all operations before.
+            most: bound on |q| of every token.
+        """
+        first, rest = ranges.linear_and_rest(self.value, 1)
+        change = first + rest
+        bend = self.inverse.sizes[..., 0].square() / math.sqrt(3 * self.dim)
+        turn = change.square() / (2 * self.dim * self._smallest_sigma(change) ** 3)
+        mixed = bend * (first + change)
+        rows = (mixed * rest + turn * change).nan_to_num(nan=torch.inf)
+        rows = inflate(torch.minimum(rows, most + bend * first.square()), 24)
+        all_first, all_rest = ranges.linear_and_rest(self.value, 2)
+        energy = mixed.amax(1) * all_rest + turn.amax(1) * (all_first + all_rest)
+        ball = torch.minimum(norm_upper(rows), inflate(energy, 24).nan_to_num(nan=torch.inf))
+        return Range(ball=ball, groups=rows)
+
     def measure(self, ranges: Ranges) -> Range:
         """See the top of this file."""
         change = ranges.total(self.value, 1)
@@ -81,6 +118,8 @@ class Normalize(Operation):
         bend = inflate(1 / (math.sqrt(3 * self.dim) * lowest.square()), 8)
         most = 2 * math.sqrt(self.dim) + change * self.inverse.sizes[..., 0]
         rows = torch.minimum((bend * change.square()).nan_to_num(nan=torch.inf), most)
+        if self.second:
+            return self._measure_third(ranges, inflate(rows, 8))
         energy = (bend * change).amax(1) * ranges.total(self.value, 2)
         rows = inflate(rows, 8)
         ball = torch.minimum(norm_upper(rows), inflate(energy, 8).nan_to_num(nan=torch.inf))
@@ -132,6 +171,10 @@ class Normalize(Operation):
         size = norm_upper(rows.unflatten(1, self.z.error.shape))
         total = each @ size.mT + norm_upper(each).unsqueeze(1) * error
         return inflate(total, each.shape[1] + 32).nan_to_num(nan=torch.inf)
+
+
+def _scaled(factor: float) -> tuple[Map, Map]:
+    return (lambda t: t * factor), (lambda t: t * factor)
 
 
 def _less_mean(tokens: Tensor) -> Tensor:

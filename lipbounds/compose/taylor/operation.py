@@ -11,7 +11,9 @@ q_s,
 
 Four things are asked of an operation: a `Range` of q for what comes later; and for a functional v of its outputs the
 matrices of v . B and of every v . X_s, which the margin adds up over all operations, and a bound on what v makes of the
-rest (`beyond`).
+rest (`beyond`). Where the second order is followed (lipbounds.compose.taylor.second), B goes into that coefficient of
+the output instead, the remainder that goes by the name of the operation is t alone, and the range is that of t; D[h, h]
+then is a part of e like the T_s t_s.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ import abc
 from jaxtyping import Float
 from torch import Tensor
 
+from lipbounds.compose.taylor.coefficient import Coefficient
 from lipbounds.compose.taylor.model import Range, Ranges, Value
+from lipbounds.compose.taylor.second import SECOND
 
 
 class Operation(abc.ABC):
@@ -38,6 +42,26 @@ class Operation(abc.ABC):
     def moves(self) -> bool:
         """Whether there is a remainder: not where the input of the operation does not move."""
         return self.name in self.output.coefficients
+
+    @property
+    def second(self) -> bool:
+        """Whether the remainder is t: the second order is a coefficient of its own."""
+        return self.output.second
+
+    @abc.abstractmethod
+    def bend(self) -> Coefficient | None:
+        """B as a coefficient with a column for every pair of inputs; None: 0."""
+
+    def bent(self, coefficients: dict[str, Coefficient]) -> Value:
+        """The output before its own remainder: with B in the second order, where that is followed.
+
+        Args:
+            coefficients: of the linearisation, f(c) + f'(c) (u - c).
+        """
+        own = self.bend() if SECOND in coefficients else None
+        if own is None:
+            return Value(coefficients)
+        return Value(coefficients | {SECOND: coefficients[SECOND].plus(own)})
 
     @abc.abstractmethod
     def measure(self, ranges: Ranges) -> Range:

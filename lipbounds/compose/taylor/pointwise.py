@@ -3,6 +3,7 @@ r"""Activations at every entry: y = f(u), u = c + C h + e, |C h| <= U, |e| <= W,
 Smooth f: the remainder is at most sup |f''| a^2 / 2 over [c - a, c + a]. Second order: v . B[h, h] =
 1/2 sum_i v_i f''(c_i) (C_i h)^2, v . X_s[q, h] = sum_i v_i f''(c_i) (T_i q)(C_i h). Beyond: |v_i| ( |f''(c_i)| W^2 / 2
 + sup |f'''| a^3 / 6 ), summed, or the largest factor of a^2 (of W^2) times a bound on the sum of all squares.
+Without the second order, |t| <= |f''(c)| (U W + W^2 / 2) + sup |f'''| a^3 / 6.
 
 - gelu: f'' = phi(x) (2 - x^2), f''' = phi(x) (x^3 - 4 x), f'''' = -phi(x) (x^4 - 7 x^2 + 4). So |f''| is largest on an
   interval at an end, at 0 or at +-2, and |f'''| at an end or at +-sqrt((7 +- sqrt 33) / 2). At the float next to such
@@ -29,6 +30,7 @@ from torch import Tensor
 from lipbounds.compose.taylor.coefficient import TINY, Coefficient, exact, norm_upper, weighted_product
 from lipbounds.compose.taylor.model import CENTRE, Range, Ranges, Value
 from lipbounds.compose.taylor.operation import Operation
+from lipbounds.compose.taylor.second import products
 from lipbounds.errors import Unsupported
 from lipbounds.ops.activations import ACTIVATIONS, SLOPE_ERROR
 from lipbounds.rounding import UNIT_ROUNDOFF, inflate
@@ -93,12 +95,20 @@ class SmoothPointwise(Operation):
         second_bound = self._rule.largest[0]
         slope = Coefficient(ACTIVATIONS[activation].slope(c).unsqueeze(0), inflate(second_bound * off + SLOPE_ERROR, 4))
         coefficients = {k: p.times(slope, torch.mul, 2) for k, p in value.coefficients.items() if k != CENTRE}
-        self.output = Value({CENTRE: activated(activation, value)} | coefficients).with_outputs(name)
         self._second = self._rule.second(c)
         self._second_error = inflate(self._rule.largest[1] * off + SLOPE_ERROR, 4)
+        self.output = self.bent({CENTRE: activated(activation, value)} | coefficients).with_outputs(name)
+
+    def bend(self) -> Coefficient:
+        """f''(c) (C h)^2 / 2."""
+        part = self.value.linear
+        weights = Coefficient(self._second.unsqueeze(0) / 2, self._second_error / 2)
+        return products(part, part, torch.mul, 2).times(weights, torch.mul, 2)
 
     def measure(self, ranges: Ranges) -> Range:
         """See the top of this file."""
+        if self.second:
+            return self._measure_third(ranges)
         c = self.value.centre
         change = inflate(ranges.total(self.value, 0), 2)
         wide = inflate(change + self.value.centre_error, 4) + 2 * UNIT_ROUNDOFF * c.abs()
@@ -107,6 +117,25 @@ class SmoothPointwise(Operation):
         # sum of squares of bend a^2 / 2, the sum of a^2 being bounded as a whole.
         energy = inflate((bend * change / 2).flatten(1).amax(1) * ranges.total(self.value, c.dim()), 4)
         return Range(ball=torch.minimum(norm_upper(box), energy), box=box)
+
+    def _measure_third(self, ranges: Ranges) -> Range:
+        """Of t; the ball also by the largest factor of W and of a, and the norms of all W and all a."""
+        c = self.value.centre
+        first, rest = ranges.linear_and_rest(self.value, 0)
+        mixed = (self._second.abs() + self._second_error) * (first + rest / 2)
+        turn = self._turn(ranges) * (first + rest).square() / 6
+        box = inflate(mixed * rest + turn * (first + rest), 16).flatten(1)
+        all_first, all_rest = ranges.linear_and_rest(self.value, c.dim())
+        energy = mixed.flatten(1).amax(1) * all_rest + turn.flatten(1).amax(1) * (all_first + all_rest)
+        box, energy = (part.nan_to_num(nan=torch.inf) for part in (box, inflate(energy, 16)))
+        return Range(ball=torch.minimum(norm_upper(box), energy), box=box)
+
+    def _turn(self, ranges: Ranges) -> Tensor:
+        """sup |f'''| over all that an entry may become."""
+        c = self.value.centre
+        change = ranges.total(self.value, 0)
+        wide = inflate(change + self.value.centre_error, 8) + 2 * UNIT_ROUNDOFF * c.abs()
+        return _sup(self._rule.third, self._rule.peaks[1], self._rule.largest[1], c - wide, c + wide)
 
     def _weights(self, rows: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
         """v_i f''(c_i), with its error."""
@@ -127,9 +156,7 @@ class SmoothPointwise(Operation):
         """See the top of this file."""
         c = self.value.centre
         first, rest = ranges.linear_and_rest(self.value, 0)
-        change = inflate(first + rest, 2)
-        wide = inflate(change + self.value.centre_error, 4) + 2 * UNIT_ROUNDOFF * c.abs()
-        turn = _sup(self._rule.third, self._rule.peaks[1], self._rule.largest[1], c - wide, c + wide)
+        change, turn = inflate(first + rest, 2), self._turn(ranges)
         bend = (self._second.abs() + self._second_error) / 2
         all_of_it, all_rest = ranges.total(self.value, c.dim()), ranges.linear_and_rest(self.value, c.dim())[1]
         size = rows.abs() + error.unsqueeze(1)
@@ -157,6 +184,9 @@ class Relu(Operation):
         self.slope = (c > 0).to(c.dtype)
         coefficients = {k: p.times(exact(self.slope.unsqueeze(0)), torch.mul, 2) for k, p in value.coefficients.items()}
         self.output = Value(coefficients | {CENTRE: activated("relu", value)}).with_outputs(name)
+
+    def bend(self) -> None:
+        """None: there is no second order."""
 
     def measure(self, ranges: Ranges) -> Range:
         """See the top of this file; 2 |error of c| pays for a slope on the wrong side."""

@@ -41,6 +41,9 @@ class Rounded(Operation):
         box = inflate(box, 2 * len(coefficients) + 8).flatten(1)
         return Range(ball=norm_upper(box), box=box)
 
+    def bend(self) -> None:
+        """None: rho is counted as a whole."""
+
     def quadratic(self, rows: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
         """None: rho is counted as a whole."""
         inputs = len(self.value.linear.matrix)

@@ -26,6 +26,18 @@ sum_j P_j (v_j - v . P) (T_j q)(C_j h). Beyond: with x = d - mu_t,
 
 |v_j - E_t v| <= V_j by the same maximum as D_j; and 1/2 sum_j P_j (v_j - v . P) e_j^2, term by term or with the largest
 factor and |e|^2.
+
+Without the second order, entry by entry with x = d - mu_t,
+
+    t_j = P_j ((C_j h) e_j - E[(C h) e]) + P_j (e_j^2 - E[e^2]) / 2
+          + int (1 - t)^2 / 2 P_t,j (x_j^3 - 3 x_j w_t - E_t x^3) dt.
+
+With s and s_e the deviations of C h and e under P, E|(C h) e| <= s s_e, |E_t x^3| <= D w, E_t |x|^3 <= D w (D the
+largest D_j) and E_t |x| <= w^(1/2):
+
+- entry: P_j (U_j W_j + s s_e) + P_j max(W_j^2, s_e^2) / 2 + up_j (D_j^3 + 3 D_j w + D w) / 6.
+- row: 2 s s_e + s_e^2 + (2 D w + 3 w^(3/2)) / 6, and never more than |q| + |B| <= |q| + s^2.
+- all rows: the first two parts as they are; the third is a factor of w^(1/2), whose squares are bounded as a whole.
 """
 
 from __future__ import annotations
@@ -39,6 +51,7 @@ from lipbounds.compose.taylor.ball import Ball
 from lipbounds.compose.taylor.coefficient import Coefficient, largest_eigenvalue, norm_upper, weighted_product
 from lipbounds.compose.taylor.model import CENTRE, Range, Ranges, Value
 from lipbounds.compose.taylor.operation import Operation
+from lipbounds.compose.taylor.second import products
 from lipbounds.ops._rows import SMALLEST_NORMAL
 from lipbounds.ops.capped_mean import largest_mean
 from lipbounds.rounding import EXP_ULPS, UNIT_ROUNDOFF, gamma, inflate
@@ -57,6 +70,7 @@ class _Movement:
         upper: up.
         deviation: D.
         variance: w.
+        own: s, the part of the deviation that C h makes.
     """
 
     first: Tensor
@@ -64,6 +78,7 @@ class _Movement:
     upper: Tensor
     deviation: Tensor
     variance: Tensor
+    own: Tensor
 
 
 class Softmax(Operation):
@@ -95,7 +110,7 @@ class Softmax(Operation):
         )
         self.centred = moving.each(self._centred)
         coefficients = {k: p.times(self.map, torch.mul, 2) for k, p in self.centred.coefficients.items()}
-        output = Value({CENTRE: self.map} | coefficients)
+        output = self.bent({CENTRE: self.map} | coefficients)
         self.output = output.with_term(name, self._columns()) if output.moves else output
         self._grams: tuple[Tensor, Tensor] | None = None
 
@@ -118,6 +133,12 @@ class Softmax(Operation):
         error = torch.full_like(self._logits, 2 * UNIT_ROUNDOFF)
         return Coefficient(columns.reshape(-1, *shape), error)
 
+    def bend(self) -> Coefficient:
+        """P ((C h)^2 - E[(C h)^2]) / 2."""
+        part = self.centred.linear
+        square = self._centred(products(part, part, torch.mul, 2)).times(self.map, torch.mul, 2)
+        return Coefficient(square.matrix / 2, square.error / 2)
+
     # -- over the balls ---------------------------------------------------------------------------------------------
 
     def measure(self, ranges: Ranges) -> Range:
@@ -130,8 +151,39 @@ class Softmax(Operation):
         box = torch.minimum(inflate(box, 8).nan_to_num(nan=torch.inf), inflate(most, 4))
         rows = torch.minimum(norm_upper(box), moved.variance).flatten(1)
         energy = self._energy(ranges, moved)
+        if self.second:
+            return self._measure_third(moved, box, rows.unflatten(1, moved.variance.shape[1:]), energy)
         ball = torch.minimum(norm_upper(rows), inflate((moved.variance.flatten(1).amax(1) * energy).sqrt(), 4))
         return Range(ball=ball.nan_to_num(nan=torch.inf), box=box.flatten(1), groups=rows)
+
+    def _measure_third(self, moved: _Movement, box: Tensor, rows: Tensor, energy: Tensor) -> Range:
+        """Of t.
+
+        Args:
+            moved: the rows over the balls.
+            box: on the entries of q.
+            rows: on the l2 norms of its rows.
+            energy: on the sum of the variances of all rows.
+        """
+        sizes, rest, own = self.map.sizes, moved.rest, moved.own
+        other = inflate((sizes * rest.square()).sum(-1).sqrt(), rest.shape[-1] + 8)
+        both, squares = (own * other).unsqueeze(-1), other.square().unsqueeze(-1)
+        variance, largest = moved.variance.unsqueeze(-1), moved.deviation.amax(-1, keepdim=True)
+        second = sizes * (moved.first * rest + both + torch.maximum(rest.square(), squares) / 2)
+        cubes = moved.deviation * (moved.deviation.square() + 3 * variance) + largest * variance
+        entries = inflate(second + moved.upper * cubes / 6, 24).nan_to_num(nan=torch.inf)
+        bent = sizes * torch.maximum(moved.first, own.unsqueeze(-1)).square() / 2
+        entries = torch.minimum(entries, inflate(box + bent, 8))
+        root = moved.variance.sqrt()
+        middle, factor = (
+            inflate(2 * own * other + other.square(), 8),
+            (2 * largest.squeeze(-1) * root + 3 * root**2) / 6,
+        )
+        whole = inflate(middle + factor * root, 16).nan_to_num(nan=torch.inf)
+        whole = torch.minimum(torch.minimum(whole, norm_upper(entries)), inflate(rows + own.square(), 4)).flatten(1)
+        shared = norm_upper(middle.flatten(1)) + factor.flatten(1).amax(1) * energy.sqrt()
+        ball = torch.minimum(norm_upper(whole), inflate(shared, 16).nan_to_num(nan=torch.inf))
+        return Range(ball=ball, box=entries.flatten(1), groups=whole)
 
     def _gram(self) -> tuple[Tensor, Tensor]:
         """Gram matrices of the rows of C, centred, and their error, [heads, n, m, m]."""
@@ -155,9 +207,10 @@ class Softmax(Operation):
         weighted = root.unsqueeze(-1) * gram * root.unsqueeze(-2)
         weighted_error = norm_upper((root.unsqueeze(-1) * error * root.unsqueeze(-2)).flatten(-2))
         own = largest_eigenvalue(weighted) + inflate(weighted_error, 8)
-        spread = ranges.radii[:, None, None] * own.sqrt() + largest_mean(rest.square(), upper).sqrt()
+        linear = inflate(ranges.radii[:, None, None] * own.sqrt(), 8)
+        spread = linear + largest_mean(rest.square(), upper).sqrt()
         variance = inflate(torch.minimum(variance, spread.square()), 16)
-        return _Movement(first, rest, upper, inflate(deviation, 4), variance.nan_to_num(nan=torch.inf))
+        return _Movement(first, rest, upper, inflate(deviation, 4), variance.nan_to_num(nan=torch.inf), linear)
 
     def _odds(self, ranges: Ranges, first: Tensor, rest: Tensor) -> Tensor:
         """rho, [radii, heads, n, m, m]."""
@@ -276,7 +329,7 @@ class Softmax(Operation):
         for sign in (1, -1):
             root = (sign * weights).clamp(min=0).sqrt()
             norms = torch.maximum(norms, largest_eigenvalue(gram * root.unsqueeze(-1) * root.unsqueeze(-2)))
-        first = ranges.per_radius(ranges.radii.square(), inflate((norms + slack) / 2, 4))
+        first = ranges.per_radius(ranges.radii.square(), inflate((norms + slack) / 2, 4)) * (not self.second)
         size = (v.abs() + off[:, None, None, None]).flatten(1)
         mixed = (map_.sizes * moved.first * moved.rest).flatten(1) @ size.mT
         return inflate(first + mixed + self.beyond(rows, error, ranges), 2 * rows.shape[1] + 8).nan_to_num(
