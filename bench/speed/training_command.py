@@ -1,4 +1,4 @@
-"""`python -m bench training`: what JaSMin adds to a training step."""
+"""`python -m bench training`: what penalties add to a training step."""
 
 from __future__ import annotations
 
@@ -56,13 +56,15 @@ def _report(data: dict[str, Any], command: str, state: str) -> str:
         if here["device"] == "cpu"
         else "time between events on the card"
     )
-    rows = target_rows([{**row, "method": "JaSMin"} for row in data["rows"]])
+    rows = target_rows(data["rows"])
     parts = [
-        "# Training steps with JaSMin",
+        "# Training steps with a penalty",
         f"Made by `{command}`; nothing here is written by hand.",
         "A step of SGD in float32, forward and backward, with the penalty at its defaults, by one without, in turns "
         f"in one process: median, and in brackets the quartiles, of the ratio of costs ({counted}), on "
         f"{here['hardware']} with {here['threads']} {'thread' if here['threads'] == 1 else 'threads'}.",
+        "JaSMin is the penalty of Yudin et al. 2025. `SharpPenalty` is an estimate of the mean of `sharp_cheap` over "
+        "layers and inputs, from those that are drawn at each step: no bound.",
         table(["model", "name", "target", "ratio", "met", "seconds"], rows),
         "## Environment",
         f"- {state}",
@@ -84,7 +86,7 @@ def migrated(old: Old) -> Showing:
 
 TASK = Task(
     name="training",
-    help="what JaSMin adds to a training step",
+    help="what penalties add to a training step",
     measure=measure,
     pages=pages,
     takes=frozenset({"quick", "force", "results", "device"}),

@@ -1,4 +1,4 @@
-"""Training steps with JaSMin beside the same without, on models of several sizes."""
+"""Training steps with a penalty beside the same without, on models of several sizes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.speed.plan import JASMIN_LIMIT, SHARP_LIMIT
 from bench.speed.timing import side_by_side
 from bench.workloads.architectures import image
 from lipbounds.models.digits_data import load_digits_split
@@ -81,7 +82,55 @@ MODELS = {
 }
 
 
-def measured(name: str, *, repeats: int, enough: float, device: torch.device) -> dict[str, Any]:
+@dc.dataclass(frozen=True, kw_only=True)
+class Penalised:
+    """A penalty that is added to the loss of one of the models.
+
+    Args:
+        title: for the table.
+        limit: of a step with it, in steps without.
+        models: names of `MODELS` that it is measured on.
+        collect: what collects the penalty of a model inside a `with` block.
+    """
+
+    title: str
+    limit: float
+    models: tuple[str, ...]
+    collect: Callable[[Any], Any]
+
+
+def _jasmin(model: nn.Module) -> Any:
+    from lipbounds.jasmin import JaSMin  # its imports take seconds
+
+    return JaSMin(model)
+
+
+def _sharp(inputs: int | None = None) -> Callable[[Any], Any]:
+    def collect(model: Any) -> Any:
+        from lipbounds.sharp_penalty import SharpPenalty
+
+        layers = model.layers if hasattr(model, "layers") else model.encoder.layer
+        return SharpPenalty([layer.attention for layer in layers], inputs=inputs)
+
+    return collect
+
+
+JASMIN = "JaSMin"
+PENALTIES = {
+    JASMIN: Penalised(title="", limit=JASMIN_LIMIT, models=tuple(MODELS), collect=_jasmin),
+    "SharpPenalty": Penalised(
+        title=", one layer drawn", limit=SHARP_LIMIT, models=("vit-s-16", "vit-b-16"), collect=_sharp()
+    ),
+    "SharpPenalty(inputs=1)": Penalised(
+        title=", one layer and one image drawn",
+        limit=SHARP_LIMIT,
+        models=("vit-s-16",),
+        collect=_sharp(inputs=1),
+    ),
+}
+
+
+def measured(name: str, *, repeats: int, enough: float, device: torch.device, penalty: str = JASMIN) -> dict[str, Any]:
     """Cost of a step of SGD with the penalty (its defaults) by that of one without, in turns.
 
     Args:
@@ -89,10 +138,9 @@ def measured(name: str, *, repeats: int, enough: float, device: torch.device) ->
         repeats: how many times each is timed at most.
         enough: seconds of the cost of all repeats, after which no further one is begun.
         device: where it runs.
+        penalty: of `PENALTIES`.
     """
-    from lipbounds.jasmin import JaSMin  # its imports take seconds
-
-    trained = MODELS[name]
+    trained, collect = MODELS[name], PENALTIES[penalty].collect
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(START_SEED)
         model = trained.model().train().to(device)
@@ -106,8 +154,8 @@ def measured(name: str, *, repeats: int, enough: float, device: torch.device) ->
 
     def penalised() -> None:
         optimizer.zero_grad()
-        with JaSMin(model) as penalty:
-            loss = trained.loss(model, *inputs) + WEIGHT * penalty.penalty()
+        with collect(model) as reg:
+            loss = trained.loss(model, *inputs) + WEIGHT * reg.penalty()
             loss.backward()
         optimizer.step()
 

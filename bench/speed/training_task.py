@@ -1,4 +1,4 @@
-"""What JaSMin adds to a training step, for several models."""
+"""What penalties add to a training step, for several models."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import torch
 
 from bench.engine.answers import Shown
 from bench.engine.store import Store
-from bench.speed.plan import JASMIN_LIMIT
 from bench.speed.task import place
-from bench.speed.training_steps import MODELS, measured
+from bench.speed.training_steps import JASMIN, MODELS, PENALTIES, measured
 
 
 VERSION = 1  # of what is measured here: raise it when it changes
@@ -36,13 +35,14 @@ def run(
         advance: called before each model with its name.
     """
     repeats, enough = REPEATS[profile]
-    for name, trained in MODELS.items():
+    for penalty, name in ((penalty, name) for penalty, each in PENALTIES.items() for name in each.models):
         if profile == "quick" and name != "digits-vit":
             continue
-        advance(trained.title)
+        advance(f"{penalty}, {MODELS[name].title}")
+        asked = {"task": "training", "version": VERSION, "model": name, "repeats": repeats, "enough": enough}
         answers.ask(
-            {"task": "training", "version": VERSION, "model": name, "repeats": repeats, "enough": enough},
-            lambda n=name: measured(n, repeats=repeats, enough=enough, device=device),
+            asked if penalty == JASMIN else {**asked, "penalty": penalty},
+            lambda n=name, p=penalty: measured(n, repeats=repeats, enough=enough, device=device, penalty=p),
             rest=lambda: place(device),
             force=force,
         )
@@ -54,9 +54,11 @@ def shown(found: Shown) -> dict[str, Any]:
     Args:
         found: the answers of a run.
     """
-    rows = [
-        {"model": row["model"], "title": MODELS[row["model"]].title, "limit": JASMIN_LIMIT, "answer": row}
-        for row in found.select(task="training")
-    ]
+    rows = []
+    for row in found.select(task="training"):
+        method = row.get("penalty", JASMIN)
+        penalty = PENALTIES[method]
+        title = MODELS[row["model"]].title + penalty.title
+        rows.append({"model": row["model"], "method": method, "title": title, "limit": penalty.limit, "answer": row})
     here = {name: rows[0]["answer"][name] for name in ("device", "hardware", "threads", "torch", "python")}
     return {"place": here, "rows": rows}

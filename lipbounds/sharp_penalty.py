@@ -1,0 +1,135 @@
+"""The sharp bound as a penalty in training: an estimate of `sharp_cheap` at layers and inputs drawn at each step.
+
+`sharp_estimate` is the formula of `sharp_cheap` in the dtype of the block, without rounding and with norms as found: no
+bound, as a penalty need not be one. The bound itself has a gradient, too: `lipbounds.bounds.sharp_cheap(block,
+grad=True)`, in float64, at many times the price. Each step takes the mean over layers and inputs that are drawn with
+equal probability, which is an unbiased estimate of the mean over all, as the loss of a batch is of that of a data set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lipbounds.capture.run import capture
+from lipbounds.derivatives.first.sharp_estimate import sharp_estimate as sharp_estimate
+from lipbounds.errors import InvalidInput
+
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class SharpPenalty:
+    """Mean of `sharp_estimate` over some attention layers and inputs, drawn anew whenever the `with` block is entered.
+
+        with SharpPenalty(layer.attention for layer in model.layers) as reg:
+            loss = task_loss(model(inputs), targets) + weight * reg.penalty()
+
+    It is an estimate and no bound. The layers that were drawn run once more, in evaluation mode, at the inputs that
+    they had in the model; its gradient reaches their weights and all that came before them.
+
+    Args:
+        modules: each with one attention block that `lipbounds.capture` finds, and whose first argument is its input.
+        layers: how many of them are drawn.
+        inputs: how many inputs of the batch are drawn; None for all.
+        generator: that draws; None for the default one.
+
+    Raises:
+        InvalidInput: there are no modules, or fewer than `layers`, or a number is below 1.
+    """
+
+    def __init__(
+        self,
+        modules: Iterable[nn.Module],
+        *,
+        layers: int = 1,
+        inputs: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self.modules = list(modules)
+        if not 1 <= layers <= len(self.modules):
+            raise InvalidInput(f"layers must be from 1 to the number of modules, {len(self.modules)}, got {layers=}.")
+        if inputs is not None and inputs < 1:
+            raise InvalidInput(f"inputs must be at least 1 or None, got {inputs=}.")
+        self.layers, self.inputs, self.generator = layers, inputs, generator
+        self.drawn: list[int] = []
+        self._calls: dict[int, Call] = {}
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> SharpPenalty:
+        self._calls = {}
+        self.drawn = torch.randperm(len(self.modules), generator=self.generator)[: self.layers].tolist()
+        for index in self.drawn:
+            hook = partial(self._keep, index)
+            self._handles.append(self.modules[index].register_forward_pre_hook(hook, with_kwargs=True))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._calls = {}
+        self._stop()
+
+    def penalty(self) -> Float[Tensor, ""]:
+        """The mean over the layers and inputs that were drawn, at the last forward pass of the model.
+
+        Raises:
+            InvalidInput: a layer that was drawn did not run, or has not exactly one attention block.
+            Unsupported: its attention is none that `sharp_estimate` takes.
+        """
+        self._stop()  # the layers run again below
+        found = [self._of_layer(index) for index in self.drawn]
+        return torch.stack(found).mean()
+
+    def _keep(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        del module
+        self._calls[index] = (args, kwargs)
+
+    def _stop(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _of_layer(self, index: int) -> Float[Tensor, ""]:
+        if index not in self._calls:
+            raise InvalidInput(
+                f"modules[{index}] must run inside the `with` block before penalty() is called; run the model first, "
+                "and give modules of that model."
+            )
+        args, kwargs = self._chosen(*self._calls[index])
+        with _evaluated(self.modules[index]) as module:
+            blocks = list(capture(module, *args, **kwargs))
+        if len(blocks) != 1:
+            raise InvalidInput(f"modules[{index}] must have one attention block, got {len(blocks)}; give each its own.")
+        return sharp_estimate(blocks[0].attention).mean()
+
+    def _chosen(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """The arguments at some of the inputs: all tensors that have as many as the first one."""
+        first = next((each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)), None)
+        if self.inputs is None or first is None or self.inputs >= len(first):
+            return args, kwargs
+        count = len(first)
+        rows = torch.randperm(count, generator=self.generator)[: self.inputs].to(first.device)
+
+        def some(value: Any) -> Any:
+            return value[rows] if isinstance(value, Tensor) and value.dim() and len(value) == count else value
+
+        return tuple(some(each) for each in args), {name: some(each) for name, each in kwargs.items()}
+
+
+@contextmanager
+def _evaluated(module: nn.Module) -> Iterator[nn.Module]:
+    """The module in evaluation mode, and each part as it was afterwards."""
+    parts = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield module
+    finally:
+        for part in parts:
+            part.training = True
