@@ -356,9 +356,10 @@ LARGER_PROFILES = {
         weak_steps=10,
         pace=Pace(batch=64, rate=3e-3),
     ),
-    # Few settings rather than few seeds: a baseline that is trained on with JaSMin and, as the control, without.
+    # Few settings rather than few seeds: JaSMin from a random start, and a baseline that is trained on with JaSMin, with
+    # PGD and, as the control, with neither. AutoAttack, which costs most, on the models of one seed.
     "standard": Profile(
-        settings=(BASELINE, CONTROL, "jasmin tuned 0.3", "jasmin tuned 3"),
+        settings=(BASELINE, "jasmin 0.3", CONTROL, "jasmin tuned 0.3", "jasmin tuned 3", "pgd tuned"),
         seeds=(0, 1, 2, 3, 4),
         epochs=15,
         images=100,
@@ -369,6 +370,7 @@ LARGER_PROFILES = {
         pace=Pace(batch=64, rate=3e-3),
         tuning_epochs=5,
         way=None,
+        standard_seeds=(0,),
     ),
     # Two hours of one core with 5,000 images: the two parts of AutoAttack that find nearly all on every model, and all
     # four on those of one seed.
