@@ -356,8 +356,8 @@ LARGER_PROFILES = {
         weak_steps=10,
         pace=Pace(batch=64, rate=3e-3),
     ),
-    # Few settings rather than few seeds: JaSMin from a random start, and a baseline that is trained on with JaSMin, with
-    # PGD and, as the control, with neither. AutoAttack, which costs most, on the models of one seed.
+    # Few settings rather than few seeds: JaSMin from a random start, and a baseline trained on with JaSMin or PGD
+    # and, as the control, with neither. AutoAttack, which costs most, on the models of one seed.
     "standard": Profile(
         settings=(BASELINE, "jasmin 0.3", CONTROL, "jasmin tuned 0.3", "jasmin tuned 3", "pgd tuned"),
         seeds=(0, 1, 2, 3, 4),
