@@ -18,7 +18,8 @@ from lipbounds.models.lipschitz_vit import load_certified_vit, load_lipschitz_vi
 from lipbounds.targets.layers import Sequence
 
 
-MNIST = "mnist-vit"
+MNIST, MNIST_3 = "mnist-vit", "mnist-vit-3"
+PEERS = {MNIST: 1, MNIST_3: 3}  # ViTs on MNIST from the folder of DeepT, by their number of layers
 CLASSIFIERS: dict[str, Callable[[], nn.Module]] = {
     "certified-vit": load_certified_vit,
     "lipschitz-vit": load_lipschitz_vit,
@@ -30,17 +31,17 @@ def load(name: str, device: torch.device, peer: Path | None = None) -> Classifie
     """A classifier by its name.
 
     Args:
-        name: in `CLASSIFIERS`, or `MNIST`.
+        name: in `CLASSIFIERS`, or in `PEERS`.
         device: where the model and the images are.
-        peer: the folder of the ViT on MNIST.
+        peer: the folder of the ViTs on MNIST.
 
     Raises:
-        InvalidInput: `MNIST` without a folder.
+        InvalidInput: one of `PEERS` without a folder.
     """
-    if name == MNIST:
+    if name in PEERS:
         if peer is None:
-            raise InvalidInput(f"{MNIST} needs the folder of its weights; pass --deept FOLDER.")
-        return load_mnist(peer, device)
+            raise InvalidInput(f"{name} needs the folder of its weights; pass --deept FOLDER.")
+        return load_mnist(peer, device, PEERS[name])
     split, model = load_digits_split().test, CLASSIFIERS[name]().to(device)
     images = split.images.to(device)
     return Classifier(

@@ -16,6 +16,7 @@ from bench.attacks.smallest import Effort, smallest_found
 from bench.certified.classifier import Classifier
 from bench.engine.store import Answer, Store
 from lipbounds.certify import Method, certify
+from lipbounds.compose.taylor.ball import Norm
 from lipbounds.compose.taylor.second import LARGEST_SQUARE
 from lipbounds.smoothing import certify_smoothed
 from lipbounds.targets.layers import Sequence
@@ -24,6 +25,7 @@ from lipbounds.targets.layers import Sequence
 RADIUS_VERSION = 1  # of certified radii: raise it when numbers change
 SEARCH = "ray with steep rises, of what is read"  # how slopes on balls become a radius: lipbounds.compose.ray
 VALUES = "to second order"  # how Taylor models follow small inputs: lipbounds.compose.taylor.second
+OTHER_NORMS: tuple[Norm, ...] = ("l_inf", "l1")
 METHODS: tuple[Method, ...] = ("taylor", "joint", "product")
 ATTACK_SEED = 0
 EFFORT = Effort(iterations=20, fab_targets=4, apgd_targets=2)
@@ -40,6 +42,7 @@ class Amount:
         smoothed: of those, how many have a radius by smoothing.
         attacked: of those, how many are attacked.
         radii: of the attacks.
+        other_norms: of those, how many are certified in the maximum norm and in the sum norm, too.
     """
 
     images: int
@@ -47,12 +50,14 @@ class Amount:
     smoothed: int = 0
     attacked: int = 0
     radii: tuple[float, ...] = ()
+    other_norms: int = 0
 
     @property
     def pieces(self) -> int:
         """Number of calls of `advance`."""
         attacks = len(self.radii) + 1 if self.attacked else 0
-        return self.images + self.slower * (len(METHODS) - 1) + self.smoothed + attacks
+        other_norms = self.other_norms * len(OTHER_NORMS)
+        return self.images + other_norms + self.slower * (len(METHODS) - 1) + self.smoothed + attacks
 
 
 def measure(
@@ -91,6 +96,13 @@ def measure(
             elif found.images[0].numel() <= LARGEST_SQUARE:
                 question["values"] = VALUES
             answers.ask(question, lambda g=given, m=method: certificate(built(), *g, m), force=force)
+    for norm in OTHER_NORMS:
+        for index in range(amount.other_norms):
+            advance(f"{shared['model']}: taylor in {norm}, image {index}")
+            given = found.images[index : index + 1], found.labels[index : index + 1]
+            question = {**shared, "what": "radius", "version": RADIUS_VERSION, "method": "taylor", "norm": norm}
+            question["image"] = found.indices[index]
+            answers.ask(question, lambda g=given, n=norm: certificate(built(), *g, "taylor", n), force=force)
     for index in range(amount.smoothed):
         advance(f"{shared['model']}: smoothing, image {index}")
         given = found.images[index : index + 1], found.labels[index : index + 1]
@@ -108,7 +120,7 @@ def measure(
         answers.ask(question, lambda: smallest(found.model, *chosen), force=force)
 
 
-def certificate(network: Sequence, image: Tensor, label: Tensor, method: Method) -> Answer:
+def certificate(network: Sequence, image: Tensor, label: Tensor, method: Method, norm: Norm = "l2") -> Answer:
     """A proved radius, with what a short attack found inside it: another class there raises.
 
     Args:
@@ -116,11 +128,12 @@ def certificate(network: Sequence, image: Tensor, label: Tensor, method: Method)
         image: a batch of one.
         label: its class.
         method: of `certify`.
+        norm: of the balls.
     """
     start = time.process_time()
-    found = certify(network, image, label, method=method, unit="pixels in [0, 1]")
+    found = certify(network, image, label, method=method, norm=norm, unit="pixels in [0, 1]")
     seconds = time.process_time() - start
-    checked = certify_attacked(network, image, label, float(found.radius))
+    checked = certify_attacked(network, image, label, float(found.radius), norm)
     return {
         "radius": float(found.radius),
         "correct": bool(found.correct),
@@ -131,7 +144,7 @@ def certificate(network: Sequence, image: Tensor, label: Tensor, method: Method)
     }
 
 
-def certify_attacked(network: Sequence, image: Tensor, label: Tensor, radius: float) -> float | None:
+def certify_attacked(network: Sequence, image: Tensor, label: Tensor, radius: float, norm: Norm = "l2") -> float | None:
     """The smallest margin that an attack found within the radius; None for radius 0.
 
     Args:
@@ -139,10 +152,13 @@ def certify_attacked(network: Sequence, image: Tensor, label: Tensor, radius: fl
         image: a batch of one.
         label: its class.
         radius: certified.
+        norm: of the ball.
     """
     from lipbounds.compose.attack import smallest_margin
 
-    return smallest_margin(network.to(torch.float64), image[0].double(), int(label), radius) if radius > 0 else None
+    if not radius > 0:
+        return None
+    return smallest_margin(network.to(torch.float64), image[0].double(), int(label), radius, norm=norm)
 
 
 def smoothed(model: nn.Module, image: Tensor, label: Tensor) -> Answer:

@@ -10,13 +10,23 @@ METHODS = ("taylor", "joint", "product")
 
 
 def certified(model: Data, method: str) -> list[Data]:
-    """The rows of one method.
+    """The rows of one method in the l2 norm.
 
     Args:
         model: of the data of the page.
         method: of `certify`.
     """
-    return [row for row in model["certificates"] if row["method"] == method]
+    return in_norm([row for row in model["certificates"] if row["method"] == method], "l2")
+
+
+def in_norm(rows: list[Data], norm: str) -> list[Data]:
+    """The rows of one norm.
+
+    Args:
+        rows: certified or published.
+        norm: of the balls.
+    """
+    return [row for row in rows if row.get("norm", "l2") == norm]
 
 
 def share_of(rows: list[Data], radius: float) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import mean, median
 from typing import Any
 
-from bench.certified.shares import METHODS, certified, left_by_smallest, share_of
+from bench.certified.shares import METHODS, certified, in_norm, left_by_smallest, share_of
 from bench.pages.formatting import figure, table
 from bench.pages.page import folded, page
 
@@ -16,6 +16,7 @@ TITLES = {
     "lipschitz-vit": "ViT made to be certified",
     "digits-vit": "ViT trained as usual",
     "mnist-vit": "ViT on MNIST with radii published by DeepT",
+    "mnist-vit-3": "ViT on MNIST with three layers",
 }
 
 
@@ -75,6 +76,7 @@ def _distances(model: Data) -> list[float]:
 
 def _classifier(name: str, model: Data) -> list[str]:
     parts = [f"## {TITLES.get(name, name)} (`{name}`)", _methods(model), _accuracy(model)]
+    parts += [part for norm in ("l_inf", "l1") if (part := _other_norm(model, norm))]
     if model["smoothing"]:
         parts += [_smoothing(model["smoothing"])]
     return parts
@@ -90,7 +92,7 @@ def _methods(model: Data) -> str:
             seconds = median(row["seconds"] for row in rows)
             numbers = (mean(radii), median(radii), min(radii), max(radii), seconds)
             body.append([method, "proved", len(radii), *map(figure, numbers)])
-    for row in model["published"]:
+    for row in in_norm(model["published"], "l2"):
         numbers = (row[key] for key in ("mean", "median", "smallest", "largest", "seconds"))
         body.append([f"DeepT ({row['source']})", "published", row["images"], *map(figure, numbers)])
     nearest = [one for one in _distances(model) if one > 0]
@@ -100,6 +102,22 @@ def _methods(model: Data) -> str:
     titles = ["radius by", "kind", "images", "mean", "median", "smallest", "largest", "seconds per image"]
     note = "\n\nThe published radii are of other random images of the same test set, on a GPU."
     return table(titles, body) + (note if model["published"] else "")
+
+
+def _other_norm(model: Data, norm: str) -> str:
+    """Radii in the maximum norm or in the sum norm beside the published ones; nothing if there are none."""
+    rows = in_norm([row for row in model["certificates"] if row["method"] == "taylor"], norm)
+    radii = [row["radius"] for row in rows if row["correct"]]
+    if not radii:
+        return ""
+    numbers = (mean(radii), median(radii), min(radii), max(radii), median(row["seconds"] for row in rows))
+    body = [["taylor", "proved", len(radii), *map(figure, numbers)]]
+    for row in in_norm(model["published"], norm):
+        numbers = (row[key] for key in ("mean", "median", "smallest", "largest", "seconds"))
+        body.append([f"DeepT ({row['source']})", "published", row["images"], *map(figure, numbers)])
+    name = {"l_inf": "maximum norm (l_inf)", "l1": "sum norm (l1)"}[norm]
+    titles = [f"radius in the {name} by", "kind", "images", "mean", "median", "smallest", "largest"]
+    return table([*titles, "seconds per image"], body)
 
 
 def _accuracy(model: Data) -> str:

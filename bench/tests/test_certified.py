@@ -22,8 +22,8 @@ from lipbounds.targets.layers import AttentionLayer, Pool, Sequence
 from lipbounds.testing.recipes import Recipe, build
 
 
-def row(image: int, radius: float, correct: bool = True, method: str = "taylor") -> dict[str, Any]:
-    shared = {"image": image, "correct": correct, "seconds": 1.0, "weights": "abc", "norm": "l2", "kind": "proved"}
+def row(image: int, radius: float, correct: bool = True, method: str = "taylor", norm: str = "l2") -> dict[str, Any]:
+    shared = {"image": image, "correct": correct, "seconds": 1.0, "weights": "abc", "norm": norm, "kind": "proved"}
     return {**shared, "radius": radius, "method": method, "attacked": 0.1 if radius else None}
 
 
@@ -46,13 +46,14 @@ DATA: dict[str, Any] = {
             "published": [],
         },
         "mnist-vit": {
-            "certificates": [row(3, 1e-5)],
+            "certificates": [row(3, 1e-5), row(3, 0.02, norm="l_inf"), row(5, 0.04, norm="l_inf")],
             "attacks": [],
             "smallest": [],
             "smoothing": [],
             "published": [
                 {"source": "A, B", "mean": 0.19, "median": 0.18, "smallest": 0.05, "largest": 0.29}
-                | {"images": 100, "seconds": 8.2},
+                | {"images": 100, "seconds": 8.2, "norm": norm}
+                for norm in ("l2", "l_inf")
             ],
         },
     },
@@ -113,6 +114,9 @@ def test_an_attack_inside_a_certified_radius_is_a_violation() -> None:
     # An attack that went further than it was told is no witness.
     wrong["models"]["lipschitz-vit"]["attacks"][0]["distance"] = 0.4
     assert certified.violations(wrong) == []
+    far = copy.deepcopy(wrong)
+    far["models"]["lipschitz-vit"]["certificates"] = [row(3, 0.9, norm="l1"), row(3, 0.1)]
+    assert certified.violations(far) == []
     wrong["models"]["lipschitz-vit"]["smallest"][0]["distances"][0] = 0.299
     assert "is 0.299 away" in certified.violations(wrong)[0]
     wrong["models"]["lipschitz-vit"]["smallest"] = []
@@ -131,6 +135,9 @@ def test_the_page_and_the_figure(tmp_path: Path) -> None:
     assert ["0.2", "0.3333", "0.0000", "0.3333", "0.3333"] in cells
     assert ["0", "0.6667", "1.000", "-", "0.6667"] in cells
     assert ["DeepT (A, B)", "published", "100", "0.1900", "0.1800", "0.0500", "0.2900", "8.20"] in cells
+    assert ["taylor", "proved", "2", "0.0300", "0.0300", "0.0200", "0.0400", "1.000"] in cells
+    assert ["taylor", "proved", "1", "1.00e-05", "1.00e-05", "1.00e-05", "1.00e-05", "1.000"] in cells
+    assert page.count("| published ") == 2
     # Smoothing is in no table.
     (smoothing,) = [line for line in page.splitlines() if "median 0.6000" in line]
     assert smoothing.startswith("Smoothing, probable")
@@ -147,7 +154,7 @@ def test_every_radius_is_in_the_file_with_its_kind(tmp_path: Path) -> None:
     assert lines[0] == "model,model_hash,image,method,radius,norm,kind,correct,delta,seconds"
     assert lines[1] == "lipschitz-vit,abc,3,taylor,0.3,l2,proved,True,,1.00"
     assert lines[5] == "lipschitz-vit,abc,3,smoothing,0.6,l2,probable,True,0.001,1.00"
-    assert len(lines) == 7
+    assert len(lines) == 9
 
 
 @pytest.mark.parametrize(
