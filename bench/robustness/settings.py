@@ -359,7 +359,7 @@ LARGER_PROFILES = {
     # Few settings rather than few seeds: JaSMin from a random start, and a baseline trained on with JaSMin or PGD
     # and, as the control, with neither. AutoAttack, which costs most, on the models of one seed.
     "standard": Profile(
-        settings=(BASELINE, "jasmin 0.3", CONTROL, "jasmin tuned 0.3", "jasmin tuned 3", "pgd tuned"),
+        settings=(BASELINE, "jasmin 0.03", CONTROL, "jasmin tuned 0.3", "jasmin tuned 3", "pgd tuned"),
         seeds=(0, 1, 2, 3, 4),
         epochs=15,
         images=100,
