@@ -36,8 +36,9 @@ class Model(nn.Module):
             self.layers = nn.Sequential(*(Layer() for _ in range(3)))
 
     def forward(self, x: Tensor) -> Tensor:
-        for index in range(len(self.layers)):
-            x = x + self.layers[index](x)
+        layers: Any = self.layers
+        for layer in layers:
+            x = x + layer(x)
         return x
 
 
