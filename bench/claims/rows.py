@@ -157,6 +157,7 @@ def of_robustness(results: Path) -> list[Claim]:
         study = data.get("study", {"name": "", "about": "digits"})
         images = re.sub(r" \([^)]*\)", "", study["about"].partition(";")[0])  # without authors and licence
         of = f"ViT on {images}, {len(data['seeds'])} seed{'s' * (len(data['seeds']) > 1)}"
+        of += ", attacked by FGSM and PGD alone" * (data.get("attack") == "")
         where = f"{'_'.join(filter(None, ('robustness', study['name'])))}.md"
         titles = {key: setting["title"] for key, setting in data["settings"].items()}
         claims += [_trained(words, sign, measures, compared, of, where, titles) for words, sign, measures in TRAINED]

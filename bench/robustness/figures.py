@@ -88,7 +88,8 @@ def _rows(data: Data, summary: Data) -> Figure:
         axes.set_xlim(-3, 103)
         _plain(axes)
     panels[0][0].invert_yaxis()
-    panels[0][-1].legend(fontsize=8, frameon=False, loc="lower left")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    canvas.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=3, frameon=False)
     panels[0][0].set_title(_counted(data), loc="left", fontsize=10)
     return canvas
 
