@@ -37,6 +37,7 @@ from lipbounds.capture.replay import tensors_in
 from lipbounds.errors import InvalidInput, Unsupported
 from lipbounds.kernels.jasmin_rows import kernel_scores, kernel_takes
 from lipbounds.ops.log_g import log_g_1, log_g_ratio, scores
+from lipbounds.ops.shapes import broadcast_shape
 from lipbounds.targets.attention import Attention
 
 
@@ -346,7 +347,7 @@ class JaSMin(TorchFunctionMode):
                 key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
             wide, key = _wide(query.dtype), key.to(_wide(key.dtype))
             if mask is not None:
-                mask = mask.expand(*torch.broadcast_shapes(mask.shape[:-1], query.shape[:-1]), mask.shape[-1])
+                mask = mask.expand(*broadcast_shape((mask.shape[:-1], query.shape[:-1])), mask.shape[-1])
 
             def logits(chosen: Tensor | None) -> Tensor:
                 rows = _rows(query, chosen).to(wide) * scale

@@ -15,6 +15,7 @@ from lipbounds.capture.operands import Layout, Operand, check_constant, qkv_and_
 from lipbounds.capture.recorder import Recorder
 from lipbounds.capture.refusals import dropout_error, unsupported
 from lipbounds.capture.tracing import trace
+from lipbounds.ops.shapes import broadcast_shape
 
 
 _FUSED_DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
@@ -70,7 +71,7 @@ def traced_call(
         )
     if (query.norm is None) != (key.norm is None):
         raise unsupported(recorder.module, "queries and keys must both be normalised, got one of them alone")
-    lead = torch.broadcast_shapes(*(operand.lead for operand in chosen))
+    lead = broadcast_shape(operand.lead for operand in chosen)
     qkv, layout = qkv_and_layout(recorder, [operand.expand(lead) for operand in chosen])
     area = qkv[0].tokens.shape[-2], qkv[1].tokens.shape[-2]
     for part in qkv:

@@ -16,6 +16,7 @@ from lipbounds.capture.operands import HeadProjection, Layout, check_constant
 from lipbounds.capture.projections import Projection
 from lipbounds.capture.recorder import Recorder
 from lipbounds.capture.refusals import check_dropout, unsupported
+from lipbounds.ops.shapes import broadcast_shape
 
 
 @dc.dataclass(frozen=True, eq=False, kw_only=True)
@@ -204,7 +205,7 @@ def _merged_bias(calls: Sequence[Call], layouts: Sequence[Layout], causal: bool)
         (one if one.dim() > 2 else one[None]).expand(*one.shape[:-3], layout.heads, *area)
         for one, layout in zip(filled, layouts, strict=True)
     ]
-    lead = torch.broadcast_shapes(*(bias.shape[:-3] for bias in filled))
+    lead = broadcast_shape(bias.shape[:-3] for bias in filled)
     return torch.cat([bias.expand(*lead, *bias.shape[-3:]) for bias in filled], -3)
 
 

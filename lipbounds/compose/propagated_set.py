@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.ops.enclosure import Enclosure, diagonal, only_norm
+from lipbounds.ops.shapes import broadcast_shape
 from lipbounds.registry import BoundSpec
 from lipbounds.rounding import inflate, product
 
@@ -176,7 +177,7 @@ def norm_over_tokens(
         tokens: the largest t_i.
         whole: the largest |t|.
     """
-    factors = factors.expand(torch.broadcast_shapes(factors.shape, tokens.shape))
+    factors = factors.expand(broadcast_shape((factors.shape, tokens.shape)))
     order = factors.argsort(-1, descending=True)
     ordered = factors.gather(-1, order)
     own = product(ordered, tokens.expand(factors.shape).gather(-1, order))

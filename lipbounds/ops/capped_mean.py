@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lipbounds.ops.shapes import broadcast_shape
 from lipbounds.rounding import gamma, inflate
 
 
@@ -20,7 +21,7 @@ def largest_mean(values: Float[Tensor, "*#batch n"], caps: Float[Tensor, "*#batc
         caps: upper bounds of probabilities that sum to 1; broadcast against the values.
     """
     ordered, index = values.sort(-1, descending=True)
-    shape = torch.broadcast_shapes(caps.shape, values.shape)
+    shape = broadcast_shape((caps.shape, values.shape))
     ordered, caps = ordered.expand(shape), caps.expand(shape).gather(-1, index.expand(shape))
     before = torch.cat([torch.zeros_like(caps[..., :1]), caps.cumsum(-1)[..., :-1]], -1)
     length = values.shape[-1]
@@ -39,6 +40,6 @@ def threshold(values: Float[Tensor, "*#batch n"], weights: Float[Tensor, "*#batc
         weights: w >= 0.
     """
     ordered, index = values.sort(-1, descending=True)
-    shape = torch.broadcast_shapes(ordered.shape, weights.shape)
+    shape = broadcast_shape((ordered.shape, weights.shape))
     reached = weights.detach().expand(shape).gather(-1, index.expand(shape)).cumsum(-1) > BEYOND
     return torch.where(reached, ordered, 0.0).amax(-1)

@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 from lipbounds.bounds.sharp import sharp_work
 from lipbounds.bounds.sharp_ball import sharp_ball_work
 from lipbounds.registry import get
-from lipbounds.report.evaluation import Plan, Stage, costly_stages
+from lipbounds.report.evaluation import Plan, Stage, costly_stages, is_large
 from lipbounds.report.layer import LayerWork
 from lipbounds.targets.attention import Attention
 
 
 WORK: dict[str, Callable[[Attention], int]] = {"sharp": sharp_work, "sharp_ball": sharp_ball_work}
-BUDGET = 1e11  # floating-point operations: five seconds of one core in float64
+BUDGET = 5e10  # floating-point operations: two to three seconds of one core in float64
 LARGEST = 2.5e11  # of the most fragile layer for `sharp`, which the sentence at the top names
 
 
@@ -37,12 +37,12 @@ def within_budget(layers: Sequence[LayerWork], plan: Plan) -> list[tuple[LayerWo
             sharp.add(layer)
             left -= _work("sharp", layer)
     for layer in order if plan.sharp_ball and plan.radii else ():
-        if _work("sharp_ball", layer) <= left:
+        if not any(map(is_large, layer.items)) and _work("sharp_ball", layer) <= max(left, 0):
             sharp_ball.add(layer)
             left -= _work("sharp_ball", layer)
     chosen: list[tuple[LayerWork, Stage]] = []
     for layer in order:
-        stages = costly_stages(plan, sharp=layer in sharp, sharp_ball=layer in sharp_ball)
+        stages = costly_stages(plan, sharp=layer in sharp, sharp_ball=layer in sharp_ball, direct=layer is order[0])
         chosen += [(layer, stage) for stage in stages]
         if plan.sharp and layer not in sharp:
             layer.note(_left_out("sharp", "bound at a point", layer))
@@ -58,6 +58,9 @@ def _work(name: str, layer: LayerWork) -> int:
 
 
 def _left_out(name: str, what: str, layer: LayerWork) -> str:
+    if not _work(name, layer):  # a block too large for the differentials that are counted
+        long = "it takes half a minute or more at a block of this size"
+        return f"{name}, the tightest proved {what}, was left out: {long}; --bounds {name} computes it"
     return (
         f"{name}, the tightest proved {what}, was left out: it takes {_work(name, layer):.1e} floating-point "
         f"operations here, and the layers of an input share {BUDGET:.0e}, the most fragile first; --bounds {name} "

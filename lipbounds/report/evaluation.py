@@ -103,6 +103,7 @@ class Stage:
         radius: of the ball.
         sharp: of a ball, whether the norm at its centre may be that of `sharp`, as it is known.
         sharp_ball: of a ball, whether `sharp_ball` is wanted.
+        direct: of a ball, whether a large block gets `sharp_ball.direct`; a small one does.
     """
 
     name: str
@@ -110,6 +111,7 @@ class Stage:
     radius: float | None = None
     sharp: bool = False
     sharp_ball: bool = False
+    direct: bool = True
 
 
 def cheap_stages() -> list[Stage]:
@@ -117,16 +119,17 @@ def cheap_stages() -> list[Stage]:
     return [Stage(name="layers", share=2.0), Stage(name="heads", share=2.0), Stage(name="tokens", share=1.0)]
 
 
-def costly_stages(plan: Plan, *, sharp: bool = True, sharp_ball: bool = True) -> list[Stage]:
+def costly_stages(plan: Plan, *, sharp: bool = True, sharp_ball: bool = True, direct: bool = True) -> list[Stage]:
     """What comes after the cheap stages.
 
     Args:
         plan: what is wanted.
         sharp: whether `sharp` is affordable.
         sharp_ball: whether `sharp_ball` is.
+        direct: whether `sharp_ball.direct` is at a large block.
     """
     at_point = [Stage(name="sharp", share=2.0)] if plan.sharp and sharp else []
-    known = {"sharp": sharp and plan.sharp, "sharp_ball": sharp_ball and plan.sharp_ball}
+    known = {"sharp": sharp and plan.sharp, "sharp_ball": sharp_ball and plan.sharp_ball, "direct": direct}
     balls = (Stage(name=f"ball {radius:g}", share=1.0, radius=radius, **known) for radius in plan.radii)
     return [*at_point, *balls]
 
@@ -221,13 +224,25 @@ def _ball(block: Attention, stage: Stage, plan: Plan, notes: list[str]) -> Itera
     for name in ("sharp_ball", *plan.on_ball) if stage.sharp_ball else plan.on_ball:
         options: dict[str, Any] = {"radius": stage.radius}
         if name == "sharp_ball.deviation" and plan.sharp_ball:  # no one asked for it: it may not cost much
-            if block.logits.numel() * block.w_q.shape[-1] > DEVIATION_ENTRIES:
+            if is_large(block):
                 _note(
                     notes, f"{name}: left out, it takes half a minute a layer of this size; --bounds {name} computes it"
                 )
                 continue
             options["gram"] = stage.sharp
+        if name == "sharp_ball.direct" and plan.sharp_ball and not stage.direct and is_large(block):
+            _note(
+                notes,
+                f"{name}: left out, at blocks of this size it takes seconds for each ball, and the most fragile layer "
+                f"alone has it; --bounds {name} computes it",
+            )
+            continue
         yield Numbers(balls=[values[0] for values in _evaluated([name], block, notes, **options)])
+
+
+def is_large(block: Attention) -> bool:
+    """Whether bounds on balls that look at each logit take seconds to half a minute."""
+    return block.logits.numel() * block.w_q.shape[-1] > DEVIATION_ENTRIES
 
 
 def _whole(block: Attention, plan: Plan, notes: list[str]) -> Iterator[Numbers]:

@@ -208,6 +208,12 @@ def test_sharp_is_left_out_and_named_where_it_takes_long(monkeypatch: pytest.Mon
     (large,) = measure(tiny_model(), tiny_input(), radii=[0.5], layers=[1]).inputs
     assert [number.method for number in large.layers[0].balls] == ["sharp_ball.direct", "yudin2025_ball.biased"]
     assert any("--bounds sharp_ball.deviation computes it" in note for note in notes_of(large))
+    (both,) = measure(tiny_model(), tiny_input(), radii=[0.5]).inputs  # of large layers the most fragile one has it
+    for place, layer in enumerate(both.layers):
+        assert ("sharp_ball.direct" in [number.method for number in layer.balls]) == (place == fragile)
+        assert "yudin2025_ball.biased" in [number.method for number in layer.balls]
+        assert "sharp_ball" not in [number.method for number in layer.balls]
+    assert any(f"Layer {1 - fragile}: sharp_ball.direct: left out" in note for note in notes_of(both))
     at_point, on_ball = sorted(notes_of(run))[::-1]
     assert at_point.startswith(f"Layer {1 - fragile}: sharp, the tightest proved bound at a point, was left out: it")
     assert at_point.endswith("the most fragile first; --bounds sharp computes it.")
