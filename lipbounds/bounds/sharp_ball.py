@@ -40,7 +40,7 @@ from lipbounds.rounding import cast_up, inflate
 from lipbounds.targets.attention import Attention
 
 
-SUPPORTS: tuple[Feature, ...] = ("heads", "biases", "mask", "cross", "rotary", "some_queries")
+SUPPORTS: tuple[Feature, ...] = ("heads", "biases", "mask", "cross", "rotary", "qk_norm", "some_queries")
 CLAIM = Claim(kind="proved", scope="ball", norm="l2")
 DENSE = 1200**2  # entries of the Jacobian of one batch item: about a second
 # Multiplications and additions for the second differential at the centre:

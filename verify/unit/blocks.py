@@ -63,6 +63,12 @@ def turned(queries: int, keys: int | None = None) -> dict[str, Any]:
     return {"query_rotation": turns(queries), "key_rotation": turns(queries if keys is None else keys)}
 
 
+def normed(heads: int, over: str = "head", eps: float = 4.0) -> dict[str, Any]:
+    """Fields of QK-norm for `random_block` with heads of width 3."""
+    weights = torch.linspace(1.6, 2.4, 3 * heads, dtype=torch.float64).reshape(heads, 3)
+    return {"query_norm_weight": weights, "key_norm_weight": weights.flip(0, 1), "norm_eps": eps, "norm_over": over}
+
+
 def turned_block(moves: str = "self", **fields: Any) -> Attention:
     """Two heads of width 5, grouped keys, biases, a mask where it may be causal; two pairs turned, a feature not."""
     recipe: dict[str, Any] = {

@@ -17,7 +17,7 @@ from lipbounds.derivatives.ball.log_odds import log_odds_gain, maps_interval
 from lipbounds.derivatives.ball.logits import logit_radius
 from lipbounds.derivatives.ball.suprema import RowDeviations
 from lipbounds.ops.capped_mean import largest_mean, threshold
-from verify.unit.blocks import random_block, turned, turns
+from verify.unit.blocks import normed, random_block, turned, turns
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -33,6 +33,8 @@ CASES: dict[str, dict[str, Any]] = {
     "rotary, some queries": turned(3) | {"query_rotation": turns(2), "queries_at": torch.tensor([2, 0])},
     "rotary, memory": turned(3, 5) | {"memory": random_block(3, n=5).x, "moves": "memory"},
     "rotary, query": turned(3, 5) | {"memory": random_block(3, n=5).x, "moves": "query"},
+    "norm": normed(2),
+    "norm of all": normed(2, "all_heads") | turned(3),
 }
 
 
@@ -76,7 +78,8 @@ def test_no_log_odds_grow_beyond(name: str, radius: float) -> None:
     found, allowed = reached(block, radius), log_odds_gain(block, radius)
     finite = odds(block).isfinite()
     assert (found <= allowed)[finite].all()
-    assert (found[finite] > (0.99 if radius < 0.01 else 0.2) * allowed[finite]).any() or block.logits.shape[-1] == 1
+    share = 0.99 if radius < 0.01 else 0.1 if "qk_norm" in block.features else 0.2
+    assert (found[finite] > share * allowed[finite]).any() or block.logits.shape[-1] == 1
 
 
 def _no_own(rows: Any) -> Tensor:

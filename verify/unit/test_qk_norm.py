@@ -38,9 +38,10 @@ PROVED = {
     *{"centred.products", "centred.weights", "covariance.exact", "sharp", "sharp_cheap", "sharp_fast"},
     *{f"yudin2025.biased{form}" for form in ("", "_exact", "_half", "_one")},
 }
+SHARP_BALL = {"sharp_ball", "sharp_ball.deviation", "sharp_ball.direct", "sharp_ball.taylor"}
 ESTIMATORS = {"exact", "lanczos", "lanczos_certificate", "lanczos_posterior", "power_iteration"}
 ON_BALLS = {"ascent_jacobians", "ascent_pairs", "clever", "random_jacobians", "random_pairs"}
-SUPPORTING = PROVED | ESTIMATORS | ON_BALLS
+SUPPORTING = PROVED | SHARP_BALL | ESTIMATORS | ON_BALLS
 BIASES = frozenset(("b_q", "b_k", "b_v", "b_o"))
 
 

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lipbounds.derivatives.ball.norm_bends import NormBends
 from lipbounds.derivatives.ball.rows import Queries, Rows, joint_norms, key_rows, query_rows, value_rows
 from lipbounds.derivatives.ball.suprema import (
     DeviationBound,
@@ -164,6 +165,12 @@ class BallDerivatives:
             )
         if self.block.query_moves:
             parts["query_part"] = self._two_queries
+        bends = self._bends
+        if bends is not None and self.block.query_moves:
+            bent = [self._sg.joint(1 / c) * bends.of_queries(c) for c in self.centre.key_shares]
+            parts["query_part"] = parts["query_part"] + torch.minimum(*bent).amax(-1)
+        if bends is not None and self.block.memory_moves:
+            parts["key_part"] = parts["key_part"] + self._bent_keys(bends, self.centre.even, 2)
         if self.block.moves == "self":
             both = self._logits + self._query_and_key
             parts["query_part"] = parts["query_part"] + changes["queries"] + both
@@ -196,6 +203,22 @@ class BallDerivatives:
     def _query_and_key(self) -> Tensor:
         pairs = zip(self._crossed_rows, self._logit_gradient_moments, strict=True)
         return torch.minimum(*((crossed.unsqueeze(-1) * root(reached)).amax((-2, -1)) for crossed, reached in pairs))
+
+    @cached_property
+    def _bends(self) -> NormBends | None:
+        """What QK-norm adds; None without it."""
+        if self.centre.turned is None or self.block.query_norm is None:
+            return None
+        reaches = self.centre.turned.reaches(self.radius)
+        return NormBends(self.block, self.maps, reaches, (self._query_radius, self._memory_radius))
+
+    def _bent_keys(self, bends: NormBends, factor: Tensor, order: int) -> Float[Tensor, "*#batch"]:
+        """max_j sqrt( sum_i sg_i(1/c)^2 g_ij ) with g_ij that of the bends of keys, times a factor of each row."""
+        found = [
+            root((rows.square().unsqueeze(-1) * bends.of_keys(c * factor, order)).sum(-2).amax(-1))
+            for rows, c in zip(self._value_rows, self.centre.query_shares, strict=True)
+        ]
+        return torch.minimum(*found)
 
     # -- what they share ----------------------------------------------------------------------------------------
 

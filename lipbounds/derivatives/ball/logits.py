@@ -131,13 +131,13 @@ def _turned_logit_change(block: Attention, radius: float) -> Float[Tensor, "*bat
         if block.memory_moves:
             total = total + radius * queries.rate * keys.rate
             rows = rows + radius * keys.rate
-        total = total + change_by_queries(block) + radius * queries.bend * rows
+        total = total + change_by_queries(block) + torch.minimum(radius * queries.bend, 2 * queries.rate) * rows
     if block.memory_moves:
         rows = query_norm(block)
         if block.query_moves:
             total = total + radius * queries.rate * keys.rate
             rows = rows + radius * queries.rate
-        total = total + change_by_keys(block) + radius * keys.bend * rows
+        total = total + change_by_keys(block) + torch.minimum(radius * keys.bend, 2 * keys.rate) * rows
     return inflate(total, 32)
 
 

@@ -4,6 +4,7 @@ A query is q_hi = phi_hi(x_i): the projection of the token, with QK-norm divided
 rotary positions. Over the ball
 
     |D phi_hi| <= rho max|w_h| r ||W||,        |D2 phi_hi| <= rho max|w_h| (2 / sqrt 3) (r ||W||)^2 / sqrt D,
+    |D3 phi_hi| <= rho max|w_h| 3 (r ||W||)^3 / D,
 
 rho the norm of the rotations, w the weights of the norm, D the number of features that are normalised together, W their
 weights, r = (l^2 / D + e)^(-1/2) with l the least length of what is normalised: that at the centre less eps ||W||.
@@ -35,12 +36,14 @@ class Reach:
         rate: |D phi_h| of each head.
         together: the same for all heads side by side: sqrt( sum_h |D phi_h a|^2 ) over unit a.
         bend: |D2 phi_h|; 0 without QK-norm.
+        twist: |D3 phi_h|; 0 without QK-norm.
         size: of one query or key.
     """
 
     rate: Float[Tensor, "*#batch heads"]
     together: Float[Tensor, "*#batch"]
     bend: Float[Tensor, "*#batch heads"]
+    twist: Float[Tensor, "*#batch heads"]
     size: Float[Tensor, "*#batch heads"]
 
 
@@ -101,17 +104,20 @@ def _reach(
     if norm is None:
         rate = inflate(rho * norms, 2)
         together = inflate(rho[..., 0] * beside, 2)
-        return Reach(rate, together, torch.zeros_like(rate), size + inflate(radius.unsqueeze(-1) * rate, 4))
+        nothing = torch.zeros_like(rate)
+        return Reach(rate, together, nothing, nothing, size + inflate(radius.unsqueeze(-1) * rate, 4))
     inner = norms if norm.over == "head" else beside.unsqueeze(-1)
     gain = rho * norm.weight.abs().amax(-1)
     slope = _largest_inverse_root(norm, factors, projected, radius, inner)
     slope = slope * (1 + 64 * gamma(norm.width + 16))
-    rate, bend = gain * slope * inner, gain * (2 / math.sqrt(3 * norm.width)) * (slope * inner).square()
+    steep = slope * inner
+    rate, bend = gain * steep, gain * (2 / math.sqrt(3 * norm.width)) * steep.square()
+    twist = gain * (3 / norm.width) * steep.square() * steep
     together = (gain * slope).amax(-1) * beside
     if norm.over == "head":
         together = torch.minimum(together, vector_norm(rate))
     size = torch.minimum(size + inflate(radius.unsqueeze(-1) * rate, 8), gain * norm.width**0.5)
-    return Reach(*(inflate(part, norms.shape[-1] + 32) for part in (rate, together, bend, size)))
+    return Reach(*(inflate(part, norms.shape[-1] + 32) for part in (rate, together, bend, twist, size)))
 
 
 def _largest_inverse_root(

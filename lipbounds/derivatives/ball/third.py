@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.derivatives.ball.first import BallDerivatives
+from lipbounds.derivatives.ball.norm_bends import NormBends
 from lipbounds.derivatives.ball.suprema import DeviationBound
 from lipbounds.ops.spectral import root
 from lipbounds.rounding import inflate
@@ -33,6 +34,8 @@ class BallThirdDerivative(BallDerivatives):
             terms["query_query_query"] = self._by_queries()
         if self.block.moves == "self":
             terms |= self._by_both()
+        if self._bends is not None:
+            terms |= self._by_norm(self._bends)
         return {name: inflate(term, self._operations + 64) for name, term in terms.items()}
 
     def _by_keys(self) -> dict[str, Tensor]:
@@ -95,6 +98,36 @@ class BallThirdDerivative(BallDerivatives):
         terms["query_key_key"] = 3 * self._least(
             lambda c: self._crossed(both.joint(1 / c), self._logit_gradient_moment(_up(c) * twice))
         )
+        return terms
+
+    def _by_norm(self, bends: NormBends) -> dict[str, Tensor]:
+        """What the second and third derivatives of QK-norm add; `bent` is a second derivative of the logits by one."""
+        own, other = self.block.query_moves, self.block.memory_moves
+        terms: dict[str, Tensor] = {}
+        if own:
+            shares = self.centre.key_shares
+            terms["twisted_query"] = torch.minimum(
+                *(self._sg.joint(1 / c) * bends.of_queries(c, 3) for c in shares)
+            ).amax(-1)
+            terms["bent_query_query"] = 3 * torch.minimum(
+                *(self._values.weighted(self._keys.far.square()).joint(1 / c) * bends.of_queries(c) for c in shares)
+            ).amax(-1)
+        if not other:
+            return terms
+        weight, norms, twice = self._mixing_weight, self._norms.squeeze(-1), 2 * self._query_size.squeeze(-1).square()
+        terms["values_bent_key"] = 3 * weight * root(bends.of_keys(norms).sum(-2).amax(-1))
+        terms["bent_key_key"] = 3 * self._bent_keys(bends, twice, 2)
+        terms["twisted_key"] = self._bent_keys(bends, self.centre.even, 3)
+        if own:
+            pairs = [*zip(self._value_rows, self._crossed_rows, self.centre.query_shares, strict=True)]
+            terms["values_bent_query"] = 3 * weight * bends.of_queries(norms).amax(-1)
+            terms["bent_query_key"] = 3 * torch.minimum(
+                *((v * bends.of_queries(c * twice)).amax(-1) for v, _, c in pairs)
+            )
+            terms["bent_key_query"] = 3 * torch.minimum(*(self._crossed(x, bends.of_keys(c)) for _, x, c in pairs))
+            for order in (1, 2):
+                found = [self._crossed(v, bends.crossed(c, order)) for v, _, c in pairs]
+                terms[f"bent_crossed_{order}"] = 3 * torch.minimum(*found)
         return terms
 
     # -- what they share ----------------------------------------------------------------------------------------

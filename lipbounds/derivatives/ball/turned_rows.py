@@ -128,8 +128,9 @@ class TurnedTokens:
         first = inflate(maps.norm * keys.rate, 4)  # of T_i^T (k' - k) for each unit of the radius
         error = base.error
         if self.block.query_norm is not None:  # s (A' - A)^T (k' - c), A = T W_Q^T, c the mean of the keys of a row
-            moved = radius.unsqueeze(-1) * keys.rate if self.block.memory_moves else 0.0
-            error = error + inflate(scale * radius.unsqueeze(-1) * queries.bend * (self._spread + moved), 16)
+            apart = self._spread + (radius.unsqueeze(-1) * keys.rate if self.block.memory_moves else 0.0)
+            turn = torch.minimum(radius.unsqueeze(-1) * queries.bend, 2 * queries.rate)
+            error = error + inflate(scale * turn * torch.minimum(apart, 2 * keys.size), 16)
         return dc.replace(
             base,
             error=error,
@@ -149,8 +150,8 @@ class TurnedTokens:
         change, joint_change = logit_bend(self.block, queries, keys)
         error = self._queries.error
         if self.block.key_norm is not None:  # s (B' - B)^T q', B = T W_K^T
-            turn = abs(self.block.scale_value) * radius.unsqueeze(-1) * keys.bend * queries.size
-            error = error + inflate(turn, 16)
+            turn = torch.minimum(radius.unsqueeze(-1) * keys.bend, 2 * keys.rate)
+            error = error + inflate(abs(self.block.scale_value) * turn * queries.size, 16)
         return dc.replace(self._queries, error=error, change=change, joint_change=joint_change)
 
     @cached_property

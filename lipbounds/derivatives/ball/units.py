@@ -58,21 +58,52 @@ def in_own_units(block: Attention, radius: float, compute: Compute) -> Parts:
     """Norms of derivatives over a ball, computed where weights are near 1; of an ordinary block, as it is.
 
     Args:
-        block: in float64, without rotary positions and QK-norm.
+        block: in float64.
         radius: eps.
         compute: upper bounds of norms with the units of the Jacobian, each rounded up, given a block and a radius.
     """
+    if block.query_norm is not None:
+        return _with_norm(block, radius, compute)
     names = (*WEIGHTS, *(["x"] if block.moves == "memory" else ["memory"] if block.moves == "query" else []))
     largest, smallest = torch.stack([_sizes(getattr(block, name), TRAILING[name]) for name in names], 1).tolist()
     scale = _exponent(abs(block.scale_value))
     if all(abs(exponent) <= ORDINARY for exponent in (scale, *map(_exponent, [*largest, *smallest]))):
         return compute(block, radius)
-    if block.batch_shape.numel() > 1:  # each item has units of its own
-        items = [in_own_units(item, radius, compute) for item in _items(block)]
-        return {name: torch.stack([item[name] for item in items]).reshape(block.batch_shape) for name in items[0]}
+    if block.batch_shape.numel() > 1:
+        return _item_by_item(block, radius, compute)
     units = _units(block.moves, dict(zip(names, map(_exponent, largest), strict=True)), scale)
     parts = compute(_in_units(block, units), _moved(radius, units.moving))
     return {name: _back(part, units.moving - units.output) for name, part in parts.items()}
+
+
+def _with_norm(block: Attention, radius: float, compute: Compute) -> Parts:
+    """The same with QK-norm, where queries and keys have no units to choose: those of the inputs, W_V and W_O."""
+    names = ("w_v", "w_o", "x", *(() if block.moves == "self" else ("memory",)))
+    largest, smallest = torch.stack([_sizes(getattr(block, name), TRAILING[name]) for name in names], 1).tolist()
+    if all(abs(exponent) <= ORDINARY for exponent in map(_exponent, [*largest, *smallest])):
+        return compute(block, radius)
+    if block.batch_shape.numel() > 1:
+        return _item_by_item(block, radius, compute)
+    exponents = dict(zip(names, map(_exponent, largest), strict=True))
+    x, memory = -exponents["x"], -exponents.get("memory", exponents["x"])
+    values = memory - exponents["w_v"]
+    units = Units(
+        x=x,
+        memory=memory,
+        logits=0,
+        values=values,
+        output=values - exponents["w_o"],
+        scale=0,
+        moving=memory if block.moves == "memory" else x,
+    )
+    parts = compute(_in_units(block, units), _moved(radius, units.moving))
+    return {name: _back(part, units.moving - units.output) for name, part in parts.items()}
+
+
+def _item_by_item(block: Attention, radius: float, compute: Compute) -> Parts:
+    """Each item has units of its own."""
+    items = [in_own_units(item, radius, compute) for item in _items(block)]
+    return {name: torch.stack([item[name] for item in items]).reshape(block.batch_shape) for name in items[0]}
 
 
 def _sizes(tensor: Tensor, dims: int) -> Tensor:
