@@ -138,6 +138,7 @@ def test_the_page_and_the_figure(tmp_path: Path) -> None:
     assert ["taylor", "proved", "2", "0.0300", "0.0300", "0.0200", "0.0400", "1.000"] in cells
     assert ["taylor", "proved", "1", "1.00e-05", "1.00e-05", "1.00e-05", "1.00e-05", "1.000"] in cells
     assert page.count("| published ") == 2
+    assert ["108/255", "0.0000", "-", "-"] in cells
     # Smoothing is in no table.
     (smoothing,) = [line for line in page.splitlines() if "median 0.6000" in line]
     assert smoothing.startswith("Smoothing, probable")
