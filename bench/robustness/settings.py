@@ -269,7 +269,7 @@ class Profile:
         pace: steps of other sizes than those of the digits.
         tuning_epochs: of the trainings that go on from a trained model.
         way: which part of AutoAttack attacks every model, after FGSM and PGD; None for none.
-        standard_seeds: of the models that all of AutoAttack-standard attacks beside, where `way` is less.
+        standard: settings and seeds of the models that all of AutoAttack-standard attacks beside, where `way` is less.
         data: images and architecture, as recipes hold them; empty for the digits.
     """
 
@@ -287,7 +287,7 @@ class Profile:
     pace: Pace | None = None
     tuning_epochs: int = 0
     way: Way | None = STANDARD
-    standard_seeds: tuple[int, ...] = ()
+    standard: tuple[tuple[str, int], ...] = ()
 
     def recipe(self, setting: Setting, weight: float | None, seed: int) -> Recipe:
         """How a model is trained.
@@ -321,7 +321,8 @@ PROFILES = {
         blocks=1,
         largest_grid=1,
     ),
-    # Few settings rather than few seeds: a baseline, trained on with JaSMin and, as the control, without.
+    # Few settings rather than few seeds: JaSMin from a random start, and a baseline trained on with JaSMin or PGD and,
+    # as the control, with neither. AutoAttack, which costs most, on a few models.
     "standard": Profile(
         settings=(BASELINE, "jasmin", "jacobian"),
         seeds=(0, 1, 2, 3, 4),
@@ -343,6 +344,7 @@ PROFILES = {
 }
 
 # Of images of 28 x 28 pixels (bench/robustness/studies.py).
+FULL_SETTINGS = (BASELINE, "jasmin 0.03", "jasmin 0.3", "jasmin 3", "jasmin-0 0.3", "spectral 0.1", *TUNED)
 LARGER_PROFILES = {
     "quick": Profile(
         settings=(BASELINE, "jasmin 0.03"),
@@ -358,7 +360,7 @@ LARGER_PROFILES = {
     # Few settings rather than few seeds: JaSMin from a random start, and a baseline trained on with JaSMin or PGD
     # and, as the control, with neither. AutoAttack, which costs most, on the models of one seed.
     "standard": Profile(
-        settings=(BASELINE, CONTROL, "jasmin tuned 0.3", "jasmin tuned 3"),
+        settings=(BASELINE, "jasmin 0.03", CONTROL, "jasmin tuned 0.3", "jasmin tuned 3", "pgd tuned"),
         seeds=(0, 1, 2, 3, 4),
         epochs=15,
         images=100,
@@ -369,11 +371,12 @@ LARGER_PROFILES = {
         pace=Pace(batch=64, rate=3e-3),
         tuning_epochs=5,
         way=None,
+        standard=tuple((name, 0) for name in (BASELINE, CONTROL, "jasmin tuned 0.3")),
     ),
     # Two hours of one core with 5,000 images: the two parts of AutoAttack that find nearly all on every model, and all
     # four on those of one seed.
     "full": Profile(
-        settings=(BASELINE, "jasmin 0.03", "jasmin 0.3", "jasmin 3", "jasmin-0 0.3", "spectral 0.1", *TUNED),
+        settings=FULL_SETTINGS,
         seeds=(0, 1, 2, 3, 4),
         epochs=15,
         images=100,
@@ -384,6 +387,6 @@ LARGER_PROFILES = {
         pace=Pace(batch=64, rate=3e-3),
         tuning_epochs=5,
         way=APGD,
-        standard_seeds=(0,),
+        standard=tuple((name, 0) for name in FULL_SETTINGS),
     ),
 }

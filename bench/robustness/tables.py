@@ -183,6 +183,8 @@ def _rest_section(data: Data) -> list[str]:
     body, changed = [], 0
     for setting in data["settings"].values():
         models = [model for model in setting["models"] if "standard" in model]
+        if not models:
+            continue
         for norm, rows in models[0]["standard"].items():
             for place, row in enumerate(rows):
                 part = mean(model["robust"][norm][place]["worst"] for model in models)
@@ -197,8 +199,8 @@ def _rest_section(data: Data) -> list[str]:
     weak = [f"PGD-{data['weak_steps']} %"] if "weak_steps" in data else []
     return [
         f"## {WHOLE}",
-        f"All four of its attacks (APGD-CE, APGD-T, FAB-T and Square) on the models of seed {seeds}. Of the images of "
-        f"all these models and radii together, they change {changed} that the attacks above did not.",
+        f"All four of its attacks (APGD-CE, APGD-T, FAB-T and Square) on models of seed {seeds}. Of the images of "
+        f"these models and radii together, they change {changed} that the attacks above did not.",
         table(["setting", "norm", "radius", *weak, "worst case above %", f"worst case with {WHOLE} %"], body),
     ]
 

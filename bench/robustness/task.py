@@ -29,7 +29,8 @@ def pieces(profile: Profile) -> int:
     """How often `run` calls `advance`."""
     chosen = profile.chosen
     weights = sum(len(tried(setting.grid, profile.largest_grid)) + 1 for setting in chosen if setting.grid)
-    return weights + len(chosen) * sum(_pieces_of_a_model(profile, seed) for seed in profile.seeds)
+    models = ((setting.name, seed) for setting in chosen for seed in profile.seeds)
+    return weights + sum(_pieces_of_a_model(profile, *model) for model in models)
 
 
 def run(
@@ -65,7 +66,7 @@ def run(
             answered_on(cluster, workshop, ways, measure) if cluster else answered(workshop, ways, measure, jobs)
         )
         for way in elsewhere:
-            for _ in range(_pieces_of_a_model(profile, way.seed)):
+            for _ in range(_pieces_of_a_model(profile, way.setting, way.seed)):
                 advance(f"{way.setting}, seed {way.seed}")
         advance = _quietly
     for way in ways:
@@ -81,15 +82,18 @@ def run(
     if profile.weak_steps:
         done["weak_steps"] = profile.weak_steps
     if profile.way != STANDARD:
-        done |= {"attack": profile.way.name if profile.way else "", "standard_seeds": list(profile.standard_seeds)}
+        done |= {
+            "attack": profile.way.name if profile.way else "",
+            "standard_seeds": sorted({seed for _, seed in profile.standard}),
+        }
     if profile.tuning_epochs:
         done["tuning_epochs"] = profile.tuning_epochs
     return {**done, "settings": settings}
 
 
-def _pieces_of_a_model(profile: Profile, seed: int) -> int:
+def _pieces_of_a_model(profile: Profile, setting: str, seed: int) -> int:
     attacks = sum(len(radii) for radii in profile.eps.values()) * -(-profile.images // profile.batch)
-    return 2 + attacks * (1 + (profile.way is not None) + (seed in profile.standard_seeds))
+    return 2 + attacks * (1 + (profile.way is not None) + ((setting, seed) in profile.standard))
 
 
 def _quietly(what: str) -> None:
@@ -144,7 +148,7 @@ def _under_autoattack(model: Trained, profile: Profile, advance: Advance) -> dic
 
 def _under_standard(model: Trained, profile: Profile, advance: Advance) -> dict[str, Any]:
     """Robust accuracies under all of AutoAttack-standard, for the models that it attacks beside."""
-    if model.recipe.seed not in profile.standard_seeds:
+    if (model.recipe.setting, model.recipe.seed) not in profile.standard:
         return {}
     return {"standard": _robust(model, profile, STANDARD, advance)}
 

@@ -34,7 +34,7 @@ TINY = Profile(
     pace=Pace(batch=64, rate=3e-3),
     tuning_epochs=2,
     way=APGD,
-    standard_seeds=(0,),
+    standard=tuple((name, 0) for name in (BASELINE, "jasmin 0.03", "jasmin 3", CONTROL)),
 )
 
 
