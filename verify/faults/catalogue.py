@@ -19,6 +19,7 @@ from verify.faults import (
     faults_single,
     faults_softmax,
     faults_taylor,
+    faults_turned_ball,
 )
 from verify.faults.fault import Fault, faults_in
 
@@ -39,6 +40,7 @@ THEMES = (
     faults_cheap,
     faults_taylor,
     faults_single,
+    faults_turned_ball,
 )
 FAULTS: dict[str, Fault] = {fault.name: fault for theme in THEMES for fault in faults_in(theme)}
 CONTROLS: dict[str, Fault] = {control.name: control for control in faults_in(controls)}
