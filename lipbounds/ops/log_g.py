@@ -66,20 +66,38 @@ def scores(logits: Float[Tensor, "*batch n"], k: int) -> Float[Tensor, "*batch"]
         k: 0 or a rank.
     """
     top, entries, place = _split(logits, max(k, 1) + 1)
+    if _all_are_visible(top):
+        log_g, log_total = _log_g_1_of_sorted(top[0], top[1], entries, place)
+        if k == 0:
+            return log_g
+        here, after = (top[k - 1 + step] - top[0] - log_total for step in (0, 1))
+        found = log_g - here - torch.log1p(after.exp() - here.exp())
+        return found if k > 1 else torch.zeros_like(found)
     visible = ~top.isneginf()
     single = ~visible[1]
-    first, second = top[0], top[1].masked_fill(single, 0.0)
+    log_g, log_total = _log_g_1_of_sorted(top[0], top[1].masked_fill(single, 0.0), entries, place)
+    if k == 0:
+        return log_g.masked_fill(single, -torch.inf)
+    rank = visible.sum(0, keepdim=True).clamp(min=1, max=k) - 1
+    here, after = (top.gather(0, rank + step)[0] - top[0] - log_total for step in (0, 1))
+    return (log_g - here - torch.log1p(after.exp() - here.exp())).masked_fill(rank[0] == 0, 0.0)
+
+
+def _all_are_visible(top: Tensor) -> bool:
+    """Whether no row needs the care that hidden keys take: asked on a CPU alone, elsewhere the host would wait."""
+    return top.device.type == "cpu" and not is_transformed(top) and bool((top[-1] > -torch.inf).all())
+
+
+def _log_g_1_of_sorted(
+    first: Tensor, second: Tensor, entries: Tensor, place: Tensor
+) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
+    """log g_1, and log sum exp less the largest logit; overwrites the entries."""
     # Relative to the second largest and without the largest, weights neither cancel nor underflow in one-hot rows.
     weights = entries.sub_(second.unsqueeze(-1)).exp_()
     others = weights.scatter(-1, place, 0.0).sum(-1)
     gap = second - first
     log_total = (gap + others.log()).exp().log1p()
-    log_g = gap + others.log1p() - 2 * log_total
-    if k == 0:
-        return log_g.masked_fill(single, -torch.inf)
-    rank = visible.sum(0, keepdim=True).clamp(min=1, max=k) - 1
-    here, after = (top.gather(0, rank + step)[0] - first - log_total for step in (0, 1))
-    return (log_g - here - torch.log1p(after.exp() - here.exp())).masked_fill(rank[0] == 0, 0.0)
+    return gap + others.log1p() - 2 * log_total, log_total
 
 
 def _log_g_1(logits: Tensor, top: Tensor, index: Tensor, total: Tensor) -> Tensor:
