@@ -60,7 +60,7 @@ def _panel(axes: Any, name: str, model: Data) -> None:
         label = f"certified, {method} (proved), {len(rows)} images"
         axes.plot(edges, [share_of(rows, edge) for edge in edges], color=COLOURS[method], label=label)
     if nearest:
-        edges = sorted([start, *nearest, *(radius * 1.0001 for radius in nearest)])
+        edges = sorted([start, *nearest, *(radius * 0.9999 for radius in nearest)])  # falls at the radius itself
         shares = [left_by_smallest(model, edge) for edge in edges]
         axes.plot(edges, shares, color="#999999", label="FAB and APGD leave")
     if attacked:
@@ -72,5 +72,5 @@ def _panel(axes: Any, name: str, model: Data) -> None:
     axes.set_title(f"{TITLES.get(name, name)}", loc="left", fontsize=10)
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="upper right", fontsize=7, frameon=False)
+    axes.legend(loc="best", fontsize=7, frameon=False)
     axes.set_ylabel("accuracy")
