@@ -21,6 +21,7 @@ from bench.engine.options import check_folder, cluster_of, committed, folder_of
 from bench.engine.rendering import cores, render
 from bench.engine.task import refuse
 from bench.gpu import command as gpu
+from bench.pretrained.balls_command import TASK as PRETRAINED_BALLS
 from bench.pretrained.command import TASK as PRETRAINED
 from bench.robustness.classifier_command import TASK as CLASSIFIER
 from bench.robustness.command import TASK as ROBUSTNESS
@@ -35,7 +36,10 @@ from lipbounds.errors import LipboundsError
 
 
 STALE, MISUSE, INTERRUPTED = 1, 2, 130
-TASKS = (TIGHTNESS, BALLS, CERTIFIED, SPEED, TRAINING, ATTENTION, PRETRAINED, ROBUSTNESS, CLASSIFIER, SCALING, CLAIMS)
+TASKS = (
+    *(TIGHTNESS, BALLS, CERTIFIED, SPEED, TRAINING, ATTENTION, PRETRAINED, PRETRAINED_BALLS),
+    *(ROBUSTNESS, CLASSIFIER, SCALING, CLAIMS),
+)
 COMMANDS = {
     "all": "measure what is missing of tightness and balls, and render all pages; with --quick, measure all tasks",
     "render": "every page, figure and table of numbers from the records, without models",

@@ -20,6 +20,7 @@ PAGES = {
     "robustness.md": "python -m bench robustness",
     "robustness_mnist_5k.md": "python -m bench robustness --train-on mnist-5k",
     "pretrained.md": "python -m bench pretrained",
+    "pretrained_balls.md": "python -m bench pretrained_balls",
     "claims.md": "python -m bench claims",
     "attention.md": "python -m bench attention",
     "speed.md": "python -m bench speed",

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -143,8 +143,13 @@ def _means(parts: dict[str, Tensor]) -> dict[str, float]:
 
 
 @contextmanager
-def limited(seconds: float) -> Iterator[None]:
-    """Raise TimeLimitReached after so many seconds; signals exist on POSIX and in the main thread only."""
+def limited(seconds: float, *, of: Literal["clock", "processor"] = "clock") -> Iterator[None]:
+    """Raise TimeLimitReached after so many seconds; signals exist on POSIX and in the main thread only.
+
+    Args:
+        seconds: how many.
+        of: the clock, or the processor time of this process.
+    """
     if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -152,10 +157,11 @@ def limited(seconds: float) -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise TimeLimitReached
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    number, timer = (signal.SIGALRM, signal.ITIMER_REAL) if of == "clock" else (signal.SIGPROF, signal.ITIMER_PROF)
+    before = signal.signal(number, stop)
+    signal.setitimer(timer, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(timer, 0)
+        signal.signal(number, before)

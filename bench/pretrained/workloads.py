@@ -24,6 +24,7 @@ from lipbounds.capture import capture
 
 REACTIONS = SENTENCES.parent / "reactions.txt"
 PICTURES = "pip install --no-deps foolbox==3.3.4"
+SHORT_REACTION, SHORT_TEXT = "CCBr.[OH-]>>CCO.[Br-]", "The sky is blue."
 SHORTEST = 8  # tokens of a sentence: of fewer, sinks and shares of rows say little
 
 
@@ -105,20 +106,57 @@ def _images(pixels: int, count: int) -> list[tuple[str, str, dict[str, Tensor]]]
     return found
 
 
-def workloads() -> Sequence[Pretrained]:
-    """All of them; nothing is loaded before the first case is asked for."""
-    image, patches = "DINOv2 ViT-S/14 on sample images of ImageNet", "the class token"
+def _text(model: str, text: str, count: int) -> list[tuple[str, str, dict[str, Tensor]]]:
+    """One text, whatever the count."""
+    del count
+    return [
+        (
+            text,
+            hashlib.sha256(text.encode()).hexdigest()[:12],
+            dict(_loaded(model).tokenizer(text, return_tensors="pt")),
+        )
+    ]
+
+
+def _dinov2(pixels: int) -> Pretrained:
+    tokens = (pixels // 14) ** 2 + 1
+    return Pretrained(
+        name=f"dinov2-s at {pixels} px",
+        model="dinov2-s",
+        about=f"DINOv2 ViT-S/14 on sample images of ImageNet, {pixels} x {pixels} pixels, {tokens} tokens",
+        layers=12,
+        first="the class token",
+        inputs=functools.partial(_images, pixels),
+    )
+
+
+def short_workloads() -> Sequence[Pretrained]:
+    """Inputs of few tokens, for what takes long; nothing is loaded before the first case is asked for."""
     return [
         Pretrained(
-            name=f"dinov2-s at {pixels} px",
-            model="dinov2-s",
-            about=f"{image}, {pixels} x {pixels} pixels, {(pixels // 14) ** 2 + 1} tokens",
+            name="albert-rxn",
+            model="albert-rxn",
+            about=f"ALBERT on the chemical reaction {SHORT_REACTION}, one set of weights in all layers",
             layers=12,
-            first=patches,
-            inputs=functools.partial(_images, pixels),
-        )
-        for pixels in (112, 224)
-    ] + [
+            first="[CLS]",
+            inputs=functools.partial(_text, "albert-rxn", SHORT_REACTION),
+        ),
+        _dinov2(56),
+        Pretrained(
+            name="smollm2-135m",
+            model="smollm2-135m",
+            about=f'SmolLM2-135M-Instruct, causal, on the text "{SHORT_TEXT}"',
+            layers=30,
+            first="the first token of the text",
+            inputs=functools.partial(_text, "smollm2-135m", SHORT_TEXT),
+        ),
+    ]
+
+
+def workloads() -> Sequence[Pretrained]:
+    """All of them but the short ones; nothing is loaded before the first case is asked for."""
+    return [
+        *map(_dinov2, (112, 224)),
         Pretrained(
             name="smollm2-135m",
             model="smollm2-135m",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses as dc
 import itertools
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,11 @@ import pytest
 import torch
 
 from bench import __main__ as program
-from bench.pretrained import task
+from bench.engine.evaluate import TimeLimitReached, limited
+from bench.pretrained import balls, task
+from bench.pretrained.balls_command import report
 from bench.pretrained.measures import distribution, norms, sinks, theta_lower, theta_upper, without_sinks
-from bench.pretrained.workloads import Pretrained, workloads
+from bench.pretrained.workloads import Pretrained, short_workloads, workloads
 from bench.tests.samples import tiny_block
 from bench.workloads.case import Case
 from bench.workloads.random_blocks import random_blocks
@@ -83,6 +87,8 @@ def test_the_packages_are_named_where_they_are_missing() -> None:
     assert len(set(names)) == len(names)
     for profile in task.PROFILES.values():
         assert {*profile.sharp, *profile.hidden} <= profile.inputs.keys() <= {*names}
+    short = [workload.name for workload in short_workloads()]
+    assert all(profile.layers.keys() <= {*short} for profile in balls.PROFILES.values())
 
 
 class Fake(Pretrained):
@@ -110,3 +116,50 @@ def test_a_run_goes_on_and_its_page_is_rendered_without_models(tmp_path: Path, m
     (place / "pretrained.md").unlink()
     assert program.main(["render", "--results", str(place)], []) == 0
     assert (place / "pretrained.md").read_text() == page
+
+
+def test_bounds_on_balls_stand_above_what_ascent_reached_and_refusals_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fakes = [
+        Fake(name="albert-rxn", model="albert-rxn", about="Fake", layers=1, first="the first", inputs=lambda count: [])
+    ]
+    monkeypatch.setattr(balls, "short_workloads", lambda: fakes)
+    monkeypatch.setitem(balls.PROFILES, "standard", balls.Profile(layers={"albert-rxn": (0,)}, relative=(1e-2,)))
+    place = tmp_path / "results"
+    arguments: Any = ["pretrained_balls", "--results", str(place)]
+    assert program.main(arguments, []) == 0
+    page, records = (place / "pretrained_balls.md").read_text(), (place / "pretrained_balls.jsonl").read_bytes()
+    row = next(line for line in page.splitlines() if line.startswith("| albert-rxn"))
+    cells = [cell.strip() for cell in row.split("|")[1:-1]]
+    assert all(float(cell) >= 1 for cell in cells[6:9])
+    assert program.main(arguments, []) == 0
+    assert (place / "pretrained_balls.jsonl").read_bytes() == records  # nothing was made twice
+    reached = {"value": 2.0, "tokens": 3, "radius": 0.5}
+    at: dict[str, Any] = {balls.LOWER: reached, "sharp_ball": {"value": 1.0, "seconds": 1.0}}
+    data = {"a": {"about": "A model", "balls": {(0, 0.1): at}}}
+    assert len(balls.violations(data)) == 1
+    at |= {name: {"refused": "It has biases."} for name in balls.UPPERS}
+    assert balls.violations(data) == []
+    assert "- a: It has biases.\n" in report(data, "command", "records", [])
+
+
+def test_a_bound_that_takes_too_long_is_named_with_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextlib.contextmanager
+    def over(seconds: float, *, of: str) -> Iterator[None]:
+        assert (seconds, of) == (balls.TIME_LIMIT, "processor")
+        raise TimeLimitReached
+        yield
+
+    monkeypatch.setattr(balls, "limited", over)
+    found = balls._on_ball(next(random_blocks(4, 1)), "sharp_ball", 0.1)
+    assert "value" not in found
+    assert "60 s of processor time" in found["refused"]
+
+
+def test_processor_time_is_limited_and_sleep_is_none() -> None:
+    with limited(0.02, of="processor"):
+        time.sleep(0.05)
+    with pytest.raises(TimeLimitReached), limited(0.02, of="processor"):
+        for _ in range(10**8):
+            pass
