@@ -58,8 +58,8 @@ class PulledQueries:
 
 @torch.no_grad()
 def pulled_error(
-    maps: TokenMaps, length: Float[Tensor, "*batch heads n"], off: Float[Tensor, "*batch heads n"]
-) -> Float[Tensor, "*batch heads n"]:
+    maps: TokenMaps, length: Float[Tensor, "*#batch heads n"], off: Float[Tensor, "*#batch heads n"]
+) -> Float[Tensor, "*#batch heads n"]:
     """How far computed T^T q can be from exact ones, the largest over the maps T.
 
     Args:
