@@ -118,7 +118,15 @@ def _table(data: dict[str, Any]) -> str:
             reached = figure(first["value"]) if "value" in first else "refused"
             radius = [f"{relative:g}", figure(first["radius"])]
             body.append([name, layer, first["tokens"], *radius, reached, *cells, *seconds])
-    titles = ["model", "layer", "tokens", "radius / token", "radius", "reached", *(f"`{bound}`" for bound in bounds)]
+    titles = [
+        "model",
+        "layer",
+        "tokens",
+        "radius / token",
+        "radius",
+        "reached",
+        *(f"`{bound}` / reached" for bound in bounds),
+    ]
     return table([*titles, *(f"`{bound}`, processor s" for bound in bounds)], body)
 
 

@@ -136,7 +136,7 @@ def short_workloads() -> Sequence[Pretrained]:
         Pretrained(
             name="albert-rxn",
             model="albert-rxn",
-            about=f"ALBERT on the chemical reaction {SHORT_REACTION}, one set of weights in all layers",
+            about=f"ALBERT on the chemical reaction `{SHORT_REACTION}`, one set of weights in all layers",
             layers=12,
             first="[CLS]",
             inputs=functools.partial(_text, "albert-rxn", SHORT_REACTION),
