@@ -59,13 +59,14 @@ class SharpPenalty:
         if inputs is not None and inputs < 1:
             raise InvalidInput(f"inputs must be at least 1 or None, got {inputs=}.")
         self.layers, self.inputs, self.generator = layers, inputs, generator
+        self._place = torch.device("cpu") if generator is None else generator.device
         self.drawn: list[int] = []
         self._calls: dict[int, Call] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> SharpPenalty:
         self._calls = {}
-        self.drawn = torch.randperm(len(self.modules), generator=self.generator)[: self.layers].tolist()
+        self.drawn = self._order(len(self.modules))[: self.layers].tolist()
         for index in self.drawn:
             hook = partial(self._keep, index)
             self._handles.append(self.modules[index].register_forward_pre_hook(hook, with_kwargs=True))
@@ -109,13 +110,16 @@ class SharpPenalty:
             raise InvalidInput(f"modules[{index}] must have one attention block, got {len(blocks)}; give each its own.")
         return sharp_estimate(blocks[0].attention).mean()
 
+    def _order(self, count: int) -> Tensor:
+        return torch.randperm(count, generator=self.generator, device=self._place)
+
     def _chosen(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """The arguments at some of the inputs: all tensors that have as many as the first one."""
         first = next((each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)), None)
         if self.inputs is None or first is None or self.inputs >= len(first):
             return args, kwargs
         count = len(first)
-        rows = torch.randperm(count, generator=self.generator)[: self.inputs].to(first.device)
+        rows = self._order(count)[: self.inputs].to(first.device)
 
         def some(value: Any) -> Any:
             return value[rows] if isinstance(value, Tensor) and value.dim() and len(value) == count else value

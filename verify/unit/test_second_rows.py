@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lipbounds
-from lipbounds import Attention
+from lipbounds import Attention, Unsupported
 from lipbounds.bounds import sharp_ball
 from lipbounds.derivatives.second.factors import factors_of
 from lipbounds.derivatives.second.gram_blocks import pair_products
@@ -16,7 +16,7 @@ from lipbounds.derivatives.second.norm import second_norm
 from lipbounds.derivatives.second.rows import _two_keys, one_key, own_and_another, second_norm_by_rows, two_keys
 from lipbounds.testing.contract import run_check
 from lipbounds.testing.falsify import falsify
-from verify.unit.blocks import random_block
+from verify.unit.blocks import NAMED, random_block
 from verify.unit.test_sharp_ball import CASES, small_block
 from verify.unit.test_taylor import derivative_norms, hessian
 
@@ -27,7 +27,15 @@ SOME: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(params=[name for name in CASES if name != "query"] + [*SOME], ids=lambda name: name.replace(" ", "-"))
+def is_turned(name: str) -> bool:
+    return any(word in name for word in ("rotary", "norm"))
+
+
+TURNED = [name for name in CASES if is_turned(name)]
+KNOWN = [name for name in CASES if name != "query" and not is_turned(name)] + [*SOME]
+
+
+@pytest.fixture(params=KNOWN, ids=lambda name: name.replace(" ", "-"))
 def block(request: pytest.FixtureRequest) -> Attention:
     return random_block(7, n=3, **(CASES | SOME)[request.param])
 
@@ -47,6 +55,14 @@ def test_it_is_above_the_norm_and_of_its_size(n: int, gain: float) -> None:
     block = small_block(n, n, 6, 2, gain)
     reached = max(max(derivative_norms(block, 2, seed)) for seed in range(3))
     assert reached <= second_norm_by_rows(block) < 5 * reached
+
+
+@pytest.mark.parametrize("name", TURNED, **NAMED)
+def test_turned_and_normed_rows_are_refused(name: str) -> None:
+    block = random_block(7, n=3, **CASES[name])
+    for norm in (second_norm, second_norm_by_rows, factors_of):
+        with pytest.raises(Unsupported, match="joint norm of the second differential"):
+            norm(block)
 
 
 def test_the_groups_are_those_of_the_second_differential(block: Attention) -> None:

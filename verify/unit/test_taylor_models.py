@@ -189,7 +189,7 @@ def check_model(
         walk = Replay([operation.name for operation in margin.operations])
         logits = walk.through(flat([("", network)]), start, None).centre[0]
         assert bool((logits[0] - logits[1:] >= lower - SLACK).all()), "a margin is below its lower bound"
-        one, other = pairs(h.numel())
+        one, other = pairs(h.numel(), h.device)
         remainders = {SECOND: torch.where(one == other, 1.0, torch.tensor(2.0).double().sqrt()) * h[one] * h[other]}
         assert float(remainders[SECOND].norm()) <= float(ranges.known[SECOND].ball[0]) + SLACK
         for promise, there in zip(promised, walk.operations, strict=True):

@@ -30,13 +30,14 @@ SECOND = "second"
 LARGEST_SQUARE = 127  # inputs: beyond it, there are too many pairs
 
 
-def pairs(inputs: int) -> tuple[Tensor, Tensor]:
+def pairs(inputs: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The pairs a <= b of inputs, as two rows of indices.
 
     Args:
         inputs: how many.
+        device: of the indices.
     """
-    first, second = torch.triu_indices(inputs, inputs)
+    first, second = torch.triu_indices(inputs, inputs, device=device)
     return first, second
 
 
@@ -53,8 +54,7 @@ def products(one: Coefficient, other: Coefficient, multiply: Product, terms: int
         terms: roundings in a row in each sum.
     """
     inputs = len(one.matrix)
-    first, second = pairs(inputs)
-    first, second = first.to(one.matrix.device), second.to(one.matrix.device)
+    first, second = pairs(inputs, one.matrix.device)
     if one is other and multiply is torch.mul:
         matrix = one.matrix[first] * one.matrix[second]
         matrix = matrix * _weights(first, second, one.matrix, math.sqrt(2.0), 1.0)
@@ -90,8 +90,7 @@ def as_matrices(part: Coefficient) -> tuple[Float[Tensor, "*shape inputs inputs"
         part: with a column for every pair.
     """
     inputs = (math.isqrt(8 * len(part.matrix) + 1) - 1) // 2
-    first, second = pairs(inputs)
-    first, second = first.to(part.matrix.device), second.to(part.matrix.device)
+    first, second = pairs(inputs, part.matrix.device)
     rows = part.matrix * _weights(first, second, part.matrix, math.sqrt(0.5), 1.0)
     found = part.matrix.new_zeros(*part.matrix.shape[1:], inputs, inputs)
     found[..., first, second] = found[..., second, first] = rows.movedim(0, -1)

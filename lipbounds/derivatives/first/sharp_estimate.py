@@ -122,7 +122,9 @@ def _side(weights: Float[Tensor, "*weights heads dim width"]) -> _Side:
     gram = weights.mT @ weights
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     factor = torch.linalg.cholesky(
-        gram + (FLOOR * trace + torch.finfo(gram.dtype).tiny) * torch.eye(gram.shape[-1]).to(gram)
+        gram
+        + (FLOOR * trace + torch.finfo(gram.dtype).tiny)
+        * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     )
     basis = torch.linalg.solve_triangular(factor, weights.mT, upper=False)  # U_h^T
     flat = basis.flatten(-3, -2)

@@ -19,6 +19,7 @@ from lipbounds.derivatives.first.covariance import (
     row_covariance,
 )
 from lipbounds.derivatives.first.rows import deviation_error, logit_gradient_error, scaled_weights
+from lipbounds.errors import Unsupported
 from lipbounds.ops.spectral import power_of_two
 from lipbounds.rounding import gamma, inflate
 from lipbounds.targets.attention import Attention
@@ -62,7 +63,13 @@ def factors_of(block: Attention) -> Factors:
 
     Args:
         block: in float64, without rotary positions and QK-norm.
+
+    Raises:
+        Unsupported: the block has them.
     """
+    turning = sorted(block.features & {"rotary", "qk_norm"})
+    if turning:
+        raise Unsupported(f"The joint norm of the second differential knows no {' and '.join(turning)}.")
     w_v, w_o, unit = scaled_weights(block)
     values, keys = centred_projection(block.source_input, w_v), centred_keys(block)
     maps = block.probabilities
