@@ -121,11 +121,8 @@ def _key_part(reach: Float[Tensor, "*batch heads n"], queries: Tensor, outputs: 
 def _side(weights: Float[Tensor, "*weights heads dim width"]) -> _Side:
     gram = weights.mT @ weights
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    factor = torch.linalg.cholesky(
-        gram
-        + (FLOOR * trace + torch.finfo(gram.dtype).tiny)
-        * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    )
+    unit = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    factor = torch.linalg.cholesky(gram + (FLOOR * trace + torch.finfo(gram.dtype).tiny) * unit)
     basis = torch.linalg.solve_triangular(factor, weights.mT, upper=False)  # U_h^T
     flat = basis.flatten(-3, -2)
     heads = basis.shape[-3]
