@@ -18,7 +18,8 @@ from bench.engine.version_1 import Old
 from bench.robustness import figures, tables
 from bench.robustness import task as robustness
 from bench.robustness.measures import LANCZOS
-from bench.robustness.settings import LEFT_OUT, PROFILES, VERSION, Recipe, Setting
+from bench.robustness.profiles import PROFILES
+from bench.robustness.settings import LEFT_OUT, VERSION, Recipe, Setting
 from bench.robustness.studies import profiles_of, study_of
 from bench.robustness.summary import summarised
 from bench.robustness.training import Workshop

@@ -1,4 +1,4 @@
-"""What is compared, and how much of it each profile does."""
+"""What is compared, how each model is trained, and what a profile says."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses as dc
 from typing import Any
 
 from bench.attacks.images import Norm
-from bench.attacks.ways import APGD, STANDARD, Way
+from bench.attacks.ways import STANDARD, Way
 from lipbounds.models.train_digits import WEIGHT_DECAY
 
 
@@ -308,85 +308,3 @@ class Profile:
     def chosen(self) -> list[Setting]:
         """All settings, in order."""
         return [*(ALL[name] for name in self.settings), *self.own]
-
-
-PROFILES = {
-    "quick": Profile(
-        settings=(BASELINE, "jasmin"),
-        seeds=(0,),
-        epochs=5,
-        images=3,
-        batch=3,
-        eps={"l_inf": (0.2,)},
-        blocks=1,
-        largest_grid=1,
-    ),
-    # Few settings rather than few seeds: JaSMin from a random start, and a baseline trained on with JaSMin or PGD and,
-    # as the control, with neither. AutoAttack, which costs most, on one model.
-    "standard": Profile(
-        settings=(BASELINE, "jasmin", "jacobian"),
-        seeds=(0, 1, 2, 3, 4),
-        epochs=60,
-        images=200,
-        batch=100,
-        eps={"l_inf": (0.05, 0.1), "l2": (0.25, 0.5)},
-        blocks=20,
-    ),
-    "full": Profile(
-        settings=tuple(SETTINGS),
-        seeds=tuple(range(10)),
-        epochs=60,
-        images=200,
-        batch=100,
-        eps={"l_inf": (0.025, 0.05, 0.1, 0.15), "l2": (0.125, 0.25, 0.5, 1.0)},
-        blocks=50,
-    ),
-}
-
-# Of images of 28 x 28 pixels (bench/robustness/studies.py).
-FULL_SETTINGS = (BASELINE, "jasmin 0.03", "jasmin 0.3", "jasmin 3", "jasmin-0 0.3", "spectral 0.1", *TUNED)
-LARGER_PROFILES = {
-    "quick": Profile(
-        settings=(BASELINE, "jasmin 0.03"),
-        seeds=(0,),
-        epochs=1,
-        images=3,
-        batch=3,
-        eps={"l_inf": (0.1,)},
-        blocks=1,
-        weak_steps=10,
-        pace=Pace(batch=64, rate=3e-3),
-    ),
-    # Few settings rather than few seeds: JaSMin from a random start, and a baseline trained on with JaSMin or PGD
-    # and, as the control, with neither. AutoAttack, which costs most, on the models of one seed.
-    "standard": Profile(
-        settings=(BASELINE, "jasmin 0.03", CONTROL, "jasmin tuned 0.3", "jasmin tuned 3", "pgd tuned"),
-        seeds=(0, 1, 2, 3, 4),
-        epochs=15,
-        images=100,
-        batch=100,
-        eps={"l_inf": (0.05,), "l2": (0.75,)},
-        blocks=10,
-        weak_steps=10,
-        pace=Pace(batch=64, rate=3e-3),
-        tuning_epochs=5,
-        way=None,
-        standard=((BASELINE, 0),),
-    ),
-    # Two hours of one core with 5,000 images: the two parts of AutoAttack that find nearly all on every model, and all
-    # four on those of one seed.
-    "full": Profile(
-        settings=FULL_SETTINGS,
-        seeds=(0, 1, 2, 3, 4),
-        epochs=15,
-        images=100,
-        batch=100,
-        eps={"l_inf": (0.05,), "l2": (0.75,)},
-        blocks=10,
-        weak_steps=10,
-        pace=Pace(batch=64, rate=3e-3),
-        tuning_epochs=5,
-        way=APGD,
-        standard=tuple((name, 0) for name in FULL_SETTINGS),
-    ),
-}

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from bench.robustness.image_vit import ImageViT
-from bench.robustness.settings import LARGER_PROFILES, PROFILES, Profile
+from bench.robustness.profiles import LARGER_PROFILES, PROFILES
+from bench.robustness.settings import Profile
 from bench.workloads.hashes import tensors_hash
 from lipbounds.errors import InvalidInput
 from lipbounds.models.digits_data import DigitsSplit, LabelledImages, load_digits_split

@@ -26,7 +26,8 @@ from bench.engine.machine import ROOT
 from bench.engine.store import Store
 from bench.robustness import task as robustness
 from bench.robustness.on_cluster import answered_on
-from bench.robustness.settings import PROFILES, SETTINGS, recipe
+from bench.robustness.profiles import PROFILES
+from bench.robustness.settings import SETTINGS, recipe
 from bench.robustness.training import Workshop
 from bench.tests import on_workers
 from bench.tests.samples import records_at, tiny_block, tiny_case, tiny_model

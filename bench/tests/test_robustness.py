@@ -27,7 +27,8 @@ from bench.robustness import task as robustness
 from bench.robustness.choice import best, tried
 from bench.robustness.own import loss_setting, penalty_setting
 from bench.robustness.penalties import loss_of
-from bench.robustness.settings import PROFILES, SETTINGS, Profile, recipe
+from bench.robustness.profiles import PROFILES
+from bench.robustness.settings import SETTINGS, Profile, recipe
 from bench.robustness.statistics import holm, interval, paired, worst_case
 from bench.robustness.summary import summarised, verdict
 from bench.robustness.training import Workshop

@@ -17,7 +17,8 @@ from bench.robustness import attacked, figures, training
 from bench.robustness import task as robustness
 from bench.robustness.choice import choose
 from bench.robustness.image_vit import ImageViT
-from bench.robustness.settings import ALL, BASELINE, CONTROL, CURVE, LARGER_PROFILES, PROFILES, Pace, Profile, recipe
+from bench.robustness.profiles import LARGER_PROFILES, PROFILES
+from bench.robustness.settings import ALL, BASELINE, CONTROL, CURVE, Pace, Profile, recipe
 from bench.robustness.studies import study_of
 from lipbounds.errors import InvalidInput
 

@@ -20,8 +20,9 @@ from lipbounds.compose.taylor import TaylorMargin, bilinear, normalization, poin
 from lipbounds.compose.taylor import model as taylor_model
 from lipbounds.compose.taylor.ball import Norm
 from lipbounds.compose.taylor.coefficient import exact, weighted_product
-from lipbounds.compose.taylor.model import CENTRE, INPUT, Value, spectral_upper
+from lipbounds.compose.taylor.model import CENTRE, INPUT, Value
 from lipbounds.compose.taylor.network import Walk
+from lipbounds.compose.taylor.norms import spectral_upper
 from lipbounds.compose.taylor.quadratic import Quadratic
 from lipbounds.compose.taylor.rounded import Rounded
 from lipbounds.compose.taylor.second import SECOND, as_matrices, pairs

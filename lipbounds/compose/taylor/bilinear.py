@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from lipbounds.compose.taylor.coefficient import TINY, Coefficient, Product, largest_eigenvalue, norm_upper
-from lipbounds.compose.taylor.model import CENTRE, INPUT, Range, Ranges, Value, spectral_upper, together
+from lipbounds.compose.taylor.model import CENTRE, INPUT, Range, Ranges, Value, together
+from lipbounds.compose.taylor.norms import spectral_upper
 from lipbounds.compose.taylor.operation import Operation
 from lipbounds.compose.taylor.second import products
 from lipbounds.rounding import gamma, inflate, product
@@ -34,6 +35,8 @@ SUMS = 1 << 20  # more inputs than any network here has
 
 class Bilinear(Operation):
     """Z = X Y for every head.
+
+    Over 150 lines, because its remainder, its forms and what is beyond them share the rows of X and Y.
 
     Args:
         name: of the operation.

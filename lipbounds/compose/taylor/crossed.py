@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.compose.taylor.coefficient import norm_upper
-from lipbounds.compose.taylor.model import Ranges, spectral_upper
+from lipbounds.compose.taylor.model import Ranges
+from lipbounds.compose.taylor.norms import spectral_upper
 from lipbounds.rounding import UNIT_ROUNDOFF, inflate
 
 

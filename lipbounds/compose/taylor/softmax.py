@@ -42,14 +42,13 @@ largest D_j) and E_t |x| <= w^(1/2):
 
 from __future__ import annotations
 
-import dataclasses as dc
-
 import torch
 from torch import Tensor
 
 from lipbounds.compose.taylor.ball import Ball
 from lipbounds.compose.taylor.coefficient import Coefficient, largest_eigenvalue, norm_upper, weighted_product
 from lipbounds.compose.taylor.model import CENTRE, Range, Ranges, Value
+from lipbounds.compose.taylor.movement import Movement
 from lipbounds.compose.taylor.operation import Operation
 from lipbounds.compose.taylor.second import products
 from lipbounds.ops._rows import SMALLEST_NORMAL
@@ -58,27 +57,6 @@ from lipbounds.rounding import EXP_ULPS, UNIT_ROUNDOFF, gamma, inflate
 
 
 NARROW, MANY = 200, 512  # functionals are formed of few entries, and that many at once
-
-
-@dc.dataclass(frozen=True, eq=False)
-class _Movement:
-    """What is known of the rows over the balls; shapes [radii, heads, n, m], without m for w.
-
-    Args:
-        first: U, of the centred logits.
-        rest: W.
-        upper: up.
-        deviation: D.
-        variance: w.
-        own: s, the part of the deviation that C h makes.
-    """
-
-    first: Tensor
-    rest: Tensor
-    upper: Tensor
-    deviation: Tensor
-    variance: Tensor
-    own: Tensor
 
 
 class Softmax(Operation):
@@ -156,7 +134,7 @@ class Softmax(Operation):
         ball = torch.minimum(norm_upper(rows), inflate((moved.variance.flatten(1).amax(1) * energy).sqrt(), 4))
         return Range(ball=ball.nan_to_num(nan=torch.inf), box=box.flatten(1), groups=rows)
 
-    def _measure_third(self, moved: _Movement, box: Tensor, rows: Tensor, energy: Tensor) -> Range:
+    def _measure_third(self, moved: Movement, box: Tensor, rows: Tensor, energy: Tensor) -> Range:
         """Of t.
 
         Args:
@@ -195,7 +173,7 @@ class Softmax(Operation):
             self._grams = gram, inflate(error + error.mT, 4)
         return self._grams
 
-    def _movement(self, ranges: Ranges) -> _Movement:
+    def _movement(self, ranges: Ranges) -> Movement:
         first, rest = ranges.linear_and_rest(self.centred, 0)
         odds = self._odds(ranges, first, rest)
         upper = self._upper(odds)
@@ -210,7 +188,7 @@ class Softmax(Operation):
         linear = inflate(ranges.radii[:, None, None] * own.sqrt(), 8)
         spread = linear + largest_mean(rest.square(), upper).sqrt()
         variance = inflate(torch.minimum(variance, spread.square()), 16)
-        return _Movement(first, rest, upper, inflate(deviation, 4), variance.nan_to_num(nan=torch.inf), linear)
+        return Movement(first, rest, upper, inflate(deviation, 4), variance.nan_to_num(nan=torch.inf), linear)
 
     def _odds(self, ranges: Ranges, first: Tensor, rest: Tensor) -> Tensor:
         """rho, [radii, heads, n, m, m]."""
@@ -250,7 +228,7 @@ class Softmax(Operation):
         upper = inflate(1 / total, length + 4 * EXP_ULPS + 8) + SMALLEST_NORMAL
         return torch.where(self._visible, upper.nan_to_num(nan=1.0).clamp(max=1), 0.0)
 
-    def _energy(self, ranges: Ranges, moved: _Movement) -> Tensor:
+    def _energy(self, ranges: Ranges, moved: Movement) -> Tensor:
         """Bound on the sum of the variances of all rows."""
         part = self.centred.linear
         flat, count = part.matrix.flatten(1), part.matrix.shape[0]
@@ -296,7 +274,7 @@ class Softmax(Operation):
 
     def beyond(self, rows: Tensor, error: Tensor, ranges: Ranges) -> Tensor:
         """See the top of this file."""
-        moved: _Movement = ranges.notes[self.name]
+        moved: Movement = ranges.notes[self.name]
         v, off = self._functionals(rows, error)
         size = v.abs() + off[:, None, None, None]
         squares = torch.einsum("khij,chij->kc", self.map.sizes * moved.rest.square() / 2, size)
@@ -316,7 +294,7 @@ class Softmax(Operation):
         """
         if rows.shape[1] > NARROW or len(rows) > MANY:
             return None
-        moved: _Movement = ranges.notes[self.name]
+        moved: Movement = ranges.notes[self.name]
         v, off = self._functionals(rows, error)
         part, map_ = self.centred.linear, self.map
         weights = (v * map_.matrix[0]).flatten(1)
@@ -336,7 +314,7 @@ class Softmax(Operation):
             nan=torch.inf
         )
 
-    def _third(self, moved: _Movement, k: int, size: Tensor, apart: Tensor) -> Tensor:
+    def _third(self, moved: Movement, k: int, size: Tensor, apart: Tensor) -> Tensor:
         """1/6 of the bound on the third derivative, summed over rows: one number for each functional."""
         upper, deviation, variance = moved.upper[k], moved.deviation[k], moved.variance[k]
         spread = torch.minimum(largest_mean(apart, upper.unsqueeze(-2)), apart.amax(-1))  # V

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.errors import Unsupported
+from lipbounds.ops.eigen import try_cholesky
 from lipbounds.targets.attention import Attention
 
 
@@ -122,7 +123,7 @@ def _side(weights: Float[Tensor, "*weights heads dim width"]) -> _Side:
     gram = weights.mT @ weights
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     unit = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    factor = torch.linalg.cholesky(gram + (FLOOR * trace + torch.finfo(gram.dtype).tiny) * unit)
+    factor, _ = try_cholesky(gram + (FLOOR * trace + torch.finfo(gram.dtype).tiny) * unit)
     basis = torch.linalg.solve_triangular(factor, weights.mT, upper=False)  # U_h^T
     flat = basis.flatten(-3, -2)
     heads = basis.shape[-3]
