@@ -194,14 +194,15 @@ def _rest_section(data: Data) -> list[str]:
                 )
                 weak = [mean(model["weak"][norm][place] for model in models)] if "weak_steps" in data else []
                 shown = [f"{100 * value:.1f}" for value in (*weak, part, whole)]
-                body.append([setting["title"], norm, f"{row['eps']:g}", *shown])
+                body.append([setting["title"], len(models), norm, f"{row['eps']:g}", *shown])
     seeds = ", ".join(map(str, data["standard_seeds"]))
     weak = [f"PGD-{data['weak_steps']} %"] if "weak_steps" in data else []
     return [
         f"## {WHOLE}",
-        f"All four of its attacks (APGD-CE, APGD-T, FAB-T and Square) on models of seed {seeds}. Of the images of "
-        f"these models and radii together, they change {changed} that the attacks above did not.",
-        table(["setting", "norm", "radius", *weak, "worst case above %", f"worst case with {WHOLE} %"], body),
+        f"All four of its attacks (APGD-CE, APGD-T, FAB-T and Square) on some of the models, of seeds {seeds}: means "
+        f"over them. Of the images of these models and radii together, they change {changed} that the attacks above "
+        "did not.",
+        table(["setting", "models", "norm", "radius", *weak, "worst case above %", f"worst case with {WHOLE} %"], body),
     ]
 
 
