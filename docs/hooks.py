@@ -35,6 +35,7 @@ FIGURES = (
     "balls.png",
     "certified.png",
     "speed.png",
+    "pareto.png",
     "attention_maps.png",
     "attention_statistics.png",
     "attention_scatter.png",

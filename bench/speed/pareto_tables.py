@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from bench.pages.page import folded
 
 
 Row = dict[str, Any]
+ACROSS = 2  # panels side by side
+NEAR = math.log(1.6)  # factors between points whose names would overlap
 
 
 def blocks_of(rows: list[Row]) -> list[str]:
@@ -114,19 +117,31 @@ def draw(rows: list[Row], folder: Path) -> list[Path]:
     if not names:
         return []
     with mpl.rc_context({"font.size": 9, "svg.hashsalt": "lipbounds"}):
-        canvas, axes = plt.subplots(1, len(names), figsize=(4.2 * len(names), 4.0), squeeze=False)
-        for axis, block in zip(axes[0], names, strict=True):
+        down = -(-len(names) // ACROSS)
+        canvas, axes = plt.subplots(down, ACROSS, figsize=(6.2 * ACROSS, 4.4 * down), squeeze=False)
+        for axis in axes.flat[len(names) :]:
+            axis.set_visible(False)
+        for axis, block in zip(axes.flat, names, strict=False):
             points = costs_and_ratios(rows, block)
             chosen = front(points)
             axis.plot([c for _, c, _ in chosen], [r for _, _, r in chosen], color="#666666", linewidth=1, zorder=1)
             for name, cost, ratio in points:
                 axis.scatter([cost], [ratio], color=family_colour(name), s=40 if name in BOLD else 22, zorder=2)
-            for name, cost, ratio in chosen:
-                axis.annotate(name, (cost, ratio), textcoords="offset points", xytext=(4, 4), fontsize=7)
-            axis.set(xscale="log", yscale="log", xlabel="forward passes", title=block.replace(" (", "\n("))
-            axis.title.set_fontsize(8)
-        axes[0][0].set_ylabel("times the truth")
+            for (name, cost, ratio), below in zip(chosen, _below(chosen), strict=True):
+                axis.annotate(name, (cost, ratio), textcoords="offset points", xytext=(5, 4 - 9 * below), fontsize=7)
+            axis.set(xscale="log", yscale="log", xlabel="forward passes", ylabel="times the truth", title=block)
+            axis.title.set_fontsize(9)
+            axis.margins(x=0.15)
         arrange(canvas)
         paths = save(canvas, folder, "pareto")
         plt.close(canvas)
     return paths
+
+
+def _below(chosen: list[tuple[str, float, float]]) -> list[int]:
+    """How many lines the name of each point is set below its place, so that those of neighbours stand apart."""
+    lines: list[int] = []
+    for k, (_, cost, ratio) in enumerate(chosen):
+        near = k and abs(math.log(cost / chosen[k - 1][1])) < NEAR and abs(math.log(ratio / chosen[k - 1][2])) < NEAR
+        lines.append(lines[-1] + 1 if near else 0)
+    return lines
