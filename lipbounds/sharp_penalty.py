@@ -62,6 +62,7 @@ class SharpPenalty:
         self._place = torch.device("cpu") if generator is None else generator.device
         self.drawn: list[int] = []
         self._calls: dict[int, Call] = {}
+        self._measuring = False
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> SharpPenalty:
@@ -76,7 +77,8 @@ class SharpPenalty:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._calls = {}
-        self._stop()
+        while self._handles:
+            self._handles.pop().remove()
 
     def penalty(self) -> Float[Tensor, ""]:
         """The mean over the layers and inputs that were drawn, at the last forward pass of the model.
@@ -85,17 +87,17 @@ class SharpPenalty:
             InvalidInput: a layer that was drawn did not run, or has not exactly one attention block.
             Unsupported: its attention is none that `sharp_estimate` takes.
         """
-        self._stop()  # the layers run again below
-        found = [self._of_layer(index) for index in self.drawn]
+        self._measuring = True  # the layers run again below, at inputs that are no call of the model
+        try:
+            found = [self._of_layer(index) for index in self.drawn]
+        finally:
+            self._measuring = False
         return torch.stack(found).mean()
 
     def _keep(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         del module
-        self._calls[index] = (args, kwargs)
-
-    def _stop(self) -> None:
-        while self._handles:
-            self._handles.pop().remove()
+        if not self._measuring:
+            self._calls[index] = (args, kwargs)
 
     def _of_layer(self, index: int) -> Float[Tensor, ""]:
         if index not in self._calls:

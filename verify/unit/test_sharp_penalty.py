@@ -105,6 +105,17 @@ def test_a_step_of_training_reaches_the_weights_before_and_leaves_the_model_in_t
     assert not model.layers[2]._forward_pre_hooks
 
 
+def test_the_penalty_is_that_of_the_last_forward_pass() -> None:
+    model, one, other = Model().eval(), draw(2, 5, 12).float(), draw(2, 5, 12, seed=1).float()
+    with SharpPenalty(model.layers, layers=3) as reg:
+        model(one)
+        reg.penalty()
+        model(other)
+        second = reg.penalty()
+    estimates = [sharp_estimate(found.attention) for found in lipbounds.capture(model, other)]
+    assert torch.allclose(second, torch.stack(estimates).mean(), rtol=1e-4)
+
+
 def test_what_cannot_be_drawn_or_taken_is_said() -> None:
     model = Model()
     with pytest.raises(InvalidInput, match="layers must be from 1 to"):
