@@ -263,3 +263,33 @@ def test_bad_arguments_are_named(name: str) -> None:
     call, error, message = BAD[name]
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.usefixtures("as_a_user_runs_it")  # a search: the other tests keep the shape checks
+def test_the_fall_of_a_margin_is_that_of_the_certified_ball() -> None:
+    """One ball is tried, of which half is proved for the first class; the margin to the second falls ever slower."""
+    identity, logits = torch.eye(2).double(), torch.tensor([[0.0, 0.0], [3.7, 0.0], [0.0, -1.0]]).double()
+    network = Sequence((Linear(identity), Pointwise("gelu"), Linear(logits, torch.tensor([0.0, -1.0, -1.0]).double())))
+    found = certify(network, torch.zeros(1, 1, 2), torch.tensor([0]), method="taylor", steps=1)
+    radius, claimed = float(found.radius), found.lipschitz[0]
+    assert 0.1 < radius < 0.4
+    ends = radius * torch.tensor([[[1.0, 0.0]], [[0.0, -1.0]]]).double()
+    fallen = network(torch.zeros(1, 1, 2).double()) - network(ends)
+    margins = (fallen[..., :1] - fallen).squeeze(1)
+    assert float(margins[0, 1]) <= radius * float(claimed[1])
+    assert float(margins[1, 2]) <= radius * float(claimed[2])
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("input", "b", "c"), ("a", "b", "input"), ("second", "b", "c"), ("centre", "b", "c"), ("b.2", "b", "b")],
+)
+def test_layers_may_have_any_names(names: tuple[str, ...]) -> None:
+    draw = Draw(5)
+    layers = [part for _ in range(3) for part in (Linear(2 * draw(4, 4)), Pointwise("gelu"))]
+    layers, x = (*layers, Linear(draw(3, 4))), draw(1, 1, 4)
+    labels = Sequence(layers)(x).flatten(1).argmax(1)
+    expected = certify(Sequence(layers), x, labels, method="taylor").radius
+    named = Sequence(layers, ("x", names[0], "y", names[1], "z", names[2], "logits"))
+    assert torch.equal(certify(named, x, labels, method="taylor").radius, expected)
+    assert float(expected) > 0

@@ -6,6 +6,8 @@ row of everything before it, so that attention there has one query.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -13,11 +15,12 @@ from lipbounds.compose.reading import ReadResidual, acts_by_token
 from lipbounds.compose.rewrite import FeedForward, FoldedAttention, FoldedLinear, flat
 from lipbounds.compose.taylor.bilinear import Bilinear
 from lipbounds.compose.taylor.coefficient import Coefficient, Map
-from lipbounds.compose.taylor.model import CENTRE, Value
+from lipbounds.compose.taylor.model import CENTRE, INPUT, Value
 from lipbounds.compose.taylor.normalization import Normalize
 from lipbounds.compose.taylor.operation import Operation
 from lipbounds.compose.taylor.pointwise import activated, pointwise
 from lipbounds.compose.taylor.rounded import Rounded, needs_rounding
+from lipbounds.compose.taylor.second import SECOND
 from lipbounds.compose.taylor.softmax import Softmax
 from lipbounds.errors import Unsupported
 from lipbounds.rounding import inflate
@@ -102,9 +105,11 @@ class Walk:
         return operation.output
 
     def _name(self, path: str, what: str = "") -> str:
-        """The path, with a number where an operation has that name already."""
-        name, taken = f"{path}.{what}" if what else path, {other.name for other in self.operations}
-        return name if name not in taken else f"{name}.{len(taken)}"
+        """The path, with a number where a coefficient has that name already: users name layers as they like."""
+        name, taken = f"{path}.{what}" if what else path, {CENTRE, INPUT, SECOND}
+        taken |= {other.name for other in self.operations}
+        numbered = (f"{name}.{number}" for number in itertools.count(2))
+        return name if name not in taken else next(other for other in numbered if other not in taken)
 
     def _activate(self, path: str, activation: str, value: Value) -> Value:
         if not value.moves:

@@ -40,8 +40,9 @@ def taylor_radius(
         norm: of the balls.
 
     Returns:
-        The radius, 0 if nothing is proved, and for every class the bound on the fall of its margin over that ball,
-        divided by the radius; None at radius 0.
+        The radius, 0 if nothing is proved, and for every class a bound on the fall of its margin over that ball,
+        divided by the radius; None at radius 0. The ball that was evaluated may be larger than the one it proves: a
+        margin falls at least as far there, but maybe less for its radius.
     """
     margin = TaylorMargin(network, x, label, norm=norm)
     if not bool((margin.at_point > 0).all()):
@@ -55,7 +56,7 @@ def taylor_radius(
         lower, inside = margin.evaluate(radii)
         best = int(inside.argmax())
         if float(inside[best]) > low:
-            low, falls = float(inside[best]), (margin.at_point - lower[best]) / radii[best]
+            low, falls = float(inside[best]), inflate((margin.at_point - lower[best]) / inside[best], 4)
         above = radii[(inside < radii) & (radii > low)]
         high = min(high, float(above.min())) if len(above) else low
     if falls is None:
