@@ -1,4 +1,4 @@
-"""The certifiable digits ViT (lipbounds.models.lipschitz_vit) from pixels to logits."""
+"""The ViT made to be certified (lipbounds.models.lipschitz_vit) from pixels to logits."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.adapters._modules import checked, linear, prepared
-from lipbounds.models.digits_vit import PATCH_SIZE
-from lipbounds.models.lipschitz_vit import DIM, LipschitzViT
+from lipbounds.models.lipschitz_vit import LipschitzViT
 from lipbounds.targets.layers import Flatten, Layer, Linear, Patches, Pointwise, Positions, Residual, Sequence
 
 
-def lipschitz_vit_network(model: LipschitzViT, images: Float[Tensor, "batch 1 8 8"]) -> Sequence:
+def lipschitz_vit_network(model: LipschitzViT, images: Float[Tensor, "batch 1 side side"]) -> Sequence:
     """The model in float64 as a network, from images to the logits, the features of one token.
 
     Args:
@@ -24,9 +23,11 @@ def lipschitz_vit_network(model: LipschitzViT, images: Float[Tensor, "batch 1 8 
     """
     x = images.double()
     wide, attention = prepared(model, LipschitzViT, "lipschitz_vit_network", x)
-    centre = Linear(torch.eye(DIM, dtype=x.dtype, device=x.device) - 1 / DIM)
+    size, dim = model.shape.patch, model.shape.dim
+    centre = Linear(torch.eye(dim, dtype=x.dtype, device=x.device) - 1 / dim)
     layers: list[tuple[str, Layer]] = [
-        ("patches", Patches((PATCH_SIZE, PATCH_SIZE), (PATCH_SIZE, PATCH_SIZE))),
+        ("patches", Patches((size, size), (size, size))),
+        *([] if wide.directions is None else [("directions", linear(wide.directions))]),
         ("embedding", linear(wide.patch_embedding)),
         ("positions", Positions(None, wide.positions[0].detach())),
     ]

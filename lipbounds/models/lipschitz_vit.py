@@ -1,4 +1,4 @@
-"""A small vision transformer for 8x8 digits that is made to be certified, and its committed weights.
+"""A small vision transformer that is made to be certified, and its committed weights for 8x8 digits.
 
 Every linear map has a spectral norm of at most 1, features are centred instead of normalised (a linear map of norm 1),
 the logits of attention are small, and all tokens side by side are classified: no layer stretches or turns much.
@@ -6,6 +6,7 @@ the logits of attention are small, and all tokens side by side are classified: n
 
 from __future__ import annotations
 
+import dataclasses as dc
 from pathlib import Path
 
 import torch
@@ -15,12 +16,42 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from lipbounds.errors import InvalidInput
-from lipbounds.models.digits_vit import CLASSES, PATCH_SIZE, PATCHES
+from lipbounds.models.digits_vit import CLASSES, IMAGE_SIZE, PATCH_SIZE
 
 
-DIM, DEPTH, HEADS, MLP_DIM = 32, 2, 4, 64
 WEIGHTS = Path(__file__).parent / "weights" / "lipschitz_vit.safetensors"
 CERTIFIED = WEIGHTS.with_name("certified_vit.safetensors")  # of lipbounds.models.train_certified
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Sizes of the model.
+
+    Args:
+        side: of the square images, in pixels.
+        patch: side of the square patches, which do not overlap.
+        directions: numbers that a first linear map leaves of each patch; None: there is no such map.
+        dim: of the tokens.
+        depth: number of blocks.
+        heads: of each attention.
+        mlp_dim: of the inner features of each MLP.
+    """
+
+    side: int
+    patch: int
+    directions: int | None = None
+    dim: int
+    depth: int
+    heads: int
+    mlp_dim: int
+
+    @property
+    def tokens(self) -> int:
+        """Number of patches."""
+        return (self.side // self.patch) ** 2
+
+
+DIGITS = Shape(side=IMAGE_SIZE, patch=PATCH_SIZE, dim=32, depth=2, heads=4, mlp_dim=64)
 
 
 class AtMostOne(nn.Module):
@@ -48,14 +79,19 @@ class Centre(nn.Module):
 
 
 class GentleAttention(nn.Module):
-    """Multi-head self-attention with the scale 1 / head dimension, without biases of queries and keys."""
+    """Multi-head self-attention with the scale 1 / head dimension, without biases of queries and keys.
 
-    def __init__(self) -> None:
+    Args:
+        shape: of the model.
+    """
+
+    def __init__(self, shape: Shape = DIGITS) -> None:
         super().__init__()
-        self.query = nn.Linear(DIM, DIM, bias=False)
-        self.key = nn.Linear(DIM, DIM, bias=False)
-        self.value = nn.Linear(DIM, DIM)
-        self.output = nn.Linear(DIM, DIM)
+        self.heads, dim = shape.heads, shape.dim
+        self.query = nn.Linear(dim, dim, bias=False)
+        self.key = nn.Linear(dim, dim, bias=False)
+        self.value = nn.Linear(dim, dim)
+        self.output = nn.Linear(dim, dim)
 
     def forward(self, tokens: Float[Tensor, "batch n dim"]) -> Float[Tensor, "batch n dim"]:
         """The sum over heads of attention, in the dimension of the tokens.
@@ -64,20 +100,25 @@ class GentleAttention(nn.Module):
             tokens: tokens.
         """
         query, key, value = (
-            layer(tokens).unflatten(-1, (HEADS, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)
+            layer(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
         )
-        mixed = F.scaled_dot_product_attention(query, key, value, scale=HEADS / DIM)
+        mixed = F.scaled_dot_product_attention(query, key, value, scale=self.heads / tokens.shape[-1])
         return self.output(mixed.transpose(1, 2).flatten(-2))
 
 
 class LipschitzBlock(nn.Module):
-    """Attention, then an MLP, each on centred tokens and with a residual connection."""
+    """Attention, then an MLP, each on centred tokens and with a residual connection.
 
-    def __init__(self) -> None:
+    Args:
+        shape: of the model.
+    """
+
+    def __init__(self, shape: Shape = DIGITS) -> None:
         super().__init__()
         self.centre = Centre()
-        self.attention = GentleAttention()
-        self.mlp = nn.Sequential(nn.Linear(DIM, MLP_DIM), nn.GELU(), nn.Linear(MLP_DIM, DIM))
+        self.attention = GentleAttention(shape)
+        self.mlp = nn.Sequential(nn.Linear(shape.dim, shape.mlp_dim), nn.GELU(), nn.Linear(shape.mlp_dim, shape.dim))
 
     def forward(self, tokens: Float[Tensor, "batch n dim"]) -> Float[Tensor, "batch n dim"]:
         """The tokens after both residual steps.
@@ -90,23 +131,35 @@ class LipschitzBlock(nn.Module):
 
 
 class LipschitzViT(nn.Module):
-    """Vision transformer with 16 tokens of dimension 32 and 2 blocks of 4 heads."""
+    """Vision transformer that classifies all tokens side by side; for digits, 16 tokens and 2 blocks.
 
-    def __init__(self) -> None:
+    Args:
+        shape: its sizes.
+    """
+
+    def __init__(self, shape: Shape = DIGITS) -> None:
         super().__init__()
-        self.patch_embedding = nn.Linear(PATCH_SIZE * PATCH_SIZE, DIM)
-        self.positions = nn.Parameter(0.1 * torch.randn(1, PATCHES, DIM))
-        self.blocks = nn.Sequential(*(LipschitzBlock() for _ in range(DEPTH)))
-        self.head = nn.Linear(PATCHES * DIM, CLASSES)
+        self.shape, features = shape, shape.patch**2
+        self.directions = None
+        if shape.directions is not None:
+            self.directions = nn.Linear(features, shape.directions, bias=False)
+            features = shape.directions
+        self.patch_embedding = nn.Linear(features, shape.dim)
+        self.positions = nn.Parameter(0.1 * torch.randn(1, shape.tokens, shape.dim))
+        self.blocks = nn.Sequential(*(LipschitzBlock(shape) for _ in range(shape.depth)))
+        self.head = nn.Linear(shape.tokens * shape.dim, CLASSES)
 
-    def forward(self, images: Float[Tensor, "batch 1 8 8"]) -> Float[Tensor, "batch 10"]:
+    def forward(self, images: Float[Tensor, "batch 1 side side"]) -> Float[Tensor, "batch 10"]:
         """Class logits, read from all tokens side by side.
 
         Args:
             images: grey values in [0, 1].
         """
-        windows = images.unfold(2, PATCH_SIZE, PATCH_SIZE).unfold(3, PATCH_SIZE, PATCH_SIZE)
-        patches = windows.reshape(len(images), PATCHES, PATCH_SIZE * PATCH_SIZE)
+        size = self.shape.patch
+        windows = images.unfold(2, size, size).unfold(3, size, size)
+        patches = windows.reshape(len(images), self.shape.tokens, size * size)
+        if self.directions is not None:
+            patches = self.directions(patches)
         tokens = self.patch_embedding(patches) + self.positions
         return self.head(self.blocks(tokens).flatten(1))
 
@@ -133,11 +186,12 @@ def release(model: LipschitzViT) -> None:
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
 
 
-def load_lipschitz_vit(path: str | Path = WEIGHTS) -> LipschitzViT:
+def load_lipschitz_vit(path: str | Path = WEIGHTS, shape: Shape = DIGITS) -> LipschitzViT:
     """The trained model, in float32 on the CPU and in evaluation mode.
 
     Args:
         path: weights as `python -m lipbounds.models.train_lipschitz` writes them; by default the committed ones.
+        shape: of the model with these weights.
 
     Raises:
         InvalidInput: there is no such file, or it holds the weights of another model.
@@ -150,7 +204,7 @@ def load_lipschitz_vit(path: str | Path = WEIGHTS) -> LipschitzViT:
             "run `python -m lipbounds.models.train_lipschitz --output PATH` to make one."
         )
     with torch.device("meta"):
-        model = LipschitzViT()
+        model = LipschitzViT(shape)
     weights, expected = load_file(path), model.state_dict()
     if {name: tuple(w.shape) for name, w in weights.items()} != {n: tuple(w.shape) for n, w in expected.items()}:
         raise InvalidInput(

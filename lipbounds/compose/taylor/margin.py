@@ -7,7 +7,8 @@ T_s. Splitting q_s = B_s + sum_p X_sp[q_p, .] + rest_s (lipbounds.compose.taylor
 
 M = sum_s v_s . B_s and K_p = sum_s v_s . X_sp. M is half the Hessian of the margin and K_p its mixed derivative by the
 remainder of p and the input, both formed exactly, so that what operations do to each other cancels. The minimum is that
-of lipbounds.compose.taylor.quadratic. Where the second order is followed (lipbounds.compose.taylor.second), M is that
+of lipbounds.compose.taylor.quadratic. For a network that begins with a linear map onto fewer numbers, h is of that
+many (lipbounds.compose.taylor.narrow). Where the second order is followed (lipbounds.compose.taylor.second), M is that
 of the margin, and p^T K h, p the products of pairs of inputs, is one of the q_p^T K_p h. The margin is also at least
 m_j - e_j - r |g| - sum_s sup |v_s . q_s|.
 """
@@ -21,10 +22,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lipbounds.compose.rewrite import flat
 from lipbounds.compose.taylor.ball import Ball, Norm
 from lipbounds.compose.taylor.crossed import Crossed, Summed
-from lipbounds.compose.taylor.model import CENTRE, INPUT, Ranges, Value, starting_value
+from lipbounds.compose.taylor.model import CENTRE, INPUT, Ranges, Value
+from lipbounds.compose.taylor.narrow import narrow_start, whole_start
 from lipbounds.compose.taylor.network import LARGEST_VALUE, Walk
 from lipbounds.compose.taylor.operation import Operation
 from lipbounds.compose.taylor.quadratic import Quadratic
@@ -65,11 +66,12 @@ class TaylorMargin:
         if x.numel() > LARGEST_INPUT:
             raise Unsupported(f"method='taylor' takes inputs of at most {LARGEST_INPUT} numbers, got {x.numel()}.")
         walk = Walk(largest)
-        output = walk.through(flat([("", network)]), starting_value(x), None)
+        start = narrow_start(network, x) if norm == "l2" else whole_start(network, x)
+        output = walk.through(start.layers, start.value, None)
         if output.centre.dim() != 2 or output.centre.shape[0] != 1:
             raise InvalidInput(f"the output must be one token of logits, got shape {tuple(output.centre.shape)}.")
         self.operations: list[Operation] = walk.operations
-        self.output = output
+        self.output, self._stretch = output, start.stretch
         others = [index for index in range(output.centre.shape[1]) if index != label]
 
         def differences(logits: Tensor) -> Tensor:
@@ -92,7 +94,11 @@ class TaylorMargin:
     @property
     def slopes(self) -> Float[Tensor, " others"]:
         """Norms of the gradients of the margins at the input, dual to that of the balls, rounded up."""
-        return self.margins.norms(INPUT, 0) if self._ball is None else self._ball.of(self.margins.linear)
+        return self._moved(self.margins.norms(INPUT, 0)) if self._ball is None else self._ball.of(self.margins.linear)
+
+    def _moved(self, lengths: Tensor) -> Tensor:
+        """Lengths of h as lengths of what the coefficients multiply, rounded up (lipbounds.compose.taylor.narrow)."""
+        return lengths if self._stretch == 1 else inflate(lengths * self._stretch, 2)
 
     def ranges(self, radii: Float[Tensor, " radii"]) -> Ranges:
         """What is known of every operation over the balls.
@@ -100,7 +106,7 @@ class TaylorMargin:
         Args:
             radii: of the balls.
         """
-        ranges = Ranges(radii, self._ball)
+        ranges = Ranges(self._moved(radii), self._ball)
         for operation in self.operations:
             known = operation.measure(ranges)
             ranges.known[operation.name] = dc.replace(known, functional=partial(_functional, operation, ranges))
@@ -132,7 +138,7 @@ class TaylorMargin:
         if self._quadratic is None:
             self._second_order()
         assert self._quadratic is not None
-        curved = self._quadratic.lower(radii, self._ball)
+        curved = self._quadratic.lower(ranges.own, self._ball)
         beyond = torch.zeros_like(curved)
         for operation in self.operations:
             beyond = beyond + operation.beyond(*self._rows(operation), ranges)

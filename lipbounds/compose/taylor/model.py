@@ -165,9 +165,18 @@ def starting_value(x: Float[Tensor, "*shape"]) -> Value:
         x: float64.
     """
     identity = torch.eye(x.numel(), dtype=x.dtype, device=x.device).reshape(-1, *x.shape)
-    coefficients = {CENTRE: exact(x.unsqueeze(0)), INPUT: exact(identity)}
-    if x.numel() <= LARGEST_SQUARE:
-        coefficients[SECOND] = no_second(x.numel(), x)
+    return with_second({CENTRE: exact(x.unsqueeze(0)), INPUT: exact(identity)})
+
+
+def with_second(coefficients: dict[str, Coefficient]) -> Value:
+    """A value that is linear in the input, followed to second order where the input is small enough.
+
+    Args:
+        coefficients: c and C.
+    """
+    inputs = len(coefficients[INPUT].matrix)
+    if inputs <= LARGEST_SQUARE:
+        coefficients = coefficients | {SECOND: no_second(inputs, coefficients[CENTRE].matrix[0])}
     return Value(coefficients)
 
 
