@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lipbounds.bound_spec import BoundSpec
+from lipbounds.bound_spec import BoundSpec, block_in
 from lipbounds.claims import BoundResult
+from lipbounds.targets._attention_checks import TRAILING
 from lipbounds.targets.attention import Attention
 
 
@@ -32,7 +33,8 @@ def bound_all(
 
     Args:
         spec: the bound or estimator.
-        blocks: attention blocks; those that are batches themselves are evaluated one by one.
+        blocks: attention blocks, or what `lipbounds.capture` found; those that are batches themselves, and blocks of
+            other kinds, are evaluated one by one.
         radius: as `spec` takes it.
         **options: the method's own options.
 
@@ -43,14 +45,16 @@ def bound_all(
         InvalidInput: as `spec` raises it.
         UnsupportedAttention: as `spec` raises it, for the first block that it does not cover.
     """
+    blocks = [block_in(block) for block in blocks]
     groups: dict[Any, list[int]] = {}
     for place, block in enumerate(blocks):
-        alone = spec.role == "estimator" or bool(block.batch_shape) or block.w_q.numel() > SMALL_WEIGHTS
+        alone = spec.role == "estimator" or not isinstance(block, Attention) or bool(block.batch_shape)
+        alone = alone or block.w_q.numel() > SMALL_WEIGHTS
         groups.setdefault(place if alone else _kind(block), []).append(place)
     found: dict[int, BoundResult] = {}
     for places in groups.values():
         one = blocks[places[0]]
-        most = max(1, ENTRIES // (one.heads * one.tokens * one.source_input.shape[-2]))
+        most = 1 if len(places) == 1 else max(1, ENTRIES // (one.heads * one.tokens * one.source_input.shape[-2]))
         for start in range(0, len(places), most):
             chosen = places[start : start + most]
             results = _together(spec, [blocks[place] for place in chosen], radius, options)
@@ -59,9 +63,11 @@ def bound_all(
 
 
 def _kind(block: Attention) -> tuple[Any, ...]:
-    """What blocks of one batch have in common: all but the entries of tensors."""
+    """What blocks of one batch have in common: all but the entries of tensors, of floats; and which tokens have
+    queries, which is no batch."""
     fields = ((field.name, getattr(block, field.name)) for field in dc.fields(block))
-    return tuple(
+    at = None if block.queries_at is None else tuple(block.queries_at.tolist())
+    return at, *(
         (name, tuple(value.shape), value.dtype, value.device) if isinstance(value, Tensor) else (name, value)
         for name, value in fields
     )
@@ -73,9 +79,9 @@ def _together(
     if len(blocks) == 1:
         return [spec(blocks[0], radius, **options)]
     stacked = {
-        field.name: torch.stack([getattr(block, field.name) for block in blocks])
-        for field in dc.fields(blocks[0])
-        if isinstance(getattr(blocks[0], field.name), Tensor)
+        name: torch.stack([_with_heads(name, getattr(block, name)) for block in blocks])
+        for name in TRAILING
+        if getattr(blocks[0], name) is not None
     }
     whole = spec(blocks[0].replace(**stacked), radius, **options)
     return [
@@ -87,6 +93,11 @@ def _together(
         )
         for place in range(len(blocks))
     ]
+
+
+def _with_heads(name: str, tensor: Tensor) -> Tensor:
+    """A bias of the logits without an axis for the heads gets one: the batch would be taken for it."""
+    return tensor.unsqueeze(0) if name == "logit_bias" and tensor.dim() < TRAILING[name] else tensor
 
 
 def _item(term: Tensor, place: int, count: int) -> Tensor:

@@ -20,13 +20,19 @@ BLOCKS = [
     random_block(8),
     random_block(9, biases=False),
 ]
+ODD = [
+    # As many masks as there are heads: a batch must not be taken for heads.
+    *(random_block(seed).replace(logit_bias=3 * random_block(seed + 2, dim=4).x) for seed in (10, 11)),
+    *(random_block(seed, queries_at=torch.tensor(at)) for seed, at in ((14, [0]), (15, [2]), (16, [2]))),
+]
 
 
 @pytest.mark.parametrize("name", ["yudin2025.biased", "sharp_cheap", "sharp", "yudin2025_ball.biased", "lanczos"])
 def test_numbers_are_those_of_the_blocks_alone(name: str) -> None:
     spec = lipbounds.get(name)
     radius = 0.1 if spec.needs_radius else None
-    for block, found in zip(BLOCKS, bound_all(spec, BLOCKS, radius), strict=True):
+    blocks = BLOCKS + ODD
+    for block, found in zip(blocks, bound_all(spec, blocks, radius), strict=True):
         alone = spec(block, radius)
         torch.testing.assert_close(found.value, alone.value, rtol=1e-12, atol=0)
         assert (found.claim, found.radius, found.terms.keys()) == (alone.claim, alone.radius, alone.terms.keys())
