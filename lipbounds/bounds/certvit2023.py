@@ -37,7 +37,11 @@ from lipbounds.targets.l2_attention import L2Attention
     target=L2Attention,
 )
 def l2(block: L2Attention) -> Tensor:
-    """l2 constant of L2 attention as coded, with a sum of weight norms under the root: no bound."""
+    """l2 constant of L2 attention as coded, with a sum of weight norms under the root: no bound.
+
+    Args:
+        block: the block of L2 attention.
+    """
     wide = block.double
     weights = (spectral_norm_upper(wide.w_q) + spectral_norm_upper(wide.w_v)).sqrt() * spectral_norm_upper(wide.w_o)
     factor = wide.scale * wide.tokens**0.5 * (4 * phi_inverse_upper(wide.tokens) + 1)

@@ -36,7 +36,11 @@ from lipbounds.targets.attention import Attention
     cost="O(H n^2 d^2 + H n d^3)",
 )
 def exact(block: Attention) -> tuple[Tensor, Terms]:
-    """Spectral norms of the covariances of keys and values under each row, for the largest token."""
+    """Spectral norms of the covariances of keys and values under each row, for the largest token.
+
+    Args:
+        block: the attention block.
+    """
     wide = block.double
     scale = abs(wide.scale_value)
     values = centred_projection(wide.source_input, wide.w_v)

@@ -53,7 +53,15 @@ from lipbounds.targets.attention import Attention
     version=2,
 )
 def balanced_mass(block: Attention, precision: Precision = "auto") -> tuple[Tensor, Terms]:
-    """The balanced-mass factor of each attention row, and the largest key, query and value: free of the length."""
+    """The balanced-mass factor of each attention row, and the largest key, query and value: free of the length.
+
+    Args:
+        block: the attention block.
+        precision: `float64`, or `auto` for float32 where its proved rounding adds under 5 %.
+
+    Raises:
+        InvalidInput: `precision` is neither.
+    """
     if block.source_input.shape[-2] <= ENUMERATED_LENGTH:  # so small that float32 saves nothing
         return in_single_or_double(block, precision, None, _in_double)
     return in_single_or_double(block, precision, _in_single, _in_double)

@@ -43,7 +43,12 @@ PAPER, AUTHORS = (
     status="refuted",
 )
 def printed(block: Attention, radius: float) -> Tensor:
-    """The local bound as recollected: false for small inputs, where it vanishes."""
+    """The local bound as recollected: false for small inputs, where it vanishes.
+
+    Args:
+        block: the attention block.
+        radius: of the Frobenius ball around the input.
+    """
     wide = block.double
     size = (vector_norm(wide.x.flatten(-2)) + radius).square() * wide.tokens * (wide.tokens + 1)
     weights = spectral_norm_upper(wide.w_q) * spectral_norm_upper(wide.w_k) + 1
@@ -62,7 +67,12 @@ def printed(block: Attention, radius: float) -> Tensor:
     cost="O(n D^2 + H D d^2)",
 )
 def ball(block: Attention, radius: float) -> Tensor:
-    """The local bound with the term that it lacked: norms of the weights and of the input alone."""
+    """The local bound with the term that it lacked: norms of the weights and of the input alone.
+
+    Args:
+        block: the attention block.
+        radius: of the Frobenius ball around the input.
+    """
     wide = block.double
     size = (spectral_norm_upper(wide.x) + radius).square().unsqueeze(-1)
     change = abs(wide.scale_value) * spectral_norm_upper(wide.w_q) * spectral_norm_upper(wide.w_k) * size

@@ -125,7 +125,12 @@ l2_recollected = _declare(
     cost="O(H D d^2)",
 )  # fmt: skip
 def dot_product_compact(block: Attention, radius: float) -> Tensor:
-    """Dot-product attention on tokens of norm at most R: ||W_V|| (r + sqrt(n (1 + r^2))), ours."""
+    """Dot-product attention on tokens of norm at most R: ||W_V|| (r + sqrt(n (1 + r^2))), ours.
+
+    Args:
+        block: the attention block.
+        radius: R, the largest Euclidean norm of a token.
+    """
     wide = block.double
     r = inflate(abs(wide.scale_value) * product_norm_upper(wide.w_q, wide.w_k.mT) * radius * radius, 4)
     heads = spectral_norm_upper(wide.w_v) * (r + (wide.tokens * (1 + r.square())).sqrt())

@@ -38,7 +38,12 @@ PAPER, AUTHORS = "Training Transformers with Enforced Lipschitz Constants", "New
     cost="O(H D d^2)",
 )
 def composed(block: Attention, radius: float) -> Tensor:
-    """Norms of the weights and the largest token: the same for any number of tokens."""
+    """Norms of the weights and the largest token: the same for any number of tokens.
+
+    Args:
+        block: the attention block.
+        radius: R, the largest Euclidean norm of a token.
+    """
     wide = block.double
     return _finish(block, spectral_norm_upper(wide.w_v) * (1 + 2 * abs(wide.scale_value) * _logits(wide, radius)))
 
@@ -52,7 +57,12 @@ def composed(block: Attention, radius: float) -> Tensor:
     status="refuted",
 )
 def as_coded(block: Attention, radius: float) -> Tensor:
-    """The scale of the logits multiplies the part of the values as well: false for scales below 1."""
+    """The scale of the logits multiplies the part of the values as well: false for scales below 1.
+
+    Args:
+        block: the attention block.
+        radius: R, the largest Euclidean norm of a token.
+    """
     wide = block.double
     return _finish(block, spectral_norm_upper(wide.w_v) * abs(wide.scale_value) * (1 + 2 * _logits(wide, radius)))
 

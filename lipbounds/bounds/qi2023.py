@@ -38,7 +38,11 @@ from lipbounds.targets.cosine_attention import CosineAttention
     target=CosineAttention,
 )
 def theorem1(block: CosineAttention) -> Tensor:
-    """Theorem 1 on scaled cosine similarity attention, recollected and derived again."""
+    """Theorem 1 on scaled cosine similarity attention, recollected and derived again.
+
+    Args:
+        block: the block of cosine attention.
+    """
     wide, n = block.double, block.tokens
     queries, keys, values = (spectral_norm_upper(weights) for weights in (wide.w_q, wide.w_k, wide.w_v))
     tau, factor = wide.scale, wide.output_scale / wide.eps**0.5

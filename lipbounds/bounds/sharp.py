@@ -2,16 +2,16 @@
 
     sharp:       the smallest of || ( ||J_i J_k^T|| )_ik ||^(1/2)                (1)
                  or, on large blocks, of ( sum_i ||J_i J_i^T|| )^(1/2)          (2),
-                 of ||T1|| + ||T2|| + ||T3||, each in Frobenius norms of Gram blocks or by heads     (3) to (5),
+                 of ||T1|| + ||T2|| + ||T3||, each in Frobenius norms of Gram blocks or by heads     (5), (3), (6),
                  and of sharp_fast
     sharp_fast:  ||T1 + T3|| + ||T2||: the parts of `sharp_cheap`, T2 with all heads in one, and T3 with all heads
-                 stacked                                                        (6);
-                 on small blocks each part is replaced by (3) to (5) where these are smaller
+                 stacked                                                        (4);
+                 on small blocks each part is replaced by (5), (3), (6) where these are smaller
 
 J_i is the part of the Jacobian for output token i; T1, T2, T3 are mixing, query and key part. What is evaluated depends
 on the size of the block, not of the batch (lipbounds.derivatives.first.gram_norm, `SMALL`). With rotary positions or
 QK-norm each key has a gradient of the logits of its own, u_hij = s W_K^h T_hj^T q_hi in place of u_hi, the covariances
-of T2 meet the map T_hi of the query, and (6), which needs a factor that all keys share, is left out. Formulas, size
+of T2 meet the map T_hi of the query, and (4), which needs a factor that all keys share, is left out. Formulas, size
 rules and proof: docs/bounds/sharp.md.
 
 Numerics: float64. The rounding of (1) and (2) is added to every norm of a block: it costs 1e-7 of the number at most
@@ -33,7 +33,7 @@ from lipbounds.rounding import cast_up, inflate
 from lipbounds.targets.attention import Attention
 
 
-SMALL = 1e11  # multiplications and additions of (5), up to which `sharp_fast` evaluates (3) to (5), too
+SMALL = 1e11  # multiplications and additions of (6), up to which `sharp_fast` evaluates (5) and (6), too
 
 
 @bound(
@@ -45,7 +45,11 @@ SMALL = 1e11  # multiplications and additions of (5), up to which `sharp_fast` e
     version=4,
 )
 def sharp(block: Attention) -> tuple[Tensor, Terms]:
-    """Norm of the matrix of norms of Gram blocks: all heads, keys and parts are summed before a norm is taken."""
+    """Norm of the matrix of norms of Gram blocks: all heads, keys and parts are summed before a norm is taken.
+
+    Args:
+        block: the attention block.
+    """
     wide = block.double
     small = _is_small(wide)
     value, _ = _parts(wide, with_rows=small)
@@ -72,7 +76,11 @@ def sharp(block: Attention) -> tuple[Tensor, Terms]:
     version=3,
 )
 def sharp_fast(block: Attention) -> tuple[Tensor, Terms]:
-    """The three parts of the differential with all heads in one, from Gram matrices of heads and keys."""
+    """The three parts of the differential with all heads in one, from Gram matrices of heads and keys.
+
+    Args:
+        block: the attention block.
+    """
     wide = block.double
     value, terms = _parts(wide, with_rows=_is_small(wide))
     return cast_up(inflate(value, 8).expand(block.batch_shape), block.dtype), terms
@@ -106,6 +114,6 @@ def _parts(block: Attention, *, with_rows: bool) -> tuple[Tensor, Terms]:
 
 
 def _is_small(block: Attention) -> bool:
-    """Whether (5), the dearest of (3) to (5), is affordable; the same for every item of a batch."""
+    """Whether (6), the dearest of (3), (5) and (6), is affordable; the same for every item of a batch."""
     inner = block.heads * block.w_v.shape[-1]
     return 2 * block.tokens * inner**2 * (inner + block.logits.shape[-1]) <= SMALL

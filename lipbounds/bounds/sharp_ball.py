@@ -62,7 +62,12 @@ TOTAL = "total"
     version=2,
 )
 def direct(block: Attention, radius: float) -> tuple[Tensor, Terms]:
-    """Mixing, query and key part of all heads jointly, each bounded over the ball."""
+    """Mixing, query and key part of all heads jointly, each bounded over the ball.
+
+    Args:
+        block: the attention block.
+        radius: of the ball.
+    """
     return _sum_of(block, radius, lambda wide, eps: BallDerivatives(centre_of(wide), eps).first())
 
 

@@ -39,7 +39,11 @@ from lipbounds.targets.attention import Attention
     cost="O(H n^2 (n + d)) beside the attention maps; of the weights once O(H^2 D d^2 + H^3 d^3)",
 )
 def sharp_cheap(block: Attention) -> tuple[Tensor, Terms]:
-    """Three parts of the differential through overlaps of heads, from Gram matrices of keys and values."""
+    """Three parts of the differential through overlaps of heads, from Gram matrices of keys and values.
+
+    Args:
+        block: the attention block.
+    """
     parts = OverlapParts(block.double)
     terms = {"detail.query_part": parts.query, "detail.memory_part": parts.joint_memory}
     if block.memory_moves:

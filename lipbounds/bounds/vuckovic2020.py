@@ -34,7 +34,12 @@ from lipbounds.targets.attention import Attention
     cost="O(H D d^2)",
 )
 def w1(block: Attention, radius: float) -> Tensor:
-    """1-Wasserstein constant of equally weighted tokens of norm at most R."""
+    """1-Wasserstein constant of equally weighted tokens of norm at most R.
+
+    Args:
+        block: the attention block.
+        radius: R, the largest Euclidean norm of a token.
+    """
     wide = block.double
     r = inflate(abs(wide.scale_value) * product_norm_upper(wide.w_q, wide.w_k.mT) * radius * radius, 4)
     exponent = 2 * r * (1 + 2.0**-48)  # an absolute error of the exponent is a relative one of the result

@@ -15,7 +15,7 @@ def command(
     norm: Annotated[str | None, typer.Option(help="l2, linf, token or token_mean.")] = None,
     supports: Annotated[
         list[str] | None,
-        typer.Option(help="heads, biases, mask, cross, rotary or qk_norm; repeatable: all of them are needed."),
+        typer.Option(help="heads, biases, mask, cross, rotary, qk_norm or some_queries; repeatable: all are needed."),
     ] = None,
     target: Annotated[str | None, typer.Option(help="Attention, L2Attention, Mlp, ...; all if left out.")] = None,
     as_json: AsJson = False,

@@ -228,7 +228,8 @@ def lanczos_posterior(
         block: the attention block.
         delta: allowed probability of failure.
         steps: Lanczos steps at most; with N <= steps the dense norm is returned.
-        within: stop as soon as the bound is at most so many times the Ritz value, such as 1.1; None makes all steps.
+        within: stop as soon as the bound is at most so many times the root of the Ritz value, such as 1.1; None makes
+            all steps.
         seed: of the random start.
 
     Raises:

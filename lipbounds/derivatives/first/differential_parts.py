@@ -1,7 +1,7 @@
 """Norms of the three parts of the differential of an attention block, all heads together, rounded up.
 
-Mixing, query and key part by formula (3) of docs/bounds/sharp.md, each replaced by its sum over heads where that is
-smaller. Nothing of size n x m x D is formed. Rounding: docs/derivatives.md, section 4.
+Mixing, query and key part by formulas (5), (3) and (6) of docs/bounds/sharp.md, each replaced by its sum over heads
+where that is smaller. Nothing of size n x m x D is formed. Rounding: docs/derivatives.md, section 4.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def differential_parts(
 
 
 def mixing_part(block: Attention) -> Float[Tensor, "*batch"]:
-    """||T1||: the smaller of (3) and sum_h ||P_h|| ||M_h||.
+    """||T1||: the smaller of (5) and sum_h ||P_h|| ||M_h||.
 
     Args:
         block: in float64.
@@ -73,7 +73,7 @@ def mixing_part(block: Attention) -> Float[Tensor, "*batch"]:
 
 
 def query_part(block: Attention) -> Float[Tensor, "*batch"]:
-    """||T2||: the largest over rows of the smaller of (4) and its sum over heads.
+    """||T2||: the largest over rows of the smaller of (3) and its sum over heads.
 
     Args:
         block: in float64.
@@ -102,7 +102,7 @@ def query_part(block: Attention) -> Float[Tensor, "*batch"]:
 
 
 def key_part(block: Attention) -> Float[Tensor, "*batch"]:
-    """||T3||: the smaller of (5) and its sum over heads.
+    """||T3||: the smaller of (6) and its sum over heads.
 
     Args:
         block: in float64.

@@ -1,6 +1,6 @@
 r"""Two parts of the differential with all heads in one, from m x m matrices between the keys of two heads.
 
-    ||T2||  <=  max_i || sum_h s W_O^hT Cov_hi(V, K) W_Q^hT ||_F                                                  (4)
+    ||T2||  <=  max_i || sum_h s W_O^hT Cov_hi(V, K) W_Q^hT ||_F                                                  (3)
 
 needs no covariance: with A = V_h W_O^h W_O^gT V_g^T and B = K_h W_Q^hT W_Q^g K_g^T, V and K centred, its square is s^2
 times the sum over pairs of heads h, g of
@@ -8,15 +8,15 @@ times the sum over pairs of heads h, g of
     p_h^T (A o B) p_g  -  sum_j p_hj (A p_g)_j (B p_g)_j  -  sum_l p_gl (p_h^T A)_l (p_h^T B)_l
                        +  (p_h^T A p_g) (p_h^T B p_g).
 
-    ||T3||  <=  nu_O s || [diag(a_h) Q_h W_K^hT]_h ||,      nu_O >= ||[U_O^1 ... U_O^H]||,                        (6)
+    ||T3||  <=  nu_O s || [diag(a_h) Q_h W_K^hT]_h ||,      nu_O >= ||[U_O^1 ... U_O^H]||,                        (4)
 
 all heads stacked, with a_hi >= ||V'^T J_hi|| and the U_O of lipbounds.derivatives.first.overlap_parts: T3 dX has the
 rows sum_h U_O^h z_hi, |z_hi| <= a_hi |dX u_hi|, and sum_hi a_hi^2 |dX u_hi|^2 is the squared Frobenius norm of the
 stacked matrix times dX^T.
 
-Rounding: as in lipbounds.derivatives.first.head_rows. The absolute values in (4) add up to at most 4 (sum_h R_h R'_h)^2
+Rounding: as in lipbounds.derivatives.first.head_rows. The absolute values in (3) add up to at most 4 (sum_h R_h R'_h)^2
 with R_h the largest |v_hj| ||W_O^h||_F and R'_h the largest |k_hj| ||W_Q^h||_F, which goes under the root; errors of
-maps and rows are added for each head. In (6) the Gram matrix is off by gamma(...) times the square of sum_h ||diag(a_h)
+maps and rows are added for each head. In (4) the Gram matrix is off by gamma(...) times the square of sum_h ||diag(a_h)
 Q_h||_F ||W_K^h||_F, and rows of Q that are off add their share of that.
 """
 
@@ -35,7 +35,7 @@ from lipbounds.rounding import UNIT_ROUNDOFF, gamma, inflate, product
 
 
 def joint_query(parts: OverlapParts) -> Float[Tensor, "*batch"]:
-    """||T2|| by (4), rounded up.
+    """||T2|| by (3), rounded up.
 
     Args:
         parts: of a block whose queries move, without rotary positions and QK-norm.
@@ -57,7 +57,7 @@ def joint_query(parts: OverlapParts) -> Float[Tensor, "*batch"]:
 
 
 def stacked_key(parts: OverlapParts) -> Float[Tensor, "*batch"]:
-    """||T3|| by (6), rounded up.
+    """||T3|| by (4), rounded up.
 
     Args:
         parts: of a block whose memory moves, without rotary positions and QK-norm.
@@ -100,7 +100,7 @@ class _Scaled:
 
 
 def _squared(maps: Tensor, values: Tensor, keys: Tensor, outputs: Tensor, queries: Tensor) -> Float[Tensor, "*batch n"]:
-    """The sum over pairs of heads in (4), one head h at a time with the heads g >= h: (h, g) and (g, h) are equal."""
+    """The sum over pairs of heads in (3), one head h at a time with the heads g >= h: (h, g) and (g, h) are equal."""
     mean_values, mean_keys = maps @ values, maps @ keys
     total = torch.zeros_like(maps[..., 0, :, 0])
     for h in range(maps.shape[-3]):

@@ -1,6 +1,6 @@
 """||T3_i T3_i^T||_F^(1/2) of every row i of the key part, all heads together, for the factors as computed, rounded up.
 
-Equation (5) of docs/bounds/sharp.md: with C_i the array of blocks sum_j <u_hij, u_gij> x_hij^T x_gij and S that of
+Equation (6) of docs/bounds/sharp.md: with C_i the array of blocks sum_j <u_hij, u_gij> x_hij^T x_gij and S that of
 W_O^h W_O^gT, the square of the square is tr(S C_i S C_i). Rounding: docs/derivatives.md, section 4.
 """
 
