@@ -101,7 +101,7 @@ def deviation(block: Attention, radius: float, *, dense: int = DENSE, gram: bool
     ),
     supports=SUPPORTS,
     cost=COST,
-    version=3,
+    version=4,
 )
 def taylor(block: Attention, radius: float, *, dense: int = DENSE) -> tuple[Tensor, Terms]:
     """Norms of Jacobian and second differential at the centre, the third differential over the ball.
@@ -120,7 +120,7 @@ def taylor(block: Attention, radius: float, *, dense: int = DENSE) -> tuple[Tens
     source=Source(title="lipbounds", statement="least of the bounds on a ball, derived here"),
     supports=SUPPORTS,
     cost=COST,
-    version=4,
+    version=5,
 )
 def sharp_ball(block: Attention, radius: float, *, dense: int = DENSE) -> tuple[Tensor, Terms]:
     """The least of Taylor's formula, centre plus deviation, the three joint parts and Theorem 3 over the ball.

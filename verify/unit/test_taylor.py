@@ -211,6 +211,31 @@ def test_every_term_is_above_what_a_climb_reaches(gain: float, radius: float) ->
     assert radius > 0 or tightest.min() > 0.003  # on balls, one-hot rows leave it far below
 
 
+def test_one_far_key_among_many() -> None:
+    """Its value is opposed to those of the others, and it is the token's own: both means of a term count in full."""
+    number = 200
+    x = torch.zeros(number, 3, dtype=torch.float64)
+    x[1:, 0] = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(number)[: number - 1]
+    x[1:, 1] = 12 * x[1:, 0]
+    x[0] = torch.tensor([20.0, -(number**0.5), 0.0])
+    towards = torch.eye(3, dtype=torch.float64)
+    block = Attention(
+        x=x,
+        w_q=torch.stack([towards[2], torch.zeros_like(towards[2])], -1)[None],
+        w_k=towards[:, [0, 2]][None],
+        w_v=towards[:, [1]][None],
+        w_o=towards[[1]][None],
+        b_q=torch.tensor([[0.0, 1.0]], dtype=torch.float64),
+        scale=1.0,
+    )
+    own = torch.zeros_like(x)
+    own[0, 2] = 1.0
+    allowed = BallThirdDerivative(Centre(block), 0.0).third()
+    reached = {name: vector_norm(term, dim=(-2, -1)) for name, term in cumulants(block, own).items()}
+    assert all(reached[name] <= allowed[name] for name in allowed), (reached, allowed)
+    assert reached["query_query_key"] > 0.8 * allowed["query_query_key"]
+
+
 def test_third_is_of_the_size_of_the_third_differential() -> None:
     """A term that were a hundred times too large would hide a wrong one."""
     for case in ("self", "query", "memory"):

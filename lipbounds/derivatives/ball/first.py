@@ -243,9 +243,13 @@ class BallDerivatives:
     @cached_property
     def _crossed_rows(self) -> list[Float[Tensor, "*#batch n"]]:
         """min( K_i(v, far_w^2, 1/c), K_i(w, far_v^2, 1/c) ) of the shares of queries."""
-        values = self._values.weighted(self._keys.far.square())
-        keys = self._keys.weighted(self._values.far.square())
+        values, keys = self._values_by_distance, self._keys.weighted(self._values.far.square())
         return [torch.minimum(values.joint(1 / c), keys.joint(1 / c)) for c in self.centre.query_shares]
+
+    @cached_property
+    def _values_by_distance(self) -> DeviationBound:
+        """K_i(v, far_w^2, .)."""
+        return self._values.weighted(self._keys.far.square())
 
     def _prepare(self) -> None:
         """What the second differential needs of rows in the ball: sqrt(Var(S)) <= eps (sup om_h + sup |u| sqrt(pi))."""

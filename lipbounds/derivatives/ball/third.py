@@ -87,16 +87,20 @@ class BallThirdDerivative(BallDerivatives):
                 for rows, c in zip(self._value_rows, self.centre.query_shares, strict=True)
             )
         )
-        values = self._values.weighted((torch.maximum(far.square(), variance) + 2 * variance).square())
+        # A sum of two roots of means: the mean of the squared sum of what stands in them would be less, not more.
+        values = self._values.weighted(torch.maximum(far.square(), variance).square())
+        spread = variance.squeeze(-1)
         terms["query_query_key"] = 3 * torch.minimum(
             *(
-                self._crossed(values.joint(1 / c), reached)
+                self._crossed(values.joint(1 / c) + self._sg.joint(4 * spread.square() / c), reached)
                 for c, reached in zip(self.centre.query_shares, self._logit_gradient_moments, strict=True)
             )
         )
-        both = self._values.weighted((far + deviation).square())
         terms["query_key_key"] = 3 * self._least(
-            lambda c: self._crossed(both.joint(1 / c), self._logit_gradient_moment(_up(c) * twice))
+            lambda c: self._crossed(
+                self._values_by_distance.joint(1 / c) + self._sg.joint(spread / c),
+                self._logit_gradient_moment(_up(c) * twice),
+            )
         )
         return terms
 
@@ -110,7 +114,7 @@ class BallThirdDerivative(BallDerivatives):
                 *(self._sg.joint(1 / c) * bends.of_queries(c, 3) for c in shares)
             ).amax(-1)
             terms["bent_query_query"] = 3 * torch.minimum(
-                *(self._values.weighted(self._keys.far.square()).joint(1 / c) * bends.of_queries(c) for c in shares)
+                *(self._values_by_distance.joint(1 / c) * bends.of_queries(c) for c in shares)
             ).amax(-1)
         if not other:
             return terms
