@@ -24,6 +24,7 @@ from lipbounds.targets.layers import Sequence
 
 RADIUS_VERSION = 1  # of certified radii: raise it when numbers change
 SEARCH = "ray with steep rises, of what is read"  # how slopes on balls become a radius: lipbounds.compose.ray
+THIRD = "both means"  # how `joint` bounds the third differential on a ball: lipbounds.derivatives.ball.third
 VALUES = "to second order"  # how Taylor models follow small inputs: lipbounds.compose.taylor.second
 OTHER_NORMS: tuple[Norm, ...] = ("l_inf", "l1")
 METHODS: tuple[Method, ...] = ("taylor", "joint", "product")
@@ -93,7 +94,9 @@ def measure(
             question["image"] = found.indices[index]
             if method != "taylor":
                 question["search"] = SEARCH
-            elif found.images[0].numel() <= LARGEST_SQUARE:
+            if method == "joint":
+                question["third"] = THIRD
+            if method == "taylor" and found.images[0].numel() <= LARGEST_SQUARE:
                 question["values"] = VALUES
             answers.ask(question, lambda g=given, m=method: certificate(built(), *g, m), force=force)
     for norm in OTHER_NORMS:
