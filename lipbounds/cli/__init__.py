@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import sys
 
+from lipbounds.allocator import keep_freed_memory
 from lipbounds.errors import install_advice
 
 
 def main() -> None:
     """Entry point of the console script and of `python -m lipbounds`."""
+    keep_freed_memory()
     try:
         from lipbounds.cli.app import app
 

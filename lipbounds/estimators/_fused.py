@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lipbounds.estimators._operator import JacobianOperator, Target
+from lipbounds.ops.shapes import broadcast_shape
 from lipbounds.targets.attention import Attention
 
 
@@ -46,22 +47,23 @@ class FusedOperator(JacobianOperator):
 
 def _is_plain(block: Attention) -> bool:
     turned = block.query_norm is not None or block.query_rotation is not None
-    whole = block.memory is None and block.queries_at is None
-    return not turned and whole and block.w_q.dim() == 3
+    return not turned and block.memory is None and block.queries_at is None
 
 
 class _Products:
-    """Both products of one block, or of a batch of inputs of one."""
+    """Both products of one block, or of a batch of inputs or of weights."""
 
     def __init__(self, block: Attention) -> None:
-        self.heads, dim, self.width = block.w_q.shape
+        self.heads, dim, self.width = block.w_q.shape[-3:]
         self.value_width = block.w_v.shape[-1]
-        flat = lambda weights: weights.transpose(0, 1).flatten(1)  # noqa: E731
-        self.weights = torch.cat([block.scale_value * flat(block.w_q), flat(block.w_k), flat(block.w_v)], 1)
-        self.output = block.w_o.flatten(0, 1)
+        inner = (block.scale_value * block.w_q, block.w_k, block.w_v)
+        batch = broadcast_shape(weights.shape[:-3] for weights in inner)
+        flat = [weights.transpose(-3, -2).flatten(-2).expand(*batch, -1, -1) for weights in inner]
+        self.weights = torch.cat(flat, -1)
+        self.output = block.w_o.flatten(-3, -2)
         self.maps, self.values, self.keys = block.probabilities, block.values, block.keys
         self.queries = block.scale_value * block.queries
-        self.longest_sum = self.weights.shape[1] + self.output.shape[0] + dim
+        self.longest_sum = self.weights.shape[-1] + self.output.shape[-2] + dim
         self.sizes = [self.heads * self.width, self.heads * self.width, self.heads * self.value_width]
 
     def jvp(self, tangent: Tensor) -> Tensor:

@@ -35,10 +35,12 @@ from lipbounds.errors import InvalidInput
 from lipbounds.estimators._fused import FusedOperator
 from lipbounds.estimators._operator import JacobianOperator, Target, sphere
 from lipbounds.estimators._options import check_steps_and_seed
+from lipbounds.estimators._rayleigh import attained
 from lipbounds.estimators.exact import exact_norm
+from lipbounds.estimators.lanczos import lanczos_lower
 from lipbounds.ops import eigen
 from lipbounds.registry import Terms, bound
-from lipbounds.rounding import UNIT_ROUNDOFF, cast_up, inflate
+from lipbounds.rounding import UNIT_ROUNDOFF, cast_down, cast_up, inflate
 from lipbounds.targets.attention import Attention
 
 
@@ -46,6 +48,7 @@ DIGITS = 40  # of the recurrence, whose last bits then do not matter
 BISECTIONS = 44  # of the factor above theta
 CHECK_EVERY = 2  # steps between two looks at the bound
 Coefficients = tuple[list[float], list[float]]  # alpha and beta of one run, of the same length
+Runs = tuple[list[Coefficients], Tensor]  # those of each batch item, and the Lanczos vectors [*batch, steps, N]
 
 
 @torch.no_grad()
@@ -69,7 +72,8 @@ def posterior_upper(
 
     Returns:
         the value and its terms: `ritz`, the root of the Ritz value, and `relative_inflation`; the details say how many
-        `steps` were made.
+        `steps` were made, and hold a `lower` bound: ||J v|| / ||v|| at the top Ritz vector v of the same run, as
+        `lipbounds.estimators.lanczos.lanczos_lower` has it.
 
     Raises:
         InvalidInput: an option is out of range.
@@ -84,11 +88,12 @@ def posterior_upper(
     if operator.size <= steps:
         value = exact_norm(target)
         zero = torch.zeros_like(operator.scale)
-        made = {"detail.steps": torch.full_like(zero, operator.size)}
+        lower, _ = lanczos_lower(target, steps=steps, seed=seed)
+        made = {"detail.steps": torch.full_like(zero, operator.size), "detail.lower": lower}
         return value, {"ritz": value.to(torch.float64), "relative_inflation": zero, **details, **made}
     limit = Decimal(delta) * Decimal(delta) * Decimal(math.pi * (1 - 1e-15)) / (2 * operator.size)
     factor = None if within is None else within * within
-    runs = _run(operator, steps, seed, limit, factor)
+    runs, basis = _run(operator, steps, seed, limit, factor)
     found = [_largest_eigenvalue(run, limit) for run in runs]
     ritz, upper = (
         torch.tensor(column, dtype=torch.float64, device=operator.device) for column in zip(*found, strict=True)
@@ -99,17 +104,19 @@ def posterior_upper(
     )
     raised = upper * (1 + 16 * len(runs[0][0]) * operator.size * UNIT_ROUNDOFF)
     value = inflate(raised + 3 * operator.norm_error(), 16) * operator.scale
+    lower, _ = attained(operator, _top_vector(runs, basis))
     terms = {
         "ritz": ritz * operator.scale,
         "relative_inflation": torch.where(ritz > 0, upper / torch.where(ritz > 0, ritz, 1.0) - 1, 0.0),
         "detail.steps": made.to(operator.device),
+        "detail.lower": cast_down(lower, target.moving_input.dtype),
         **details,
     }
     return cast_up(value, target.moving_input.dtype), terms
 
 
-def _run(operator: JacobianOperator, steps: int, seed: int, limit: Decimal, factor: float | None) -> list[Coefficients]:
-    """Lanczos with full re-orthogonalisation: the coefficients of every batch item, up to where its space ended."""
+def _run(operator: JacobianOperator, steps: int, seed: int, limit: Decimal, factor: float | None) -> Runs:
+    """Lanczos with full re-orthogonalisation; the coefficients of a batch item end where its space did."""
     generator = torch.Generator().manual_seed(seed)
     size, batch = operator.size, operator.batch_shape
     vector = sphere(batch, size, generator, operator.device)
@@ -137,7 +144,7 @@ def _run(operator: JacobianOperator, steps: int, seed: int, limit: Decimal, fact
             if all(_is_within(run, limit, factor) for run in runs):
                 made = k + 1
                 break
-    return _coefficients(alphas, betas, ended.clamp(max=made))
+    return _coefficients(alphas, betas, ended.clamp(max=made)), basis
 
 
 def _coefficients(alphas: Tensor, betas: Tensor, ended: Tensor) -> list[Coefficients]:
@@ -150,12 +157,26 @@ def _coefficients(alphas: Tensor, betas: Tensor, ended: Tensor) -> list[Coeffici
     return found
 
 
-def _ritz_value(run: Coefficients) -> float:
-    """theta, rounded up."""
+def _top_vector(runs: list[Coefficients], basis: Tensor) -> Tensor:
+    """The Ritz vector of the largest Ritz value, for each batch item."""
+    places = torch.zeros(len(runs), basis.shape[-2], dtype=torch.float64, device="cpu")
+    for place, run in zip(places, runs, strict=True):
+        place[: len(run[0])] = eigen.eigen(_tridiagonal(run))[1][:, -1]
+    places = places.to(basis.device).reshape(*basis.shape[:-1])
+    return (places.unsqueeze(-2) @ basis).squeeze(-2)
+
+
+def _tridiagonal(run: Coefficients) -> Tensor:
     alphas, betas = run
     matrix = torch.diag(torch.tensor(alphas, dtype=torch.float64, device="cpu"))
     coupled = torch.tensor(betas[:-1], dtype=torch.float64, device="cpu")
-    matrix = matrix + torch.diag(coupled, 1) + torch.diag(coupled, -1)
+    return matrix + torch.diag(coupled, 1) + torch.diag(coupled, -1)
+
+
+def _ritz_value(run: Coefficients) -> float:
+    """theta, rounded up."""
+    alphas = run[0]
+    matrix = _tridiagonal(run)
     size = float(matrix.abs().sum(-1).amax())
     return float(eigen.largest_eigenvalue(matrix)) + 16 * len(alphas) * UNIT_ROUNDOFF * size
 

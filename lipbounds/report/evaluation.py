@@ -296,12 +296,17 @@ def _evaluated(names: Sequence[str], block: Attention, notes: list[str], **optio
 
 
 def _truth(block: Attention, plan: Plan) -> tuple[list[Number], list[Number]]:
-    """The exact constant of small blocks or else a probable one, and a lower bound."""
+    """The exact constant of small blocks or else a probable one, and a lower bound; both of the latter from one run."""
     if jacobian_entries(block) <= EXACT_ENTRIES:
-        constant = get("exact")(block)
-    else:
-        constant = get("lanczos_posterior")(block, delta=plan.delta, steps=STEPS, within=WITHIN, seed=plan.seed)
-    return numbers_of(constant), numbers_of(get("lanczos")(block, steps=LOWER_STEPS, seed=plan.seed))
+        return numbers_of(get("exact")(block)), numbers_of(get("lanczos")(block, steps=LOWER_STEPS, seed=plan.seed))
+    found = get("lanczos_posterior")(block, delta=plan.delta, steps=STEPS, within=WITHIN, seed=plan.seed)
+    constants = numbers_of(found)
+    values = found.details["lower"].double().flatten().tolist()
+    lowers = [
+        dc.replace(number, value=value, kind="lower", delta=None)
+        for number, value in zip(constants, values, strict=True)
+    ]
+    return constants, lowers
 
 
 def _note(notes: list[str], note: str) -> None:

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from lipbounds.allocator import keep_freed_memory
 from lipbounds.errors import LipboundsError
 from lipbounds.report.evaluation import Found, Plan, Stage, compute
 from lipbounds.targets.attention import Attention
@@ -105,6 +106,7 @@ class Worker:
 
 def serve() -> None:
     """Compute what comes in, and hand out what is there after each number."""
+    keep_freed_memory()
     answers: BinaryIO = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a bound prints must not come among the answers
 

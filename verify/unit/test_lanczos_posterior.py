@@ -11,7 +11,7 @@ from lipbounds import Attention
 from lipbounds.errors import InvalidInput
 from lipbounds.estimators._fused import FusedOperator
 from lipbounds.estimators._operator import JacobianOperator
-from lipbounds.estimators.lanczos import lanczos_certificate
+from lipbounds.estimators.lanczos import lanczos, lanczos_certificate
 from lipbounds.estimators.lanczos_posterior import lanczos_posterior
 from verify.unit.blocks import random_block, true_norm
 
@@ -57,14 +57,30 @@ def test_it_stops_as_soon_as_it_is_within_the_factor() -> None:
     assert made[0] < made[1] < made[2] <= made[3] == 60
 
 
+@pytest.mark.parametrize("within", [None, 1.1])
+def test_its_lower_bound_is_that_of_as_many_steps_of_lanczos(within: float | None) -> None:
+    block = random_block(2, n=12, dim=12, heads=3)
+    block = block.at(torch.stack([block.x, 2 * block.x]))
+    found = lanczos_posterior(block, within=within, seed=3)
+    steps = {int(made) for made in found.details["steps"].tolist()}
+    assert len(steps) == 1
+    alone = lanczos(block, steps=steps.pop(), seed=3).value
+    torch.testing.assert_close(found.details["lower"], alone, rtol=1e-9, atol=0.0)
+    truth = torch.stack([true_norm(block.at(x)) for x in block.x])
+    assert bool((found.details["lower"] <= truth).all())
+    assert bool((found.details["lower"] >= found.value / (within or 1.05)).all())
+
+
 def test_an_exhausted_space_ends_the_run_at_the_norm() -> None:
     """Three different singular values: after three steps nothing new is seen."""
     block = diagonal(torch.tensor([1.0] * 40 + [0.5] * 40 + [0.25] * 20))
     result = lanczos_posterior(block)
     assert float(result.details["steps"]) <= 4
     assert 1 <= float(result.value) <= 1 + 1e-4
+    assert 1 - 1e-6 <= float(result.details["lower"]) <= 1
     nothing = lanczos_posterior(diagonal(torch.zeros(100)))
     assert 0 <= float(nothing.value) < 1e-12
+    assert float(nothing.details["lower"]) == 0
 
 
 @pytest.mark.parametrize("batch", [(), (2,)])
@@ -74,6 +90,16 @@ def test_an_exhausted_space_ends_the_run_at_the_norm() -> None:
 def test_fused_products_are_those_of_the_block(fields: dict[str, Any], batch: tuple[int, ...]) -> None:
     block = random_block(3, heads=3, **fields)
     block = block.at(block.x.expand(*batch, -1, -1))
+    check_fused_products(block, batch)
+
+
+def test_fused_products_take_weights_for_each_item() -> None:
+    block = random_block(3, heads=3)
+    apart = {name: getattr(block, name).unsqueeze(-3) for name in ("w_q", "w_v", "w_o")}  # and the keys of one for all
+    check_fused_products(block.replace(**apart, w_k=block.w_k[:1], b_q=None, b_k=None, b_v=None), (3,))
+
+
+def check_fused_products(block: Attention, batch: tuple[int, ...]) -> None:
     fused, plain = FusedOperator(block), JacobianOperator(block)
     draw = torch.Generator().manual_seed(0)
     for directions in ((), (4,)):
