@@ -42,9 +42,9 @@ class Profile:
 
 PROFILES = {
     "quick": Profile(inputs={"albert-rxn": 1}, sharp={"albert-rxn": (0,)}, hidden={"albert-rxn": 1}),
-    # What one core can do in ten minutes.
+    # What one core can do in a quarter of an hour.
     "standard": Profile(
-        inputs={"dinov2-s at 112 px": 8, "smollm2-135m": 2, "albert-rxn": 4},
+        inputs={"dinov2-s at 112 px": 8, "smollm2-135m": 2, "albert-rxn": 4, "dinov2-s at 224 px": 2},
         sharp={"dinov2-s at 112 px": (0, 6, 11), "smollm2-135m": (0, 15, 29), "albert-rxn": (0, 6, 11)},
         hidden={"dinov2-s at 112 px": 1, "smollm2-135m": 1, "albert-rxn": 1},
     ),
