@@ -31,6 +31,7 @@ from torch import Tensor
 from lipbounds.compose.attack import smallest_margin
 from lipbounds.compose.joint import JointNetwork
 from lipbounds.compose.network import network_bound
+from lipbounds.compose.one_input import network_of_input
 from lipbounds.compose.ray import Slopes, farthest
 from lipbounds.compose.running_error import lost_by
 from lipbounds.compose.same_model import check_same
@@ -145,14 +146,15 @@ def certify(
     logits = _logits(network, x, labels)
     if model is not None:
         check_same(network, model, x)
-    method = "taylor" if norm != "l2" else _fitting(network, x[0]) if method is None else method
+    networks = [network_of_input(network, index, len(x)) for index in range(len(x))]  # each with its own masks
+    method = "taylor" if norm != "l2" else _fitting(networks[0], x[0]) if method is None else method
     radii, slopes = [], []
-    for image, row, label in zip(x, logits, labels.tolist(), strict=True):
-        radius, slope = _one(network, image, row, label, method, norm, largest, steps, attention)
+    for own, image, row, label in zip(networks, x, logits, labels.tolist(), strict=True):
+        radius, slope = _one(own, image, row, label, method, norm, largest, steps, attention)
         radii.append(radius)
         slopes.append(slope)
         advance()
-    attacked = _attacked(network, x, labels, radii, norm) if check else None
+    attacked = _attacked(networks, x, labels, radii, norm) if check else None
     return _certificate(x.new_tensor(radii), slopes, logits, labels, unit, method, norm, attacked)
 
 
@@ -219,11 +221,11 @@ def _fitting(network: Layer, x: Tensor) -> Method:
     return "taylor"
 
 
-def _attacked(network: Layer, x: Tensor, labels: Tensor, radii: list[float], norm: Norm) -> Tensor:
+def _attacked(networks: list[Layer], x: Tensor, labels: Tensor, radii: list[float], norm: Norm) -> Tensor:
     """The smallest margin found in every certified ball."""
     found = []
-    for index, (image, label, radius) in enumerate(zip(x, labels.tolist(), radii, strict=True)):
-        margin = smallest_margin(network, image, label, radius, norm=norm) if radius > 0 else 0.0
+    for index, (own, image, label, radius) in enumerate(zip(networks, x, labels.tolist(), radii, strict=True)):
+        margin = smallest_margin(own, image, label, radius, norm=norm) if radius > 0 else 0.0
         if not margin >= 0:
             raise LipboundsError(
                 f"the certificate of input {index} is wrong: within its radius {radius:.6g} an attack found the margin "

@@ -90,7 +90,8 @@ def certify_smoothed(
     Source: Cohen, Rosenfeld, Kolter 2019 (arXiv 1902.02918), algorithm CERTIFY.
 
     Args:
-        model: a batch of inputs to a batch of logits, such as a module in evaluation mode.
+        model: a batch of inputs to a batch of logits, or an object that has them as `logits`; such as a module in
+            evaluation mode. It gets inputs in the dtype of `x`: their rounding counts as part of it.
         x: inputs, pixels or embeddings, one batch dimension; a tensor, a NumPy array, or a list.
         labels: the right classes; likewise.
         sigma: standard deviation of the noise on every number of the input.
@@ -101,7 +102,7 @@ def certify_smoothed(
         seed: of the draws.
 
     Raises:
-        InvalidInput: an option out of range, labels that do not fit, or logits that are no matrix.
+        InvalidInput: an option out of range, labels that do not fit, or logits that are NaN or not one row per input.
     """
     x, labels = given_tensor("x", x), given_tensor("labels", labels)
     _check(x, labels, sigma, samples, selection, delta, batch)
@@ -160,13 +161,27 @@ def _counts(
     for start in range(0, samples, batch):
         size = (min(batch, samples - start), *image.shape)
         noise = torch.randn(size, generator=generator, dtype=image.dtype, device=generator.device).to(image.device)
-        logits = model(image + sigma * noise)
-        if logits.dim() != 2 or logits.shape[1] < 2:
-            raise InvalidInput(f"model must return logits [batch, classes], got shape {tuple(logits.shape)}.")
+        logits = _logits(model(image + sigma * noise), size[0], None if total is None else len(total))
         found = torch.bincount(logits.argmax(1), minlength=logits.shape[1])
         total = found if total is None else total + found
     assert total is not None
     return total
+
+
+def _logits(output: Any, draws: int, classes: int | None) -> Tensor:
+    """What the model returned, with one row for each draw; the number of classes must not change between calls."""
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor):
+        raise InvalidInput(f"model must return logits, a tensor [batch, classes], got {type(logits).__name__}.")
+    wanted = max(2, logits.shape[-1] if logits.dim() else 0) if classes is None else classes
+    if logits.shape != (draws, wanted):
+        raise InvalidInput(
+            f"model must return logits [batch, classes] with one row for each of the {draws} inputs of a call, and the "
+            f"same classes in every call, got shape {tuple(logits.shape)}."
+        )
+    if bool(logits.isnan().any()):
+        raise InvalidInput("model must return logits that are numbers, got NaN: then it has no class.")
+    return logits
 
 
 def _quantile(probability: float) -> float:

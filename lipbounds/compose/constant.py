@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lipbounds.claims import BoundResult, Claim, check_result
 from lipbounds.compose.joint import JointNetwork
+from lipbounds.compose.one_input import network_of_input
 from lipbounds.errors import InvalidInput
 from lipbounds.rounding import cast_up
 from lipbounds.targets.layers import Layer
@@ -34,7 +35,8 @@ def proved_constant(network: Layer, x: Float[Tensor, "batch ..."]) -> BoundResul
     """
     if x.dim() < 3:
         raise InvalidInput(f"x must hold inputs with one batch dimension, got shape {tuple(x.shape)}.")
-    found = [JointNetwork(network, item).bound(0.0) for item in x]
+    networks = [network_of_input(network, index, len(x)) for index in range(len(x))]
+    found = [JointNetwork(own, item).bound(0.0) for own, item in zip(networks, x, strict=True)]
     value = torch.stack([one.norm for one in found])
     value = cast_up(value, x.dtype if x.dtype.is_floating_point else torch.float64)
     check_result("proved_constant", value, torch.Size([len(x)]))

@@ -34,6 +34,7 @@ from lipbounds.compose.containers import sequence_step
 from lipbounds.compose.curvature import curvature, supports_curvature
 from lipbounds.compose.folding import folding_change
 from lipbounds.compose.network import attention_specs, starting_set
+from lipbounds.compose.one_input import network_of_input
 from lipbounds.compose.propagated_set import PropagatedSet, Rules, Step, norm_over_tokens
 from lipbounds.compose.reading import ReadResidual, bounded_layers
 from lipbounds.compose.rewrite import FoldedLinear, flat, rewritten
@@ -118,7 +119,7 @@ class JointNetwork:
         attention: names of registered bounds on balls, used where they give less than the curvature.
 
     Raises:
-        InvalidInput: `x` has batch dimensions or does not fit.
+        InvalidInput: `x` or attention has batch dimensions, or `x` does not fit.
         Unsupported: a layer is too large, or attention is nested deeper than in one residual.
     """
 
@@ -127,7 +128,7 @@ class JointNetwork:
         self, network: Layer, x: Float[Tensor, "..."], *, attention: str | tuple[str, ...] | None = None
     ) -> None:
         self._rules = Rules(attention_specs(attention, on_ball=True), centre_at_point=True)
-        network, wide = network.to(torch.float64), x.detach().to(torch.float64)
+        network, wide = network_of_input(network).to(torch.float64), x.detach().to(torch.float64)
         self._start = starting_set(network, wide, 0.0)
         if self._start.radius.dim() > 0:
             raise InvalidInput(f"x must be one input without batch dimensions, got shape {tuple(x.shape)}.")

@@ -15,8 +15,19 @@ from hypothesis import strategies as st
 from lipbounds import InvalidInput, LipboundsError, Unsupported
 from lipbounds.certify import Certificate, certify
 from lipbounds.compose import joint
+from lipbounds.compose.constant import proved_constant
 from lipbounds.compose.taylor import TaylorMargin
-from lipbounds.targets.layers import Flatten, Layer, Linear, Patches, Pointwise, Pool, Residual, Sequence
+from lipbounds.targets.layers import (
+    AttentionLayer,
+    Flatten,
+    Layer,
+    Linear,
+    Patches,
+    Pointwise,
+    Pool,
+    Residual,
+    Sequence,
+)
 from verify.unit.networks import Draw, attention, feed_forward, norm
 
 
@@ -293,3 +304,36 @@ def test_layers_may_have_any_names(names: tuple[str, ...]) -> None:
     named = Sequence(layers, ("x", names[0], "y", names[1], "z", names[2], "logits"))
     assert torch.equal(certify(named, x, labels, method="taylor").radius, expected)
     assert float(expected) > 0
+
+
+@pytest.mark.usefixtures("as_a_user_runs_it")  # a search: the other tests keep the shape checks
+@pytest.mark.parametrize("method", ["taylor", "joint", "product"])
+def test_each_input_has_its_own_mask(method: Any) -> None:
+    """As many inputs as heads: their masks must not be taken for those of heads."""
+    draw, x = Draw(8), Draw(9)(2, 3, 4)
+    block = attention(draw, 3, 4, scale=0.4).block
+    assert block.heads == len(x)
+    masks, head = torch.zeros(2, 1, 3, 3).double(), Linear(draw(3, 4))
+    masks[0, ..., 2], masks[1, ..., 0] = -math.inf, -math.inf
+
+    def network(mask: torch.Tensor, at: torch.Tensor) -> Sequence:
+        return Sequence((Residual(AttentionLayer(block.replace(logit_bias=mask, x=at))), Pool("mean"), head))
+
+    together = network(masks, x)
+    labels = together(x).squeeze(1).argmax(1)
+    found = certify(together, x, labels, method=method, steps=4, check=True).radius
+    alone = [
+        certify(network(m, x[0]), x[i : i + 1], labels[i : i + 1], method=method, steps=4) for i, m in enumerate(masks)
+    ]
+    assert torch.equal(found, torch.cat([one.radius for one in alone]))
+    constants = [proved_constant(network(m, x[0]), x[i : i + 1]).value for i, m in enumerate(masks)]
+    torch.testing.assert_close(proved_constant(together, x).value, torch.cat(constants), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    "prepare", [lambda net, x: TaylorMargin(net, x, 0), joint.JointNetwork], ids=["taylor", "joint"]
+)
+def test_a_batch_of_masks_is_refused_at_one_input(prepare: Callable[[Layer, torch.Tensor], Any]) -> None:
+    block = attention(Draw(8), 3, 4).block.replace(logit_bias=Draw(7)(2, 1, 3, 3))
+    with pytest.raises(InvalidInput, match=r"attention of network must have no batch dimensions.*\(2,\) of logit_bias"):
+        prepare(Sequence((AttentionLayer(block), Pool("mean"))), Draw(9)(3, 4))

@@ -68,3 +68,40 @@ def test_bad_arguments_are_named(name: str) -> None:
     call, message = BAD[name]
     with pytest.raises(InvalidInput, match=message):
         call()
+
+
+class Output:
+    """What models of the Transformers library return."""
+
+    def __init__(self, logits: Any) -> None:
+        self.logits = logits
+
+
+def two_classes(z: torch.Tensor) -> torch.Tensor:
+    """The first class where a normal number is below 0.25: with a probability of about 0.6."""
+    return torch.stack([0.25 - z[:, 0], z[:, 0] - 0.25], 1)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda z: two_classes(z).repeat(2, 1),  # hits would be counted twice
+        lambda z: two_classes(z)[:1],
+        lambda z: two_classes(z) * math.nan,  # the class of NaN would be the first
+        lambda z: torch.cat([two_classes(z), *[z] * (len(z) % 2)], 1),
+        lambda z: two_classes(z)[:, :1],
+        lambda z: two_classes(z)[0, 0],
+        lambda z: [two_classes(z)],
+    ],
+)
+def test_logits_that_are_not_one_row_for_each_draw_are_refused(model: Callable[[Any], Any]) -> None:
+    with pytest.raises(InvalidInput, match="model must return logits"):
+        certify_smoothed(model, torch.zeros(1, 1), [0], sigma=1.0, samples=101, batch=50)
+
+
+def test_an_object_with_logits_is_a_model() -> None:
+    plain, wrapped = (
+        certify_smoothed(model, torch.zeros(1, 1), [0], sigma=1.0, samples=500)
+        for model in (two_classes, lambda z: Output(two_classes(z)))
+    )
+    assert torch.equal(plain.radius, wrapped.radius)

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lipbounds.compose.one_input import network_of_input
 from lipbounds.compose.taylor.ball import Ball, Norm
 from lipbounds.compose.taylor.crossed import Crossed, Summed
 from lipbounds.compose.taylor.model import CENTRE, INPUT, Ranges, Value
@@ -49,7 +50,7 @@ class TaylorMargin:
         norm: of the balls; see lipbounds.compose.taylor.ball.
 
     Raises:
-        InvalidInput: the output is not one token.
+        InvalidInput: the output is not one token, or attention has batch dimensions.
         Unsupported: a layer without a rule, or too large.
     """
 
@@ -65,7 +66,7 @@ class TaylorMargin:
     ) -> None:
         if x.numel() > LARGEST_INPUT:
             raise Unsupported(f"method='taylor' takes inputs of at most {LARGEST_INPUT} numbers, got {x.numel()}.")
-        walk = Walk(largest)
+        walk, network = Walk(largest), network_of_input(network)
         start = narrow_start(network, x) if norm == "l2" else whole_start(network, x)
         output = walk.through(start.layers, start.value, None)
         if output.centre.dim() != 2 or output.centre.shape[0] != 1:
