@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bench.certified import figure, instances, tables
 from bench.certified import task as certified
-from bench.certified.models import MNIST, PEERS
+from bench.certified.models import OF_THE_FOLDER
 from bench.certified.radii import RADIUS_VERSION
 from bench.engine.answers import Shown
 from bench.engine.machine import describe
@@ -42,10 +42,12 @@ def of_the_folder(store: Store, page: str) -> list[str]:
         page: its name there.
     """
     shown = store.pages.get(page)
-    keys = [] if shown is None else [key for key in shown.keys if store.entries[key].flat.get("model") in PEERS]
+    keys = [] if shown is None else [key for key in shown.keys if store.entries[key].flat.get("model") in OF_THE_FOLDER]
     if keys:
         print(
-            f"{MNIST} is shown as it was measured before; give --deept DIR to measure what it lacks.", file=sys.stderr
+            f"{' and '.join(OF_THE_FOLDER[:2])} are shown as they were measured before; give --deept DIR to measure "
+            "what they lack.",
+            file=sys.stderr,
         )
     return keys
 

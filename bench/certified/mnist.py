@@ -111,16 +111,30 @@ def load_mnist(folder: Path, device: torch.device, depth: int = 1) -> Classifier
     model = MnistViT(depth)
     model.load_state_dict(load_file(path))
     model = model.eval().to(device)
-    images, labels = _test_images(folder)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(SEED))[:DRAWN]
-    images = images[order].to(device)
+    images, labels, indices = some_test_images(folder)
+    images = images.to(device)
     return Classifier(
         model=model,
         network=lambda: _network(model, images[:2]),
         images=images,
-        labels=labels[order].to(device),
-        indices=order.tolist(),
+        labels=labels.to(device),
+        indices=indices,
     )
+
+
+def some_test_images(folder: Path) -> tuple[Tensor, Tensor, list[int]]:
+    """Test images of MNIST in random order, in [0, 1], their labels and their places in the file.
+
+    Args:
+        folder: as at the top of this file.
+
+    Raises:
+        InvalidInput: the files are missing or damaged.
+    """
+    places = (folder / "mnist", folder / ".." / ".." / "data" / "mnist")
+    images, labels, _ = read_idx_folder(next(filter(has_idx_files, places), places[0]))
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(SEED))[:DRAWN]
+    return images[order].unsqueeze(1).float() / 255, labels[order], order.tolist()
 
 
 def published(folder: Path, norm: Norm = "l2") -> Answer:
@@ -183,13 +197,6 @@ def _centred(module: nn.Module) -> Linear:
     weight, bias = (value.detach() for value in module.parameters())
     centring = torch.eye(DIM, dtype=weight.dtype, device=weight.device) - 1 / DIM
     return Linear(weight.unsqueeze(1) * centring, bias)
-
-
-def _test_images(folder: Path) -> tuple[Tensor, Tensor]:
-    """All test images of MNIST, in [0, 1], and their labels, from the IDX files."""
-    places = (folder / "mnist", folder / ".." / ".." / "data" / "mnist")
-    images, labels, _ = read_idx_folder(next(filter(has_idx_files, places), places[0]))
-    return images.unsqueeze(1).float() / 255, labels
 
 
 def _must_be(path: Path) -> None:

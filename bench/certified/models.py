@@ -10,16 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from bench.certified.classifier import Classifier
-from bench.certified.mnist import load_mnist
+from bench.certified.mnist import load_mnist, some_test_images
 from lipbounds.errors import InvalidInput
+from lipbounds.models.certified_mnist_vit import load_certified_mnist_vit
 from lipbounds.models.digits_data import load_digits_split
 from lipbounds.models.digits_vit import load_digits_vit
 from lipbounds.models.lipschitz_vit import load_certified_vit, load_lipschitz_vit
 from lipbounds.targets.layers import Sequence
 
 
-MNIST, MNIST_3 = "mnist-vit", "mnist-vit-3"
+MNIST, MNIST_3, CERTIFIED_MNIST = "mnist-vit", "mnist-vit-3", "certified-mnist-vit"
 PEERS = {MNIST: 1, MNIST_3: 3}  # ViTs on MNIST from the folder of DeepT, by their number of layers
+OF_THE_FOLDER = (CERTIFIED_MNIST, *PEERS)  # those whose images, or weights too, are in that folder
 CLASSIFIERS: dict[str, Callable[[], nn.Module]] = {
     "certified-vit": load_certified_vit,
     "lipschitz-vit": load_lipschitz_vit,
@@ -31,25 +33,30 @@ def load(name: str, device: torch.device, peer: Path | None = None) -> Classifie
     """A classifier by its name.
 
     Args:
-        name: in `CLASSIFIERS`, or in `PEERS`.
+        name: in `CLASSIFIERS`, or in `OF_THE_FOLDER`.
         device: where the model and the images are.
-        peer: the folder of the ViTs on MNIST.
+        peer: the folder of the ViTs on MNIST, and of its test images.
 
     Raises:
-        InvalidInput: one of `PEERS` without a folder.
+        InvalidInput: one of `OF_THE_FOLDER` without a folder.
     """
+    if name in OF_THE_FOLDER and peer is None:
+        raise InvalidInput(f"{name} needs the folder with the test images of MNIST; pass --deept FOLDER.")
     if name in PEERS:
-        if peer is None:
-            raise InvalidInput(f"{name} needs the folder of its weights; pass --deept FOLDER.")
         return load_mnist(peer, device, PEERS[name])
-    split, model = load_digits_split().test, CLASSIFIERS[name]().to(device)
-    images = split.images.to(device)
+    if name == CERTIFIED_MNIST:
+        images, labels, indices = some_test_images(peer)
+        model = load_certified_mnist_vit().to(device)
+    else:
+        split, model = load_digits_split().test, CLASSIFIERS[name]().to(device)
+        images, labels, indices = split.images, split.labels, split.indices.tolist()
+    images = images.to(device)
     return Classifier(
         model=model,
         network=lambda: as_network(name, model, images[:2]),
         images=images,
-        labels=split.labels.to(device),
-        indices=split.indices.tolist(),
+        labels=labels.to(device),
+        indices=indices,
     )
 
 
@@ -57,7 +64,7 @@ def as_network(name: str, model: nn.Module, images: Tensor) -> Sequence:
     """A classifier as a network.
 
     Args:
-        name: of a classifier of digits.
+        name: of a classifier whose weights are in this package.
         model: the classifier.
         images: a few, to check the network with.
     """
@@ -67,6 +74,7 @@ def as_network(name: str, model: nn.Module, images: Tensor) -> Sequence:
 
     adapters: dict[str, Callable[[Any, Tensor], Sequence]] = {
         "certified-vit": lipschitz_vit_network,
+        CERTIFIED_MNIST: lipschitz_vit_network,
         "lipschitz-vit": lipschitz_vit_network,
         "digits-vit": digits_vit_network,
     }

@@ -15,12 +15,13 @@ TITLES = {
     "certified-vit": "ViT trained to be certified, against an attack",
     "lipschitz-vit": "ViT made to be certified",
     "digits-vit": "ViT trained as usual",
+    "certified-mnist-vit": "ViT on MNIST trained to be certified, against an attack",
     "mnist-vit": "ViT on MNIST with radii published by DeepT",
     "mnist-vit-3": "ViT on MNIST with three layers",
 }
 
 
-QUOTED = {f"{part}/255": part / 255 for part in (36, 72, 108)}  # radii that are usual for MNIST in l2
+WRITTEN = {part / 255: f"{part}/255" for part in (36, 72, 108)}  # radii that are usual for MNIST in l2
 
 
 def report(data: Data, command: str, environment: str) -> str:
@@ -78,7 +79,7 @@ def _distances(model: Data) -> list[float]:
 
 
 def _classifier(name: str, model: Data) -> list[str]:
-    quoted = QUOTED if name.startswith("mnist") else {}
+    quoted = list(WRITTEN) if "mnist" in name else []
     parts = [f"## {TITLES.get(name, name)} (`{name}`)", _methods(model), _accuracy(model, quoted)]
     parts += [part for norm in ("l_inf", "l1") if (part := _other_norm(model, norm))]
     if model["smoothing"]:
@@ -124,22 +125,23 @@ def _other_norm(model: Data, norm: str) -> str:
     return table([*titles, "seconds per image"], body)
 
 
-def _accuracy(model: Data, quoted: dict[str, float]) -> str:
+def _accuracy(model: Data, quoted: list[float]) -> str:
     """Shares of the images at the radii of the attacks, and at some more.
 
     Args:
         model: of the data of the page.
-        quoted: radii by how they are written.
+        quoted: more radii.
     """
     methods = [method for method in METHODS if certified(model, method)]
     counts = {method: len(certified(model, method)) for method in methods}
     titles = ["radius", *(f"certified, {method}, {counts[method]} images" for method in methods)]
     attacked = {attack["radius"]: attack for attack in model["attacks"]}
     body = []
-    for written, radius in {"0": 0.0, **{f"{radius:.3g}": radius for radius in attacked}, **quoted}.items():
+    for radius in sorted({0.0, *attacked, *quoted}):
         shares = [figure(share_of(certified(model, method), radius)) for method in methods]
         robust = attacked[radius]["robust"] if radius in attacked else []
         left = left_by_smallest(model, radius)
+        written = WRITTEN.get(radius, f"{radius:.3g}")
         body.append([written, *shares, figure(sum(robust) / len(robust)) if robust else "-", figure(left)])
     images = max((len(attack["robust"]) for attack in model["attacks"]), default=0)
     return table([*titles, f"AutoAttack leaves, {images} images", "FAB and APGD leave"], body)

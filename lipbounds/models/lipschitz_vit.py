@@ -1,7 +1,8 @@
 """A small vision transformer that is made to be certified, and its committed weights for 8x8 digits.
 
-Every linear map has a spectral norm of at most 1, features are centred instead of normalised (a linear map of norm 1),
-the logits of attention are small, and all tokens side by side are classified: no layer stretches or turns much.
+Every linear map has a spectral norm of at most `Shape.gain`, for digits 1; features are centred instead of normalised
+(a linear map of norm 1); the logits of attention are small; all tokens side by side are classified. So no layer
+stretches or turns much.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class Shape:
         depth: number of blocks.
         heads: of each attention.
         mlp_dim: of the inner features of each MLP.
+        gain: largest spectral norm of every linear map. With more than 1, layers bend more, which larger images need.
     """
 
     side: int
@@ -44,6 +46,7 @@ class Shape:
     depth: int
     heads: int
     mlp_dim: int
+    gain: float = 1.0
 
     @property
     def tokens(self) -> int:
@@ -54,8 +57,16 @@ class Shape:
 DIGITS = Shape(side=IMAGE_SIZE, patch=PATCH_SIZE, dim=32, depth=2, heads=4, mlp_dim=64)
 
 
-class AtMostOne(nn.Module):
-    """W / max(1, ||W||), the spectral norm by a singular value decomposition."""
+class AtMost(nn.Module):
+    """W / max(1, ||W|| / c), the spectral norm by a singular value decomposition.
+
+    Args:
+        largest: c, what the norm is at most.
+    """
+
+    def __init__(self, largest: float) -> None:
+        super().__init__()
+        self.largest = largest
 
     def forward(self, weight: Float[Tensor, "rows cols"]) -> Float[Tensor, "rows cols"]:
         """The weight that is used.
@@ -63,7 +74,7 @@ class AtMostOne(nn.Module):
         Args:
             weight: the one that is trained.
         """
-        return weight / torch.linalg.matrix_norm(weight, 2).clamp(min=1)
+        return weight / (torch.linalg.matrix_norm(weight, 2) / self.largest).clamp(min=1)
 
 
 class Centre(nn.Module):
@@ -165,14 +176,14 @@ class LipschitzViT(nn.Module):
 
 
 def constrain(model: LipschitzViT) -> None:
-    """Keep the spectral norm of every linear map at 1 at most while training.
+    """Keep the spectral norm of every linear map at the gain of the model at most while training.
 
     Args:
         model: changed in place.
     """
     for module in [*model.modules()]:
         if isinstance(module, nn.Linear):
-            parametrize.register_parametrization(module, "weight", AtMostOne())
+            parametrize.register_parametrization(module, "weight", AtMost(model.shape.gain))
 
 
 def release(model: LipschitzViT) -> None:

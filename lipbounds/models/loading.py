@@ -47,9 +47,9 @@ def load_model(name: str, *, trust_remote_code: bool = False) -> LoadedModel:
     the code it names.
 
     Args:
-        name: `digits-vit`, `lipschitz-vit`, `certified-vit`, `minilm`, `dinov2-s`, `smollm2-135m` or `albert-rxn`; or
-            a folder with a Hugging Face checkpoint, or a name on its hub; or `package.module:attribute`, where a module
-            or a function without arguments that returns one lies.
+        name: `digits-vit`, `lipschitz-vit`, `certified-vit`, `certified-mnist-vit`, `minilm`, `dinov2-s`,
+            `smollm2-135m` or `albert-rxn`; or a folder with a Hugging Face checkpoint, or a name on its hub; or
+            `package.module:attribute`, where a module or a function without arguments that returns one lies.
         trust_remote_code: run the code that comes with a Hugging Face checkpoint.
 
     Raises:
@@ -96,6 +96,14 @@ def _certified_vit() -> LoadedModel:
     return LoadedModel(name="certified-vit", module=load_certified_vit(), kind="image", image=_DIGIT, classes=_DIGITS)
 
 
+def _certified_mnist_vit() -> LoadedModel:
+    from lipbounds.models.certified_mnist_vit import SHAPE, load_certified_mnist_vit
+
+    image = ImageInput(channels=1, height=SHAPE.side, width=SHAPE.side)
+    module = load_certified_mnist_vit()
+    return LoadedModel(name="certified-mnist-vit", module=module, kind="image", image=image, classes=_DIGITS)
+
+
 def _minilm() -> LoadedModel:
     from lipbounds.models.minilm import load_minilm
 
@@ -129,6 +137,7 @@ BUNDLED: dict[str, Callable[[], LoadedModel]] = {
     "digits-vit": _digits_vit,
     "lipschitz-vit": _lipschitz_vit,
     "certified-vit": _certified_vit,
+    "certified-mnist-vit": _certified_mnist_vit,
     "minilm": _minilm,
     "dinov2-s": _dinov2_s,
     "smollm2-135m": _smollm2,

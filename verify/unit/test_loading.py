@@ -43,7 +43,7 @@ def save_vit(folder: Path, **settings: Any) -> None:
         (folder / "preprocessor_config.json").write_text(json.dumps(settings))
 
 
-@pytest.mark.parametrize("name", ["digits-vit", "lipschitz-vit", "certified-vit"])
+@pytest.mark.parametrize("name", ["digits-vit", "lipschitz-vit", "certified-vit", "certified-mnist-vit"])
 def test_a_bundled_image_model_takes_images_of_the_stated_shape(name: str) -> None:
     found = load_model(name)
     assert (found.name, found.kind, found.tokenizer, found.module.training) == (name, "image", None, False)
