@@ -11,7 +11,7 @@ from lipbounds.models.lipschitz_vit import WEIGHTS as DIGITS_WEIGHTS
 from lipbounds.models.lipschitz_vit import LipschitzViT, Shape, load_lipschitz_vit
 
 
-SHAPE = Shape(side=28, patch=7, directions=5, dim=32, depth=1, heads=4, mlp_dim=64, gain=2.0)
+SHAPE = Shape(side=28, patch=7, directions=6, dim=32, depth=1, heads=4, mlp_dim=64, gain=2.0, logit_gain=0.5)
 WEIGHTS = DIGITS_WEIGHTS.with_name("certified_mnist_vit.safetensors")  # of lipbounds.models.train_certified_mnist
 
 

@@ -1,6 +1,6 @@
 """A small vision transformer that is made to be certified, and its committed weights for 8x8 digits.
 
-Every linear map has a spectral norm of at most `Shape.gain`, for digits 1; features are centred instead of normalised
+Every linear map has a spectral norm of at most `Shape.gain` or `logit_gain`, for digits 1; features are centred instead of normalised
 (a linear map of norm 1); the logits of attention are small; all tokens side by side are classified. So no layer
 stretches or turns much.
 """
@@ -36,7 +36,8 @@ class Shape:
         depth: number of blocks.
         heads: of each attention.
         mlp_dim: of the inner features of each MLP.
-        gain: largest spectral norm of every linear map. With more than 1, layers bend more, which larger images need.
+        gain: largest spectral norm of the linear maps. With more than 1, layers bend more, which larger images need.
+        logit_gain: the same of queries and keys: what a ball does to softmax costs most of a certified radius.
     """
 
     side: int
@@ -47,6 +48,7 @@ class Shape:
     heads: int
     mlp_dim: int
     gain: float = 1.0
+    logit_gain: float = 1.0
 
     @property
     def tokens(self) -> int:
@@ -176,14 +178,16 @@ class LipschitzViT(nn.Module):
 
 
 def constrain(model: LipschitzViT) -> None:
-    """Keep the spectral norm of every linear map at the gain of the model at most while training.
+    """Keep the spectral norm of every linear map within the gains of the model's shape while training.
 
     Args:
         model: changed in place.
     """
-    for module in [*model.modules()]:
+    for name, module in [*model.named_modules()]:
         if isinstance(module, nn.Linear):
-            parametrize.register_parametrization(module, "weight", AtMost(model.shape.gain))
+            of_logits = name.endswith((".query", ".key"))
+            largest = model.shape.logit_gain if of_logits else model.shape.gain
+            parametrize.register_parametrization(module, "weight", AtMost(largest))
 
 
 def release(model: LipschitzViT) -> None:

@@ -22,10 +22,10 @@ from lipbounds.models.train_lipschitz import train
 from lipbounds.models.training import evaluate, save_weights
 
 
-EPOCHS = 60
+EPOCHS = 30
 SHARPNESS = 12.0
-REACH = 0.6  # l2 norm of the pixels
-BATCH = 64
+REACH = 0.5  # l2 norm of the pixels
+BATCH = 150
 HELD_OUT = 10  # one of as many images
 
 
