@@ -1,8 +1,8 @@
 """A small vision transformer that is made to be certified, and its committed weights for 8x8 digits.
 
-Every linear map has a spectral norm of at most `Shape.gain` or `logit_gain`, for digits 1; features are centred instead of normalised
-(a linear map of norm 1); the logits of attention are small; all tokens side by side are classified. So no layer
-stretches or turns much.
+Every linear map has a spectral norm of at most `Shape.gain` or, of queries and keys, `Shape.logit_gain`, both 1 for
+digits; features are centred instead of normalised (a linear map of norm 1); the logits of attention are small; all
+tokens side by side are classified. So no layer stretches or turns much.
 """
 
 from __future__ import annotations
@@ -168,11 +168,25 @@ class LipschitzViT(nn.Module):
         Args:
             images: grey values in [0, 1].
         """
+        patches = self.patches(images)
+        return self.behind(patches if self.directions is None else self.directions(patches))
+
+    def patches(self, images: Float[Tensor, "batch 1 side side"]) -> Float[Tensor, "batch n pixels"]:
+        """The pixels of each patch.
+
+        Args:
+            images: of the side of the shape.
+        """
         size = self.shape.patch
         windows = images.unfold(2, size, size).unfold(3, size, size)
-        patches = windows.reshape(len(images), self.shape.tokens, size * size)
-        if self.directions is not None:
-            patches = self.directions(patches)
+        return windows.reshape(len(images), self.shape.tokens, size * size)
+
+    def behind(self, patches: Float[Tensor, "batch n features"]) -> Float[Tensor, "batch 10"]:
+        """Class logits from what the first linear map leaves of each patch, or from its pixels if there is no such map.
+
+        Args:
+            patches: as `directions` gives them.
+        """
         tokens = self.patch_embedding(patches) + self.positions
         return self.head(self.blocks(tokens).flatten(1))
 

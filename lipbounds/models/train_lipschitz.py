@@ -17,8 +17,8 @@ from rich.console import Console
 from torch.nn import functional as F
 
 from lipbounds.models.digits_data import LabelledImages, load_digits_split
-from lipbounds.models.lipschitz_vit import DIGITS, WEIGHTS, LipschitzViT, Shape, constrain, release
-from lipbounds.models.training import BATCH, Loss, evaluate, fit, save_weights
+from lipbounds.models.lipschitz_vit import WEIGHTS, LipschitzViT, constrain, release
+from lipbounds.models.training import Loss, evaluate, fit, save_weights
 
 
 EPOCHS = 60
@@ -33,8 +33,6 @@ def train(
     epochs: int,
     console: Console,
     loss_of: Callable[[int], Loss],
-    shape: Shape = DIGITS,
-    batch: int = BATCH,
 ) -> LipschitzViT:
     """The model after the last epoch.
 
@@ -44,15 +42,13 @@ def train(
         epochs: passes over the training images.
         console: where the progress goes.
         loss_of: the loss of an epoch, counted from 0.
-        shape: of the model.
-        batch: images of a step.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LipschitzViT(shape)
+        model = LipschitzViT()
     constrain(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=PEAK_LEARNING_RATE)
-    fit(model, part, optimizer, loss_of, epochs, torch.Generator().manual_seed(seed), console, batch=batch)
+    fit(model, part, optimizer, loss_of, epochs, torch.Generator().manual_seed(seed), console)
     release(model)
     return model.eval()
 

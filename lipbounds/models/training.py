@@ -29,6 +29,7 @@ LARGEST_STRETCH = 0.15
 
 # The model, distorted images, their labels, and the generator that everything random comes from.
 Loss = Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor]
+Distort = Callable[[Tensor, torch.Generator], Tensor]
 
 
 def cross_entropy(model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
@@ -47,6 +48,7 @@ def fit(
     *,
     after_epoch: Callable[[], str] = lambda: "training",
     batch: int = BATCH,
+    distort: Distort | None = None,
 ) -> None:
     """Train a model in place.
 
@@ -60,7 +62,9 @@ def fit(
         console: where the progress goes.
         after_epoch: what the progress bar says next.
         batch: images of a step.
+        distort: how images are distorted; None: as `distorted` says.
     """
+    distort = distort or distorted
     steps = epochs * -(-len(part) // batch)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: share_of_peak_rate(step, steps))
     with Progress(console=console) as progress:
@@ -69,7 +73,7 @@ def fit(
             model.train()
             loss = loss_of(epoch)
             for images, labels in batches(part, generator, batch):
-                value = loss(model, distorted(images, generator), labels, generator)
+                value = loss(model, distort(images, generator), labels, generator)
                 optimizer.zero_grad()
                 value.backward()
                 optimizer.step()
