@@ -40,16 +40,16 @@ def load(name: str, device: torch.device, peer: Path | None = None) -> Classifie
     Raises:
         InvalidInput: one of `OF_THE_FOLDER` without a folder.
     """
-    if name in OF_THE_FOLDER and peer is None:
-        raise InvalidInput(f"{name} needs the folder with the test images of MNIST; pass --deept FOLDER.")
-    if name in PEERS:
-        return load_mnist(peer, device, PEERS[name])
-    if name == CERTIFIED_MNIST:
-        images, labels, indices = some_test_images(peer)
-        model = load_certified_mnist_vit().to(device)
+    if name in OF_THE_FOLDER:
+        if peer is None:
+            raise InvalidInput(f"{name} needs the folder with the test images of MNIST; pass --deept FOLDER.")
+        if name in PEERS:
+            return load_mnist(peer, device, PEERS[name])
+        model, (images, labels, indices) = load_certified_mnist_vit(), some_test_images(peer)
     else:
-        split, model = load_digits_split().test, CLASSIFIERS[name]().to(device)
+        model, split = CLASSIFIERS[name](), load_digits_split().test
         images, labels, indices = split.images, split.labels, split.indices.tolist()
+    model = model.to(device)
     images = images.to(device)
     return Classifier(
         model=model,

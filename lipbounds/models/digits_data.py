@@ -20,7 +20,7 @@ VALIDATION_IMAGES = 240
 class LabelledImages:
     """Images with grey values in [0, 1], their classes, and their places in what they come from."""
 
-    images: Float[Tensor, "n 1 side side"]
+    images: Float[Tensor, "n channels height width"]
     labels: Int[Tensor, " n"]
     indices: Int[Tensor, " n"]
 

@@ -59,12 +59,12 @@ def loss_under_attack(*, sharpness: float, radius: float, epochs: int) -> Callab
 
 def moved_against(
     model: nn.Module,
-    images: Float[Tensor, "batch 1 8 8"],
+    images: Float[Tensor, "batch 1 height width"],
     labels: Tensor,
     radius: float,
     sharpness: float,
     generator: torch.Generator,
-) -> Float[Tensor, "batch 1 8 8"]:
+) -> Float[Tensor, "batch 1 height width"]:
     """The images one step of the fast gradient method away, from a random start near them.
 
     Args:
