@@ -10,10 +10,9 @@ import jaxtyping
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase
-from hypothesis.internal.conjecture import providers
-from hypothesis.internal.constants_ast import Constants
 
 from lipbounds.testing import pretend_device
+from verify.draws import pin_draws
 
 
 pretend_device()  # before any backward pass
@@ -41,10 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # the blocks are small, and xdist takes the cores
     if config.getoption("--hypothesis-seed") is None:  # a new search every time, but one that can be repeated
         config.option.hypothesis_seed = str(random.SystemRandom().randrange(2**32))
-    # Hypothesis draws constants that stand in the modules loaded so far, too. Which those are depends on the tests that
-    # ran before: without them a seed gives the same blocks in every process, and for every change of the code.
-    nothing = Constants()
-    providers._get_local_constants = lambda: nothing
+    pin_draws()
 
 
 def pytest_report_header(config: pytest.Config) -> str:
