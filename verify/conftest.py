@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Iterator
 
@@ -11,11 +12,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase
 
-from lipbounds.testing import pretend_device
 from verify.draws import pin_draws
+from verify.shapes import check_each_kind_of_call_once
 
 
-pretend_device()  # before any backward pass
+check_each_kind_of_call_once()  # before the library is imported
 
 # ci: the whole of `tox -e verify` under eight minutes on two cores; nightly: what a release is believed on.
 SHARED = {"deadline": None, "print_blob": True, "suppress_health_check": list(HealthCheck)}
@@ -37,6 +38,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before the plugin of Hypothesis reads its seed
 def pytest_configure(config: pytest.Config) -> None:
+    from lipbounds.testing import pretend_device
+
+    pretend_device()  # before any backward pass
     torch.set_num_threads(1)  # the blocks are small, and xdist takes the cores
     if config.getoption("--hypothesis-seed") is None:  # a new search every time, but one that can be repeated
         config.option.hypothesis_seed = str(random.SystemRandom().randrange(2**32))
@@ -45,6 +49,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_report_header(config: pytest.Config) -> str:
     return f"the searches are repeated by --hypothesis-seed={config.getoption('--hypothesis-seed')}"
+
+
+def pytest_collection_finish() -> None:
+    """What the tests have loaded stays: it is not looked through for garbage again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
