@@ -13,6 +13,7 @@ from verify.unit.printed import is_shown
 README = Path(__file__).parents[2] / "README.md"
 
 
+@pytest.mark.usefixtures("as_a_user_runs_it")
 def test_the_example_of_the_readme_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
     text = README.read_text(encoding="utf-8")
     ((code, printed),) = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", text, flags=re.DOTALL)
