@@ -304,11 +304,12 @@ def _saw(kind: Kind, operation: str) -> None:
 
 
 def _caller() -> str:
-    """The line that called torch, the nearest outside of it and of this file."""
+    """The line that called torch, the nearest outside of it, of this file and of what hides itself in tracebacks."""
     frame = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename
-        if not file.startswith(OWN_FILES) and not file.startswith("<"):
+        hidden = "__tracebackhide__" in frame.f_code.co_varnames  # what pytest leaves out, too: checks around a call
+        if not hidden and not file.startswith(OWN_FILES) and not file.startswith("<"):
             return f"{file}:{frame.f_lineno}"
         frame = frame.f_back
     return "unknown"
