@@ -1,4 +1,4 @@
-"""Every registered bound against 10 000 blocks a property and a minute of ascent: writes results/nightly.{jsonl,md}.
+"""Every registered bound against 10,000 blocks per property and a minute of ascent: writes results/nightly.{jsonl,md}.
 
     OMP_NUM_THREADS=1 python -m verify.nightly
 
@@ -38,14 +38,14 @@ EXAMPLES = 10_000
 ASCENT_SECONDS = 60.0
 SEED = 0
 JOBS = 2
-Task = tuple[str, int, tuple[str, ...], str, int]  # bound, its version, what it supports, check, blocks a property
+Task = tuple[str, int, tuple[str, ...], str, int]  # bound, its version, what it supports, check, blocks per property
 Row = dict[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is not in the file yet, write the page, and return 1 if a bound was refuted."""
     parser = argparse.ArgumentParser(prog="python -m verify.nightly", description=__doc__)
-    parser.add_argument("--examples", type=int, default=EXAMPLES, help="blocks a property (default: %(default)s)")
+    parser.add_argument("--examples", type=int, default=EXAMPLES, help="blocks per property (default: %(default)s)")
     parser.add_argument("--bound", action="append", metavar="NAME", help="only this one; repeatable (default: all)")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: results")
     options = parser.parse_args(arguments)
@@ -136,7 +136,7 @@ def page(rows: list[Row], pending: Sequence[str] = ()) -> str:
     lines = [
         "# Nightly: every registered bound and estimator under a long search",
         "",
-        f"**{survivors} of {len(bounds)} survive.** Made by `{COMMAND}`: {rows[0]['examples']} blocks a property "
+        f"**{survivors} of {len(bounds)} survive.** Made by `{COMMAND}`: {rows[0]['examples']:,} blocks per property "
         "(each check takes the share that `lipbounds.testing.contract.CHECKS` gives it), "
         f"{ASCENT_SECONDS:.0f} s of ascent, seed {SEED}; {sum(row['tried'] for row in rows):,} blocks and starts, "
         f"{sum(row['seconds'] for row in rows) / 60:.0f} minutes of one core. torch {environment['torch']}, hypothesis "

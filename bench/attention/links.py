@@ -1,6 +1,6 @@
 """The numbers behind the page of the task `attention`: arrays over layers and inputs, and the links of the explanation.
 
-The explanation under test, as the notes of this project take it from Yudin et al. 2025: rows with a small g_1 give
+The explanation under test, in our words, after Yudin et al. 2025: rows with a small g_1 give
 small local constants, and these make a model harder to fool. Each link is a correlation with the sign that the
 explanation claims.
 """

@@ -59,8 +59,8 @@ def report(data: Data, command: str, records_path: str, environment: str) -> str
         _links(measures, neutral=1.0),
         "![attention maps and, to the right of each, g_1 of their rows](attention_maps.png)",
         f"Made by `{command}` from `{records_path}`; nothing here is written by hand.",
-        "The explanation under test, as the notes of this project take it from Yudin et al. 2025: rows of attention "
-        "with a small g_1 = p_(1) (1 - p_(1) + p_(2)) give small local Lipschitz constants, and these make a model "
+        "The explanation under test, in our words, after Yudin et al. 2025: rows of attention with a "
+        "small g_1 = p_(1) (1 - p_(1) + p_(2)) give small local Lipschitz constants, and these make a model "
         "harder to fool. Here it is tested across inputs, at fixed weights; whether training with the penalty JaSMin "
         "lowers constants and helps robustness is another question, which `python -m bench robustness` is about.",
         "## What was found",

@@ -26,7 +26,8 @@ def report(claims: Sequence[Claim], command: str) -> str:
         "Public reports: their figures alone were at hand, neither code nor radius, and their penalty is another one; "
         "`reproduced` where the whole interval lies above their smallest rise, `not reproduced` where all of it lies "
         "below, under the same weak attack (PGD of ten steps). That is not the attack of the worst case.",
-        "Of Yudin et al. the notes of this project are what was at hand, of Emadi the abstract; the words are ours.",
+        "The claims are in our words: those of Yudin et al. after a summary of the paper, that of Emadi after its "
+        "abstract.",
     ]
     parts = [
         "# Claims of the papers, held against the records",

@@ -58,10 +58,14 @@ def describe(state: dict[str, Any]) -> str:
     gpus = ", ".join(state.get("gpus") or []) or "no GPU"
     packages = state.get("packages", {})
     return (
-        f"{state.get('cpu')}, {state.get('cores')} cores, {state.get('threads')} threads, {gpus}; Python "
-        f"{state.get('python')}, torch {packages.get('torch')}, transformers {packages.get('transformers')}; "
-        f"{state.get('platform')}; commit {commit}"
+        f"{state.get('cpu')}, {_counted(state.get('cores'), 'core')}, {_counted(state.get('threads'), 'thread')}, "
+        f"{gpus}; Python {state.get('python')}, torch {packages.get('torch')}, "
+        f"transformers {packages.get('transformers')}; {state.get('platform')}; commit {commit}"
     )
+
+
+def _counted(number: int | None, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _package_version(name: str) -> str | None:

@@ -55,6 +55,9 @@ def report(data: Data, summary: Data, command: str, name: str) -> str:
         "# Robust accuracy with and without penalties",
         f"![Robust accuracy over the radius]({name}.png)",
         _findings(data, summary),
+        "Higher and lower are significant at 5 % after Holm's correction over all tests of the same table. The "
+        "intervals are not corrected: one that leaves out zero (for factors, one) may stand beside "
+        "`no significant difference`.",
         made,
         _headline(data, summary),
         LEGEND.format(attacks=_attacks_named(data)),

@@ -78,7 +78,7 @@ def exact(block: Attention) -> tuple[Tensor, Terms]:
     version=3,
 )
 def trace(block: Attention, precision: Precision = "auto") -> tuple[Tensor, Terms]:
-    """Traces of the covariances of the tokens under every attention row: no matrix a row.
+    """Traces of the covariances of the tokens under every attention row, without a matrix for each row.
 
     Args:
         block: the attention block.
