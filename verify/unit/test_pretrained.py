@@ -21,7 +21,7 @@ from lipbounds.models.dinov2 import dinov2_from_onnx, image_of, load_dinov2
 from lipbounds.models.loading import load_model
 from lipbounds.models.onnx_weights import read_onnx_weights
 from lipbounds.models.packages import check_fingerprint, package_file
-from lipbounds.models.smollm2 import load_smollm2
+from lipbounds.models.smollm2 import load_smollm2, parsed_once
 
 
 def installed(package: str) -> pytest.MarkDecorator:
@@ -174,3 +174,13 @@ def test_dinov2() -> None:
 def test_smollm2() -> None:
     model, _ = load_smollm2()
     assert model.config.num_key_value_heads == 3
+
+
+def test_a_gguf_file_is_parsed_once_while_smollm2_is_read() -> None:
+    gguf = pytest.importorskip("gguf")
+    before = gguf.GGUFReader, gguf.get_tensor_name_map
+    with parsed_once():
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+        assert gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2) is names
+        assert gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 3) is not names
+    assert before == (gguf.GGUFReader, gguf.get_tensor_name_map)
