@@ -30,7 +30,7 @@ from torch import Tensor
 
 from lipbounds.compose.attack import smallest_margin
 from lipbounds.compose.joint import JointNetwork
-from lipbounds.compose.network import network_bound
+from lipbounds.compose.network import network_bound, output_at
 from lipbounds.compose.one_input import network_of_input
 from lipbounds.compose.ray import Slopes, farthest
 from lipbounds.compose.running_error import lost_by
@@ -187,7 +187,7 @@ def _certificate(
 
 def _logits(network: Layer, x: Tensor, labels: Tensor) -> Tensor:
     """The logits at the inputs, which tell whether the network is a classifier with these labels."""
-    output = _output(network, x)
+    output = output_at(network, x)
     if output.dim() != 3 or output.shape[1] != 1 or output.shape[2] < 2:
         raise InvalidInput(
             f"network must return one token of at least two logits an input, [batch, 1, classes], got "
@@ -198,18 +198,6 @@ def _logits(network: Layer, x: Tensor, labels: Tensor) -> Tensor:
     if not bool(((labels >= 0) & (labels < logits.shape[1])).all()):
         raise InvalidInput(f"labels must be between 0 and {logits.shape[1] - 1}, got {labels.min()} to {labels.max()}.")
     return logits
-
-
-def _output(network: Layer, x: Tensor) -> Tensor:
-    try:
-        with torch.no_grad():
-            return network(x)
-    except (RuntimeError, IndexError, ValueError) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise InvalidInput(
-            f"network must run on x, float64 of shape {tuple(x.shape)}, got {type(error).__name__}: {reason}; pass "
-            "inputs of the shape that it was made for, with one batch dimension."
-        ) from error
 
 
 def _fitting(network: Layer, x: Tensor) -> Method:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses as dc
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -18,6 +19,7 @@ from lipbounds.errors import InvalidInput
 from lipbounds.registry import BoundSpec
 from lipbounds.rounding import cast_up
 from lipbounds.targets.attention import Attention
+from lipbounds.targets.given import given_tensor
 from lipbounds.targets.layers import Layer, Patches
 
 
@@ -47,7 +49,11 @@ class NetworkBound:
 
 
 def network_bound(
-    network: Layer, x: Float[Tensor, "..."], radius: float = 0.0, *, attention: str | tuple[str, ...] | None = None
+    network: Layer,
+    x: Float[Tensor, "..."] | Any,
+    radius: float = 0.0,
+    *,
+    attention: str | tuple[str, ...] | None = None,
 ) -> NetworkBound:
     """Upper bound on the Lipschitz constant of a network at its input, or on a Frobenius ball around it.
 
@@ -57,7 +63,7 @@ def network_bound(
 
     Args:
         network: the network; `Patches` as the first layer take images, everything else takes tokens.
-        x: inputs, `[*batch, n, D]` or `[*batch, channels, height, width]`.
+        x: inputs, `[*batch, n, D]` or `[*batch, channels, height, width]`; a tensor, a NumPy array, or a list.
         radius: of the ball, in the Frobenius norm of one input.
         attention: names of registered bounds, the smallest of which is taken for every attention layer; by default
             `sharp_fast` at a point and `yudin2025_ball.biased` on a ball.
@@ -68,7 +74,7 @@ def network_bound(
     """
     if not 0 <= radius < math.inf:
         raise InvalidInput(f"radius must be finite and >= 0, got radius={radius}.")
-    specs = attention_specs(attention, on_ball=radius > 0)
+    specs, x = attention_specs(attention, on_ball=radius > 0), given_tensor("x", x)
     network, wide = network.to(torch.float64), x.detach().to(torch.float64)
     start = starting_set(network, wide, radius)
     rules = Rules(specs)
@@ -116,12 +122,39 @@ def starting_set(network: Layer, x: Tensor, radius: float) -> PropagatedSet:
         network: the network, for the number of dimensions of one input.
         x: the input, in float64.
         radius: of the ball.
+
+    Raises:
+        InvalidInput: the input is no finite one of images or tokens, or the network does not run on it.
     """
     images = isinstance(flat([("", network)])[0][1], Patches)
     dimensions = 3 if images else 2
     if x.dim() < dimensions or x.numel() == 0 or not bool(x.isfinite().all()):
         kind = "images [*batch, channels, height, width]" if images else "tokens [*batch, n, D]"
         raise InvalidInput(f"x must hold finite {kind} and not be empty, got shape {tuple(x.shape)}.")
+    output_at(network, x)
     radii = x.new_full(x.shape[: x.dim() - dimensions], radius)
     tokens = None if images else radii.unsqueeze(-1).expand(x.shape[:-1]).clone()
     return PropagatedSet(x, radii, tokens, lost=None if radius == 0 else torch.zeros_like(radii))
+
+
+@torch.no_grad()
+def output_at(network: Layer, x: Tensor) -> Tensor:
+    """What the network returns, with what it raises told as what is wrong with its input.
+
+    Args:
+        network: the network.
+        x: its input, in float64.
+
+    Raises:
+        InvalidInput: the network does not run on it.
+    """
+    try:
+        return network(x)
+    except InvalidInput:
+        raise
+    except (RuntimeError, IndexError, ValueError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise InvalidInput(
+            f"network must run on x, float64 of shape {tuple(x.shape)}, got {type(error).__name__}: {reason}; pass "
+            "inputs of the shape that it was made for, with their batch dimensions in front."
+        ) from error

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from lipbounds import Attention, InvalidInput
 from lipbounds.certify import certify
+from lipbounds.compose.constant import proved_constant
+from lipbounds.compose.network import network_bound
 from lipbounds.estimators.whole_model import whole_model_constant
 from lipbounds.smoothing import certify_smoothed
 from lipbounds.targets.given import given_tensor
@@ -78,6 +80,9 @@ ODD: dict[str, tuple[Callable[[], Any], str]] = {
     "halves": (lambda: certify(NETWORK, IMAGES, [0.0, 1.0]), "labels must be one integer an input, got torch.fl"),
     "module": (lambda: certify(nn.Linear(2, 2), IMAGES, LABELS), "made of layers .* pass a torch module as model="),
     "shape": (lambda: certify(NETWORK, torch.zeros(2, 5), LABELS), r"network must run on x, .*\(2, 5\)"),
+    "bound at a shape": (lambda: network_bound(NETWORK, torch.zeros(2, 1, 5), 0.1), r"network must run on x, .* 5\)"),
+    "constant at a shape": (lambda: proved_constant(NETWORK, torch.zeros(2, 1, 5)), r"network must run on x, .* 5\)"),
+    "constant at nothing": (lambda: proved_constant(NETWORK, IMAGES[:0]), "at least one"),
     "block": (
         lambda: Attention(
             x=torch.eye(2).to_sparse(), w_q=WEIGHT[None], w_k=WEIGHT[None], w_v=WEIGHT[None], w_o=WEIGHT[None]
@@ -132,3 +137,9 @@ def test_normalisation_over_the_batch_is_a_mixture() -> None:
     network = Network(norm, torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), batch_dims=1)
     with pytest.raises(InvalidInput, match=r"or call model.eval\(\)"):
         network.forward()
+
+
+@pytest.mark.parametrize("x", [IMAGES.numpy(), IMAGES.tolist(), [*IMAGES]], ids=["array", "list", "list of tensors"])
+def test_networks_are_bounded_at_what_is_no_tensor(x: Any) -> None:
+    assert proved_constant(NETWORK, x).value.tolist() == proved_constant(NETWORK, IMAGES).value.tolist()
+    assert network_bound(NETWORK, x, 0.1).value.tolist() == network_bound(NETWORK, IMAGES, 0.1).value.tolist()
