@@ -74,7 +74,7 @@ class SmoothedCertificate:
 
 @torch.no_grad()
 def certify_smoothed(
-    model: Callable[[Tensor], Tensor],
+    model: Callable[[Tensor], Any],
     x: Float[Tensor, "batch ..."] | Any,
     labels: Int[Tensor, " batch"] | Any,
     *,
@@ -154,7 +154,7 @@ def clopper_pearson(hits: int, samples: int, delta: float) -> float:
 
 
 def _counts(
-    model: Callable[[Tensor], Tensor], image: Tensor, sigma: float, samples: int, batch: int, generator: torch.Generator
+    model: Callable[[Tensor], Any], image: Tensor, sigma: float, samples: int, batch: int, generator: torch.Generator
 ) -> Tensor:
     """How often each class comes."""
     total: Tensor | None = None
