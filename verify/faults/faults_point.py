@@ -125,7 +125,7 @@ def memory_does_not_mix(block: Attention) -> Tensor:
 @planted()
 def mask_ignored(block: Attention) -> Tensor:
     """A mask is accepted and silently ignored."""
-    return Formula()(block.replace(logit_bias=None, causal=False))
+    return Formula()(block.replace(logit_bias=None, causal=False)).expand(block.batch_shape)
 
 
 @planted()
