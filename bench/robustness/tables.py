@@ -54,12 +54,12 @@ def report(data: Data, summary: Data, command: str, name: str) -> str:
     parts = [
         "# Robust accuracy with and without penalties",
         f"![Robust accuracy over the radius]({name}.png)",
+        _headline(data, summary),
         _findings(data, summary),
         "Higher and lower are significant at 5 % after Holm's correction over all tests of the same table. The "
         "intervals are not corrected: one that leaves out zero (for factors, one) may stand beside "
         "`no significant difference`.",
         made,
-        _headline(data, summary),
         LEGEND.format(attacks=_attacks_named(data)),
         f"Made by `{command}`; nothing here is written by hand. What is done, and why: [docs](../docs/robustness.md).",
         "## Compared with the reference",
@@ -112,7 +112,7 @@ def _with_half(found: Data, factor: float, digits: int) -> str:
 
 
 def _findings(data: Data, summary: Data) -> str:
-    """For each comparison of two settings, what is significant and by how much; in words, from the numbers."""
+    """For each comparison of two settings, what is significant, in words; how much it is stands in the tables."""
     pairs = dict.fromkeys((row["setting"], row["reference"]) for row in summary["comparisons"])
     lines = []
     for name, reference in pairs:
@@ -133,13 +133,14 @@ def _findings(data: Data, summary: Data) -> str:
 def _said(rows: list[Data]) -> str:
     groups: dict[str, list[str]] = {}
     for row in rows:
-        groups.setdefault(verdict(row), []).append(_amount(row))
-    return ", ".join(f"{what} ({'; '.join(amounts)})" for what, amounts in groups.items())
+        groups.setdefault(verdict(row), []).append(_measured(row["measure"]))
+    if len(groups) == 1:
+        return next(iter(groups))
+    return ", ".join(f"{what} ({', '.join(names)})" for what, names in groups.items())
 
 
-def _amount(row: Data) -> str:
-    name = CONSTANTS.get(row["measure"], row["measure"].removesuffix(" worst").replace(f" {WEAK}", " under weak PGD"))
-    return f"{name}: {change(row)}"
+def _measured(measure: str) -> str:
+    return CONSTANTS.get(measure, measure.removesuffix(" worst").replace(f" {WEAK}", " under weak PGD"))
 
 
 def change(row: Data) -> str:
