@@ -94,21 +94,18 @@ def posterior_upper(
     limit = Decimal(delta) * Decimal(delta) * Decimal(math.pi * (1 - 1e-15)) / (2 * operator.size)
     factor = None if within is None else within * within
     runs, basis = _run(operator, steps, seed, limit, factor)
-    found = [_largest_eigenvalue(run, limit) for run in runs]
-    ritz, upper = (
-        torch.tensor(column, dtype=torch.float64, device=operator.device) for column in zip(*found, strict=True)
-    )
-    ritz, upper = (squares.reshape(operator.batch_shape).sqrt() for squares in (ritz, upper))
-    made = torch.tensor([len(alphas) for alphas, _ in runs], dtype=torch.float64, device="cpu").reshape(
-        operator.batch_shape
-    )
+    # What the host made goes to the device at once.
+    found = [[*_largest_eigenvalue(run, limit), len(run[0])] for run in runs]
+    columns = torch.tensor(found, dtype=torch.float64, device=operator.device)
+    ritz, upper, made = columns.mT.reshape(3, *operator.batch_shape)
+    ritz, upper = ritz.sqrt(), upper.sqrt()
     raised = upper * (1 + 16 * len(runs[0][0]) * operator.size * UNIT_ROUNDOFF)
     value = inflate(raised + 3 * operator.norm_error(), 16) * operator.scale
     lower, _ = attained(operator, _top_vector(runs, basis))
     terms = {
         "ritz": ritz * operator.scale,
         "relative_inflation": torch.where(ritz > 0, upper / torch.where(ritz > 0, ritz, 1.0) - 1, 0.0),
-        "detail.steps": made.to(operator.device),
+        "detail.steps": made,
         "detail.lower": cast_down(lower, target.moving_input.dtype),
         **details,
     }
