@@ -21,7 +21,7 @@ from lipbounds.models.digits_vit import CLASSES, DigitsViT
 from lipbounds.models.image_data import ImageData, is_image_data, read_image_data
 
 
-SIDE, PATCH, DIM, DEPTH = 28, 7, 64, 2
+SIDE, PATCH, DIM, DEPTH = 28, 7, 64, 4
 SPLIT_SEED = 0
 HELD_OUT = 0.1  # share of the training images that weights and epochs are chosen with, and of one part that is judged
 
