@@ -39,13 +39,13 @@ PROFILES = {
     ),
 }
 
-# Of images of 28 x 28 pixels (bench/robustness/studies.py).
 # Models of 28 x 28 pixels that all of AutoAttack-standard attacks.
 STANDARD_MODELS = (
     *((name, seed) for seed in range(5) for name in ("jasmin tuned 0.3", CONTROL)),
     *((name, 0) for name in (BASELINE, "jasmin 0.03", "jasmin tuned 3", "pgd tuned")),
 )
 FULL_SETTINGS = (BASELINE, "jasmin 0.03", "jasmin 0.3", "jasmin 3", "jasmin-0 0.3", "spectral 0.1", *TUNED)
+# Of images of 28 x 28 pixels (bench/robustness/studies.py).
 LARGER_PROFILES = {
     "quick": Profile(
         settings=(BASELINE, "jasmin 0.03"),

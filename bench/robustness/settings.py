@@ -132,7 +132,7 @@ TUNED = {
                 start=BASELINE,
                 reference=CONTROL,
             )
-            for weight in (0.3, 3.0)
+            for weight in (0.03, 0.3, 3.0)
         ),
         Setting(
             name="jacobian tuned 0.01",
