@@ -17,7 +17,7 @@ from rich.console import Console
 from torch.nn import functional as F
 
 from lipbounds.models.digits_data import LabelledImages, load_digits_split
-from lipbounds.models.lipschitz_vit import WEIGHTS, LipschitzViT, constrain, release
+from lipbounds.models.lipschitz_vit import DIGITS, WEIGHTS, LipschitzViT, Shape, constrain, release
 from lipbounds.models.training import Loss, evaluate, fit, save_weights
 
 
@@ -33,6 +33,7 @@ def train(
     epochs: int,
     console: Console,
     loss_of: Callable[[int], Loss],
+    shape: Shape = DIGITS,
 ) -> LipschitzViT:
     """The model after the last epoch.
 
@@ -42,10 +43,11 @@ def train(
         epochs: passes over the training images.
         console: where the progress goes.
         loss_of: the loss of an epoch, counted from 0.
+        shape: of the model.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LipschitzViT()
+        model = LipschitzViT(shape)
     constrain(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=PEAK_LEARNING_RATE)
     fit(model, part, optimizer, loss_of, epochs, torch.Generator().manual_seed(seed), console)
