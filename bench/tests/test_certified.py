@@ -220,7 +220,7 @@ def test_a_run_without_the_folder_leaves_its_model_on_the_page(
         assert [store.entries[key].flat for key in command.of_the_folder(store, "standard")] == [own]
         assert own != other
         assert command.of_the_folder(store, "quick") == []
-    assert "mnist-vit is shown as it was measured before; give --deept DIR" in capsys.readouterr().err
+    assert "mnist-vit are shown as they were measured before; give --deept DIR" in capsys.readouterr().err
 
 
 def test_the_layers_of_a_model_of_which_one_token_is_read_are_those_that_were_bounded() -> None:
