@@ -57,7 +57,7 @@ def pytest_collection_finish() -> None:
     """What the tests have loaded stays: it is not looked through for garbage again and again."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 50)
+    gc.set_threshold(5_000, 10, 10)  # cycles may hold large tensors
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

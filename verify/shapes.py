@@ -29,8 +29,15 @@ VALUES = frozenset({bool, int, str, type(None), range, frozenset, torch.Size, to
 SEQUENCES = frozenset({tuple, list})
 
 
+LARGEST = 300  # parts of a kind: shared parts of a nested object count each time, and could be without end
+
+
 class _Unknown(Exception):
     """An argument of which only a check itself can tell the kind."""
+
+
+class _TooLarge(Exception):
+    """Arguments whose kind would have more than `LARGEST` parts: such a call is always checked."""
 
 
 def check_each_kind_of_call_once() -> None:
@@ -49,6 +56,7 @@ def _jaxtyped(original: Callable[..., Any], /, *, typechecker: Any) -> Callable[
 
 
 _seen: dict[CodeType, set[Kind]] = {}
+_parts = 0  # of the kind that is being made
 
 
 def _once_for_each_kind(function: FunctionType, check: Callable[[Any], Any]) -> Callable[..., Any]:
@@ -61,11 +69,13 @@ def _once_for_each_kind(function: FunctionType, check: Callable[[Any], Any]) -> 
         nonlocal checked
         if config.jaxtyping_disable:
             return function(*args, **kwargs)
+        global _parts
+        _parts = 0
         try:
             kind = (*map(kind_of, args), *kwargs, *map(kind_of, kwargs.values()))
             if kind in seen:
                 return function(*args, **kwargs)
-        except _Unknown:
+        except (_Unknown, _TooLarge):
             kind = None
         if checked is None:
             checked = check(function)
@@ -82,7 +92,12 @@ def kind_of(value: Any) -> Kind:
 
     Raises:
         _Unknown: what it is made of is not known here.
+        _TooLarge: it has too many parts.
     """
+    global _parts
+    _parts += 1
+    if _parts > LARGEST:
+        raise _TooLarge
     made_of = type(value)
     if made_of in TENSORS:
         return value.shape, value.dtype
@@ -118,7 +133,11 @@ def _of_object(value: Any) -> int:
         return known[1]
     kept = weakref.ref(value, lambda _: _objects.pop(name, None))
     _objects[name] = kept, -1  # where it holds itself
-    kind = (type(value), *((field, _of_field(content)) for field, content in vars(value).items()))
+    try:
+        kind = (type(value), *((field, _of_field(content)) for field, content in vars(value).items()))
+    except _TooLarge:
+        del _objects[name]
+        raise
     number = _numbers.setdefault(kind, len(_numbers))
     _objects[name] = kept, number
     return number
