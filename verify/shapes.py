@@ -79,6 +79,7 @@ def _once_for_each_kind(function: FunctionType, check: Callable[[Any], Any]) -> 
             kind = None
         if checked is None:
             checked = check(function)
+        assert checked is not None
         result = checked(*args, **kwargs)
         if kind is not None:
             seen.add(kind)
