@@ -101,6 +101,8 @@ def kind_of(value: Any) -> Kind:
         raise _TooLarge
     made_of = type(value)
     if made_of in TENSORS:
+        if value.is_nested:  # has no shape
+            raise _Unknown
         return value.shape, value.dtype
     if made_of in VALUES:
         return made_of, value
