@@ -11,6 +11,7 @@ The weights of the last epoch are kept; the test images are looked at once, at t
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from lipbounds.models.digits_data import load_digits_split
+from lipbounds.models.digits_data import LabelledImages, load_digits_split
 from lipbounds.models.lipschitz_vit import BENDING, CERTIFIED
 from lipbounds.models.train_lipschitz import train
 from lipbounds.models.training import Loss, evaluate, save_weights
@@ -85,28 +86,69 @@ def _unit(moves: Tensor) -> Tensor:
     return moves / moves.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Train, judge on the test images and write the weights with their history."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lipbounds.models.train_certified", description="Train the model with wide certified radii."
-    )
+def train_from_command(
+    arguments: list[str] | None,
+    *,
+    name: str,
+    description: str,
+    epochs: int,
+    reach: float,
+    output: Path,
+    parts: Callable[[], tuple[LabelledImages, LabelledImages]],
+    judged: str,
+    trained: Callable[..., nn.Module],
+) -> None:
+    """Parse the options of a command, train against the attack, judge, and write the weights with their history.
+
+    Args:
+        arguments: of the command line; None for those of the process.
+        name: of the module that is run.
+        description: of the command.
+        epochs: by default.
+        reach: radius of the attack by default, in the l2 norm of the pixels.
+        output: file to write by default.
+        parts: makes the images to train on and those to judge with.
+        judged: what the latter are, for the reader of the accuracy.
+        trained: makes the model from the images, as `lipbounds.models.train_lipschitz.train` does.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m {name}", description=description)
     parser.add_argument("--seed", type=int, default=0, help="of all that is random (default 0)")
-    parser.add_argument("--epochs", type=int, default=EPOCHS, help=f"passes over the images (default {EPOCHS})")
+    parser.add_argument("--epochs", type=int, default=epochs, help=f"passes over the images (default {epochs})")
     parser.add_argument("--sharpness", type=float, default=SHARPNESS, help=f"of the loss (default {SHARPNESS:g})")
-    parser.add_argument("--reach", type=float, default=REACH, help=f"radius of the attack, in l2 (default {REACH:g})")
-    parser.add_argument("--output", type=Path, default=CERTIFIED, help="file to write")
+    parser.add_argument("--reach", type=float, default=reach, help=f"radius of the attack, in l2 (default {reach:g})")
+    parser.add_argument("--output", type=Path, default=output, help="file to write")
     options = parser.parse_args(arguments)
     if options.epochs < 1 or not options.sharpness > 0 or not options.reach >= 0:
         parser.error("--epochs must be at least 1, --sharpness above 0 and --reach at least 0")
     console, started = Console(stderr=True), time.process_time()
-    split = load_digits_split()
-    chosen = {name: getattr(options, name) for name in ("seed", "epochs", "sharpness", "reach")}
+    part, others = parts()
+    chosen = {option: getattr(options, option) for option in ("seed", "epochs", "sharpness", "reach")}
     losses = loss_under_attack(sharpness=options.sharpness, radius=options.reach, epochs=options.epochs)
-    model = train(split.train, seed=options.seed, epochs=options.epochs, console=console, loss_of=losses, shape=BENDING)
-    accuracy, _ = evaluate(model, split.test)
-    command = f"{parser.prog} " + " ".join(f"--{name} {value:g}" for name, value in chosen.items())
+    model = trained(part, seed=options.seed, epochs=options.epochs, console=console, loss_of=losses)
+    accuracy, _ = evaluate(model, others)
+    command = f"{parser.prog} " + " ".join(f"--{option} {value:g}" for option, value in chosen.items())
     save_weights(options.output, model, command, accuracy, core_seconds=round(time.process_time() - started))
-    console.print(f"test accuracy {accuracy:.4f}; weights in {options.output}")
+    console.print(f"accuracy on the {judged} {accuracy:.4f}; weights in {options.output}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train, judge on the test images and write the weights with their history."""
+
+    def parts() -> tuple[LabelledImages, LabelledImages]:
+        split = load_digits_split()
+        return split.train, split.test
+
+    train_from_command(
+        arguments,
+        name="lipbounds.models.train_certified",
+        description="Train the model with wide certified radii.",
+        epochs=EPOCHS,
+        reach=REACH,
+        output=CERTIFIED,
+        parts=parts,
+        judged="test images",
+        trained=functools.partial(train, shape=BENDING),
+    )
 
 
 if __name__ == "__main__":

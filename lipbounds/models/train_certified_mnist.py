@@ -9,10 +9,7 @@ patches. They are orthonormal, so a ball of images is a ball of what they leave,
 
 from __future__ import annotations
 
-import argparse
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -23,15 +20,14 @@ from lipbounds.models.certified_mnist_vit import SHAPE, WEIGHTS
 from lipbounds.models.digits_data import LabelledImages
 from lipbounds.models.image_data import load_mnist_5k
 from lipbounds.models.lipschitz_vit import LipschitzViT, constrain, release
-from lipbounds.models.train_certified import loss_under_attack
+from lipbounds.models.train_certified import train_from_command
 from lipbounds.models.train_lipschitz import PEAK_LEARNING_RATE
-from lipbounds.models.training import Loss, distorted, evaluate, fit, save_weights
+from lipbounds.models.training import Loss, distorted, fit
 from lipbounds.ops.eigen import eigen
 
 
 EPOCHS = 20
 COPIES = 12
-SHARPNESS = 12.0
 REACH = 0.5  # l2 norm of the pixels
 BATCH = 150
 HELD_OUT = 10  # one of as many images
@@ -125,27 +121,17 @@ def one_copy(copies: Float[Tensor, "batch copies n features"], generator: torch.
 
 def main(arguments: list[str] | None = None) -> None:
     """Train, judge on the images held out and write the weights with their history."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lipbounds.models.train_certified_mnist",
+    train_from_command(
+        arguments,
+        name="lipbounds.models.train_certified_mnist",
         description="Train the model of MNIST with wide certified radii.",
+        epochs=EPOCHS,
+        reach=REACH,
+        output=WEIGHTS,
+        parts=split_mnist_5k,
+        judged="images held out",
+        trained=train,
     )
-    parser.add_argument("--seed", type=int, default=0, help="of all that is random (default 0)")
-    parser.add_argument("--epochs", type=int, default=EPOCHS, help=f"passes over the images (default {EPOCHS})")
-    parser.add_argument("--sharpness", type=float, default=SHARPNESS, help=f"of the loss (default {SHARPNESS:g})")
-    parser.add_argument("--reach", type=float, default=REACH, help=f"radius of the attack, in l2 (default {REACH:g})")
-    parser.add_argument("--output", type=Path, default=WEIGHTS, help="file to write")
-    options = parser.parse_args(arguments)
-    if options.epochs < 1 or not options.sharpness > 0 or not options.reach >= 0:
-        parser.error("--epochs must be at least 1, --sharpness above 0 and --reach at least 0")
-    console, started = Console(stderr=True), time.process_time()
-    part, held_out = split_mnist_5k()
-    chosen = {name: getattr(options, name) for name in ("seed", "epochs", "sharpness", "reach")}
-    losses = loss_under_attack(sharpness=options.sharpness, radius=options.reach, epochs=options.epochs)
-    model = train(part, seed=options.seed, epochs=options.epochs, console=console, loss_of=losses)
-    accuracy, _ = evaluate(model, held_out)
-    command = f"{parser.prog} " + " ".join(f"--{name} {value:g}" for name, value in chosen.items())
-    save_weights(options.output, model, command, accuracy, core_seconds=round(time.process_time() - started))
-    console.print(f"accuracy on the images held out {accuracy:.4f}; weights in {options.output}")
 
 
 if __name__ == "__main__":
