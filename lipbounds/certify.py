@@ -123,8 +123,9 @@ def certify(
             refused unless logits and derivatives agree at `x` (lipbounds.compose.same_model). Without it the
             certificate is about the network alone.
         unit: what one step of an entry of `x` means, such as "pixels in [0, 1]"; the certificate names it.
-        method: `taylor`, with the Taylor models of lipbounds.compose.taylor: the largest radii, for networks and inputs
-            of a few thousand numbers; `joint`, with the dense Jacobian of lipbounds.compose.joint, for small networks;
+        method: `taylor`, with the Taylor models of lipbounds.compose.taylor: mostly the largest radii, for networks and
+            inputs of a few thousand numbers; `joint`, with the dense Jacobian of lipbounds.compose.joint, for small
+            networks;
             `product`, with the product of norms of lipbounds.compose.network_bound, for any. By default `taylor`, or
             `joint` where that has no rule for a layer or would take far more than seconds per input; the certificate
             says which.
