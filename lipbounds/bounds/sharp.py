@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from lipbounds.claims import Claim, Source
+from lipbounds.derivatives.cache import cached_per_block
 from lipbounds.derivatives.first.differential_parts import differential_parts
 from lipbounds.derivatives.first.gram_norm import gram_norm, has_gram_norm, has_rows_norm, norm_work, rows_norm
 from lipbounds.derivatives.first.joint_heads import joint_query, stacked_key
@@ -51,9 +52,8 @@ def sharp(block: Attention) -> tuple[Tensor, Terms]:
         block: the attention block.
     """
     wide = block.double
-    small = _is_small(wide)
-    value, _ = _parts(wide, with_rows=small)
-    if not small:
+    value, _ = _parts(wide)
+    if not _is_small(wide):
         mixing, query, key = differential_parts(wide)
         value = torch.minimum(value, mixing + query + key)
     terms = {"detail.parts": value}
@@ -82,8 +82,8 @@ def sharp_fast(block: Attention) -> tuple[Tensor, Terms]:
         block: the attention block.
     """
     wide = block.double
-    value, terms = _parts(wide, with_rows=_is_small(wide))
-    return cast_up(inflate(value, 8).expand(block.batch_shape), block.dtype), terms
+    value, terms = _parts(wide)
+    return cast_up(inflate(value, 8).expand(block.batch_shape), block.dtype), {**terms}
 
 
 def sharp_work(block: Attention) -> int:
@@ -95,9 +95,10 @@ def sharp_work(block: Attention) -> int:
     return norm_work(block)
 
 
-def _parts(block: Attention, *, with_rows: bool) -> tuple[Tensor, Terms]:
+@cached_per_block
+def _parts(block: Attention) -> tuple[Tensor, Terms]:
     """||T1 + T3|| + ||T2||, each part the smallest of its forms."""
-    parts = OverlapParts(block)
+    parts, with_rows = OverlapParts(block), _is_small(block)
     mixing = query = key = memory = parts.nothing
     if with_rows:
         mixing, query, key = differential_parts(block)

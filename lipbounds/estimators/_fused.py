@@ -1,12 +1,13 @@
-r"""Products with the Jacobian of plain self-attention by few large matrix products.
+r"""Products with the Jacobian of self-attention without QK-norm by few large matrix products.
 
 With W = [s W_Q  W_K  W_V] of all heads side by side and one product of inner size 2 d for both changes of the logits,
 
     J v:    [dq dk dv] = v W,   dS = [dq  q] [k  dk]^T,   dP = P o dS - P rowsum(P o dS),   (dP V + P dv) W_O,
     J^T u:  y = u W_O^T,        dS = J(P) (y V^T),        [dS K   dS^T Q   P^T y] W^T
 
-(q and Q with the factor s), where `Attention.jvp` has a product for each head and part. Sums are longer: up to H (2 d +
-d_v) terms at the ends. The bound on their rounding counts these.
+(q and Q with the factor s), where `Attention.jvp` has a product for each head and part. With rotary positions dq and dk
+are turned as q and k are, and dS K and dS^T Q are turned back. Sums are longer: up to H (2 d + d_v) terms at the ends.
+The bound on their rounding counts these.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from torch import Tensor
 from lipbounds.estimators._operator import JacobianOperator, Target
 from lipbounds.ops.shapes import broadcast_shape
 from lipbounds.targets.attention import Attention
+from lipbounds.targets.rotary import rotate, rotate_back
 
 
 class FusedOperator(JacobianOperator):
-    """`JacobianOperator` that is faster where the target is self-attention without rotary positions and QK-norm.
+    """`JacobianOperator` that is faster where the target is self-attention without QK-norm.
 
     Args:
         target: the target.
@@ -29,7 +31,7 @@ class FusedOperator(JacobianOperator):
     def __init__(self, target: Target) -> None:
         super().__init__(target)
         self._fused: _Products | None = None
-        if isinstance(self.target, Attention) and _is_plain(self.target):
+        if isinstance(self.target, Attention) and _is_covered(self.target):
             self._fused = _Products(self.target)
             assert self._roundoff is not None
             self._roundoff.operations += 2 * self._fused.longest_sum
@@ -45,9 +47,8 @@ class FusedOperator(JacobianOperator):
         return self._flat(self._fused.vjp(self._item(u, self._out_shape)), self._in_shape) / self.scale[..., None]
 
 
-def _is_plain(block: Attention) -> bool:
-    turned = block.query_norm is not None or block.query_rotation is not None
-    return not turned and block.memory is None and block.queries_at is None
+def _is_covered(block: Attention) -> bool:
+    return block.query_norm is None and block.memory is None and block.queries_at is None
 
 
 class _Products:
@@ -63,6 +64,7 @@ class _Products:
         self.output = block.w_o.flatten(-3, -2)
         self.maps, self.values, self.keys = block.probabilities, block.values, block.keys
         self.queries = block.scale_value * block.queries
+        self.query_rotation, self.key_rotation = block.query_rotation, block.key_rotation
         self.longest_sum = self.weights.shape[-1] + self.output.shape[-2] + dim
         self.sizes = [self.heads * self.width, self.heads * self.width, self.heads * self.value_width]
 
@@ -70,6 +72,7 @@ class _Products:
         """J v; extra leading dimensions are directions."""
         parts = (tangent @ self.weights).split(self.sizes, -1)
         queries, keys, values = (part.unflatten(-1, (self.heads, -1)).transpose(-3, -2) for part in parts)
+        queries, keys = rotate(queries, self.query_rotation), rotate(keys, self.key_rotation)
         own = self.queries.expand_as(queries), self.keys.expand_as(keys)
         change = torch.cat([queries, own[0]], -1) @ torch.cat([own[1], keys], -1).mT
         image = self._softmax_derivative(change) @ self.values + self.maps @ values
@@ -79,7 +82,9 @@ class _Products:
         """J^T u, likewise."""
         image = (cotangent @ self.output.mT).unflatten(-1, (self.heads, -1)).transpose(-3, -2)
         change = self._softmax_derivative(image @ self.values.mT)
-        parts = (change @ self.keys, change.mT @ self.queries, self.maps.mT @ image)
+        by_query = rotate_back(change @ self.keys, self.query_rotation)
+        by_key = rotate_back(change.mT @ self.queries, self.key_rotation)
+        parts = (by_query, by_key, self.maps.mT @ image)
         joined = torch.cat([part.transpose(-3, -2).flatten(-2) for part in parts], -1)
         # `weights` carry the scale of the first part; keys did not.
         return joined @ self.weights.mT

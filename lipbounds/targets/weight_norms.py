@@ -95,6 +95,16 @@ class WeightNorms:
         return self._single[name]
 
     @cached_property
+    def queries_jointly(self) -> Float[Tensor, "*weights"]:
+        """||[W_Q^1 ... W_Q^H]||, the spectral norm of all heads side by side."""
+        return spectral_norm_upper(self.w_q.transpose(-3, -2).flatten(-2))
+
+    @cached_property
+    def keys_jointly(self) -> Float[Tensor, "*weights"]:
+        """||[W_K^1 ... W_K^H]||, likewise."""
+        return spectral_norm_upper(self.w_k.transpose(-3, -2).flatten(-2))
+
+    @cached_property
     def values_jointly(self) -> Float[Tensor, "*weights"]:
         """||[W_V^1 ... W_V^H]||, the spectral norm of all heads side by side."""
         return spectral_norm_upper(self.w_v.transpose(-3, -2).flatten(-2))

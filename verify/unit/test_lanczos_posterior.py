@@ -13,7 +13,7 @@ from lipbounds.estimators._fused import FusedOperator
 from lipbounds.estimators._operator import JacobianOperator
 from lipbounds.estimators.lanczos import lanczos, lanczos_certificate
 from lipbounds.estimators.lanczos_posterior import lanczos_posterior
-from verify.unit.blocks import random_block, true_norm
+from verify.unit.blocks import random_block, true_norm, turned_block
 
 
 def diagonal(spectrum: torch.Tensor, items: int | None = None) -> Attention:
@@ -91,6 +91,12 @@ def test_fused_products_are_those_of_the_block(fields: dict[str, Any], batch: tu
     block = random_block(3, heads=3, **fields)
     block = block.at(block.x.expand(*batch, -1, -1))
     check_fused_products(block, batch)
+
+
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_fused_products_turn_queries_and_keys(batch: tuple[int, ...]) -> None:
+    block = turned_block()
+    check_fused_products(block.at(block.x.expand(*batch, -1, -1)), batch)
 
 
 def test_fused_products_take_weights_for_each_item() -> None:

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.derivatives.rounding.logits import key_error, projection_error, query_error
-from lipbounds.ops.spectral import root, spectral_norm_upper, vector_norm
+from lipbounds.ops.spectral import root, vector_norm
 from lipbounds.rounding import gamma, inflate
 from lipbounds.targets.attention import Attention
 from lipbounds.targets.rms_norm import RmsNorm
@@ -55,8 +55,8 @@ def query_reach(block: Attention, radius: Float[Tensor, "*#batch"]) -> Reach:
         radius: of the ball, 0 where the queries do not move; more radii than batch items give a result each.
     """
     return _reach(
-        block.queries, query_error(block), radius, block.w_q, block.weight_norms.queries, block.query_norm,
-        block.query_rotation, block.query_factors, block.projected_queries,
+        block.queries, query_error(block), radius, block.weight_norms.queries, block.weight_norms.queries_jointly,
+        block.query_norm, block.query_rotation, block.query_factors, block.projected_queries,
     )  # fmt: skip
 
 
@@ -68,8 +68,8 @@ def key_reach(block: Attention, radius: Float[Tensor, "*#batch"]) -> Reach:
         radius: of the ball, 0 where the keys do not move; more radii than batch items give a result each.
     """
     return _reach(
-        block.keys, key_error(block), radius, block.w_k, block.weight_norms.keys, block.key_norm, block.key_rotation,
-        block.key_factors, block.projected_keys,
+        block.keys, key_error(block), radius, block.weight_norms.keys, block.weight_norms.keys_jointly,
+        block.key_norm, block.key_rotation, block.key_factors, block.projected_keys,
     )  # fmt: skip
 
 
@@ -91,15 +91,14 @@ def _reach(
     rows: Float[Tensor, "*#batch heads n head_dim"],
     error: Float[Tensor, "*#batch heads n"],
     radius: Float[Tensor, "*#batch"],
-    weights: Float[Tensor, "*#batch heads dim head_dim"],
     norms: Float[Tensor, "*#batch heads"],
+    beside: Float[Tensor, "*#batch"],
     norm: RmsNorm | None,
     rotation: Tensor | None,
     factors: tuple[Tensor, Tensor],
     projected: Float[Tensor, "*#batch heads n head_dim"],
 ) -> Reach:
     rho = rotation_norm(rotation, norms)
-    beside = spectral_norm_upper(weights.movedim(-3, -2).flatten(-2))
     size = inflate((vector_norm(rows) + error).amax(-1), rows.shape[-1] + 8)
     if norm is None:
         rate = inflate(rho * norms, 2)

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lipbounds.derivatives.cache import cached_per_block
 from lipbounds.derivatives.first.covariance import (
     centred_keys,
     centred_projection,
@@ -32,6 +33,7 @@ CANCELLED = 2.0**-40  # a product of matrices this far below the product of thei
 SAME = 1e-6  # relative; the roots of the rounding slack are below it
 
 
+@cached_per_block
 def differential_parts(
     block: Attention,
 ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:

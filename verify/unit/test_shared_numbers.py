@@ -1,0 +1,68 @@
+"""What several bounds of one block, and balls of several radii, need is computed once, and is what each finds alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import lipbounds
+from lipbounds import Attention
+from lipbounds.derivatives.first import differential_parts
+from lipbounds.ops import spectral
+from verify.unit.blocks import random_block, turned_block
+
+
+def counted(
+    monkeypatch: pytest.MonkeyPatch, module: Any, name: str, which: Callable[..., bool] = lambda *args: True
+) -> list[int]:
+    """How often a function that a module uses is called, told in a list of one number.
+
+    Args:
+        monkeypatch: that puts the function back.
+        module: that uses it.
+        name: of the function.
+        which: whether a call with these arguments counts.
+    """
+    calls, function = [0], getattr(module, name)
+
+    def told(*args: Any, **options: Any) -> Any:
+        calls[0] += which(*args)
+        return function(*args, **options)
+
+    monkeypatch.setattr(module, name, told)
+    return calls
+
+
+BOUNDS: dict[str, Callable[[Attention], Any]] = {
+    "sharp_fast": lipbounds.get("sharp_fast"),
+    "sharp": lipbounds.get("sharp"),
+    "small ball": lambda block: lipbounds.get("sharp_ball.deviation")(block, radius=0.1, dense=0),
+    "large ball": lambda block: lipbounds.get("sharp_ball.deviation")(block, radius=1.0, dense=0),
+}
+
+
+@torch.no_grad()
+def test_bounds_of_a_block_share_the_parts_of_its_differential(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = random_block(5, heads=3, causal=True)
+    alone = {name: bound(block.replace()).value for name, bound in BOUNDS.items()}
+    calls = counted(monkeypatch, differential_parts, "joint_rows")
+    found = {name: bound(block).value for name, bound in BOUNDS.items()}
+    assert calls == [1]
+    assert found == alone
+
+
+@torch.no_grad()
+def test_balls_share_the_norms_of_weights_where_positions_are_turned(monkeypatch: pytest.MonkeyPatch) -> None:
+    bound = lipbounds.get("sharp_ball.direct")
+    block, radii = turned_block(), (0.01, 0.1, 1.0)
+    alone = [bound(block.replace(), radius=radius).value for radius in radii]
+    beside = (block.w_q.shape[-2], block.heads * block.w_q.shape[-1])  # weights of all heads side by side
+    calls = counted(monkeypatch, spectral, "_scaled_norm", lambda parts, *_: parts[0].matrix.shape == beside)
+    found = [bound(block, radius=radii[0]).value]
+    once = calls[0]
+    found += [bound(block, radius=radius).value for radius in radii[1:]]
+    assert 2 <= once == calls[0]
+    assert found == alone
