@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lipbounds.claims import Claim, Source
+from lipbounds.derivatives.ball.turned_products import change_from_centre
 from lipbounds.derivatives.first.covariance import centred_keys
 from lipbounds.derivatives.first.single_parts import SingleParts, in_single_or_double
 from lipbounds.derivatives.first.single_precision import Precision, Rounded, known
@@ -115,8 +116,8 @@ def _weights(wide: Attention) -> tuple[Tensor, Terms]:
     source=Source(
         title="lipbounds", statement="change from the centre of a ball, keys and values centred, derived here"
     ),
-    supports=("heads", "biases", "mask"),
-    cost="O(H n^2 (d + n) + H D d^2)",
+    supports=("heads", "biases", "mask", "rotary", "qk_norm"),
+    cost="O(H n^2 (d + n) + H D d^2); with rotary positions or QK-norm also O(H n d^3), of all heads O(H^2 n d^2 D)",
     version=2,
 )
 def change(block: Attention, radius: float, precision: Precision = "auto") -> tuple[Tensor, Terms]:
@@ -145,9 +146,7 @@ def _change_in_single(parts: SingleParts, radius: float) -> Rounded:
 def _change(wide: Attention, radius: float) -> tuple[Tensor, Terms]:
     value_weights = wide.weight_norms.values
     values = product_norm_upper(*_centred_factors(wide.x, wide.w_v)) + radius * value_weights
-    logits = _change_by_queries(wide)
-    logits = logits + change_by_keys(wide)
-    logits = logits + radius * wide.weight_norms.logits
+    logits = change_from_centre(wide, radius, _change_by_queries(wide))
     mixing = product(value_weights, map_norm(wide))
     softmax_part = product(values, abs(wide.scale_value) / 2, logits)
     value = inflate(combine_heads(wide, mixing + softmax_part), 16)

@@ -11,7 +11,8 @@ How far the output moves when the input moves by at most eps in Frobenius norm, 
 | xi | ||sum_l P_l (x) (W_V^l W_O^l)^T||, here bounded from above |
 
 The paper takes xi by power iteration, which approaches it from below. The paper was not read here: its plan is known
-from the reviews, the constants are derived. Proof: docs/bounds/havens2024.md.
+from the reviews, the constants are derived. With rotary positions or QK-norm (ours) another bracket bounds how far the
+logits change (lipbounds.derivatives.ball.turned_products). Proof: docs/bounds/havens2024.md.
 
 Numerics: float64; at a block in a shorter dtype, on the CPU, float32 with its rounding proved and added
 (lipbounds.derivatives.first.single_parts), where that adds under 5 %; `details["bits"]` says which it was, and
@@ -24,9 +25,10 @@ import torch
 from torch import Tensor
 
 from lipbounds.claims import Claim, Source
+from lipbounds.derivatives.ball.turned_products import change_from_centre
 from lipbounds.derivatives.first.single_parts import SingleParts, in_single_or_double
 from lipbounds.derivatives.first.single_precision import OWN_ROUNDING, Precision, Rounded, known
-from lipbounds.derivatives.logit_changes import change_by_keys, change_by_queries
+from lipbounds.derivatives.logit_changes import change_by_queries
 from lipbounds.derivatives.norms import combine_heads, map_norm
 from lipbounds.ops.spectral import product_norm_upper
 from lipbounds.registry import Terms, bound
@@ -43,8 +45,8 @@ from lipbounds.targets.attention import Attention
         year=2024,
         statement="split of the change known from reviews, constants derived here",
     ),
-    supports=("heads", "biases", "mask"),
-    cost="O(H n^2 (d + n) + H D d^2)",
+    supports=("heads", "biases", "mask", "rotary", "qk_norm"),
+    cost="O(H n^2 (d + n) + H D d^2); with rotary positions or QK-norm also O(H n d^3), of all heads O(H^2 n d^2 D)",
     version=2,
 )
 def change(block: Attention, radius: float, precision: Precision = "auto") -> tuple[Tensor, Terms]:
@@ -76,7 +78,7 @@ def _in_double(wide: Attention, radius: float) -> tuple[Tensor, Terms]:
     maps, through = map_norm(wide), wide.weight_norms.through
     by_sum = inflate((maps * through).sum(-1), wide.heads)
     mixing = torch.minimum(by_sum, combine_heads(wide, maps * wide.weight_norms.values))
-    logits = change_by_queries(wide) + change_by_keys(wide) + radius * wide.weight_norms.logits
+    logits = change_from_centre(wide, radius, change_by_queries(wide))
     values = product_norm_upper(*wide.value_factors, wide.w_o) + radius * through
     softmax_part = product(logits, abs(wide.scale_value) / 2, values).sum(-1)
     value = inflate(mixing + softmax_part, wide.heads + 16)

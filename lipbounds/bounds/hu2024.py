@@ -4,6 +4,9 @@ The local bound behind the penalty, on the ball of radius eps around X:
 
     printed (recollected, refuted):  N (N + 1) (||X||_F + eps)^2 ||W_V|| (||W_Q|| ||W_K|| + 1)
     ball (ours):                     ||W_V|| ( sqrt(n) + s ||W_Q|| ||W_K|| (||X|| + eps)^2 ),  for any mask
+    ball, rotary or QK-norm (ours):  ||W_V|| ( sqrt(n) + (s/2) (||X|| + eps) ( a sup ||K'|| + b sup ||Q'|| ) ),
+
+a and b the largest derivatives of a query and of a key by its token over the ball.
 
 | paper | here |
 |---|---|
@@ -19,6 +22,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from lipbounds.claims import Claim, Source
+from lipbounds.derivatives.ball.turned_products import apart_on_ball
+from lipbounds.derivatives.ball.turned_rows import is_turned
 from lipbounds.derivatives.norms import combine_heads
 from lipbounds.ops.spectral import spectral_norm_upper, vector_norm
 from lipbounds.registry import bound
@@ -63,8 +68,8 @@ def printed(block: Attention, radius: float) -> Tensor:
     source=Source(
         title=PAPER, authors=AUTHORS, year=2024, arxiv="2402.03317", statement="local bound on a ball, corrected here"
     ),
-    supports=("heads", "mask"),
-    cost="O(n D^2 + H D d^2)",
+    supports=("heads", "mask", "rotary", "qk_norm"),
+    cost="O(n D^2 + H D d^2); with rotary positions or QK-norm also O(H n d (n + d))",
 )
 def ball(block: Attention, radius: float) -> Tensor:
     """The local bound with the term that it lacked: norms of the weights and of the input alone.
@@ -74,8 +79,11 @@ def ball(block: Attention, radius: float) -> Tensor:
         radius: of the Frobenius ball around the input.
     """
     wide = block.double
-    size = (spectral_norm_upper(wide.x) + radius).square().unsqueeze(-1)
-    change = abs(wide.scale_value) * spectral_norm_upper(wide.w_q) * spectral_norm_upper(wide.w_k) * size
+    size = (spectral_norm_upper(wide.x) + radius).unsqueeze(-1)
+    if is_turned(wide):
+        change = product(size, abs(wide.scale_value) / 2, apart_on_ball(wide, radius))
+    else:
+        change = abs(wide.scale_value) * spectral_norm_upper(wide.w_q) * spectral_norm_upper(wide.w_k) * size.square()
     heads = product(spectral_norm_upper(wide.w_v), wide.tokens**0.5 + change)
     value = combine_heads(wide, heads.expand(*wide.batch_shape, wide.heads))
     return cast_up(inflate(value, 24), block.dtype)

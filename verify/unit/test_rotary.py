@@ -31,9 +31,12 @@ BOUNDS = ("centred.products", "centred.weights", "covariance.exact", "sharp", "s
 ESTIMATORS = {"exact", "lanczos", "lanczos_certificate", "lanczos_posterior", "power_iteration"}
 ON_BALLS = {"ascent_jacobians", "ascent_pairs", "clever", "random_jacobians", "random_pairs"}
 SHARP_BALL = {"sharp_ball", "sharp_ball.deviation", "sharp_ball.direct", "sharp_ball.taylor"}
+NO_BIASES = {"hu2024.ball"}
+FORMULAS_ON_BALLS = {"centred.change", "havens2024.change", "yudin2025_ball.biased", *NO_BIASES}
 SUPPORTING = {
     *BOUNDS,
     *SHARP_BALL,
+    *FORMULAS_ON_BALLS,
     *ESTIMATORS,
     *ON_BALLS,
     "yudin2025.biased",
@@ -120,7 +123,7 @@ def test_the_identity_is_no_rotation() -> None:
 
 def test_only_bounds_that_say_so_take_rotary_positions() -> None:
     block = turned_block()
-    assert {found.name for found in lipbounds.select(block=block)} == SUPPORTING
+    assert {found.name for found in lipbounds.select(block=block)} == SUPPORTING - NO_BIASES
     for found in lipbounds.select(scope="point"):
         if found.name not in SUPPORTING:
             with pytest.raises(UnsupportedAttention, match=r"rotary \(rotary positions"):

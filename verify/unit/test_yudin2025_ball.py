@@ -11,7 +11,7 @@ import lipbounds
 from lipbounds import Attention
 from lipbounds.bounds.yudin2025_ball import logit_radius
 from lipbounds.derivatives.rounding.logits import logit_error
-from verify.unit.blocks import random_block, true_norm
+from verify.unit.blocks import normed, random_block, true_norm, turned
 
 
 BALL = lipbounds.get("yudin2025_ball.biased")
@@ -22,6 +22,8 @@ CASES: dict[str, dict[str, Any]] = {
     "one head": {"heads": 1, "biases": False},
     "query": {"memory": random_block(3, n=5).x, "moves": "query"},
     "memory": {"memory": random_block(3, n=5).x, "moves": "memory"},
+    "rotary": {"causal": True, **turned(3)},
+    "QK-norm": {**turned(3), **normed(2, "all_heads")},
 }
 
 

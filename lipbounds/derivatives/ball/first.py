@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.derivatives.ball.norm_bends import NormBends
+from lipbounds.derivatives.ball.reach import reaches
 from lipbounds.derivatives.ball.rows import Queries, Rows, joint_norms, key_rows, query_rows, value_rows
 from lipbounds.derivatives.ball.suprema import (
     DeviationBound,
@@ -209,8 +210,8 @@ class BallDerivatives:
         """What QK-norm adds; None without it."""
         if self.centre.turned is None or self.block.query_norm is None:
             return None
-        reaches = self.centre.turned.reaches(self.radius)
-        return NormBends(self.block, self.maps, reaches, (self._query_radius, self._memory_radius))
+        found = reaches(self.block, self.radius)
+        return NormBends(self.block, self.maps, found, (self._query_radius, self._memory_radius))
 
     def _bent_keys(self, bends: NormBends, factor: Tensor, order: int) -> Float[Tensor, "*#batch"]:
         """max_j sqrt( sum_i sg_i(1/c)^2 g_ij ) with g_ij that of the bends of keys, times a factor of each row."""

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lipbounds.derivatives.ball.reach import key_reach, query_reach
+from lipbounds.derivatives.ball.reach import reaches
 from lipbounds.derivatives.ball.turned_logits import turned_logit_radius
 from lipbounds.derivatives.ball.turned_rows import is_turned
 from lipbounds.derivatives.logit_changes import change_by_keys, change_by_queries, key_norm, query_norm
@@ -29,7 +29,10 @@ SIZE_SLACK = 1e-11  # relative, for the norms of single rows: pays for sums of u
 
 
 def theorem_3_on_ball(
-    block: Attention, radius: float, interval: SoftmaxInterval | None = None
+    block: Attention,
+    radius: float,
+    interval: SoftmaxInterval | None = None,
+    change: Float[Tensor, "*batch heads"] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Bias-aware Theorem 3 of Yudin et al. 2025 with every factor bounded over the ball, and its parts; in float64.
 
@@ -37,9 +40,12 @@ def theorem_3_on_ball(
         block: in float64.
         radius: eps, Frobenius norm.
         interval: of the maps over the ball; by default that of independent logits.
+        change: how far the logits move, without s; by default `logit_change`.
     """
     if interval is None:
         interval = softmax_interval(block.logits, logit_radius(block, radius))
+    if change is None:
+        change = logit_change(block, radius)
     norms = g_interval_upper(interval).amax(-1)
     values = value_norm(block)
     mixing = torch.zeros_like(norms)
@@ -47,7 +53,7 @@ def theorem_3_on_ball(
         value_weights = block.weight_norms.values
         values = values + radius * value_weights
         mixing = product(value_weights, _map_norm(block, interval))
-    softmax_part = product(values, norms, abs(block.scale_value), _logit_change(block, radius))
+    softmax_part = product(values, norms, abs(block.scale_value), change)
     value = inflate(combine_heads(block, mixing + softmax_part), 32)
     return value, {"mixing": mixing, "softmax_part": softmax_part, "softmax_norm": norms}
 
@@ -105,8 +111,13 @@ def size_error(block: Attention) -> Float[Tensor, "*batch heads 1 1"]:
     return error
 
 
-def _logit_change(block: Attention, radius: float) -> Float[Tensor, "*batch heads"]:
-    """sup ||K' W_Q^T|| + sup ||Q' W_K^T||, as far as they occur; or what stands for these where tokens are turned."""
+def logit_change(block: Attention, radius: float) -> Float[Tensor, "*batch heads"]:
+    """sup ||K' W_Q^T|| + sup ||Q' W_K^T||, as far as they occur; or what stands for these where tokens are turned.
+
+    Args:
+        block: in float64.
+        radius: eps, Frobenius norm.
+    """
     if is_turned(block):
         return _turned_logit_change(block, radius)
     total = torch.zeros_like(block.logits[..., 0, 0])
@@ -121,10 +132,7 @@ def _logit_change(block: Attention, radius: float) -> Float[Tensor, "*batch head
 
 def _turned_logit_change(block: Attention, radius: float) -> Float[Tensor, "*batch heads"]:
     """max_i ||K' T'_i W_Q^T|| + max_j ||Q' T'_j W_K^T||: T' moves with QK-norm, K' and Q' where both inputs move."""
-    eps = torch.as_tensor(radius, dtype=block.dtype, device=block.device)
-    still = torch.zeros_like(eps)
-    queries = query_reach(block, eps if block.query_moves else still)
-    keys = key_reach(block, eps if block.memory_moves else still)
+    queries, keys = reaches(block, radius)
     total = torch.zeros_like(block.logits[..., 0, 0])
     if block.query_moves:
         rows = key_norm(block)

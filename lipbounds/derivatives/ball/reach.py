@@ -47,6 +47,19 @@ class Reach:
     size: Float[Tensor, "*#batch heads"]
 
 
+def reaches(block: Attention, radius: float | Float[Tensor, "*#batch"]) -> tuple[Reach, Reach]:
+    """Of the queries and of the keys in a ball of the input that moves.
+
+    Args:
+        block: in float64.
+        radius: of the ball.
+    """
+    eps = torch.as_tensor(radius, dtype=block.dtype, device=block.device)
+    still = torch.zeros_like(eps)
+    queries = query_reach(block, eps if block.query_moves else still)
+    return queries, key_reach(block, eps if block.memory_moves else still)
+
+
 def query_reach(block: Attention, radius: Float[Tensor, "*#batch"]) -> Reach:
     """Of the queries.
 

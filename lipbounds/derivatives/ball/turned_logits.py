@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.derivatives.ball.odds_rows import OddsRows
-from lipbounds.derivatives.ball.reach import Reach, key_reach, query_reach
+from lipbounds.derivatives.ball.reach import reaches
 from lipbounds.derivatives.ball.turned_rows import PulledKeys, chunks, gradient_error
 from lipbounds.derivatives.cache import cached_per_block
 from lipbounds.derivatives.first.pulled_queries import PulledQueries
@@ -113,9 +113,8 @@ class _Bends:
     """
 
     def __init__(self, block: Attention, radius: Tensor) -> None:
-        still, scale = torch.zeros_like(radius), abs(block.scale_value)
-        queries: Reach = query_reach(block, radius if block.query_moves else still)
-        keys: Reach = key_reach(block, radius if block.memory_moves else still)
+        scale = abs(block.scale_value)
+        queries, keys = reaches(block, radius)
         query_size = inflate(vector_norm(block.queries) + query_error(block), block.w_q.shape[-1] + 8).unsqueeze(-1)
         key_size = inflate(vector_norm(block.keys) + key_error(block), block.w_q.shape[-1] + 8).unsqueeze(-2)
         moving = (float(block.query_moves), float(block.memory_moves))

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lipbounds.derivatives.ball.reach import Reach, key_reach, logit_bend, query_reach
+from lipbounds.derivatives.ball.reach import logit_bend, reaches
 from lipbounds.derivatives.ball.rows import OWN_ROUNDING, Queries, Rows, TurnedRows, factored
 from lipbounds.derivatives.first.pulled_queries import PulledQueries, pulled_error
 from lipbounds.derivatives.rounding.logits import key_error
@@ -104,23 +104,13 @@ class TurnedTokens:
     def __init__(self, block: Attention) -> None:
         self.block = block
 
-    def reaches(self, radius: Float[Tensor, "*#batch"]) -> tuple[Reach, Reach]:
-        """How far queries and keys can move.
-
-        Args:
-            radius: of the ball.
-        """
-        still = torch.zeros_like(radius)
-        queries = query_reach(self.block, radius if self.block.query_moves else still)
-        return queries, key_reach(self.block, radius if self.block.memory_moves else still)
-
     def keys(self, radius: Float[Tensor, "*#batch"]) -> Rows:
         """w_hij = s W_Q^h T_hi^T k_hj and how far it moves; the errors are those in the ball.
 
         Args:
             radius: of the ball.
         """
-        queries, keys = self.reaches(radius)
+        queries, keys = reaches(self.block, radius)
         scale, (base, rest) = abs(self.block.scale_value), self._keys
         change, joint_change = logit_bend(self.block, queries, keys)
         maps = query_maps(self.block)
@@ -146,7 +136,7 @@ class TurnedTokens:
         Args:
             radius: of the ball.
         """
-        queries, keys = self.reaches(radius)
+        queries, keys = reaches(self.block, radius)
         change, joint_change = logit_bend(self.block, queries, keys)
         error = self._queries.error
         if self.block.key_norm is not None:  # s (B' - B)^T q', B = T W_K^T

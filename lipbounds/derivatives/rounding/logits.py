@@ -10,6 +10,9 @@ so each P_ij by a factor in [e^-2 eta, e^2 eta]. Rotary positions, QK-norm and t
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -20,7 +23,20 @@ from lipbounds.targets.rms_norm import RmsNorm
 from lipbounds.targets.rotary import rotation_norm
 
 
-@torch.no_grad()
+def _untracked(function: Callable[[Attention], Tensor]) -> Callable[[Attention], Tensor]:
+    """Without a gradient; but queries and keys, which the block keeps, are made with theirs for those who ask later."""
+
+    @functools.wraps(function)
+    def untracked(block: Attention) -> Tensor:
+        if block.query_norm is not None:
+            _ = block.queries, block.keys
+        with torch.no_grad():
+            return function(block)
+
+    return untracked
+
+
+@_untracked
 def logit_error(block: Attention) -> Float[Tensor, "*batch heads n"]:
     """eta_i of each head and row, for logits computed in float64, without a gradient; see the top of this file.
 
@@ -53,7 +69,7 @@ def _product_error(block: Attention) -> Float[Tensor, "*batch heads n"]:
     return gamma(operations) * query_size * key_size * rotation_norms(block).unsqueeze(-1)
 
 
-@torch.no_grad()
+@_untracked
 def query_error(block: Attention) -> Float[Tensor, "*batch heads n"]:
     """How far computed queries can be from exact ones, as the Euclidean norm of each row; without a gradient.
 
@@ -63,7 +79,7 @@ def query_error(block: Attention) -> Float[Tensor, "*batch heads n"]:
     return _row_error(block.query_factors, block.projected_queries, block.query_norm, block.query_rotation)
 
 
-@torch.no_grad()
+@_untracked
 def key_error(block: Attention) -> Float[Tensor, "*batch heads m"]:
     """The same for the keys.
 
