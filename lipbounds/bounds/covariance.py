@@ -20,7 +20,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipbounds.claims import Claim, Source
+from lipbounds.derivatives.cache import cached_by_head
 from lipbounds.derivatives.first.covariance import (
+    CentredRows,
     centred_keys,
     centred_projection,
     centred_tokens,
@@ -34,6 +36,7 @@ from lipbounds.derivatives.logit_changes import key_lipschitz
 from lipbounds.derivatives.norms import combine_heads, map_norm
 from lipbounds.derivatives.rounding.logits import query_error
 from lipbounds.derivatives.token_maps import query_maps
+from lipbounds.ops.largest_norm import largest_product_norm
 from lipbounds.ops.spectral import product_norm_upper, root, spectral_norm_upper
 from lipbounds.registry import Terms, bound
 from lipbounds.rounding import cast_up, gamma, inflate
@@ -59,11 +62,9 @@ def exact(block: Attention) -> tuple[Tensor, Terms]:
     values = centred_projection(wide.source_input, wide.w_v)
     query_part = key_part = mixing = torch.zeros_like(wide.logits[..., 0, 0])
     if wide.query_moves:
-        cross, error = row_covariance(wide, values, centred_keys(wide))
-        query_part = scale * _query_norms(wide, cross, error).amax(-1)
+        query_part = scale * _largest_query_norm(wide, values)
     if wide.memory_moves:
-        covariance, error = row_covariance(wide, values, values)
-        key_part = _key_part(wide, spectral_norm_upper(covariance) + error)
+        key_part = _key_part(wide, _value_norms(wide, values))
         mixing = wide.weight_norms.values * map_norm(wide)
     value, terms = _finish(wide, mixing, query_part, key_part)
     return cast_up(value, block.dtype), terms
@@ -111,21 +112,27 @@ def _trace(wide: Attention) -> tuple[Tensor, Terms]:
     return _finish(wide, mixing, query_part, key_part)
 
 
-def _query_norms(
-    block: Attention, cross: Float[Tensor, "*batch heads n value_dim head_dim"], error: Float[Tensor, "*batch heads n"]
-) -> Float[Tensor, "*batch heads n"]:
-    """||Cov_i(V, K) T_i W_Q^T|| of each row, rounded up."""
+@cached_by_head
+def _largest_query_norm(block: Attention, values: CentredRows) -> Float[Tensor, "*batch heads"]:
+    """max_i ||Cov_i(V, K) T_i W_Q^T||, rounded up."""
+    cross, error = row_covariance(block, values, centred_keys(block))
     maps = query_maps(block)
     if maps is None:
-        queries = block.w_q.mT.unsqueeze(-3)
-        return product_norm_upper(cross, queries) + error * queries.norm(dim=(-2, -1))
+        return largest_product_norm(cross, block.w_q.mT, error * block.w_q.norm(dim=(-2, -1)).unsqueeze(-1))
     queries = maps.weights.mT.unsqueeze(-3)
     length = queries.norm(dim=(-2, -1))
     norms = product_norm_upper(cross, maps.matrices, queries) + error * length * maps.norm.unsqueeze(-1)
-    if maps.error is None:
-        return norms
-    size = cross.detach().norm(dim=(-2, -1)) + error
-    return norms + size * length * inflate(maps.error, cross.shape[-2] + 32).unsqueeze(-1)
+    if maps.error is not None:
+        size = cross.detach().norm(dim=(-2, -1)) + error
+        norms = norms + size * length * inflate(maps.error, cross.shape[-2] + 32).unsqueeze(-1)
+    return norms.amax(-1)
+
+
+@cached_by_head
+def _value_norms(block: Attention, values: CentredRows) -> Float[Tensor, "*batch heads n"]:
+    """||Cov_i(V, V)|| of each row, rounded up."""
+    covariance, error = row_covariance(block, values, values)
+    return spectral_norm_upper(covariance) + error
 
 
 def _key_part(block: Attention, variances: Float[Tensor, "*batch heads n"]) -> Float[Tensor, "*batch heads"]:

@@ -1,12 +1,12 @@
-"""Norms at one block that several bounds, or balls of several radii, ask for: made once."""
+"""Norms at one block that several bounds, balls of several radii, or its heads alone ask for: made once."""
 
 from __future__ import annotations
 
 import dataclasses as dc
 import functools
 import weakref
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, MutableMapping
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from lipbounds.targets.attention import Attention
 
 
 Found = TypeVar("Found")
+Given = ParamSpec("Given")
+_by_head: list[MutableMapping[Attention, Tensor]] = []  # what each function of `cached_by_head` has found
 
 
 def cached_per_block(function: Callable[[Attention], Found]) -> Callable[[Attention], Found]:
@@ -23,14 +25,45 @@ def cached_per_block(function: Callable[[Attention], Found]) -> Callable[[Attent
     Args:
         function: of a block alone; what it returns must not refer to the block, which would live for ever.
     """
-    found: weakref.WeakKeyDictionary[Attention, Found] = weakref.WeakKeyDictionary()
+    return _cached(function, weakref.WeakKeyDictionary())
 
+
+def cached_by_head(
+    function: Callable[Concatenate[Attention, Given], Tensor],
+) -> Callable[Concatenate[Attention, Given], Tensor]:
+    """As `cached_per_block`, and `hand_to_heads` gives a head alone what was found for it in its block.
+
+    Args:
+        function: of a block, and of what its caller has made of that block already. Returns a tensor with an axis of
+            heads behind those of the batch, where what belongs to a head depends on no other head, in no bit.
+    """
+    found: MutableMapping[Attention, Tensor] = weakref.WeakKeyDictionary()
+    _by_head.append(found)
+    return _cached(function, found)
+
+
+def hand_to_heads(block: Attention, alone: Attention, heads: slice) -> None:
+    """Give blocks of one head each what is known of their heads.
+
+    Args:
+        block: without batch dimensions.
+        alone: a batch of its heads.
+        heads: which.
+    """
+    for found in _by_head:
+        if block in found:
+            found[alone] = found[block][heads].unsqueeze(1)
+
+
+def _cached(
+    function: Callable[Concatenate[Attention, Given], Found], found: MutableMapping[Attention, Found]
+) -> Callable[Concatenate[Attention, Given], Found]:
     @functools.wraps(function)
-    def cached(block: Attention) -> Found:
+    def cached(block: Attention, *args: Given.args, **kwargs: Given.kwargs) -> Found:
         if torch.is_grad_enabled() and is_tracked(block):
-            return function(block)
+            return function(block, *args, **kwargs)
         if block not in found:
-            found[block] = function(block)
+            found[block] = function(block, *args, **kwargs)
         return found[block]
 
     return cached

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lipbounds.derivatives.cache import cached_by_head
 from lipbounds.derivatives.rounding.logits import logit_error
 from lipbounds.ops import softmax, softmax_spectrum
 from lipbounds.ops.nonnegative import nonnegative_norm_upper
@@ -45,6 +46,7 @@ def _with_slack(block: Attention, norms: Float[Tensor, "*batch heads n"]) -> Flo
     return torch.where(blurred, 0.5, norms * slack).clamp(max=0.5)
 
 
+@cached_by_head
 def map_norm(block: Attention) -> Float[Tensor, "*batch heads"]:
     """||P|| of each head; never above sqrt(n), which holds for n rows that sum to 1."""
     # ||P|| >= sqrt(n / m), so a larger slack ends at sqrt(n), too.

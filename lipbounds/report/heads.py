@@ -6,14 +6,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lipbounds.derivatives.cache import hand_to_heads
 from lipbounds.targets.attention import Attention
+
+
+# Logits of a head times its width: matrices below are multiplied by other routines in a batch than in a block, and so
+# are those of one head by itself; what is handed on would differ in its last bits from what is computed there.
+LARGE = 2**12
 
 
 def heads_alone(block: Attention, start: int = 0, stop: int | None = None) -> Attention:
     """Blocks of one head each, as a batch: the head with its own rows of the output projection, without output bias.
 
     Where queries and keys of all heads are normalised together, a block keeps all heads and reads the output of one.
-    The outputs of all of them add up to that of the block without its output bias.
+    The outputs of all of them add up to that of the block without its output bias. What bounds have found of the heads
+    in a large block is not computed again.
 
     Args:
         block: without batch dimensions.
@@ -31,7 +38,10 @@ def heads_alone(block: Attention, start: int = 0, stop: int | None = None) -> At
     mask = block.logit_bias
     if mask is not None and mask.dim() == 3 and mask.shape[0] > 1:
         mask = mask[chosen].unsqueeze(-3)
-    return block.replace(**weights, **biases, b_o=None, logit_bias=mask)
+    alone = block.replace(**weights, **biases, b_o=None, logit_bias=mask)
+    if len(alone.w_q) > 1 and block.logits.shape[-2:].numel() * block.w_q.shape[-1] >= LARGE:
+        hand_to_heads(block, alone, chosen)
+    return alone
 
 
 def _read_alone(block: Attention, chosen: slice) -> Attention:

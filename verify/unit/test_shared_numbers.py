@@ -10,8 +10,10 @@ import torch
 
 import lipbounds
 from lipbounds import Attention
+from lipbounds.bounds import covariance
 from lipbounds.derivatives.first import differential_parts
 from lipbounds.ops import spectral
+from lipbounds.report.heads import heads_alone
 from verify.unit.blocks import random_block, turned_block
 
 
@@ -66,3 +68,39 @@ def test_balls_share_the_norms_of_weights_where_positions_are_turned(monkeypatch
     found += [bound(block, radius=radius).value for radius in radii[1:]]
     assert 2 <= once == calls[0]
     assert found == alone
+
+
+HEADS = 3  # blocks below are large enough to hand on what is known of their heads (lipbounds.report.heads, `LARGE`)
+NORMED = {"query_norm_weight": torch.linspace(0.5, 2.0, 48, dtype=torch.float64).reshape(HEADS, 16), "norm_eps": 1e-6}
+LARGE_BLOCKS: dict[str, dict[str, Any]] = {
+    "biases": {},
+    "causal": {"causal": True},
+    "mask": {"logit_bias": torch.linspace(-2.0, 1.0, HEADS * 256, dtype=torch.float64).reshape(HEADS, 16, 16).sin()},
+    "QK-norm": NORMED | {"key_norm_weight": NORMED["query_norm_weight"].flip(0), "norm_over": "head"},
+    "QK-norm of all heads": NORMED | {"key_norm_weight": NORMED["query_norm_weight"], "norm_over": "all_heads"},
+}
+OF_HEADS = tuple(map(lipbounds.get, ("sharp_fast", "covariance.exact", "yudin2025.biased_exact")))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fields", LARGE_BLOCKS.values(), ids=LARGE_BLOCKS.keys())
+def test_heads_alone_get_what_they_get_without_their_block(fields: dict[str, Any]) -> None:
+    block = random_block(6, n=16, dim=48, heads=HEADS, **fields)
+    for bound in OF_HEADS:
+        bound(block)
+    shared, alone = heads_alone(block, 1), heads_alone(block.replace(), 1)
+    for bound in OF_HEADS:
+        assert torch.equal(bound(shared).value, bound(alone).value), bound.name
+
+
+@torch.no_grad()
+def test_heads_alone_solve_no_eigenproblem_that_their_block_has_solved(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = random_block(6, n=16, dim=48, heads=HEADS)
+    exact = lipbounds.get("covariance.exact")
+    calls = counted(monkeypatch, covariance, "row_covariance")
+    exact(block)
+    assert calls == [2]
+    exact(heads_alone(block))
+    assert calls == [2]
+    exact(heads_alone(block.replace()))
+    assert calls == [4]

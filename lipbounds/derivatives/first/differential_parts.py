@@ -12,12 +12,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lipbounds.derivatives.cache import cached_per_block
+from lipbounds.derivatives.cache import cached_by_head, cached_per_block
 from lipbounds.derivatives.first.covariance import (
+    CentredRows,
     centred_keys,
     centred_projection,
     map_error,
     map_upper,
+    moment_error,
     row_covariance,
 )
 from lipbounds.derivatives.first.key_rows import joint_rows, pulled_joint_rows
@@ -84,9 +86,9 @@ def query_part(block: Attention) -> Float[Tensor, "*batch"]:
     cross, error = row_covariance(block, centred_projection(block.source_input, w_v), centred_keys(block))
     cross, error, w_q = through_query_maps(block, cross, error)
     scale = abs(block.scale_value)
-    outputs, queries = w_o.mT.unsqueeze(-3), w_q.mT.unsqueeze(-3)
     off = error * (w_o.norm(dim=(-2, -1)) * w_q.norm(dim=(-2, -1))).unsqueeze(-1)
-    by_head = scale * (_steady_norm(outputs, cross, queries) + off).sum(-2)
+    outputs, of_outputs = _of_heads(w_o)
+    by_head = scale * (_cross_norms(block, outputs, cross, w_q) * of_outputs + off).sum(-2)
     # W_Q^h of order 1, its size moved to the covariances, and these of order 1 for each row.
     of_queries = power_of_two(w_q.detach())
     w_q = (w_q / of_queries).expand(*w_q.shape[:-3], block.heads, -1, -1)
@@ -111,10 +113,10 @@ def key_part(block: Attention) -> Float[Tensor, "*batch"]:
     """
     w_v, w_o, unit = scaled_weights(block)
     values = centred_projection(block.source_input, w_v)
-    outputs = w_o.mT.unsqueeze(-3)
-    covariance, error = row_covariance(block, values, values)
     # ||W_O^hT Cov W_O^h|| as computed, and what its error adds.
-    through = _steady_norm(outputs, covariance, outputs.mT)
+    outputs, of_outputs = _of_heads(w_o)
+    through = _variance_norms(block, outputs, values) * of_outputs.square()
+    error = moment_error(block, values, values)
     through = through + error * w_o.square().sum((-2, -1)).unsqueeze(-1)
     if block.key_norm is None and block.key_rotation is None:
         logit_gradient = block.scale_value * block.queries @ block.w_k.mT
@@ -135,6 +137,27 @@ def key_part(block: Attention) -> Float[Tensor, "*batch"]:
     jointly = vector_norm(rows + off.sum(-2))
     operations = block.tokens + block.logits.shape[-1] + sum(block.w_k.shape[-2:]) + block.heads + 64
     return inflate(_smaller(jointly, by_head), operations) * unit
+
+
+def _of_heads(w_o: Tensor) -> tuple[Tensor, Tensor]:
+    """W_O^hT of order 1 for each head, with an axis for rows, and the powers of two that are left over, likewise.
+
+    So norms of a head are the same numbers in every block that it is part of.
+    """
+    unit = power_of_two(w_o.detach())
+    return (w_o / unit).mT.unsqueeze(-3), unit[..., 0]
+
+
+@cached_by_head
+def _cross_norms(block: Attention, outputs: Tensor, cross: Tensor, w_q: Tensor) -> Float[Tensor, "*batch heads n"]:
+    """||W_O^hT Cov_hi(V, K) T_hi W_Q^hT||, for covariances as computed, in units of each head (`scaled_weights`)."""
+    return _steady_norm(outputs, cross, w_q.mT.unsqueeze(-3))
+
+
+@cached_by_head
+def _variance_norms(block: Attention, outputs: Tensor, values: CentredRows) -> Float[Tensor, "*batch heads n"]:
+    """||W_O^hT Cov_hi(V, V) W_O^h||, likewise."""
+    return _steady_norm(outputs, row_covariance(block, values, values)[0], outputs.mT)
 
 
 def _steady_norm(*factors: Tensor) -> Tensor:
