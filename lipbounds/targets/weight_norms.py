@@ -39,6 +39,8 @@ _kept: ContextVar[_Store | None] = ContextVar("kept weight norms", default=None)
 class WeightNorms:
     """Norms of the weights of a block, each rounded up, and factors of their products; made at their first use.
 
+    Over 150 lines, because each norm is a property that is kept for itself.
+
     Args:
         weights: `w_q`, `w_k`, `w_v`, `w_o` and those of `b_q`, `b_k`, `b_v` that there are, in float64.
     """
