@@ -8,7 +8,7 @@ equal probability, which is an unbiased estimate of the mean over all, as the lo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from lipbounds.capture.run import capture
 from lipbounds.derivatives.first.sharp_estimate import sharp_estimate as sharp_estimate
 from lipbounds.errors import InvalidInput
+from lipbounds.targets._attention_checks import TRAILING
+from lipbounds.targets.attention import Attention
 
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -38,7 +40,9 @@ class SharpPenalty:
     Args:
         modules: each with one attention block that `lipbounds.capture` finds, and whose first argument is its input.
         layers: how many of them are drawn.
-        inputs: how many inputs of the batch are drawn; None for all.
+        inputs: how many inputs of the batch are drawn; None for all. A layer runs at these alone where its first
+            argument is its only one with an axis of the batch, which comes first; else at all, and they are drawn from
+            what it had.
         generator: that draws; None for the default one.
 
     Raises:
@@ -105,28 +109,65 @@ class SharpPenalty:
                 f"modules[{index}] must run inside the `with` block before penalty() is called; run the model first, "
                 "and give modules of that model."
             )
-        args, kwargs = self._chosen(*self._calls[index])
+        call = self._calls[index]
+        few = self._drawn_from(*call)
+        block = self._block(index, *(few or call))
+        # As many tokens as inputs were drawn: the first axis was that of the tokens.
+        if few is not None and block.tokens == self.inputs:
+            few, block = None, self._block(index, *call)
+        return sharp_estimate(block if few else self._drawn_of(block)).mean()
+
+    def _block(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Attention:
         with _evaluated(self.modules[index]) as module:
             blocks = list(capture(module, *args, **kwargs))
         if len(blocks) != 1:
             raise InvalidInput(f"modules[{index}] must have one attention block, got {len(blocks)}; give each its own.")
-        return sharp_estimate(blocks[0].attention).mean()
+        return blocks[0].attention
 
     def _order(self, count: int) -> Tensor:
         return torch.randperm(count, generator=self.generator, device=self._place)
 
-    def _chosen(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        """The arguments at some of the inputs: all tensors that have as many as the first one."""
-        first = next((each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)), None)
-        if self.inputs is None or first is None or self.inputs >= len(first):
-            return args, kwargs
-        count = len(first)
-        rows = self._order(count)[: self.inputs].to(first.device)
+    def _drawn_from(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+        """The call with some of the inputs alone; None where all are wanted, or which axis they have is not certain.
+
+        Beside the first argument a tensor as long as the batch may be a mask of as many tokens, and one that is a
+        multiple of it a mask of all heads and inputs; only the block that is captured tells.
+        """
+        given = [*args, *kwargs.values()]
+        first = next((each for each in given if isinstance(each, Tensor)), None)
+        if self.inputs is None or first is None or first.dim() < 3 or self.inputs >= len(first):
+            return None
+        beside = [each for each in _tensors(given) if each is not first and each.dim()]
+        if self.inputs == first.shape[1] or any(len(each) and len(each) % len(first) == 0 for each in beside):
+            return None
+        rows = self._order(len(first))[: self.inputs].to(first.device)
 
         def some(value: Any) -> Any:
-            return value[rows] if isinstance(value, Tensor) and value.dim() and len(value) == count else value
+            return first[rows] if value is first else value
 
         return tuple(some(each) for each in args), {name: some(each) for name, each in kwargs.items()}
+
+    def _drawn_of(self, block: Attention) -> Attention:
+        """The block at some of its inputs."""
+        shape = block.batch_shape
+        if self.inputs is None or not shape or self.inputs >= shape[0]:
+            return block
+        rows = self._order(shape[0])[: self.inputs].to(block.device)
+        fields = {name: getattr(block, name) for name in TRAILING}
+        leading = {name: value.shape[: -TRAILING[name]] for name, value in fields.items() if value is not None}
+        batched = [name for name, own in leading.items() if len(own) == len(shape) and own[0] == shape[0]]
+        return block.replace(**{name: fields[name][rows] for name in batched})
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Those among the values, and in tuples, lists and dictionaries among them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+        elif isinstance(value, Mapping):
+            yield from _tensors(value.values())
 
 
 @contextmanager

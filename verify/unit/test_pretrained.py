@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import onnx
 import pytest
@@ -184,3 +186,24 @@ def test_a_gguf_file_is_parsed_once_while_smollm2_is_read() -> None:
         assert gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2) is names
         assert gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 3) is not names
     assert before == (gguf.GGUFReader, gguf.get_tensor_name_map)
+
+
+def test_threads_that_read_gguf_files_leave_it_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second one that begins while the first is reading must not keep what the first put there."""
+    gguf = SimpleNamespace(GGUFReader=object, get_tensor_name_map=dict)
+    monkeypatch.setitem(sys.modules, "gguf", gguf)
+    began, ended = threading.Event(), threading.Event()
+
+    def second() -> None:
+        with parsed_once():
+            began.set()
+            ended.wait(5.0)
+
+    thread = threading.Thread(target=second)
+    with parsed_once():
+        thread.start()
+        began.wait(0.2)  # in vain where threads take turns
+    ended.set()
+    thread.join(5.0)
+    assert began.is_set()
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == (object, dict)

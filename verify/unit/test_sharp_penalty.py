@@ -94,6 +94,50 @@ def test_inputs_are_drawn_evenly() -> None:
     assert seen == {0, 1, 2, 3}
 
 
+class Masked(nn.Module):
+    """Attention with a mask; the tokens may come before the batch."""
+
+    def __init__(self, *, batch_first: bool) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.mha = nn.MultiheadAttention(12, 3, batch_first=batch_first)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, **nested: Any) -> Tensor:
+        mask = nested["options"]["mask"][0] if nested else mask
+        return self.mha(x, x, x, attn_mask=mask, need_weights=False)[0]
+
+
+CAUSAL = torch.full((4, 4), -torch.inf).triu(1)
+CALLS: dict[str, tuple[bool, Tensor | None, bool, int]] = {  # batch first; mask; whether it is nested; inputs
+    "mask of as many tokens as inputs": (True, CAUSAL, False, 1),
+    "nested": (True, CAUSAL, True, 1),
+    "mask of heads and inputs": (True, torch.stack([CAUSAL * (k % 2) for k in range(1, 13)]).nan_to_num(0.0), False, 1),
+    "tokens first": (False, None, False, 1),
+    "tokens first, as many inputs": (False, None, False, 2),
+}
+
+
+@pytest.mark.parametrize("name", CALLS, ids=lambda name: name.replace(" ", "-"))
+def test_inputs_are_drawn_wherever_their_axis_is(name: str) -> None:
+    """Rows of a mask of 4 x 4 entries are no inputs, although there are 4 of these; nor are tokens that come first."""
+    batch_first, mask, nested, count = CALLS[name]
+    layer = Masked(batch_first=batch_first).eval()
+    x = draw(4, 4, 12).float() if batch_first else draw(5, 3, 12).float()
+    given: dict[str, Any] = {"options": {"mask": [mask]}} if nested else {"mask": mask}
+    each = sharp_estimate(lipbounds.capture(layer, x, **given)[0].attention)
+    assert len(each) == (4 if batch_first else 3)
+    generator, seen = torch.Generator().manual_seed(0), set()
+    for _ in range(12):
+        with SharpPenalty([layer], inputs=count, generator=generator) as reg:
+            layer(x, **given)
+            found = reg.penalty()
+        means = torch.stack([some.mean() for some in torch.combinations(each, count)])
+        assert ((means - found).abs() / found).min() < 1e-4
+        seen.add(int((means - found).abs().argmin()))
+    assert len(seen) > 1
+
+
 def test_a_step_of_training_reaches_the_weights_before_and_leaves_the_model_in_training() -> None:
     model, x = Model().train(), draw(4, 5, 12).float()
     with SharpPenalty([model.layers[2]]) as reg:
