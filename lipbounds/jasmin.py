@@ -36,6 +36,7 @@ from lipbounds.capture.multi_head import multi_head_arguments, multi_head_logit_
 from lipbounds.capture.replay import tensors_in
 from lipbounds.errors import InvalidInput, Unsupported
 from lipbounds.kernels.jasmin_rows import kernel_scores, kernel_takes
+from lipbounds.number_format import counted
 from lipbounds.ops.log_g import log_g_1, log_g_ratio, scores
 from lipbounds.ops.shapes import broadcast_shape
 from lipbounds.targets.attention import Attention
@@ -178,10 +179,10 @@ class JaSMin(TorchFunctionMode):
         missed, self._missed = self._missed, 0
         if missed and self.layers is None:
             raise Unsupported(
-                f"model must compute all attention in ways that JaSMin knows, got {len(found)} layers that count and "
-                f"{missed} products with a map that is no plain softmax (written out with exp, or changed after the "
-                "softmax); use scaled_dot_product_attention or softmax(...) @ v, or name the layers that count with "
-                "layers=, which leaves the others out."
+                f"model must compute all attention in ways that JaSMin knows, got {counted(len(found), 'layer')} that "
+                f"count and {counted(missed, 'product')} with a map that is no plain softmax (written out with "
+                "exp, or changed after the softmax); use scaled_dot_product_attention or softmax(...) @ v, "
+                "or name the layers that count with layers=, which leaves the others out."
             )
         if not found:
             kept = "" if self.layers is None else f", and layers={sorted(self.layers)} to name some of its layers"

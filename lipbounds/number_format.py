@@ -42,3 +42,14 @@ def shown(value: float, kind: Kind, digits: int = DIGITS) -> str:
     if short and not 1e-3 <= abs(short) < 1e6:
         return f"{float(short):.{digits - 1}e}"
     return f"{int(short)}" if short == short.to_integral_value() and abs(short) >= 10 ** (digits - 1) else f"{short:f}"
+
+
+def counted(number: int | None, what: str, many: str = "") -> str:
+    """A number with its noun, in the plural unless it is 1: "1 image", "2 images".
+
+    Args:
+        number: of the things; None where it is not known.
+        what: one of them.
+        many: several of them, where that is not `what` with an s.
+    """
+    return f"{number} {what if number == 1 else many or what + 's'}"

@@ -20,6 +20,7 @@ from bench.attention.links import (
     whole_network,
 )
 from bench.pages.formatting import figure
+from lipbounds.number_format import counted
 
 
 NORMS = {"L2": "l2", "Linf": "l_inf"}
@@ -67,7 +68,7 @@ def _summary(chains: dict[str, list[Link]]) -> str:
             fixed = [link for link in links if link.words.endswith(AT_LENGTH)]
             found += fixed or links
         held = sum(link.found.verdict(link.sign) == "holds" for link in found)
-        cells += [f"with {words} in {held} of {len(found)} cases"] if found else []
+        cells += [f"with {words} in {held} of {counted(len(found), 'case')}"] if found else []
     return (
         f"**In short**, across inputs a smaller g_1 goes {', '.join(cells)} (a case: a model, or a model "
         "and a norm; the length of the input is held fixed where it varies)."
@@ -100,7 +101,7 @@ def _claim(
         ratio = next((row for row in (measures or {}).get(name, []) if row.words == measured), None)
         factor = "" if ratio is None else f", factor {interval(ratio.found)}"
         cells.append(f"{name} {interval(link.found)}{factor} ({verdicts[name]})")
-    return f"{title}: {', '.join(counts)} of {len(found)} models. Spearman: {'; '.join(cells)}."
+    return f"{title}: {', '.join(counts)} of {counted(len(found), 'model')}. Spearman: {'; '.join(cells)}."
 
 
 def _other_predictors(data: Data) -> list[str]:

@@ -32,6 +32,7 @@ from bench.attention.links import (
 )
 from bench.pages.formatting import figure, table
 from bench.pages.page import bullets, folded, page
+from lipbounds.number_format import counted
 
 
 HEADS_SHOWN = ("minilm", "digits-vit")
@@ -151,7 +152,7 @@ def _attacks(data: Data) -> list[str]:
             found, broadcast = attacked(attack, model, norm)
             parts += [
                 f"### {name}, {NORMS[norm]}",
-                f"{len(distances)} images, {attack['wrong']} left out. Distances: median "
+                f"{counted(len(distances), 'image')}, {attack['wrong']} left out. Distances: median "
                 f"{figure(float(np.median(distances)))}, smallest {figure(min(distances))}, largest "
                 f"{figure(max(distances))}. Spearman's correlation with the distance over images:",
                 folded("By layer", _by_layer(found, broadcast)),
@@ -184,7 +185,7 @@ def _layers(name: str, model: Data) -> list[str]:
         for k in range(len(modules))
     ]
     title = f"### {name}"
-    about = f"{model['description']}. {len(model['inputs'])} inputs; means over rows, heads and inputs."
+    about = f"{model['description']}. {counted(len(model['inputs']), 'input')}; means over rows, heads and inputs."
     parts = [title, about, folded("By layer", table(["layer", *columns], rows))]
     if name in HEADS_SHOWN:
         per_head = "Means over rows and inputs; the largest g_1, too, is a mean over inputs."

@@ -23,6 +23,7 @@ from bench.pages.formatting import figure, module_words, table
 from bench.pages.log_axes import log_scale
 from bench.pages.page import bullets, folded
 from bench.pages.page import page as joined
+from lipbounds.number_format import counted
 
 
 PAPER = "yudin2025_ball.biased"
@@ -56,7 +57,7 @@ def blocks(records: Iterable[Record]) -> dict[str, list[Row]]:
         where = (
             "" if asked.model.startswith("small") else f", layer {module_words({'layer': asked.layer, 'module': ''})}"
         )
-        rows = found.setdefault(f"{asked.model}{where} ({record.tokens} tokens)", {})
+        rows = found.setdefault(f"{asked.model}{where} ({counted(record.tokens, 'token')})", {})
         radius = record.radius or 0.0
         row = rows.setdefault(radius, {"radius": radius, "relative": record.relative_radius})
         row[asked.bound] = record.value

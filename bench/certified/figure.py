@@ -16,6 +16,7 @@ from bench.certified.shares import METHODS, certified, left_by_smallest, share_o
 from bench.certified.tables import TITLES
 from bench.pages.figure_files import arrange, save
 from bench.pages.log_axes import log_scale
+from lipbounds.number_format import counted
 
 
 Data = dict[str, Any]
@@ -57,7 +58,7 @@ def _panel(axes: Any, name: str, model: Data) -> None:
     for method, rows in by_method.items():
         own = sorted(row["radius"] for row in rows if row["radius"] > 0)
         edges = sorted([start, *own, *(radius * 1.0001 for radius in own), places[-1]])
-        label = f"certified, {method} (proved), {len(rows)} images"
+        label = f"certified, {method} (proved), {counted(len(rows), 'image')}"
         axes.plot(edges, [share_of(rows, edge) for edge in edges], color=COLOURS[method], label=label)
     if nearest:
         edges = sorted([start, *nearest, *(radius * 0.9999 for radius in nearest)])  # falls at the radius itself

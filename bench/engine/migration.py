@@ -10,6 +10,7 @@ from bench.engine.store_file import Page, ResultsFile, content_of, parsed
 from bench.engine.task import Task
 from bench.engine.version_1 import OLD_VERSION, read_old
 from lipbounds.files import write_atomically
+from lipbounds.number_format import counted
 
 
 def migrate(task: Task, results: Path) -> int:
@@ -36,5 +37,8 @@ def migrate(task: Task, results: Path) -> int:
         old.new.pages[STANDARD] = Page(keys=keys, data=data)
     lines = old.new.all_lines(ResultsFile())
     write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
-    print(f"{shown(path)}: {len(old.lines)} lines of version {OLD_VERSION} are now {len(old.new.entries)} answers.")
+    print(
+        f"{shown(path)}: {counted(len(old.lines), 'line')} of version {OLD_VERSION} made "
+        f"{counted(len(old.new.entries), 'answer')}."
+    )
     return 0

@@ -16,6 +16,7 @@ from bench.engine.version_1 import Old
 from bench.pages.stale import marked, older_bounds, older_code
 from lipbounds.errors import InvalidInput
 from lipbounds.files import write_atomically
+from lipbounds.number_format import counted
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -95,7 +96,7 @@ class Task:
             page = store.show(f"{QUICK if options.quick else STANDARD} {found.name}".strip(), found.keys, **data)
             store.compact()
             written = self._write(Shown(store, page), folder_of(options))
-        made = f"{store.made} answers made, {store.reused} taken from {shown(store.path)}."
+        made = f"{counted(store.made, 'answer')} made, {store.reused} taken from {shown(store.path)}."
         return told(made, written.paths, written.failures)
 
     def render(self, options: argparse.Namespace) -> int:
@@ -111,7 +112,7 @@ class Task:
         statuses = []
         for page in chosen:
             written = self._write(Shown(store, page), folder_of(options))
-            statuses.append(told(f"{self.name}: {len(page.keys)} answers.", written.paths, written.failures))
+            statuses.append(told(f"{self.name}: {counted(len(page.keys), 'answer')}.", written.paths, written.failures))
         return max(statuses)
 
     def _write(self, found: Shown, folder: Path) -> Written:

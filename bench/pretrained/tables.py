@@ -15,6 +15,7 @@ from bench.pages.formatting import figure, table
 from bench.pages.page import bullets, folded, marked_part, page
 from bench.pretrained.measures import BOUNDS, NEAR_ONE, ONE_HOT, QUANTILES, SHARP, SINK
 from bench.pretrained.task import BLOCK, TIGHTEST, WITHOUT
+from lipbounds.number_format import counted
 
 
 Data = dict[str, Any]
@@ -70,7 +71,7 @@ def _about(of: Data) -> str:
     tokens = sorted({answer["tokens"] for answer in of[BLOCK]})
     inputs = len({answer["input"] for answer in of[BLOCK]})
     span = f"{tokens[0]} to {tokens[-1]}" if len(tokens) > 1 else f"{tokens[0]}"
-    return f"{of['about']}. {inputs} input{'s' if inputs > 1 else ''}, {span} tokens; {len(of[BLOCK])} blocks."
+    return f"{of['about']}. {counted(inputs, 'input')}, {span} tokens; {counted(len(of[BLOCK]), 'block')}."
 
 
 # -- numbers of some blocks ---------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from bench.pages.page import bullets, folded, page
 from bench.robustness.classifier_summary import column_name, radius_words
 from bench.robustness.figures import COLOURS, MARKERS, NORM_TITLES, STYLE
 from bench.robustness.measures import BOUNDS
+from lipbounds.number_format import counted
 
 
 Data = dict[str, Any]
@@ -214,7 +215,7 @@ def draw(summary: Data, data: Data, folder: Path, name: str) -> list[Path]:
             axes.grid(color="#dddddd", linewidth=0.6)
             axes.spines[["top", "right"]].set_visible(False)
         panels[0][0].legend(fontsize=8, frameon=False)
-        panels[0][0].set_title(f"{len(data['names'])} images, 95 % intervals", loc="left", fontsize=10)
+        panels[0][0].set_title(f"{counted(len(data['names']), 'image')}, 95 % intervals", loc="left", fontsize=10)
         arrange(canvas)
         paths = save(canvas, folder, name)
         plt.close(canvas)

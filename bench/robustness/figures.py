@@ -20,6 +20,7 @@ from bench.pages.log_axes import log_scale
 from bench.robustness.settings import BASELINE
 from bench.robustness.summary import WEAK, measure_name
 from bench.robustness.weights import over_weights
+from lipbounds.number_format import counted
 
 
 Data = dict[str, Any]
@@ -90,13 +91,13 @@ def _rows(data: Data, summary: Data) -> Figure:
     panels[0][0].invert_yaxis()
     handles, labels = panels[0][0].get_legend_handles_labels()
     canvas.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=3, frameon=False)
-    panels[0][0].set_title(_counted(data), loc="left", fontsize=10)
+    panels[0][0].set_title(_sample(data), loc="left", fontsize=10)
     return canvas
 
 
-def _counted(data: Data) -> str:
+def _sample(data: Data) -> str:
     seeds = len(data["seeds"])
-    return f"{data['images']} images, {seeds} seed{'s' * (seeds > 1)}" + ", 95 % intervals" * (seeds > 1)
+    return f"{counted(data['images'], 'image')}, {counted(seeds, 'seed')}" + ", 95 % intervals" * (seeds > 1)
 
 
 def _curves(data: Data, summary: Data) -> Figure:
@@ -124,7 +125,7 @@ def _curves(data: Data, summary: Data) -> Figure:
         axes.set_ylim(-3, 103)
         _plain(axes)
     panels[0][0].legend(fontsize=8, frameon=False, loc="lower left")
-    panels[0][0].set_title(_counted(data), loc="left", fontsize=10)
+    panels[0][0].set_title(_sample(data), loc="left", fontsize=10)
     return canvas
 
 

@@ -17,6 +17,7 @@ from bench.robustness.settings import (
 )
 from bench.robustness.summary import CONSTANTS, WEAK, measure_name, verdict
 from bench.robustness.weights import weights_section
+from lipbounds.number_format import counted
 
 
 Data = dict[str, Any]
@@ -43,13 +44,13 @@ def report(data: Data, summary: Data, command: str, name: str) -> str:
     """
     count, about = len(data["seeds"]), data["study"]["about"] if "study" in data else "Digits ViTs"
     made = (
-        f"{about}, {data['epochs']} epochs, {count} seed{'s' if count > 1 else ''} per setting, the first "
-        f"{data['images']} test images (blocks: the first {data['blocks']}), pixels in [0, 1]."
+        f"{about}, {counted(data['epochs'], 'epoch')}, {counted(count, 'seed')} per setting, the first "
+        f"{counted(data['images'], 'test image')} (blocks: the first {data['blocks']}), pixels in [0, 1]."
     )
     if "tuning_epochs" in data:
         made += (
-            f" Fine-tuned: {data['tuning_epochs']} more epochs from the baseline of the same seed, with what the "
-            "setting adds; the control adds nothing."
+            f" Fine-tuned: {counted(data['tuning_epochs'], 'more epoch')} from the baseline of the same seed, with "
+            "what the setting adds; the control adds nothing."
         )
     parts = [
         "# Robust accuracy with and without penalties",

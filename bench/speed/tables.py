@@ -20,6 +20,7 @@ from bench.pages.log_axes import log_scale
 from bench.pages.page import folded, page
 from bench.speed import pareto_tables
 from bench.speed.timing import exponent
+from lipbounds.number_format import counted
 
 
 Data = dict[str, Any]
@@ -47,8 +48,8 @@ def report(data: Data, command: str, environment: str) -> str:
     here = data["place"]
     targets = _targets(data["targets"]) if data["targets"] else []
     how = (
-        f"Measured on {here['hardware']} with {here['threads']} "
-        f"{'thread' if here['threads'] == 1 else 'threads'}. A cost is "
+        f"Measured on {here['hardware']} with "
+        f"{counted(here['threads'], 'thread')}. A cost is "
         + (
             "processor time, which counts nothing while other programs run"
             if here["device"] == "cpu"

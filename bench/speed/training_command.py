@@ -18,6 +18,7 @@ from bench.speed import training_task as training
 from bench.speed.tables import target_rows
 from bench.speed.task import HERE
 from lipbounds.devices import device_named
+from lipbounds.number_format import counted
 
 
 def measure(options: argparse.Namespace, store: Store) -> Showing:
@@ -51,7 +52,7 @@ def pages(found: Shown, folder: Path) -> Written:
 
 def _report(data: dict[str, Any], command: str, state: str) -> str:
     here = data["place"]
-    counted = (
+    costs = (
         "processor time, which counts nothing while other programs run"
         if here["device"] == "cpu"
         else "time between events on the card"
@@ -61,8 +62,8 @@ def _report(data: dict[str, Any], command: str, state: str) -> str:
         "# Training steps with a penalty",
         f"Made by `{command}`; nothing here is written by hand.",
         "A step of SGD in float32, forward and backward, with the penalty at its defaults, by one without, in turns "
-        f"in one process: median, and in brackets the quartiles, of the ratio of costs ({counted}), on "
-        f"{here['hardware']} with {here['threads']} {'thread' if here['threads'] == 1 else 'threads'}.",
+        f"in one process: median, and in brackets the quartiles, of the ratio of costs ({costs}), on "
+        f"{here['hardware']} with {counted(here['threads'], 'thread')}.",
         "JaSMin is the penalty of Yudin et al. 2025. `SharpPenalty` is an estimate of the mean of `sharp_cheap` over "
         "layers and inputs, from those that are drawn at each step: no bound.",
         table(["model", "name", "target", "ratio", "met", "seconds"], rows),

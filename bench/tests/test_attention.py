@@ -184,7 +184,7 @@ def test_a_planted_explanation_is_seen_with_its_sign(data: dict[str, Any], power
     assert (measured["true constant"] > 1) == (power > 0)
     assert (measured["perturbation, L2"] < 1) == (power > 0)
     page = attention_tables.report(given, "command", "records", "a machine")
-    assert f"{verdict} at 1 of 1 models" in page
+    assert f"{verdict} at 1 of 1 model." in page
     assert "`test.bound` 1.00" in page
 
 

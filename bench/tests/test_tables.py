@@ -118,7 +118,7 @@ def test_how_well_the_truth_is_known_comes_with_the_kind_of_that_promise() -> No
 def test_a_block_that_nothing_measured_is_counted_and_not_compared() -> None:
     model = tables_of(record("paper.bound", 8.0))["models"]["tiny"]
     assert (model["overall"], model["unmeasured"]) == ([], 1)
-    assert "1 blocks of tiny have no reference" in report(tables_of(record("paper.bound", 8.0)))
+    assert "1 block of tiny has no reference and is in no table." in report(tables_of(record("paper.bound", 8.0)))
 
 
 def test_a_ratio_to_zero_is_infinite_unless_the_value_is_zero() -> None:

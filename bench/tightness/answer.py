@@ -7,6 +7,7 @@ from typing import Any
 
 from bench.pages.colours import THE_PAPER
 from bench.pages.formatting import figure, length_words
+from lipbounds.number_format import counted
 
 
 TRAINED = ("minilm", "minilm-without-biases", "digits-vit")
@@ -89,7 +90,7 @@ def _sound(aggregates: Aggregates) -> str:
     if not upper:
         return ""
     return (
-        f"In {sum(row['count'] for row in upper):,} evaluations of upper bounds at a point, on {len(models)} "
-        f"{'model' if len(models) == 1 else 'models'}, "
+        f"In {sum(row['count'] for row in upper):,} evaluations of upper bounds at a point, on "
+        f"{counted(len(models), 'model')}, "
         "none was below a lower bound of the same block."
     )

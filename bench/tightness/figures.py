@@ -19,6 +19,7 @@ from bench.pages.colours import BOLD, GREY, THE_PAPER, family_colour
 from bench.pages.figure_files import save
 from bench.pages.formatting import module_words
 from bench.pages.log_axes import log_scale
+from lipbounds.number_format import counted
 
 
 DASHES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
@@ -131,7 +132,7 @@ def _panel(axes: Axes, name: str, aggregates: Aggregates, styles: dict[str, Styl
     axes.set_xlim(-0.2, len(layers) - 0.8)
     axes.set_xlabel("layer")
     title = model["description"].split(":")[0]
-    axes.set_title(f"{title}\nmedian over {model['inputs']} inputs", loc="left", fontsize=10)
+    axes.set_title(f"{title}\nmedian over {counted(model['inputs'], 'input')}", loc="left", fontsize=10)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
 

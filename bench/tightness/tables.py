@@ -15,6 +15,7 @@ from bench.tightness.answer import TRAINED, sentences
 from bench.tightness.scope_tables import refuted_section, set_sections
 from bench.tightness.scopes import OTHER_MACHINE
 from lipbounds.claims import KINDS, SCOPES
+from lipbounds.number_format import counted
 
 
 Aggregates = dict[str, Any]
@@ -135,13 +136,13 @@ def _methods(aggregates: Aggregates) -> str:
 def _model(name: str, model: Row, aggregates: Aggregates) -> list[str]:
     tokens = " to ".join(str(count) for count in dict.fromkeys(model["tokens"]))
     used = ", ".join(
-        f"`{method}` ({aggregates['methods'][method]['kind']}) at {count} blocks"
+        f"`{method}` ({aggregates['methods'][method]['kind']}) at {counted(count, 'block')}"
         for method, count in model["references"].items()
     )
     parts = [
         f"## {name}",
-        f"{model['description']}; {model['layers']} layers, {model['inputs']} inputs, {tokens} tokens. Reference: "
-        f"{used or 'none'}.{_bracket(model)}",
+        f"{model['description']}; {counted(model['layers'], 'layer')}, "
+        f"{counted(model['inputs'], 'input')}, {tokens} tokens. Reference: {used or 'none'}.{_bracket(model)}",
     ]
     details = []
     for kind, title in KIND_TITLES.items():
@@ -201,9 +202,13 @@ def _not_answered(aggregates: Aggregates) -> list[str]:
         for row in model["not_answered"]
     ]
     reasons = table(["model", "method", "status", "blocks", "reason"], rows)
-    parts = [folded(f"{len(rows)} reasons", reasons) if rows else "Every evaluation gave a number."]
+    parts = [folded(counted(len(rows), "reason"), reasons) if rows else "Every evaluation gave a number."]
     unmeasured = {name: m["unmeasured"] for name, m in aggregates["models"].items() if m["unmeasured"]}
-    parts += [f"{count} blocks of {name} have no reference and are in no table." for name, count in unmeasured.items()]
+    parts += [
+        f"{counted(count, 'block')} of {name} {'has' if count == 1 else 'have'} no reference and "
+        f"{'is' if count == 1 else 'are'} in no table."
+        for name, count in unmeasured.items()
+    ]
     return parts + [
         f"**{name} is incomplete**: {' '.join(reason.split())}" for name, reason in aggregates["problems"].items()
     ]

@@ -14,6 +14,7 @@ from rich.text import Text
 from lipbounds.cli.console import FOUND, OK, TOO_LITTLE, AsJson, output, print_json, progress
 from lipbounds.cli.options import Seed
 from lipbounds.files import check_writable, json_text, write_atomically
+from lipbounds.number_format import counted
 
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def _difficulty(found: Difficulty) -> str:
         "norm of A": found.logit_weights,
     }
     parts = (f"{name} {' / '.join(f'{value:.2g}' for value in values)}" for name, values in columns.items())
-    return f"Difficulty of {found.blocks} blocks (10 % / median / 90 %): {', '.join(parts)}."
+    return f"Difficulty of {counted(found.blocks, 'block')} (10 % / median / 90 %): {', '.join(parts)}."
 
 
 def _print_report(found: Report) -> None:
@@ -86,8 +87,8 @@ def _print_report(found: Report) -> None:
     else:
         output.print(f"[bold green]{name}: sound so far[/bold green] ({promise})", highlight=False)
     output.print(
-        f"{tried} blocks in {len(found.examples)} checks and {found.rounds} rounds, {found.starts or 0} starts of "
-        f"ascent, {found.seconds:.0f} s, seed {found.seed}."
+        f"{counted(tried, 'block')} in {counted(len(found.examples), 'check')} and {counted(found.rounds, 'round')}, "
+        f"{counted(found.starts or 0, 'start')} of ascent, {found.seconds:.0f} s, seed {found.seed}."
     )
     if found.difficulty is not None:
         output.print(_difficulty(found.difficulty), highlight=False)

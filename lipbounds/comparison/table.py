@@ -17,7 +17,7 @@ from lipbounds.comparison.plot import plot
 from lipbounds.comparison.row import Group, Row
 from lipbounds.errors import LipboundsError
 from lipbounds.files import json_text, write_atomically
-from lipbounds.number_format import shown
+from lipbounds.number_format import counted, shown
 
 
 SCHEMA_VERSION = 1
@@ -117,7 +117,7 @@ class Comparison:
     def _head(self) -> str:
         layers = len({row.layer for row in self.rows})
         blocks = len({(row.input, row.layer, row.item) for row in self.rows})
-        return f"{self.model}: {layers} attention layers, {blocks} blocks; {self.truth_words()}"
+        return f"{self.model}: {counted(layers, 'attention layer')}, {counted(blocks, 'block')}; {self.truth_words()}"
 
     # -- for programs ---------------------------------------------------------------------------------------------
 

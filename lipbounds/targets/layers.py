@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lipbounds.errors import InvalidInput
+from lipbounds.number_format import counted
 from lipbounds.ops.activations import ACTIVATIONS
 from lipbounds.ops.normalization import normalize
 from lipbounds.targets._attention_checks import FLOAT_DTYPES
@@ -201,7 +202,7 @@ class AttentionLayer(Layer):
 
     @property
     def description(self) -> str:
-        return f"attention, {self.block.heads} heads"
+        return f"attention, {counted(self.block.heads, 'head')}"
 
 
 @dc.dataclass(frozen=True, eq=False, repr=False)

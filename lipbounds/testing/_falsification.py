@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lipbounds.claims import Norm
 from lipbounds.errors import InvalidInput
+from lipbounds.number_format import counted
 from lipbounds.registry import BoundSpec
 from lipbounds.rounding import SMALLEST_NORMAL
 from lipbounds.targets.attention import Attention
@@ -65,7 +66,7 @@ class Falsification:
         ball = "" if self.radius is None else f", radius={self.radius:g}"
         return (
             f"Falsification({self.spec}: {verdict}, true/bound >= {self.ratio:.10g} at {sizes}{ball}, "
-            f"{self.starts} starts, {self.steps} steps, {self.seconds:.1f} s, seed {self.seed})"
+            f"{counted(self.starts, 'start')}, {counted(self.steps, 'step')}, {self.seconds:.1f} s, seed {self.seed})"
         )
 
 

@@ -22,7 +22,7 @@ from lipbounds.comparison.row import Row
 from lipbounds.difference import compare as difference
 from lipbounds.errors import LipboundsError
 from lipbounds.estimators.exact import exact_work, jacobian
-from lipbounds.number_format import shown
+from lipbounds.number_format import counted, shown
 from lipbounds.results import read_results
 from verify.unit.blocks import random_block
 
@@ -231,3 +231,10 @@ def test_reports_before_and_after_training_are_compared(tmp_path: Path) -> None:
     found = difference(*map(read_results, paths), tolerance=0.05)
     assert {change.method for change in found.worse} == {"sharp_fast", "exact", "lanczos"}
     assert all(change.factor == pytest.approx(2.0, rel=1e-6) for change in found.worse)
+
+
+def test_one_thing_is_not_many() -> None:
+    assert [counted(number, "image") for number in (0, 1, 2)] == ["0 images", "1 image", "2 images"]
+    assert [counted(number, "query", "queries") for number in (1, 2)] == ["1 query", "2 queries"]
+    shown_as = str(lipbounds.compare(random_block(heads=1), bounds=["sharp_fast"]))
+    assert shown_as.startswith("attention: 1 attention layer, 1 block;")

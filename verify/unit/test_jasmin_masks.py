@@ -166,14 +166,14 @@ def test_layers_that_are_not_known_are_reported(how: Callable[[Tensor, Tensor, T
     x = draw(2, 6, 8)
     with JaSMin(nn.Sequential(Attends(fused(None)), Attends(how))) as reg:
         reg.model(x)
-        with pytest.raises(Unsupported, match="got 1 layers that count and 1 products with a map"):
+        with pytest.raises(Unsupported, match="got 1 layer that count and 1 product with a map"):
             reg.penalty()
     with JaSMin(nn.Sequential(Attends(fused(None)), Attends(how)), layers=[0]) as reg:
         reg.model(x)
         assert bool(reg.penalty().isfinite())
     with JaSMin(Attends(how)) as reg:
         reg.model(x)
-        with pytest.raises(Unsupported, match="got 0 layers that count and 1 products"):
+        with pytest.raises(Unsupported, match="got 0 layers that count and 1 product"):
             reg.penalty()
 
 
