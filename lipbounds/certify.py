@@ -127,12 +127,13 @@ def certify(
             inputs of a few thousand numbers; `joint`, with the dense Jacobian of lipbounds.compose.joint, for small
             networks;
             `product`, with the product of norms of lipbounds.compose.network_bound, for any. By default `taylor`, or
-            `joint` where that has no rule for a layer or would take far more than seconds per input; the certificate
-            says which.
+            `joint` where that has no rule for a layer or would take far more than seconds per input, and where
+            `attention` is given; the certificate says which.
         norm: of the balls: `l2`, or with `taylor` also `l_inf` and `l1`.
         largest: no larger radius is looked for.
         steps: balls tried for each input, at most.
-        attention: names of the attention bounds on balls, for `joint` and `product`; see `network_bound`.
+        attention: names of the attention bounds on balls, for `joint` and `product` alone, as `taylor` asks no such
+            bound; see `network_bound`.
         check: also run a short attack in every certified ball, which must not succeed.
         advance: called after each input, for a progress bar.
 
@@ -142,13 +143,15 @@ def certify(
         LipboundsError: `check` found another class in a certified ball: a fault of this library.
     """
     x, labels = given_tensor("x", x), given_tensor("labels", labels)
-    _check(network, x, labels, method, norm, largest, steps)
+    if method is None:
+        method = "taylor" if norm != "l2" else None if attention is None else "joint"
+    _check(network, x, labels, method, norm, largest, steps, attention)
     network, x, labels = network.to(torch.float64), x.detach().to(torch.float64), labels.to(x.device, torch.int64)
     logits = _logits(network, x, labels)
     if model is not None:
         check_same(network, model, x)
     networks = [network_of_input(network, index, len(x)) for index in range(len(x))]  # each with its own masks
-    method = "taylor" if norm != "l2" else _fitting(networks[0], x[0]) if method is None else method
+    method = method or _fitting(networks[0], x[0])
     radii, slopes = [], []
     for own, image, row, label in zip(networks, x, logits, labels.tolist(), strict=True):
         radius, slope = _one(own, image, row, label, method, norm, largest, steps, attention)
@@ -301,7 +304,14 @@ def _product(
 
 
 def _check(
-    network: Layer, x: Tensor, labels: Tensor, method: str | None, norm: str, largest: float, steps: int
+    network: Layer,
+    x: Tensor,
+    labels: Tensor,
+    method: str | None,
+    norm: str,
+    largest: float,
+    steps: int,
+    attention: str | tuple[str, ...] | None,
 ) -> None:
     if not isinstance(network, Layer):
         raise InvalidInput(
@@ -314,6 +324,11 @@ def _check(
         raise InvalidInput(
             f"norm must be one of {NORMS}, and for another one than l2 the method 'taylor', got norm={norm!r} and "
             f"method={method!r}."
+        )
+    if attention is not None and method == "taylor":
+        raise InvalidInput(
+            f"attention names bounds for the methods 'joint' and 'product', and 'taylor' asks none of them, got "
+            f"attention={attention!r}, method={method!r} and norm={norm!r}; leave one of them out."
         )
     if not 0 < largest < math.inf:
         raise InvalidInput(f"largest must be positive and finite, got largest={largest}.")

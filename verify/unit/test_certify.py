@@ -17,6 +17,7 @@ from lipbounds.certify import Certificate, certify
 from lipbounds.compose import joint
 from lipbounds.compose.constant import proved_constant
 from lipbounds.compose.taylor import TaylorMargin
+from lipbounds.errors import UnknownBound
 from lipbounds.targets.layers import (
     AttentionLayer,
     Flatten,
@@ -337,3 +338,18 @@ def test_a_batch_of_masks_is_refused_at_one_input(prepare: Callable[[Layer, torc
     block = attention(Draw(8), 3, 4).block.replace(logit_bias=Draw(7)(2, 1, 3, 3))
     with pytest.raises(InvalidInput, match=r"attention of network must have no batch dimensions.*\(2,\) of logit_bias"):
         prepare(Sequence((AttentionLayer(block), Pool("mean"))), Draw(9)(3, 4))
+
+
+def test_bounds_of_attention_are_for_the_methods_that_ask_them() -> None:
+    """The default method is then one of these, and where there is none the argument is refused, not ignored."""
+    draw = Draw(8)
+    network, x = classifier(draw), draw(1, 3, 4)
+    labels = network(x).squeeze(1).argmax(1)
+    assert certify(network, x, labels, steps=2).method == "taylor"
+    assert certify(network, x, labels, steps=2, attention="yudin2025_ball.biased").method == "joint"
+    with pytest.raises(UnknownBound):
+        certify(network, x, labels, attention="no such bound")
+    options: list[dict[str, Any]] = [{"method": "taylor"}, {"norm": "l_inf"}, {"norm": "l1", "method": "taylor"}]
+    for given_options in options:
+        with pytest.raises(InvalidInput, match="attention names bounds for the methods 'joint' and 'product'"):
+            certify(network, x, labels, attention="sharp_ball", **given_options)
