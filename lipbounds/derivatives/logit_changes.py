@@ -9,6 +9,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
+from lipbounds.derivatives.cache import cached_by_head
 from lipbounds.derivatives.rounding.logits import key_error, query_error
 from lipbounds.derivatives.token_maps import TokenMaps, key_maps, query_maps
 from lipbounds.ops.spectral import product_norm_upper, spectral_norm_upper, vector_norm
@@ -18,6 +19,7 @@ from lipbounds.targets.projection import affine_tokens
 from lipbounds.targets.rotary import rotation_norm
 
 
+@cached_by_head
 def change_by_queries(block: Attention) -> Float[Tensor, "*batch heads"]:
     """||K W_Q^T||, or max_i ||K T_i W_Q^T|| with rotary positions or QK-norm.
 
@@ -31,6 +33,7 @@ def change_by_queries(block: Attention) -> Float[Tensor, "*batch heads"]:
     return mapped_product_norm(block.keys, _total(key_error(block)), maps)
 
 
+@cached_by_head
 def change_by_keys(block: Attention) -> Float[Tensor, "*batch heads"]:
     """||Q W_K^T||, or max_j ||Q T_j W_K^T|| with rotary positions or QK-norm.
 
