@@ -10,12 +10,10 @@ from lipbounds.derivatives.first.dense import batch_items
 from lipbounds.derivatives.norms import row_g_1
 from lipbounds.report.evaluation import Found, Numbers, Stage
 from lipbounds.report.heads import mean_entropy, sinks
+from lipbounds.report.maps import MAP_DIGITS
 from lipbounds.report.patches import Grid, Picture, grid_of, labels_of
 from lipbounds.report.schema import HeadReport, LayerReport, rounded
 from lipbounds.targets.attention import Attention
-
-
-MAP_DIGITS = 4
 
 
 class LayerWork:
@@ -122,7 +120,7 @@ def _heads(block: Attention, numbers: Numbers) -> tuple[HeadReport, ...]:
             entropy=float(rounded(entropy[head], "estimate", MAP_DIGITS)),
             sink=keys[head],
             sink_share=float(rounded(shares[head], "estimate", MAP_DIGITS)),
-            attention=_to_digits(maps[head].tolist()),
+            attention=None,  # `lipbounds.report.maps` knows of which heads there is room for it
         )
         for head in range(block.heads)
     )
@@ -130,8 +128,3 @@ def _heads(block: Attention, numbers: Numbers) -> tuple[HeadReport, ...]:
 
 def _at(numbers: list[Any], index: int) -> Any:
     return numbers[index] if index < len(numbers) else None
-
-
-def _to_digits(rows: list[list[float]]) -> tuple[tuple[float, ...], ...]:
-    """Attention with few digits: it is shown, not computed with."""
-    return tuple(tuple(float(f"{p:.{MAP_DIGITS}g}") for p in row) for row in rows)

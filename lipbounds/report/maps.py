@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import dataclasses as dc
+from collections.abc import Sequence
+
+from jaxtyping import Float
+from torch import Tensor
 
 from lipbounds.report.schema import InputReport
 from lipbounds.report.summary import fragile_heads
+from lipbounds.targets.attention import Attention
 
 
+MAP_DIGITS = 4
 MAP_ENTRIES = 2_000_000  # of all maps: about 16 MB of HTML
 
 
-def without_most_maps(inputs: tuple[InputReport, ...]) -> tuple[InputReport, ...]:
-    """The same reports, with no more entries of maps than `MAP_ENTRIES`: the inputs take turns, head by head.
+def with_maps(inputs: tuple[InputReport, ...], blocks: Sequence[Sequence[Attention]]) -> tuple[InputReport, ...]:
+    """The same reports with attention maps, of no more entries than `MAP_ENTRIES`: the inputs take turns, head by head.
 
     Args:
-        inputs: with all maps.
+        inputs: without maps.
+        blocks: of each input, one for each layer of its report.
     """
     order = [_by_fragility(run) for run in inputs]
     kept: list[set[tuple[int, int]]] = [set() for _ in inputs]
@@ -26,10 +33,9 @@ def without_most_maps(inputs: tuple[InputReport, ...]) -> tuple[InputReport, ...
                 continue
             layer = run.layers[heads[turn][0]]
             left -= len(layer.queries) * len(layer.keys)
-            if left < 0:
-                return tuple(_only(one, some) for one, some in zip(inputs, kept, strict=True))
-            chosen.add(heads[turn])
-    return inputs
+            if left >= 0:
+                chosen.add(heads[turn])
+    return tuple(_with(*one) for one in zip(inputs, blocks, kept, strict=True))
 
 
 def _by_fragility(run: InputReport) -> list[tuple[int, int]]:
@@ -38,11 +44,18 @@ def _by_fragility(run: InputReport) -> list[tuple[int, int]]:
     return list(dict.fromkeys([*fragile_heads(run, most=len(every)), *every]))
 
 
-def _only(run: InputReport, kept: set[tuple[int, int]]) -> InputReport:
+def _with(run: InputReport, blocks: Sequence[Attention], kept: set[tuple[int, int]]) -> InputReport:
     layers = []
-    for position, layer in enumerate(run.layers):
+    for position, (layer, block) in enumerate(zip(run.layers, blocks, strict=True)):
         heads = tuple(
-            head if (position, head.head) in kept else dc.replace(head, attention=None) for head in layer.heads
-        )
+            dc.replace(head, attention=_to_digits(block.probabilities[head.head])) if (position, head.head) in kept
+            else head
+            for head in layer.heads
+        )  # fmt: skip
         layers.append(dc.replace(layer, heads=heads))
     return dc.replace(run, layers=tuple(layers))
+
+
+def _to_digits(rows: Float[Tensor, "n m"]) -> tuple[tuple[float, ...], ...]:
+    """Attention with few digits: it is shown, not computed with."""
+    return tuple(tuple(float(f"{p:.{MAP_DIGITS}g}") for p in row) for row in rows.tolist())

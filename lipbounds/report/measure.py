@@ -19,9 +19,10 @@ from lipbounds.report.deadline import Deadline, TimeUp
 from lipbounds.report.evaluation import Plan, cheap_stages, costly_stages, plan
 from lipbounds.report.jobs import Progress, run_jobs
 from lipbounds.report.layer import LayerWork
-from lipbounds.report.maps import without_most_maps
+from lipbounds.report.maps import with_maps
 from lipbounds.report.patches import Picture, picture_of
 from lipbounds.report.schema import InputReport, ModelReport, SkippedReport
+from lipbounds.targets.attention import Attention
 
 
 GRACE = 5.0  # seconds: a run of the model that is nearly done is better done
@@ -98,7 +99,8 @@ def measure(
         captured.append(_run(model, run, layers, start, max_seconds, first=not captured))
     work = [run.layers for run in captured]
     order = _compute(work, wanted, cluster, max_seconds, lambda what, share: tell(what, 0.02 + 0.98 * share), start)
-    return _report(model, name, seed, tuple(run.report(order) for run in captured))
+    reports = with_maps(tuple(run.report(order) for run in captured), [run.blocks for run in captured])
+    return _report(model, name, seed, reports)
 
 
 def _compute(
@@ -128,6 +130,11 @@ class _CapturedRun:
     found: Captured
     layers: list[LayerWork]
     picture: Picture | None
+
+    @property
+    def blocks(self) -> list[Attention]:
+        """Those that the layers of its report are about."""
+        return [item for layer in self.layers for item in layer.items]
 
     def report(self, order: Sequence[str]) -> InputReport:
         skipped = [SkippedReport(layer=one.index, module=one.module, reason=one.reason) for one in self.found.skipped]
@@ -165,7 +172,7 @@ def _report(model: nn.Module, name: str | None, seed: int, inputs: tuple[InputRe
         seed=seed,
         lipbounds=__version__,
         torch=torch.__version__,
-        inputs=without_most_maps(inputs),
+        inputs=inputs,
     )
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lipbounds.capture import capture
+from lipbounds.derivatives.first.dense import batch_items
 from lipbounds.errors import InvalidInput, UnknownBound, Unsupported
 from lipbounds.estimators import tokens
 from lipbounds.estimators.tokens import token_lower
@@ -25,7 +26,7 @@ from lipbounds.report.heads import heads_alone
 from lipbounds.report.inputs import default_inputs
 from lipbounds.report.page import page
 from lipbounds.report.patches import Grid, grid_of, labels_of, picture_of
-from lipbounds.report.schema import Number, least_at_point, shown
+from lipbounds.report.schema import InputReport, Number, least_at_point, shown
 from lipbounds.report.summary import fragile_heads, fragile_layer, notes_of, summary
 from verify.unit.blocks import random_block, true_norm
 from verify.unit.reported import tiny_input, tiny_model, tiny_report
@@ -283,13 +284,26 @@ def test_a_bound_that_does_not_cover_a_block_is_left_out_and_named() -> None:
     assert "is the most fragile" in summary(report.inputs[0])
 
 
+def without_maps(run: InputReport) -> InputReport:
+    layers = (
+        dc.replace(layer, heads=tuple(dc.replace(head, attention=None) for head in layer.heads)) for layer in run.layers
+    )
+    return dc.replace(run, layers=tuple(layers))
+
+
 def test_of_too_many_maps_those_of_the_most_fragile_heads_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     report = tiny_report()  # before the patch: the report is shared by all tests
     monkeypatch.setattr(maps, "MAP_ENTRIES", 5 * 36)
-    run, other = maps.without_most_maps(report.inputs)
+    blocks = [
+        [item for one in capture(tiny_model(), data) for item in batch_items(one.attention.double)]
+        for data in (tiny_input(), tiny_input() / 2)
+    ]
+    run, other = maps.with_maps(tuple(map(without_maps, report.inputs)), blocks)
     kept = {
         (position, head.head) for position, layer in enumerate(run.layers) for head in layer.heads if head.attention
     }
+    for position, head in kept:
+        assert run.layers[position].heads[head] == report.inputs[0].layers[position].heads[head]
     assert kept == set(fragile_heads(run, 3))  # the second input keeps two
     assert sum(head.attention is not None for layer in other.layers for head in layer.heads) == 2
     assert run.layers[0].heads[0].g_1 == report.inputs[0].layers[0].heads[0].g_1
