@@ -25,7 +25,8 @@ from lipbounds.targets.layers import Sequence
 RADIUS_VERSION = 1  # of certified radii: raise it when numbers change
 SEARCH = "ray with steep rises, of what is read"  # how slopes on balls become a radius: lipbounds.compose.ray
 THIRD = "both means"  # how `joint` bounds the third differential on a ball: lipbounds.derivatives.ball.third
-VALUES = "to second order"  # how Taylor models follow small inputs: lipbounds.compose.taylor.second
+VALUES = "to first and to second order"  # how Taylor models follow small inputs: lipbounds.compose.taylor.second
+ACTIVATIONS = "along the worst direction"  # how margins follow activations: lipbounds.compose.taylor.touching
 OTHER_NORMS: tuple[Norm, ...] = ("l_inf", "l1")
 METHODS: tuple[Method, ...] = ("taylor", "joint", "product")
 ATTACK_SEED = 0
@@ -96,15 +97,17 @@ def measure(
                 question["search"] = SEARCH
             if method == "joint":
                 question["third"] = THIRD
-            if method == "taylor" and found.images[0].numel() <= LARGEST_SQUARE:
-                question["values"] = VALUES
+            if method == "taylor":
+                question["activations"] = ACTIVATIONS
+                if found.images[0].numel() <= LARGEST_SQUARE:
+                    question["values"] = VALUES
             answers.ask(question, lambda g=given, m=method: certificate(built(), *g, m), force=force)
     for norm in OTHER_NORMS:
         for index in range(amount.other_norms):
             advance(f"{shared['model']}: taylor in {norm}, image {index}")
             given = found.images[index : index + 1], found.labels[index : index + 1]
             question = {**shared, "what": "radius", "version": RADIUS_VERSION, "method": "taylor", "norm": norm}
-            question["image"] = found.indices[index]
+            question |= {"image": found.indices[index], "activations": ACTIVATIONS}
             answers.ask(question, lambda g=given, n=norm: certificate(built(), *g, "taylor", n), force=force)
     for index in range(amount.smoothed):
         advance(f"{shared['model']}: smoothing, image {index}")

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lipbounds import InvalidInput, Unsupported
 from lipbounds.compose.rewrite import flat
-from lipbounds.compose.taylor import TaylorMargin, bilinear, normalization, pointwise, rounded, softmax
+from lipbounds.compose.taylor import TaylorMargin, bilinear, normalization, rounded, softmax
+from lipbounds.compose.taylor import margin as taylor_margin
 from lipbounds.compose.taylor import model as taylor_model
 from lipbounds.compose.taylor.ball import Norm
 from lipbounds.compose.taylor.coefficient import exact, weighted_product
@@ -24,8 +25,11 @@ from lipbounds.compose.taylor.model import CENTRE, INPUT, Value
 from lipbounds.compose.taylor.network import Walk
 from lipbounds.compose.taylor.norms import spectral_upper
 from lipbounds.compose.taylor.quadratic import Quadratic
+from lipbounds.compose.taylor.relu import Relu
 from lipbounds.compose.taylor.rounded import Rounded
 from lipbounds.compose.taylor.second import SECOND, as_matrices, pairs
+from lipbounds.compose.taylor.smooth import SmoothPointwise
+from lipbounds.compose.taylor.touching import Cases, Parabolas
 from lipbounds.targets.layers import (
     AttentionLayer,
     Flatten,
@@ -103,6 +107,7 @@ class Promises:
     quadratic: Tensor
     crossed: dict[str, Tensor]
     beyond: Tensor
+    parabolas: Parabolas | None
 
     def check(self, value: Tensor, h: Tensor, remainders: dict[str, Tensor]) -> None:
         """The remainder at one displacement, from the value there, against every promise."""
@@ -133,7 +138,20 @@ class Promises:
             form = form + torch.einsum("s,csb,b->c", remainders[other], matrix, h)
         lost = form - self.rows @ q  # one-sided: what a margin can lose
         assert bool((lost <= self.beyond + SLACK).all()), "more is left beyond the second order than promised"
+        if self.parabolas is not None:
+            self.check_parabolas(-lost, h, remainders)
         remainders[name] = q
+
+    def check_parabolas(self, left: Tensor, h: Tensor, remainders: dict[str, Tensor]) -> None:
+        """What the functionals make of the rest at one displacement, against the parabolas below it."""
+        assert self.parabolas is not None
+        found, parts = self.parabolas, self.operation.value.coefficients
+        linear = torch.tensordot(h, parts[INPUT].matrix, 1).flatten()
+        carried = [torch.tensordot(q, parts[name].matrix, 1) for name, q in remainders.items() if name in parts]
+        e = torch.stack([part.flatten() for part in carried]).sum(0) if carried else 0 * linear
+        away = linear - found.touch
+        low = found.heights + found.slopes * away - found.bends * away.square() / 2 + found.carried * e
+        assert bool((left >= low.sum(1) - found.lost - SLACK).all()), "a parabola is above"
 
 
 def promises(operation: Any, ranges: Any, draw: Draw) -> Promises:
@@ -141,6 +159,12 @@ def promises(operation: Any, ranges: Any, draw: Draw) -> Promises:
     rows = draw(6, len(operation.output.coefficients[operation.name].matrix))
     error = torch.zeros(len(rows)).double()
     formed = operation.functional(rows, error, ranges)
+    parabolas = None
+    if isinstance(operation, SmoothPointwise | Relu):
+        h = draw(len(rows), len(operation.value.linear.matrix))
+        first_ball = torch.zeros(len(rows), dtype=torch.int64)
+        points = float(ranges.radii[0]) * h / h.norm(dim=1, keepdim=True)
+        parabolas = operation.touched(rows, error, Cases(first_ball, torch.arange(len(rows)), points), ranges)
     return Promises(
         operation=operation,
         first=first[0],
@@ -151,6 +175,7 @@ def promises(operation: Any, ranges: Any, draw: Draw) -> Promises:
         quadratic=operation.quadratic(rows, error)[0] * (not operation.second),
         crossed={name: matrix for name, (matrix, _) in operation.crossed(rows, error).items()},
         beyond=operation.beyond(rows, error, ranges)[0],
+        parabolas=parabolas,
     )
 
 
@@ -182,7 +207,11 @@ def check_model(
     draw = Draw(seed)
     margin = TaylorMargin(network, x, 0, norm=norm)
     radii = torch.tensor([radius], dtype=torch.float64)
-    ranges, lower = margin.ranges(radii), margin.lower(radii)[0]
+    ranges = margin.ranges(radii)
+    with pytest.MonkeyPatch.context() as patch:  # activations are followed along the worst direction at every margin
+        patch.setattr(taylor_margin, "LITTLE", math.inf)
+        patch.setattr(taylor_margin, "HOPELESS", -math.inf)
+        lower = margin.lower(radii)[0]
     promised = [promises(operation, ranges, draw) for operation in margin.operations]
     for direction in onto(directions(margin, draw, count), norm):
         h = radius * direction
@@ -422,10 +451,10 @@ FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "softmax: half of the second order": (softmax.Softmax, "bend", half_second),
     "softmax: half of the second order, added up at the end": (softmax.Softmax, "quadratic", half_matrix),
     "softmax: nothing beyond": (softmax.Softmax, "beyond", scaled(0.0)),
-    "gelu: the box": (pointwise.SmoothPointwise, "measure", smaller_range("box")),
-    "gelu: half of the second order": (pointwise.SmoothPointwise, "bend", half_second),
-    "gelu: half of the second order, added up at the end": (pointwise.SmoothPointwise, "quadratic", half_matrix),
-    "gelu: nothing beyond": (pointwise.SmoothPointwise, "beyond", scaled(0.0)),
+    "gelu: the box": (SmoothPointwise, "measure", smaller_range("box")),
+    "gelu: half of the second order": (SmoothPointwise, "bend", half_second),
+    "gelu: half of the second order, added up at the end": (SmoothPointwise, "quadratic", half_matrix),
+    "gelu: nothing beyond": (SmoothPointwise, "beyond", scaled(0.0)),
     "norm: the groups": (normalization.Normalize, "measure", smaller_range("groups")),
     "norm: half of the second order": (normalization.Normalize, "bend", half_second),
     "norm: half of the second order, added up at the end": (normalization.Normalize, "quadratic", half_matrix),
@@ -434,10 +463,10 @@ FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
 }
 
 
-def check_two_radii() -> None:
+def check_two_radii(activation: str = "gelu") -> None:
     """At a small radius the second order decides, at a large one what is beyond it."""
     draw = Draw(21)
-    network, x = model(draw, "gelu", pool="first", gain=2.0), draw(1, 4, 4)
+    network, x = model(draw, activation, pool="first", gain=2.0), draw(1, 4, 4)
     for radius in (1e-3, 0.3):
         check_model(network, x, radius)
 
@@ -445,6 +474,7 @@ def check_two_radii() -> None:
 @pytest.mark.usefixtures("as_a_user_runs_it")
 def test_nothing_is_found_without_a_fault() -> None:
     check_two_radii()
+    check_two_radii("relu")
     draw = Draw(22)
     check_model(model(draw, "gelu", depth=2), draw(1, 4, 4), 0.05)
 

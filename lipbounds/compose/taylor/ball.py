@@ -12,6 +12,7 @@ import dataclasses as dc
 import math
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -53,6 +54,19 @@ class Ball:
             return norm_upper(rows)
         sizes = rows.abs()
         return inflate(sizes.sum(-1), rows.shape[-1]) if self.norm == "l_inf" else sizes.amax(-1)
+
+    def steepest(self, rows: Float[Tensor, "*lead inputs"]) -> Float[Tensor, "*lead inputs"]:
+        """The point of the unit ball where each row is largest, nearly.
+
+        Args:
+            rows: linear functions of h.
+        """
+        if self.norm == "l_inf":
+            return rows.sign()
+        if self.norm == "l2":
+            return rows / norm_upper(rows).unsqueeze(-1)
+        largest = rows.abs().argmax(-1, keepdim=True)
+        return torch.zeros_like(rows).scatter(-1, largest, rows.gather(-1, largest).sign())
 
     def dual_error(self, error: Float[Tensor, "*lead"]) -> Float[Tensor, "*lead"]:
         """What an error of rows in l2 is in the dual norm, at most.

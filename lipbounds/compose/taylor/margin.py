@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses as dc
 from functools import partial
+from typing import TypeGuard
 
 import torch
 from jaxtyping import Float
@@ -25,17 +26,23 @@ from torch import Tensor
 from lipbounds.compose.one_input import network_of_input
 from lipbounds.compose.taylor.ball import Ball, Norm
 from lipbounds.compose.taylor.crossed import Crossed, Summed
-from lipbounds.compose.taylor.model import CENTRE, INPUT, Ranges, Value
+from lipbounds.compose.taylor.model import CENTRE, INPUT, Order, Ranges, Value
 from lipbounds.compose.taylor.narrow import narrow_start, whole_start
 from lipbounds.compose.taylor.network import LARGEST_VALUE, Walk
 from lipbounds.compose.taylor.operation import Operation
 from lipbounds.compose.taylor.quadratic import Quadratic
+from lipbounds.compose.taylor.relu import Relu
 from lipbounds.compose.taylor.second import SECOND, as_matrices
+from lipbounds.compose.taylor.smooth import SmoothPointwise
+from lipbounds.compose.taylor.touching import Cases, Sum, Touching
 from lipbounds.errors import InvalidInput, Unsupported
 from lipbounds.rounding import inflate
 from lipbounds.targets.layers import Layer
 
 
+# Shares of a margin. Where less is proved than the first, activations are followed along the worst direction, which
+# takes longer; not where as much is missing as the second.
+LITTLE, HOPELESS = 0.25, -2.0
 LARGEST_INPUT = 4096  # the Jacobian has a column for each
 
 
@@ -48,6 +55,7 @@ class TaylorMargin:
         label: the class whose margins are bounded.
         largest: how many floats the coefficients of one value may have together.
         norm: of the balls; see lipbounds.compose.taylor.ball.
+        order: to which values are followed.
 
     Raises:
         InvalidInput: the output is not one token, or attention has batch dimensions.
@@ -63,11 +71,12 @@ class TaylorMargin:
         *,
         largest: float = LARGEST_VALUE,
         norm: Norm = "l2",
+        order: Order = 2,
     ) -> None:
         if x.numel() > LARGEST_INPUT:
             raise Unsupported(f"method='taylor' takes inputs of at most {LARGEST_INPUT} numbers, got {x.numel()}.")
         walk, network = Walk(largest), network_of_input(network)
-        start = narrow_start(network, x) if norm == "l2" else whole_start(network, x)
+        start = narrow_start(network, x, order) if norm == "l2" else whole_start(network, x, order)
         output = walk.through(start.layers, start.value, None)
         if output.centre.dim() != 2 or output.centre.shape[0] != 1:
             raise InvalidInput(f"the output must be one token of logits, got shape {tuple(output.centre.shape)}.")
@@ -83,6 +92,7 @@ class TaylorMargin:
 
         self.margins: Value = output.summed(differences, sums, 2)
         self._ball = None if norm == "l2" else Ball(norm, x.numel())
+        self._plain: Sum | None = None
         self._quadratic: Quadratic | None = None
         self._crossed: list[Crossed] = []
 
@@ -140,16 +150,42 @@ class TaylorMargin:
             self._second_order()
         assert self._quadratic is not None
         curved = self._quadratic.lower(ranges.own, self._ball)
-        beyond = torch.zeros_like(curved)
-        for operation in self.operations:
-            beyond = beyond + operation.beyond(*self._rows(operation), ranges)
+        others, entrywise = torch.zeros_like(curved), torch.zeros_like(curved)
         for crossed in self._crossed:
-            beyond = beyond + crossed.upper(ranges)
+            others = others + crossed.upper(ranges)
+        for operation in self.operations:
+            beyond = operation.beyond(*self._rows(operation), ranges)
+            if self._touchable(operation):
+                entrywise = entrywise + beyond
+            else:
+                others = others + beyond
+        terms = 2 * len(self.operations) + 4
+        loss = torch.maximum(simple, curved - inflate(others + entrywise, terms))
+        loss = torch.maximum(loss, self._touching(loss, ranges) - inflate(others, terms))
         ranges.known.clear()  # what is known refers back to the ranges, and these hold gigabytes
-        loss = torch.maximum(simple, curved - inflate(beyond, 2 * len(self.operations) + 4))
         lower = self.at_point + loss - 4 * torch.finfo(loss.dtype).eps * (self.at_point.abs() + loss.abs())
         inside = torch.where(lower >= 0, radii.unsqueeze(1), torch.minimum(inside, radii.unsqueeze(1)))
         return lower, inside.amin(1)
+
+    def _touchable(self, operation: Operation) -> TypeGuard[SmoothPointwise | Relu]:
+        """Parabolas of smooth activations bend, and are no good in balls whose corners are far away."""
+        return isinstance(operation, Relu) or (isinstance(operation, SmoothPointwise) and self._ball is None)
+
+    def _touching(self, loss: Tensor, ranges: Ranges) -> Tensor:
+        """What activations and the second order make of the margins at most, where `loss` leaves little of them."""
+        found = torch.full_like(loss, -torch.inf)
+        activations = [each for each in self.operations if self._touchable(each)]
+        proved, size = self.at_point + loss, self.at_point.abs()
+        worth = (proved <= LITTLE * size) & (proved >= HOPELESS * size)
+        balls, rows = worth.nonzero().unbind(1)
+        if not activations or not len(balls):
+            return found
+        assert self._quadratic is not None
+        assert self._plain is not None
+        points = torch.stack([self._quadratic.smallest_at(radius, self._ball) for radius in ranges.own])[balls, rows]
+        touching = Touching([(each, *self._rows(each)) for each in activations], ranges, self._plain)
+        found[balls, rows] = touching.lower(Cases(balls, rows, points))
+        return found
 
     def _rows(self, operation: Operation) -> tuple[Tensor, Tensor]:
         """The functionals v_s of the margins, and the error of each."""
@@ -170,7 +206,8 @@ class TaylorMargin:
                 total.add(*operation.quadratic(*functionals))
             for name, (matrix, error) in operation.crossed(*functionals).items():
                 crossed.setdefault(name, Summed(torch.zeros_like(matrix))).add(matrix, error)
-        self._quadratic = Quadratic(gradient.matrix.mT, total.matrix, gradient.error, total.error)
+        self._plain = Sum(gradient.matrix.mT, total.matrix, gradient.error, total.error)
+        self._quadratic = self._plain.quadratic()
         self._crossed = [Crossed(name, each.matrix, each.error) for name, each in crossed.items()]
 
 

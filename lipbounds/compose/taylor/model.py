@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses as dc
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -32,6 +32,7 @@ from lipbounds.rounding import gamma, inflate, product
 
 
 CENTRE, INPUT = "centre", "input"
+Order = Literal[1, 2]  # to which every value is followed; margins are followed to the second in any case
 
 
 class Value:
@@ -158,24 +159,26 @@ class Value:
         return self._groups[name, groups]
 
 
-def starting_value(x: Float[Tensor, "*shape"]) -> Value:
+def starting_value(x: Float[Tensor, "*shape"], order: Order = 2) -> Value:
     """The input itself.
 
     Args:
         x: float64.
+        order: see `with_second`.
     """
     identity = torch.eye(x.numel(), dtype=x.dtype, device=x.device).reshape(-1, *x.shape)
-    return with_second({CENTRE: exact(x.unsqueeze(0)), INPUT: exact(identity)})
+    return with_second({CENTRE: exact(x.unsqueeze(0)), INPUT: exact(identity)}, order)
 
 
-def with_second(coefficients: dict[str, Coefficient]) -> Value:
+def with_second(coefficients: dict[str, Coefficient], order: Order = 2) -> Value:
     """A value that is linear in the input, followed to second order where the input is small enough.
 
     Args:
         coefficients: c and C.
+        order: 1: to first order however small the input is.
     """
     inputs = len(coefficients[INPUT].matrix)
-    if inputs <= LARGEST_SQUARE:
+    if order == 2 and inputs <= LARGEST_SQUARE:
         coefficients = coefficients | {SECOND: no_second(inputs, coefficients[CENTRE].matrix[0])}
     return Value(coefficients)
 

@@ -23,7 +23,7 @@ import torch
 
 from lipbounds.compose.rewrite import flat
 from lipbounds.compose.taylor.coefficient import exact, norm_upper
-from lipbounds.compose.taylor.model import CENTRE, INPUT, Value, starting_value, with_second
+from lipbounds.compose.taylor.model import CENTRE, INPUT, Order, Value, starting_value, with_second
 from lipbounds.compose.taylor.network import Named, Walk
 from lipbounds.compose.taylor.second import SECOND
 from lipbounds.ops.eigen import try_cholesky
@@ -50,12 +50,13 @@ class Start:
     layers: Named
 
 
-def narrow_start(network: Layer, x: torch.Tensor) -> Start:
+def narrow_start(network: Layer, x: torch.Tensor, order: Order = 2) -> Start:
     """Behind the leading linear layer that leaves the fewest numbers, if these are fewer than those of the input.
 
     Args:
         network: in float64.
         x: one input, without batch dimensions.
+        order: to which values are followed.
     """
     layers = flat([("", network)])
     count, fewest = 0, x.numel()
@@ -66,28 +67,30 @@ def narrow_start(network: Layer, x: torch.Tensor) -> Start:
         y = layer(y)
         if y.numel() < fewest:
             count, fewest = index + 1, y.numel()
-    whole = whole_start(network, x)
+    whole = whole_start(network, x, order)
     if count == 0:
         return whole
-    found = narrowed(Walk().through(layers[:count], whole.value, None))
+    found = narrowed(Walk().through(layers[:count], whole.value, None), order)
     return whole if found is None else Start(*found, layers[count:])
 
 
-def whole_start(network: Layer, x: torch.Tensor) -> Start:
+def whole_start(network: Layer, x: torch.Tensor, order: Order = 2) -> Start:
     """At the input itself.
 
     Args:
         network: in float64.
         x: one input, without batch dimensions.
+        order: to which values are followed.
     """
-    return Start(starting_value(x), 1.0, flat([("", network)]))
+    return Start(starting_value(x, order), 1.0, flat([("", network)]))
 
 
-def narrowed(value: Value) -> tuple[Value, float] | None:
+def narrowed(value: Value, order: Order = 2) -> tuple[Value, float] | None:
     """A value that is linear in h as a function of w, with the bound on |w| / |h|; None where that loses too much.
 
     Args:
         value: without remainders, with fewer entries than columns.
+        order: to which values are followed.
     """
     linear = value.linear
     matrix = linear.matrix.flatten(1).mT
@@ -108,4 +111,4 @@ def narrowed(value: Value) -> tuple[Value, float] | None:
     if not (float(off) < 0.5 and stretch <= LARGEST_STRETCH):
         return None
     columns = exact(factor.mT.reshape(len(factor), *value.centre.shape).contiguous())
-    return with_second({CENTRE: value.coefficients[CENTRE], INPUT: columns}), stretch
+    return with_second({CENTRE: value.coefficients[CENTRE], INPUT: columns}, order), stretch

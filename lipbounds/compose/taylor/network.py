@@ -13,12 +13,13 @@ from torch import Tensor
 
 from lipbounds.compose.reading import ReadResidual, acts_by_token
 from lipbounds.compose.rewrite import FeedForward, FoldedAttention, FoldedLinear, flat
+from lipbounds.compose.taylor.activated import activated
 from lipbounds.compose.taylor.bilinear import Bilinear
 from lipbounds.compose.taylor.coefficient import Coefficient, Map
 from lipbounds.compose.taylor.model import CENTRE, INPUT, Value
 from lipbounds.compose.taylor.normalization import Normalize
 from lipbounds.compose.taylor.operation import Operation
-from lipbounds.compose.taylor.pointwise import activated, pointwise
+from lipbounds.compose.taylor.pointwise import pointwise
 from lipbounds.compose.taylor.rounded import Rounded, needs_rounding
 from lipbounds.compose.taylor.second import SECOND
 from lipbounds.compose.taylor.softmax import Softmax

@@ -12,6 +12,8 @@ gap): their errors only weaken the bound. That A is positive semidefinite is ver
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -22,7 +24,7 @@ from lipbounds.ops.eigen import eigen, try_cholesky
 from lipbounds.rounding import gamma, inflate
 
 
-BISECTIONS, TRIES, STEPS = 60, 60, 64
+BISECTIONS, TRIES, STEPS = 60, 60, 24
 
 
 class Quadratic:
@@ -52,9 +54,9 @@ class Quadratic:
         self._eigenvalues, vectors = eigen((small + small.mT) / 2)
         self._vectors = basis @ vectors
         self._rotated = torch.einsum("cab,ca->cb", self._vectors, slopes)
-        self._lowest = self._smallest_eigenvalue()
 
-    def _smallest_eigenvalue(self) -> Tensor:
+    @cached_property
+    def _lowest(self) -> Tensor:
         """Verified lower bound on the smallest eigenvalue of each H, at most 0.
 
         If the Cholesky factorisation of H + s I runs to its end, H + s I + D is positive semidefinite with
@@ -100,10 +102,24 @@ class Quadratic:
         steep = inflate(ball.dual(self._slopes) + ball.dual_error(self._slope_error), 4)
         return -inflate(radii * steep + radii.square() * bent, 8).nan_to_num(nan=torch.inf, posinf=torch.inf)
 
-    def _lower(self, radius: Tensor) -> Tensor:
-        mu = self._multiplier(radius)
+    def smallest_at(self, radius: Float[Tensor, ""], ball: Ball | None = None) -> Float[Tensor, "rows inputs"]:
+        """Where each row is nearly smallest in the ball; finite, but neither exactly there nor exactly inside.
+
+        Args:
+            radius: of the ball.
+            ball: its shape; None: Euclidean. For others the second order is left out.
+        """
+        if ball is not None:
+            return -radius * ball.steepest(self._slopes)
+        return self._nearly_smallest(self._multiplier(radius, self._eigenvalues[:, 0].clamp(max=0)))
+
+    def _nearly_smallest(self, mu: Tensor) -> Tensor:
         y = -torch.einsum("cab,cb->ca", self._vectors, self._rotated / (self._eigenvalues + mu[:, None]))
-        y = torch.where(y.isfinite().all(1, keepdim=True), y, 0.0)
+        return torch.where(y.isfinite().all(1, keepdim=True), y, 0.0)
+
+    def _lower(self, radius: Tensor) -> Tensor:
+        mu = self._multiplier(radius, self._lowest)
+        y = self._nearly_smallest(mu)
         mu = torch.maximum(mu, (-self._lowest).clamp(min=0) * (1 + gamma(4)))
         image = torch.einsum("cab,cb->ca", self._matrices, y) + mu[:, None] * y
         length = norm_upper(y)
@@ -114,9 +130,14 @@ class Quadratic:
         loss = loss + self._slope_error * radius + self._matrix_error * radius.square() / 2
         return -inflate(loss, 32).nan_to_num(nan=torch.inf, posinf=torch.inf)
 
-    def _multiplier(self, radius: Tensor) -> Tensor:
-        """mu with |y| = radius, by bisection in logarithms above the smallest admissible one; 0 where y is inside."""
-        lowest = (-self._lowest).clamp(min=0)
+    def _multiplier(self, radius: Tensor, smallest: Tensor) -> Tensor:
+        """mu with |y| = radius, by bisection in logarithms above the smallest admissible one; 0 where y is inside.
+
+        Args:
+            radius: of the ball.
+            smallest: eigenvalue of each H, at most 0.
+        """
+        lowest = (-smallest).clamp(min=0)
         size = self._rotated.norm(dim=1)
         low = lowest + 1e-12 * self._size + TINY
         high = lowest + size / radius + self._size + TINY
