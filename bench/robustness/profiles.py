@@ -43,6 +43,8 @@ PROFILES = {
 STANDARD_MODELS = (
     *((name, seed) for seed in range(5) for name in ("jasmin tuned 0.3", CONTROL)),
     (BASELINE, 0),
+    ("pgd tuned", 0),
+    ("pgd-jasmin tuned 0.3", 0),
 )
 FULL_SETTINGS = (BASELINE, "jasmin 0.03", "jasmin 0.3", "jasmin 3", "jasmin-0 0.3", "spectral 0.1", *TUNED)
 # Of images of 28 x 28 pixels (bench/robustness/studies.py).
@@ -60,7 +62,7 @@ LARGER_PROFILES = {
     ),
     # Few weights rather than few seeds: penalties from a random start, and a baseline trained on with penalties, PGD or
     # both and, as the control, with neither. AutoAttack, which costs most, on all seeds of JaSMin and of the control
-    # that it is compared with, and on one baseline.
+    # that it is compared with, and on one baseline and one of each that was trained with PGD, where most images stand.
     "standard": Profile(
         settings=(BASELINE, "jasmin 0.03", "jasmin-0 0.3", "spectral 0.1", *TUNED),
         seeds=(0, 1, 2, 3, 4),
