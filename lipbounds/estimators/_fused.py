@@ -25,34 +25,38 @@ class FusedOperator(JacobianOperator):
     """`JacobianOperator` that is faster where the target is self-attention without QK-norm.
 
     Args:
-        target: the target.
+        target: the target; `products` are what makes it faster, None for another one.
     """
 
     def __init__(self, target: Target) -> None:
         super().__init__(target)
-        self._fused: _Products | None = None
+        self.products: Products | None = None
         if isinstance(self.target, Attention) and _is_covered(self.target):
-            self._fused = _Products(self.target)
+            self.products = Products(self.target)
             assert self._roundoff is not None
-            self._roundoff.operations += 2 * self._fused.longest_sum
+            self._roundoff.operations += 2 * self.products.longest_sum
 
     def jvp(self, v: Tensor) -> Tensor:
-        if self._fused is None:
+        if self.products is None:
             return super().jvp(v)
-        return self._flat(self._fused.jvp(self._item(v, self._in_shape)), self._out_shape) / self.scale[..., None]
+        return self._flat(self.products.jvp(self._item(v, self._in_shape)), self._out_shape) / self.scale[..., None]
 
     def vjp(self, u: Tensor) -> Tensor:
-        if self._fused is None:
+        if self.products is None:
             return super().vjp(u)
-        return self._flat(self._fused.vjp(self._item(u, self._out_shape)), self._in_shape) / self.scale[..., None]
+        return self._flat(self.products.vjp(self._item(u, self._out_shape)), self._in_shape) / self.scale[..., None]
 
 
 def _is_covered(block: Attention) -> bool:
     return block.query_norm is None and block.memory is None and block.queries_at is None
 
 
-class _Products:
-    """Both products of one block, or of a batch of inputs or of weights."""
+class Products:
+    """Both products of one block, or of a batch of inputs or of weights.
+
+    Args:
+        block: in float64.
+    """
 
     def __init__(self, block: Attention) -> None:
         self.heads, dim, self.width = block.w_q.shape[-3:]
@@ -70,7 +74,11 @@ class _Products:
 
     def jvp(self, tangent: Tensor) -> Tensor:
         """J v; extra leading dimensions are directions."""
-        parts = (tangent @ self.weights).split(self.sizes, -1)
+        return self.after_weights(tangent @ self.weights)
+
+    def after_weights(self, projected: Tensor) -> Tensor:
+        """J v from v W."""
+        parts = projected.split(self.sizes, -1)
         queries, keys, values = (part.unflatten(-1, (self.heads, -1)).transpose(-3, -2) for part in parts)
         queries, keys = rotate(queries, self.query_rotation), rotate(keys, self.key_rotation)
         own = self.queries.expand_as(queries), self.keys.expand_as(keys)
@@ -80,14 +88,17 @@ class _Products:
 
     def vjp(self, cotangent: Tensor) -> Tensor:
         """J^T u, likewise."""
+        # `weights` carry the scale of the first part; keys did not.
+        return self.before_weights(cotangent) @ self.weights.mT
+
+    def before_weights(self, cotangent: Tensor) -> Tensor:
+        """What W^T makes J^T u of."""
         image = (cotangent @ self.output.mT).unflatten(-1, (self.heads, -1)).transpose(-3, -2)
         change = self._softmax_derivative(image @ self.values.mT)
         by_query = rotate_back(change @ self.keys, self.query_rotation)
         by_key = rotate_back(change.mT @ self.queries, self.key_rotation)
         parts = (by_query, by_key, self.maps.mT @ image)
-        joined = torch.cat([part.transpose(-3, -2).flatten(-2) for part in parts], -1)
-        # `weights` carry the scale of the first part; keys did not.
-        return joined @ self.weights.mT
+        return torch.cat([part.transpose(-3, -2).flatten(-2) for part in parts], -1)
 
     def _softmax_derivative(self, change: Tensor) -> Tensor:
         weighted = self.maps * change

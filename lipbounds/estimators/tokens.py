@@ -66,7 +66,11 @@ class _OneToken:
         return v.unsqueeze(-2) * self._own
 
     def gram(self, v: Float[Tensor, "count *batch size"]) -> Float[Tensor, "count *batch size"]:
-        """The product with J_j^T J_j."""
+        """The product with J_j^T J_j; only the row of token j is multiplied with the weights."""
+        if (products := self.operator.products) is not None:
+            image = products.after_weights((v.unsqueeze(-2) @ products.weights) * self._own)
+            row = (products.before_weights(image) * self._own).sum(-2, keepdim=True) @ products.weights.mT
+            return row.squeeze(-2) / self.operator.scale.square()[..., None]
         image = self.operator.vjp(self.operator.jvp(self.whole(v).flatten(-2)))
         return (image.unflatten(-1, self.block.moving_input.shape[-2:]) * self._own).sum(-2)
 
