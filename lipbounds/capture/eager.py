@@ -13,7 +13,7 @@ from lipbounds.capture.blocks import Call
 from lipbounds.capture.decompositions import softmax_dim
 from lipbounds.capture.entries import Tracer
 from lipbounds.capture.fused import traced_call
-from lipbounds.capture.masks import additive
+from lipbounds.capture.masks import most_negative
 from lipbounds.capture.operands import Layout
 from lipbounds.capture.projections import product_operands
 from lipbounds.capture.recorder import Recorder
@@ -199,7 +199,7 @@ def _affine(recorder: Recorder, found: Map) -> tuple[Tensor, Tensor]:
     if bool((filled & (bias > FILL_IS_HIDDEN_BELOW)).any()):
         rule = f"a masked logit must be filled with at most {FILL_IS_HIDDEN_BELOW:g}"
         raise unsupported(recorder.module, f"{rule}, got {float(bias[filled].max()):g}")
-    bias = additive(bias.masked_fill(filled, -torch.inf), torch.float64)
+    bias = bias.masked_fill(filled | most_negative(bias, found.root.dtype), -torch.inf)
     return reindex(found.after, slope), reindex(found.after, bias)
 
 

@@ -12,16 +12,25 @@ from lipbounds.errors import Unsupported
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A boolean mask (True = keep) or an additive one, as an additive one with -inf where a key is hidden.
 
-    Models write the most negative float for -inf. Half of it and less is taken as such: its exponential is zero.
-
     Raises:
         Unsupported: the mask is a tensor of a kind that holds its entries in a way of its own.
     """
     mask = _plain(mask)
     if mask.dtype == torch.bool:
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
-    hidden = mask <= torch.finfo(mask.dtype).min / 2
-    return mask.to(dtype).masked_fill(hidden, -torch.inf)
+    return mask.to(dtype).masked_fill(most_negative(mask, mask.dtype), -torch.inf)
+
+
+def most_negative(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Which entries are -inf, or what models write for it: the most negative float, in sums with others.
+
+    Half of it and less is taken as such: its exponential is zero.
+
+    Args:
+        mask: additive.
+        dtype: of the logits of the model.
+    """
+    return mask <= torch.finfo(dtype).min / 2
 
 
 def _plain(mask: Tensor) -> Tensor:

@@ -181,6 +181,20 @@ def test_written_out_attention_gives_the_same_blocks(name: str) -> None:
         )
 
 
+@pytest.mark.parametrize("name", ["Bert", "GPT2"])
+def test_what_a_model_writes_for_minus_infinity_is_that(name: str) -> None:
+    """The most negative float32 in a mask that is added, also in blocks that are read in float64."""
+    model, inputs = hub_model(name).float(), hub_inputs(name, padded=True)
+    calls = run(model, **inputs)
+    model.set_attn_implementation("eager")
+    for call, written in zip(calls, run(model, **inputs), strict=True):
+        masks = [block.attention.mask for block in (call, written)]
+        assert masks[0] is not None
+        assert masks[1] is not None
+        assert bool(masks[0].isneginf().any())
+        assert masks[1].masked_fill(masks[1].isneginf(), 0.0).abs().max() == 0
+
+
 @pytest.mark.parametrize(("dtype", "largest"), [(torch.float64, 1e-13), (torch.float32, 5e-6)])
 def test_a_pretrained_encoder_is_captured_with_its_own_weights(dtype: torch.dtype, largest: float) -> None:
     model = transformers.BertModel.from_pretrained(minilm_folder(), dtype=dtype)

@@ -22,7 +22,7 @@ from lipbounds.derivatives.ball.logits import SIZE_SLACK, logit_radius, size_err
 from lipbounds.derivatives.ball.odds_rows import OddsRows
 from lipbounds.derivatives.ball.turned_logits import turned_odds_gain
 from lipbounds.derivatives.ball.turned_rows import is_turned
-from lipbounds.derivatives.rounding.logits import logit_error
+from lipbounds.derivatives.rounding.logits import key_logit_error
 from lipbounds.ops.interval import SoftmaxInterval, softmax_interval
 from lipbounds.ops.spectral import never_nan, root
 from lipbounds.rounding import EXP_ULPS, UNIT_ROUNDOFF, gamma
@@ -55,7 +55,7 @@ def log_odds_gain(block: Attention, radius: float | Float[Tensor, "*#batch"]) ->
     # Any row q proves the bound, at the cost of its divergence from the exact one: at most the largest |log| of their
     # ratio, 2 eta and the roundings of the softmax, whose exponents are rounded by at most 745 u each.
     rounded = (8 * block.logits.shape[-1] + 8 * EXP_ULPS + 4096) * UNIT_ROUNDOFF
-    gain = moved + 4 * logit_error(block).unsqueeze(-1) + rounded
+    gain = moved + 4 * key_logit_error(block) + rounded
     return torch.where(rows.known, never_nan(gain), torch.inf)
 
 

@@ -16,7 +16,7 @@ from lipbounds.derivatives.ball.turned_logits import turned_logit_radius
 from lipbounds.derivatives.ball.turned_rows import is_turned
 from lipbounds.derivatives.logit_changes import change_by_keys, change_by_queries, key_norm, query_norm
 from lipbounds.derivatives.norms import combine_heads, value_norm
-from lipbounds.derivatives.rounding.logits import logit_error
+from lipbounds.derivatives.rounding.logits import key_logit_error
 from lipbounds.ops._rows import SMALLEST_NORMAL
 from lipbounds.ops.interval import SoftmaxInterval, g_interval_upper, softmax_interval
 from lipbounds.ops.nonnegative import nonnegative_norm_upper
@@ -90,7 +90,7 @@ def logit_radius(block: Attention, radius: float | Float[Tensor, "*#batch"]) -> 
             change = torch.where(block.queries_at.unsqueeze(-1) == tokens, together, apart)
     rounded = abs(block.scale_value) * (change + eps * size_error(block)) * (1 + SIZE_SLACK)
     shape = broadcast_shape((rounded.shape, block.logits.shape))
-    return rounded.expand(shape) + logit_error(block).unsqueeze(-1)
+    return rounded.expand(shape) + key_logit_error(block)
 
 
 def size_error(block: Attention) -> Float[Tensor, "*batch heads 1 1"]:

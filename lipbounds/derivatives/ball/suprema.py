@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lipbounds.derivatives.ball.log_odds import maps_interval
 from lipbounds.derivatives.ball.rows import Queries, Rows
-from lipbounds.derivatives.rounding.logits import logit_error
+from lipbounds.derivatives.rounding.logits import key_logit_error
 from lipbounds.ops.capped_mean import largest_mean, threshold
 from lipbounds.ops.eigen import eigen, largest_eigenvalue
 from lipbounds.ops.interval import SoftmaxInterval, g_interval_upper, softmax_interval, variance_interval_upper
@@ -69,7 +69,7 @@ def rounding_of_maps(block: Attention) -> Float[Tensor, "*#batch heads n m"]:
         block: in float64.
     """
     with torch.no_grad():
-        error = logit_error(block).unsqueeze(-1).expand(block.logits.shape)
+        error = key_logit_error(block)
         return _away(block, softmax_interval(block.logits, error))
 
 

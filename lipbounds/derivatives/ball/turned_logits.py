@@ -23,7 +23,7 @@ from lipbounds.derivatives.ball.reach import reaches
 from lipbounds.derivatives.ball.turned_rows import PulledKeys, chunks, gradient_error
 from lipbounds.derivatives.cache import cached_per_block
 from lipbounds.derivatives.first.pulled_queries import PulledQueries
-from lipbounds.derivatives.rounding.logits import key_error, logit_error, query_error
+from lipbounds.derivatives.rounding.logits import key_error, key_logit_error, query_error
 from lipbounds.ops._rows import SMALLEST_NORMAL
 from lipbounds.ops.shapes import broadcast_shape
 from lipbounds.ops.spectral import root, vector_norm
@@ -76,7 +76,7 @@ def turned_logit_radius(block: Attention, radius: float | Float[Tensor, "*#batch
     if block.query_norm is not None:
         change = torch.minimum(change, bends.whole)
     change = change * (1 + SIZE_SLACK)
-    return change.expand(broadcast_shape((change.shape, block.logits.shape))) + logit_error(block).unsqueeze(-1)
+    return change.expand(broadcast_shape((change.shape, block.logits.shape))) + key_logit_error(block)
 
 
 def turned_odds_gain(block: Attention, radius: float | Float[Tensor, "*#batch"]) -> Float[Tensor, "*out heads n m"]:

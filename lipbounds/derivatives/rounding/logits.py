@@ -4,7 +4,8 @@ With K = 2 D + d + 6 each logit of row i is off by at most
 
     eta_i = gamma(K) s ||[x_i 1]|| ||[W_Q; b_Q]||_F ||[W_K; b_K]||_F max_j ||[x_j 1]||  +  2 u max_j |B_ij|,
 
-so each P_ij by a factor in [e^-2 eta, e^2 eta]. Rotary positions, QK-norm and the proof: docs/derivatives.md, section
+so each P_ij by a factor in [e^-2 eta, e^2 eta], but for keys that the mask B holds so far below others that P_ij is 0
+up to underflow; they do not count in eta. Rotary positions, QK-norm and the proof: docs/derivatives.md, section
 10.
 """
 
@@ -28,12 +29,15 @@ def _untracked(function: Callable[[Attention], Tensor]) -> Callable[[Attention],
 
     @functools.wraps(function)
     def untracked(block: Attention) -> Tensor:
-        if block.query_norm is not None:
+        if block.query_norm is not None or block.logit_bias is not None:
             _ = block.queries, block.keys
         with torch.no_grad():
             return function(block)
 
     return untracked
+
+
+LARGE_MASK = -(2.0**40)  # above it the rounding of a masked logit is below 2^-11, and need not be looked at
 
 
 @_untracked
@@ -46,9 +50,42 @@ def logit_error(block: Attention) -> Float[Tensor, "*batch heads n"]:
     error = abs(block.scale_value) * _product_error(block)
     if block.logit_bias is not None:  # a causal mask alone adds nothing to what is visible, and is not made
         assert block.mask is not None
-        visible = torch.where(block.mask.isneginf(), 0.0, block.mask).abs().amax(-1)
-        error = error + 2 * UNIT_ROUNDOFF * visible
+        hidden = block.mask.isneginf() | _far_below(block)
+        error = error + 2 * UNIT_ROUNDOFF * torch.where(hidden, 0.0, block.mask).abs().amax(-1)
     return error * (1 + 1e-9)  # pays for the rounding in this very formula
+
+
+@_untracked
+def key_logit_error(block: Attention) -> Float[Tensor, "*batch heads n m"]:
+    """The same for each key, for what moves so far that a key matters which does not at the centre of a ball.
+
+    Args:
+        block: in float64.
+    """
+    error = logit_error(block).unsqueeze(-1)
+    if block.logit_bias is None:
+        return error.expand(block.logits.shape)
+    assert block.mask is not None
+    own = torch.where(_far_below(block), block.mask, 0.0).abs()
+    return (error + 2 * UNIT_ROUNDOFF * own * (1 + 1e-9)).expand(block.logits.shape)
+
+
+def _far_below(block: Attention) -> Tensor:
+    """Keys that a mask holds so far below another key of the row that their weight is below 2^-1022, and computed as 0.
+
+    Such as the most negative float, which models write for -inf. |s <q, k>| of any key is at most R.
+    """
+    assert block.mask is not None
+    rows = _largest_product(block).unsqueeze(-1)
+    largest = block.mask.amax(-1, keepdim=True)
+    return (block.mask < LARGE_MASK) & (block.mask - largest < -(1024 + 4 * rows))
+
+
+def _largest_product(block: Attention) -> Float[Tensor, "*batch heads n"]:
+    """R of each row, and more than what rounding makes of it."""
+    query_off, key_off = query_error(block), key_error(block)
+    queries, keys = block.queries.norm(dim=-1) + query_off, (block.keys.norm(dim=-1) + key_off).amax(-1, keepdim=True)
+    return 2 * abs(block.scale_value) * queries * keys
 
 
 def _product_error(block: Attention) -> Float[Tensor, "*batch heads n"]:
