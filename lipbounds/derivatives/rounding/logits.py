@@ -73,10 +73,10 @@ def key_logit_error(block: Attention) -> Float[Tensor, "*batch heads n m"]:
 def _far_below(block: Attention) -> Tensor:
     """Keys that a mask holds so far below another key of the row that their weight is below 2^-1022, and computed as 0.
 
-    Such as the most negative float, which models write for -inf. |s <q, k>| of any key is at most R.
+    Such as the most negative float, which models write for -inf. |s <q, k>| of any key and head is at most R.
     """
     assert block.mask is not None
-    rows = _largest_product(block).unsqueeze(-1)
+    rows = _largest_product(block).amax(-2, keepdim=True).unsqueeze(-1)  # of all heads: as few entries as the mask
     largest = block.mask.amax(-1, keepdim=True)
     return (block.mask < LARGE_MASK) & (block.mask - largest < -(1024 + 4 * rows))
 
