@@ -176,3 +176,17 @@ def test_chords_gain_in_other_norms(norm: Norm, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(taylor_margin, "HOPELESS", -torch.inf)
     monkeypatch.setattr(taylor_margin, "LITTLE", torch.inf)
     assert bool((TaylorMargin(whole, x, 0, norm=norm).lower(radii)[0] > entry_by_entry).all())
+
+
+@pytest.mark.usefixtures("as_a_user_runs_it")
+@pytest.mark.parametrize("norm", ["l2", "l_inf", "l1"])
+@pytest.mark.parametrize("size", [1e-140, 1e-151, 1e-154])
+def test_tiny_inputs_of_relu_under_huge_weights(norm: Norm, size: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The margin 1 - relu(t x) / t falls to 1 - r, whatever t: no floor under tiny numbers may flatten a chord."""
+    monkeypatch.setattr(taylor_margin, "LITTLE", torch.inf)
+    first, last = (torch.tensor(w, dtype=torch.float64) for w in ([[size]], [[0.0], [1 / size]]))
+    head = Linear(last, torch.tensor([1.0, 0.0], dtype=torch.float64))
+    whole = Sequence((Linear(first), Pointwise("relu"), Flatten(), head))
+    margin = TaylorMargin(whole, torch.zeros(1, 1, dtype=torch.float64), 0, norm=norm)
+    radii = torch.tensor([1e-3, 0.1, 1.0], dtype=torch.float64)
+    assert bool((margin.lower(radii)[:, 0] <= 1 - radii + SLACK).all())

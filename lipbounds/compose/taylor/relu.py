@@ -158,5 +158,6 @@ def _chords(there: Tensor, bottom: Tensor, top: Tensor) -> Above:
         bottom: z is not below, nor 0.
         top: z is not above, nor 0.
     """
-    slope = top / (top - bottom).clamp(min=TINY)
+    # Only where both are 0, which nothing leaves, is there no chord: tiny numbers may meet huge weights.
+    slope = torch.where(top == bottom, 1.0, top / (top - bottom))
     return Above(slope * (there - bottom), slope, torch.zeros_like(there), slope)
