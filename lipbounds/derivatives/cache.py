@@ -16,6 +16,7 @@ from lipbounds.targets.attention import Attention
 
 Found = TypeVar("Found")
 Given = ParamSpec("Given")
+_originals: MutableMapping[Attention, weakref.ref[Attention]] = weakref.WeakKeyDictionary()
 _by_head: list[MutableMapping[Attention, Tensor]] = []  # what each function of `cached_by_head` has found
 
 
@@ -55,6 +56,24 @@ def hand_to_heads(block: Attention, alone: Attention, heads: slice) -> None:
             found[alone] = found[block][heads].unsqueeze(1)
 
 
+def copy_of(block: Attention) -> Attention:
+    """The same block, for what is kept for it to refer to: both share what is found, and the copy keeps no block alive.
+
+    Args:
+        block: that takes part in no gradient.
+    """
+    copy = block.replace()
+    copy.__dict__["_norms"] = block.weight_norms
+    _originals[copy] = weakref.ref(block)
+    return copy
+
+
+def _original(block: Attention) -> Attention:
+    """What a copy is of, as long as that lives; another block itself."""
+    original = _originals[block]() if block in _originals else None
+    return block if original is None else original
+
+
 def _cached(
     function: Callable[Concatenate[Attention, Given], Found], found: MutableMapping[Attention, Found]
 ) -> Callable[Concatenate[Attention, Given], Found]:
@@ -62,9 +81,10 @@ def _cached(
     def cached(block: Attention, *args: Given.args, **kwargs: Given.kwargs) -> Found:
         if torch.is_grad_enabled() and is_tracked(block):
             return function(block, *args, **kwargs)
-        if block not in found:
-            found[block] = function(block, *args, **kwargs)
-        return found[block]
+        key = _original(block)
+        if key not in found:
+            found[key] = function(block, *args, **kwargs)
+        return found[key]
 
     return cached
 

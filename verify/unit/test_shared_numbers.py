@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +13,8 @@ import torch
 import lipbounds
 from lipbounds import Attention
 from lipbounds.bounds import covariance
+from lipbounds.derivatives import cache
+from lipbounds.derivatives.ball import turned_logits
 from lipbounds.derivatives.first import differential_parts
 from lipbounds.ops import spectral
 from lipbounds.report.heads import heads_alone
@@ -104,3 +108,30 @@ def test_heads_alone_solve_no_eigenproblem_that_their_block_has_solved(monkeypat
     assert calls == [2]
     exact(heads_alone(block.replace()))
     assert calls == [4]
+
+
+@torch.no_grad()
+def test_bounds_on_a_ball_share_gradients_of_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    bounds = lipbounds.get("sharp_ball.direct"), lipbounds.get("yudin2025_ball.biased")
+    block = turned_block()
+    alone = [bound(block.replace(), radius=0.1).value for bound in bounds]
+    calls = counted(monkeypatch, turned_logits, "_chunk")
+    found = [bound(block, radius=0.1).value for bound in bounds]
+    assert calls == [1]
+    assert found == alone
+
+
+def test_a_copy_shares_what_is_found_and_keeps_no_block_alive() -> None:
+    calls = []
+    found = cache.cached_per_block(lambda block: calls.append(block.heads))
+    block = random_block()
+    copy = cache.copy_of(block)
+    found(copy)
+    found(block)
+    assert calls == [2]
+    known = weakref.ref(block)
+    del block
+    gc.collect()
+    assert known() is None
+    found(copy)
+    assert calls == [2, 2]

@@ -30,7 +30,7 @@ from lipbounds.derivatives.ball.suprema import (
     stacked_queries,
 )
 from lipbounds.derivatives.ball.turned_rows import TurnedTokens, is_turned
-from lipbounds.derivatives.cache import cached_per_block, is_tracked
+from lipbounds.derivatives.cache import cached_per_block, copy_of, is_tracked
 from lipbounds.ops.spectral import root, spectral_norm_upper, vector_norm
 from lipbounds.rounding import inflate
 from lipbounds.targets.attention import Attention
@@ -80,7 +80,7 @@ def centre_of(block: Attention) -> Centre:
     """
     # Of a copy, as what is kept for a block must not keep that block alive.
     tracked = torch.is_grad_enabled() and is_tracked(block)
-    return Centre(block if tracked else block.replace())
+    return Centre(block if tracked else copy_of(block))
 
 
 class BallDerivatives:
