@@ -15,12 +15,16 @@ import torch
 
 from bench.engine.answers import Shown
 from bench.engine.evaluate import TimeLimitReached, limited
+from bench.engine.records import content_hash
 from bench.engine.store import Answer, Store
+from bench.engine.store_file import Entry
 from bench.pretrained.measures import versions
 from bench.pretrained.workloads import Pretrained, short_workloads
 from bench.workloads.case import Case
 from bench.workloads.radii import Multiple
 from lipbounds import registry
+from lipbounds.bound_spec import NOT_COVERED
+from lipbounds.claims import FEATURES
 from lipbounds.errors import Unsupported
 
 
@@ -93,8 +97,16 @@ def run(
                         **{"layer": case.layer, "relative": relative, "bound": name, "bounds": versions((name,))},
                         "options": dict(OPTIONS.get(name, {})),
                     }
-                    answers.ask(place, functools.partial(_on_ball, case, name, relative), force=force)
+                    again = force or _is_covered_now(answers.entries.get(content_hash(place)), name)
+                    answers.ask(place, functools.partial(_on_ball, case, name, relative), force=again)
             case.release()
+
+
+def _is_covered_now(known: Entry | None, name: str) -> bool:
+    """Whether the bound refused a block in an answer for features that it supports by now: its version stays then."""
+    refused = "" if known is None else known.flat.get("refused", "")
+    named = {feature for feature in FEATURES if f"{feature} ({FEATURES[feature]})" in refused}
+    return NOT_COVERED in refused and bool(named) and named <= registry.get(name).supports
 
 
 def _on_ball(case: Case, name: str, relative: float) -> Answer:

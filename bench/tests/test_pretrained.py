@@ -15,6 +15,7 @@ import torch
 
 from bench import __main__ as program
 from bench.engine.evaluate import TimeLimitReached, limited
+from bench.engine.store_file import Entry
 from bench.pretrained import balls, task
 from bench.pretrained.balls_command import report
 from bench.pretrained.measures import distribution, norms, sinks, theta_lower, theta_upper, without_sinks
@@ -22,6 +23,8 @@ from bench.pretrained.workloads import Pretrained, short_workloads, workloads
 from bench.tests.samples import tiny_block
 from bench.workloads.case import Case
 from bench.workloads.random_blocks import random_blocks
+from lipbounds.bound_spec import NOT_COVERED
+from lipbounds.claims import FEATURES
 from lipbounds.targets.attention import Attention
 
 
@@ -142,6 +145,16 @@ def test_bounds_on_balls_stand_above_what_ascent_reached_and_refusals_are_named(
     at |= {name: {"refused": "It has biases."} for name in balls.UPPERS}
     assert balls.violations(data) == []
     assert "- a: It has biases.\n" in report(data, "command", "records", [])
+
+
+@pytest.mark.parametrize(("name", "again"), [("yudin2025_ball.biased", True), ("hu2024.ball", False)])
+def test_what_was_refused_for_a_feature_that_is_supported_by_now_is_asked_again(name: str, again: bool) -> None:
+    told = "; ".join(f"{feature} ({FEATURES[feature]})" for feature in ("biases", "rotary"))
+    refused = Entry(question={}, answer={"refused": f"{name} {NOT_COVERED} {told}; choose."}, environment="")
+    assert balls._is_covered_now(refused, name) == again
+    for answer in ({"value": 1.0}, {"refused": f"`{name}` had no result after 60 s of processor time."}):
+        assert not balls._is_covered_now(Entry(question={}, answer=answer, environment=""), name)
+    assert not balls._is_covered_now(None, name)
 
 
 def test_a_bound_that_takes_too_long_is_named_with_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
