@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lipbounds.devices import waits_for
+from lipbounds.devices import is_transformed, waits_for
 from lipbounds.ops.spectral import never_nan, power_of_two, product_norm_upper, root
 from lipbounds.rounding import gamma
 
@@ -28,7 +28,7 @@ def largest_product_norm(
 ) -> Float[Tensor, "*batch"]:
     """max_i of ||C_i W|| + off_i, rounded up: the number that `product_norm_upper` of all of them gives.
 
-    All norms are made where a gradient is wanted, or where the host would wait for a device.
+    All norms are made where a gradient is wanted, inside of a transform, or where the host would wait for a device.
 
     Args:
         matrices: C_i, float64, finite.
@@ -36,7 +36,7 @@ def largest_product_norm(
         off: >= 0.
     """
     tracked = torch.is_grad_enabled() and (matrices.requires_grad or weights.requires_grad or off.requires_grad)
-    if tracked or waits_for(matrices):
+    if tracked or waits_for(matrices) or is_transformed(matrices) or is_transformed(weights):
         return (product_norm_upper(matrices, weights.unsqueeze(-3)) + off).amax(-1)
     batch, count = matrices.shape[:-3], matrices.shape[-3]
     flat, flat_off = matrices.flatten(0, -3), off.expand(*batch, count).flatten()

@@ -75,3 +75,9 @@ def test_few_norms_are_made_and_all_where_a_gradient_is_wanted(monkeypatch: pyte
     torch.testing.assert_close(found.detach(), expected, rtol=1e-12, atol=0)
     found.sum().backward()
     assert weights.grad is not None
+
+
+def test_inside_of_a_transform_all_norms_are_made() -> None:
+    matrices, weights, off = draw(3, 12, 5, 4), draw(4, 9), torch.zeros(12).double()
+    found = torch.func.vmap(lambda one: largest_product_norm(one, weights, off))(matrices)
+    torch.testing.assert_close(found, largest_product_norm(matrices, weights, off.expand(3, 12)), rtol=1e-12, atol=0)
