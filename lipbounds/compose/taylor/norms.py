@@ -69,5 +69,7 @@ def form_norms(part: Coefficient) -> Float[Tensor, "*shape"]:
     Args:
         part: with a column for every pair of inputs.
     """
+    if not bool(part.matrix.any()):  # in front of the first product, where no value bends yet
+        return part.sizes
     matrices, error = as_matrices(part)
     return torch.minimum(part.sizes, inflate(schatten_upper(matrices) + error, 4))
