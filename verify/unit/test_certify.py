@@ -353,3 +353,20 @@ def test_bounds_of_attention_are_for_the_methods_that_ask_them() -> None:
     for given_options in options:
         with pytest.raises(InvalidInput, match="attention names bounds for the methods 'joint' and 'product'"):
             certify(network, x, labels, attention="sharp_ball", **given_options)
+
+
+@pytest.mark.usefixtures("as_a_user_runs_it")
+@pytest.mark.parametrize("method", ["taylor", "joint"])
+def test_the_most_negative_float_hides_a_key(method: Any) -> None:
+    """The rounding of such a logit is huge, and of no weight."""
+    draw = Draw(8)
+    block, head, x = attention(draw, 3, 4, scale=0.4).block, Linear(draw(3, 4)), Draw(9)(1, 3, 4)
+    radii = []
+    for hidden in (-math.inf, torch.finfo(torch.float32).min, torch.finfo(torch.float64).min):
+        mask = torch.zeros(1, 3, 3).double()
+        mask[..., 2] = hidden
+        layer = AttentionLayer(block.replace(logit_bias=mask))
+        network = Sequence((Residual(layer), Pool("mean"), head))
+        labels = network(x).squeeze(1).argmax(1)
+        radii.append(float(certify(network, x, labels, method=method, steps=8, check=True).radius))
+    assert min(radii[1:]) > 0.99 * radii[0] > 0

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses as dc
 
+from jaxtyping import Float
 from torch import Tensor
+
+
+FAR = 760.0  # e^-760 is below the smallest float
 
 
 @dc.dataclass(frozen=True, eq=False)
@@ -26,3 +30,18 @@ class Movement:
     deviation: Tensor
     variance: Tensor
     own: Tensor
+
+
+def row_error(logits: Float[Tensor, "*rows keys"], error: Float[Tensor, "*rows keys"]) -> Float[Tensor, "*rows 1"]:
+    """Bound on the error of the logits of a row, without keys of no weight: many masks hide keys by huge logits.
+
+    What is left out has a weight below the smallest normal float in every case, and 0 as computed.
+
+    Args:
+        logits: as computed; -infinity hides a key.
+        error: of each.
+    """
+    top = logits.argmax(-1, keepdim=True)
+    below = logits - logits.gather(-1, top) + (error + error.gather(-1, top)) * (1 + 1e-9)
+    hidden = (below < -FAR) & ~logits.isneginf()
+    return error.masked_fill(hidden, 0.0).amax(-1, keepdim=True)

@@ -48,7 +48,7 @@ from torch import Tensor
 from lipbounds.compose.taylor.ball import Ball
 from lipbounds.compose.taylor.coefficient import Coefficient, largest_eigenvalue, norm_upper, weighted_product
 from lipbounds.compose.taylor.model import CENTRE, Range, Ranges, Value
-from lipbounds.compose.taylor.movement import Movement
+from lipbounds.compose.taylor.movement import Movement, row_error
 from lipbounds.compose.taylor.operation import Operation
 from lipbounds.compose.taylor.second import products
 from lipbounds.ops._rows import SMALLEST_NORMAL
@@ -79,7 +79,7 @@ class Softmax(Operation):
         probabilities = self._logits.softmax(-1)
         # e^(2 eta) - 1 <= 4 eta for 2 eta <= 1. The exponent S_j - max S is rounded, by 745 u at most: else exp is 0.
         roundings = centre.shape[-1] + 4 * EXP_ULPS + 1024
-        moved = 4 * self._logit_error.amax(-1, keepdim=True) + roundings * UNIT_ROUNDOFF
+        moved = 4 * row_error(self._logits, self._logit_error) + roundings * UNIT_ROUNDOFF
         moved = torch.where(moved < 1, moved, torch.inf)
         spread = (probabilities * moved).nan_to_num(nan=torch.inf) + SMALLEST_NORMAL
         self.map = Coefficient(probabilities.unsqueeze(0), inflate(spread, 8).clamp(max=1) * self._visible)
