@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses as dc
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from lipbounds.certify import certify
 from lipbounds.compose.taylor import TaylorMargin
 from lipbounds.compose.taylor import margin as taylor_margin
 from lipbounds.compose.taylor import model as taylor_model
@@ -190,3 +192,19 @@ def test_tiny_inputs_of_relu_under_huge_weights(norm: Norm, size: float, monkeyp
     margin = TaylorMargin(whole, torch.zeros(1, 1, dtype=torch.float64), 0, norm=norm)
     radii = torch.tensor([1e-3, 0.1, 1.0], dtype=torch.float64)
     assert bool((margin.lower(radii)[:, 0] <= 1 - radii + SLACK).all())
+
+
+@pytest.mark.usefixtures("as_a_user_runs_it")
+def test_a_margin_falls_from_where_it_really_is_though_rounding_hides_it() -> None:
+    """A sum of huge terms is about 1e-7 and computed as 0; relu passes it, and a step of 1e-10 takes it away."""
+    draw = Draw(0)
+    weight, x = draw(1, 5) * 1e9, draw(1, 5)
+    computed = (x @ weight.mT)[0]
+    terms = zip(weight[0].tolist(), x[0].tolist(), strict=True)
+    hidden = sum((Fraction(w) * Fraction(number) for w, number in terms), start=-Fraction(float(computed)))
+    assert hidden > 1e-7
+    ends = torch.tensor([[1.0], [0.0]]).double(), torch.tensor([1.0, 0.0]).double()
+    whole = Sequence((Linear(weight, -computed), Pointwise("relu"), Flatten(), Linear(*ends)))
+    found = certify(whole, x[None], torch.tensor([0]), method="taylor", largest=1e-10)
+    assert hidden < float(found.radius) * float(weight.norm())
+    assert hidden <= float(found.radius) * float(found.lipschitz[0, 1])

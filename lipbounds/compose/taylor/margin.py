@@ -98,7 +98,7 @@ class TaylorMargin:
 
     @property
     def at_point(self) -> Float[Tensor, " others"]:
-        """Lower bounds on the margins at the input."""
+        """Lower bounds on the margins at the input, but for rounding that is a remainder of its own."""
         centre = self.margins.coefficients[CENTRE]
         return centre.matrix[0] - inflate(centre.error, 2)
 

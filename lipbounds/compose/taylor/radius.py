@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lipbounds.compose.taylor.ball import Norm
 from lipbounds.compose.taylor.margin import TaylorMargin
+from lipbounds.compose.taylor.rounded import Rounded
 from lipbounds.rounding import inflate
 from lipbounds.targets.layers import Layer
 
@@ -81,7 +82,7 @@ def _search(margin: TaylorMargin, found: Found, top: float, steps: int, precisio
         steps: balls tried, at most.
         precision: by which share a radius must be larger.
     """
-    start = (0.0, float(margin.at_point.amin()))
+    start, above = (0.0, float(margin.at_point.amin())), _above_at_point(margin)
     bracket = Bracket(start, (math.inf, -math.inf))
     radii = _halving(top, min(AT_ONCE, steps)) if found.radius == 0 else [min(found.radius * (1 + precision), top)]
     while radii and radii[0] > found.radius:
@@ -90,7 +91,7 @@ def _search(margin: TaylorMargin, found: Found, top: float, steps: int, precisio
         best = int(inside.argmax())
         if float(inside[best]) > found.radius:
             radius = float(inside[best])
-            found = Found(radius, inflate((margin.at_point - lower[best]) / inside[best], 4))
+            found = Found(radius, inflate((margin.at_point - lower[best] + above) / inside[best], 4))
         bracket = bracket.narrowed(radii, lower.amin(1).tolist())
         count, (high, _) = min(AT_ONCE, steps), bracket.bad
         if found.radius == 0:
@@ -99,6 +100,22 @@ def _search(margin: TaylorMargin, found: Found, top: float, steps: int, precisio
             radius = max(bracket.between(), found.radius * (1 + precision)) if high < math.inf else top
             radii = [radius] if count and radius < high else []
     return found
+
+
+def _above_at_point(margin: TaylorMargin) -> Float[Tensor, " others"]:
+    """How far the margins at the input may be above what the lower bounds start from, so that they fall from higher.
+
+    The error of their centre moves both. Where rounding is a remainder of its own, remainders are not 0 at the input.
+
+    Args:
+        margin: the model.
+    """
+    if not any(isinstance(operation, Rounded) for operation in margin.operations):
+        return torch.zeros_like(margin.at_point)
+    ranges = margin.ranges(margin.at_point.new_zeros(1))
+    _, rest = ranges.linear_and_rest(margin.margins, 0)
+    ranges.known.clear()  # see TaylorMargin.evaluate
+    return rest[0]
 
 
 @dc.dataclass(frozen=True)
