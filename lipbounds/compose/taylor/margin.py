@@ -49,6 +49,8 @@ LARGEST_INPUT = 4096  # the Jacobian has a column for each
 class TaylorMargin:
     """A classifier at one input, prepared for balls of any radius around it.
 
+    Over 150 lines, because all lower bounds of a margin, of which the best counts, share the model and its forms.
+
     Args:
         network: in float64; one token of logits comes out.
         x: one input, without batch dimensions, in float64.
