@@ -42,14 +42,14 @@ class Profile:
 
 PROFILES = {
     "quick": Profile(inputs={"albert-rxn": 1}, sharp={"albert-rxn": (0,)}, hidden={"albert-rxn": 1}),
-    # What one core can do in a quarter of an hour.
+    # What one core can do in three quarters of an hour.
     "standard": Profile(
-        inputs={"dinov2-s at 112 px": 8, "smollm2-135m": 2, "albert-rxn": 4, "dinov2-s at 224 px": 2},
+        inputs={"dinov2-s at 112 px": 20, "smollm2-135m": 2, "albert-rxn": 4, "dinov2-s at 224 px": 20},
         sharp={"dinov2-s at 112 px": (0, 6, 11), "smollm2-135m": (0, 15, 29), "albert-rxn": (0, 6, 11)},
         hidden={"dinov2-s at 112 px": 1, "smollm2-135m": 1, "albert-rxn": 1},
     ),
     "full": Profile(
-        inputs={"dinov2-s at 112 px": 20, "smollm2-135m": 20, "albert-rxn": 8, "dinov2-s at 224 px": 4},
+        inputs={"dinov2-s at 112 px": 20, "smollm2-135m": 20, "albert-rxn": 8, "dinov2-s at 224 px": 20},
         sharp={
             **{"dinov2-s at 112 px": (0, 6, 11), "smollm2-135m": (0, 7, 15, 22, 29), "albert-rxn": (0, 6, 11)},
             "dinov2-s at 224 px": (0,),
