@@ -46,7 +46,7 @@ def report(data: Data, command: str, records_path: str, environments: list[str])
         "The weights lie in packages of the Python index ([how to install them](../docs/models.md)); `python -m bench "
         "render` needs none of them. Inputs: the sample images of ImageNet in foolbox 3.3.4, `sentences.txt` and "
         "`reactions.txt` of this repository, the first ones of at least 8 tokens. What was left out for its time: "
-        "other images, 224 px and longer texts (`--full` has them), and `sharp` but for the blocks its table names. "
+        "more and longer texts and more reactions (`--full` has some), and `sharp` but for the blocks its table names. "
         "Bounds on balls, at shorter inputs, have [a page of their own](pretrained_balls.md)."
     )
     parts = [
