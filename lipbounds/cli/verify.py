@@ -14,7 +14,6 @@ from rich.text import Text
 from lipbounds.cli.console import FOUND, OK, TOO_LITTLE, AsJson, output, print_json, progress
 from lipbounds.cli.options import Seed
 from lipbounds.files import check_writable, json_text, write_atomically
-from lipbounds.number_format import counted
 
 
 if TYPE_CHECKING:
@@ -59,6 +58,8 @@ def command(
 
 
 def _difficulty(found: Difficulty) -> str:
+    from lipbounds.number_format import counted
+
     columns = {
         "weight of the largest key": found.largest_weight,
         "offset of the keys": found.key_offset,
@@ -70,6 +71,7 @@ def _difficulty(found: Difficulty) -> str:
 
 def _print_report(found: Report) -> None:
     from lipbounds.claims import SCOPE_WORDS
+    from lipbounds.number_format import counted
 
     name = escape(found.name)
     if found.refuted_by:
