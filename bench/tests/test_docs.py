@@ -138,3 +138,10 @@ def test_what_is_wrong_with_a_layout_is_found() -> None:
     assert len(faults_of_layout("| a |\n|---|\n| |b| |")) == 1
     assert len(faults_of_layout("text:\n- item\n- item")) == 1
     assert faults_of_layout("text:\n\n- item\n  more\n- item\n\n```\na\n- b\n| a\n| b |\n```") == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_formulas_of_their_own_stand_on_lines_of_their_own(page: str) -> None:
+    """Within a paragraph, the site shows the dollar signs."""
+    lines = (DOCS / page).read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if "$$" in line and line.strip() != "$$"] == []
