@@ -282,9 +282,9 @@ def test_the_fall_of_a_margin_is_that_of_the_certified_ball() -> None:
     """One ball is tried, of which half is proved for the first class; the margin to the second falls ever slower."""
     identity, logits = torch.eye(2).double(), torch.tensor([[0.0, 0.0], [3.7, 0.0], [0.0, -1.0]]).double()
     network = Sequence((Linear(identity), Pointwise("gelu"), Linear(logits, torch.tensor([0.0, -1.0, -1.0]).double())))
-    found = certify(network, torch.zeros(1, 1, 2), torch.tensor([0]), method="taylor", steps=1)
+    found = certify(network, torch.zeros(1, 1, 2), torch.tensor([0]), method="taylor", steps=1, largest=0.54)
     radius, claimed = float(found.radius), found.lipschitz[0]
-    assert 0.05 < radius < 0.4
+    assert 0.1 < radius < 0.4
     ends = radius * torch.tensor([[[1.0, 0.0]], [[0.0, -1.0]]]).double()
     fallen = network(torch.zeros(1, 1, 2).double()) - network(ends)
     margins = (fallen[..., :1] - fallen).squeeze(1)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import abc
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -117,3 +118,25 @@ class Operation(abc.ABC):
             ranges: with those of this operation.
         """
         return None
+
+
+class WithoutSecondOrder(Operation):
+    """An operation whose remainder is counted as a whole: B = 0 and t = q.
+
+    Args:
+        value: its input.
+    """
+
+    value: Value
+
+    def bend(self) -> None:
+        """None: there is no second order."""
+
+    def quadratic(self, rows: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+        """Zeros."""
+        inputs = len(self.value.linear.matrix)
+        return rows.new_zeros(len(rows), inputs, inputs), torch.zeros_like(error)
+
+    def crossed(self, rows: Tensor, error: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """None."""
+        return {}

@@ -23,7 +23,7 @@ from torch import Tensor
 from lipbounds.compose.taylor.activated import activated
 from lipbounds.compose.taylor.coefficient import TINY, exact, norm_upper
 from lipbounds.compose.taylor.model import CENTRE, Range, Ranges, Value
-from lipbounds.compose.taylor.operation import Operation
+from lipbounds.compose.taylor.operation import WithoutSecondOrder
 from lipbounds.compose.taylor.touching import Cases, Parabolas, finite
 from lipbounds.rounding import UNIT_ROUNDOFF, inflate
 
@@ -31,7 +31,7 @@ from lipbounds.rounding import UNIT_ROUNDOFF, inflate
 SHARE = 0.3  # of what C_i h can do at most: the least distance from its kink at which relu is touched
 
 
-class Relu(Operation):
+class Relu(WithoutSecondOrder):
     """max(0, u).
 
     Args:
@@ -46,9 +46,6 @@ class Relu(Operation):
         self.slope = (c > 0).to(c.dtype)
         coefficients = {k: p.times(exact(self.slope.unsqueeze(0)), torch.mul, 2) for k, p in value.coefficients.items()}
         self.output = Value(coefficients | {CENTRE: activated("relu", value)}).with_outputs(name)
-
-    def bend(self) -> None:
-        """None: there is no second order."""
 
     def measure(self, ranges: Ranges) -> Range:
         """See the top of this file; 2 |error of c| pays for a slope on the wrong side."""
@@ -89,15 +86,6 @@ class Relu(Operation):
         lost = inflate((moving.abs() * wrong).sum(1) + error * norm_upper(box), c.numel() + 16)
         bends = inflate(moving.abs() * found.bend, 4)
         return finite(Parabolas(value, touch, heights, slopes, bends, carried, lost))
-
-    def quadratic(self, rows: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
-        """None."""
-        inputs = len(self.value.linear.matrix)
-        return rows.new_zeros(len(rows), inputs, inputs), torch.zeros_like(error)
-
-    def crossed(self, rows: Tensor, error: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """None."""
-        return {}
 
     def beyond(self, rows: Tensor, error: Tensor, ranges: Ranges) -> Tensor:
         """See the top of this file."""

@@ -8,19 +8,18 @@ by orders of magnitude in every block.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from lipbounds.compose.taylor.coefficient import exact, norm_upper
 from lipbounds.compose.taylor.model import CENTRE, INPUT, Range, Ranges, Value
-from lipbounds.compose.taylor.operation import Operation
+from lipbounds.compose.taylor.operation import WithoutSecondOrder
 from lipbounds.rounding import inflate
 
 
 LARGEST_ERROR = 1e-9  # of the value at the centre, relative: beyond it the errors become a term
 
 
-class Rounded(Operation):
+class Rounded(WithoutSecondOrder):
     """The same value with exact coefficients and the rounding as a term.
 
     Args:
@@ -40,18 +39,6 @@ class Rounded(Operation):
             box = box + ranges.per_radius(ranges.known[name].ball, part.error)
         box = inflate(box, 2 * len(coefficients) + 8).flatten(1)
         return Range(ball=norm_upper(box), box=box)
-
-    def bend(self) -> None:
-        """None: rho is counted as a whole."""
-
-    def quadratic(self, rows: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
-        """None: rho is counted as a whole."""
-        inputs = len(self.value.linear.matrix)
-        return rows.new_zeros(len(rows), inputs, inputs), torch.zeros_like(error)
-
-    def crossed(self, rows: Tensor, error: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """None."""
-        return {}
 
     def beyond(self, rows: Tensor, error: Tensor, ranges: Ranges) -> Tensor:
         """sum |v_j| |rho_j|."""
